@@ -4,7 +4,6 @@ weights, and a batch of inputs. ``fastasr swap NAME`` and the benchmark "encoder
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -50,22 +49,26 @@ def find(name: str) -> Encoder:
 
 
 def _transformers(
-    class_name: str, config_name: str, number: str, layers: int, attention: str = "sdpa", **sizes
-) -> nn.Module:
-    """Returns an encoder of transformers; ``number`` is the configuration's name for the number of layers, and an
-    encoder that has no public name is ``folder.Class``."""
-    package = upstream.module("transformers")
-    folder, _, name = class_name.rpartition(".")
-    home = upstream.module(f"transformers.models.{folder}.modeling_{folder}") if folder else package
-    try:
-        made, config = getattr(home, name), getattr(package, config_name)
-    except AttributeError as missing:
-        raise upstream.MissingUpstream(
-            f"transformers {package.__version__} has no such encoder: {missing}"
-        ) from None
-    settings = config(**{number: layers}, **sizes)
-    settings._attn_implementation = attention
-    return made(settings)
+    class_name: str, config_name: str, number: str = "num_hidden_layers", attention: str = "sdpa", **sizes
+) -> Callable[[int], nn.Module]:
+    """Returns a maker of an encoder of transformers; ``number`` is the configuration's name for the number of layers,
+    and an encoder that has no public name is ``folder.Class``."""
+
+    def make(layers: int) -> nn.Module:
+        package = upstream.module("transformers")
+        folder, _, name = class_name.rpartition(".")
+        home = upstream.module(f"transformers.models.{folder}.modeling_{folder}") if folder else package
+        try:
+            made, config = getattr(home, name), getattr(package, config_name)
+        except AttributeError as missing:
+            raise upstream.MissingUpstream(
+                f"transformers {package.__version__} has no such encoder: {missing}"
+            ) from None
+        settings = config(**{number: layers}, **sizes)
+        settings._attn_implementation = attention
+        return made(settings)
+
+    return make
 
 
 def _named(features: str, mask: str | None = "attention_mask", dtype: torch.dtype = torch.long):
@@ -121,157 +124,82 @@ def _zipvoice(layers: int) -> nn.Module:
     )
 
 
-ENCODERS = {
-    "granite-speech-4": Encoder(
-        "IBM Granite Speech 3.3 to 4.1",
-        16,
-        50,
-        160,
-        partial(
-            _transformers,
-            "granite_speech.GraniteSpeechCTCEncoder",
-            "GraniteSpeechEncoderConfig",
-            "num_layers",
-        ),
+# Name -> what it is; layers, frames per second and channels; the maker; the arguments
+_ENCODERS: dict[str, tuple[str, tuple[int, float, int], Callable, Callable]] = {
+    "granite-speech-4": (
+        "IBM Granite Speech 3.3 to 4.1", (16, 50, 160),
+        _transformers("granite_speech.GraniteSpeechCTCEncoder", "GraniteSpeechEncoderConfig", "num_layers"),
         _named("hidden_states", None),
     ),
-    "granite-speech-5": Encoder(
-        "IBM Granite Speech 5.0",
-        16,
-        50,
-        320,
-        partial(_transformers, "GraniteSpeech5Encoder", "GraniteSpeech5EncoderConfig", "num_hidden_layers"),
+    "granite-speech-5": (
+        "IBM Granite Speech 5.0", (16, 50, 320),
+        _transformers("GraniteSpeech5Encoder", "GraniteSpeech5EncoderConfig"),
         _named("input_features", dtype=torch.bool),
     ),
-    "w2v-bert-2": Encoder(
-        "w2v-BERT 2.0, also the semantic encoder of X-Codec 2 and NeuCodec",
-        24,
-        50,
-        160,
-        partial(
-            _transformers,
-            "Wav2Vec2BertModel",
-            "Wav2Vec2BertConfig",
-            "num_hidden_layers",
-            layerdrop=0.0,
-        ),
+    "w2v-bert-2": (
+        "w2v-BERT 2.0, also the semantic encoder of X-Codec 2 and NeuCodec", (24, 50, 160),
+        _transformers("Wav2Vec2BertModel", "Wav2Vec2BertConfig", layerdrop=0.0),
         _named("input_features"),
     ),
-    "seamless-m4t-v1": Encoder(
-        "SeamlessM4T's speech encoder",
-        24,
-        50,
-        160,
-        partial(
-            _transformers,
-            "seamless_m4t.SeamlessM4TSpeechEncoder",
-            "SeamlessM4TConfig",
-            "speech_encoder_layers",
+    "seamless-m4t-v1": (
+        "SeamlessM4T's speech encoder", (24, 50, 160),
+        _transformers(
+            "seamless_m4t.SeamlessM4TSpeechEncoder", "SeamlessM4TConfig", "speech_encoder_layers",
             speech_encoder_layerdrop=0.0,
         ),
         _named("input_features"),
     ),
-    "seamless-m4t-v2": Encoder(
-        "SeamlessM4T v2's speech encoder",
-        24,
-        50,
-        160,
-        partial(
-            _transformers,
-            "seamless_m4t_v2.SeamlessM4Tv2SpeechEncoder",
-            "SeamlessM4Tv2Config",
-            "speech_encoder_layers",
+    "seamless-m4t-v2": (
+        "SeamlessM4T v2's speech encoder", (24, 50, 160),
+        _transformers(
+            "seamless_m4t_v2.SeamlessM4Tv2SpeechEncoder", "SeamlessM4Tv2Config", "speech_encoder_layers",
             speech_encoder_layerdrop=0.0,
         ),
         _named("input_features"),
     ),
-    "lasr": Encoder(
-        "LASR, MedASR's encoder",
-        17,
-        100,
-        128,
-        partial(
-            _transformers,
-            "LasrEncoder",
-            "LasrEncoderConfig",
-            "num_hidden_layers",
-            layerdrop=0.0,
-        ),
+    "lasr": (
+        "LASR, MedASR's encoder", (17, 100, 128),
+        _transformers("LasrEncoder", "LasrEncoderConfig", layerdrop=0.0),
         _named("input_features", dtype=torch.bool),
     ),
-    "phi-4": Encoder(
-        "Phi-4-multimodal's audio encoder",
-        24,
-        100,
-        80,
-        partial(
-            _transformers,
-            "phi4_multimodal.Phi4MultimodalAudioModel",
-            "Phi4MultimodalAudioConfig",
-            "num_blocks",
+    "phi-4": (
+        "Phi-4-multimodal's audio encoder", (24, 100, 80),
+        _transformers(
+            "phi4_multimodal.Phi4MultimodalAudioModel", "Phi4MultimodalAudioConfig", "num_blocks"
         ),
         _named("hidden_states", "mask", torch.bool),
     ),
-    "gemma-3n": Encoder(
-        "Gemma 3n's audio tower",
-        12,
-        100,
-        128,
-        partial(
-            _transformers,
-            "gemma3n.Gemma3nAudioEncoder",
-            "Gemma3nAudioConfig",
-            "conf_num_hidden_layers",
-            attention="eager",
+    "gemma-3n": (
+        "Gemma 3n's audio tower", (12, 100, 128),
+        _transformers(
+            "gemma3n.Gemma3nAudioEncoder", "Gemma3nAudioConfig", "conf_num_hidden_layers", "eager"
         ),
         lambda x, valid: {"audio_mel": x, "audio_mel_mask": ~valid},
     ),
-    "gemma-4": Encoder(
-        "Gemma 4's audio tower",
-        12,
-        100,
-        128,
-        partial(
-            _transformers, "Gemma4AudioModel", "Gemma4AudioConfig", "num_hidden_layers", attention="eager"
-        ),
+    "gemma-4": (
+        "Gemma 4's audio tower", (12, 100, 128),
+        _transformers("Gemma4AudioModel", "Gemma4AudioConfig", attention="eager"),
         _named("input_features", dtype=torch.bool),
     ),
-    "wavlm-large": Encoder(
-        "WavLM large, behind its convolutions on the waveform",
-        24,
-        50,
-        1024,
-        partial(
-            _transformers,
-            "wavlm.WavLMEncoderStableLayerNorm",
-            "WavLMConfig",
-            "num_hidden_layers",
-            attention="eager",
-            hidden_size=1024,
-            num_attention_heads=16,
-            intermediate_size=4096,
-            do_stable_layer_norm=True,
-            layerdrop=0.0,
+    "wavlm-large": (
+        "WavLM large, behind its convolutions on the waveform", (24, 50, 1024),
+        _transformers(
+            "wavlm.WavLMEncoderStableLayerNorm", "WavLMConfig", attention="eager", hidden_size=1024,
+            num_attention_heads=16, intermediate_size=4096, do_stable_layer_norm=True, layerdrop=0.0,
         ),
         _named("hidden_states", dtype=torch.bool),
     ),
-    "fun-asr-nano": Encoder(
-        "Fun-ASR-Nano's encoder",
-        70,
-        100 / 6,
-        560,
-        partial(_transformers, "FunAsrNanoEncoder", "FunAsrNanoEncoderConfig", "num_hidden_layers"),
+    "fun-asr-nano": (
+        "Fun-ASR-Nano's encoder", (70, 100 / 6, 560),
+        _transformers("FunAsrNanoEncoder", "FunAsrNanoEncoderConfig"),
         _named("input_features", "input_features_mask"),
     ),
-    "nemo-transformer": Encoder("NeMo's TransformerEncoder", 17, 100, 80, _nemo_transformer, _lengths),
-    "fireredasr": Encoder(
-        "FireRedASR-AED-L's encoder",
-        16,
-        100,
-        80,
-        _firered,
+    "nemo-transformer": ("NeMo's TransformerEncoder", (17, 100, 80), _nemo_transformer, _lengths),
+    "fireredasr": (
+        "FireRedASR-AED-L's encoder", (16, 100, 80), _firered,
         lambda x, valid: {"padded_input": x, "input_lengths": valid.sum(1)},
     ),
-    "gigaam": Encoder("GigaAM's encoder with relative positions", 16, 100, 64, _gigaam, _lengths),
-    "zipvoice": Encoder("ZipVoice's flow-matching decoder", 16, 93.75, 300, _zipvoice, _flow),
-}
+    "gigaam": ("GigaAM's encoder with relative positions", (16, 100, 64), _gigaam, _lengths),
+    "zipvoice": ("ZipVoice's flow-matching decoder", (16, 93.75, 300), _zipvoice, _flow),
+}  # fmt: skip
+ENCODERS = {name: Encoder(about, *sizes, *more) for name, (about, sizes, *more) in _ENCODERS.items()}

@@ -2,14 +2,13 @@
 """Markdown tables of benchmark rows, and their place between two markers of a page."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from fastasr import files
 from fastasr.benchmarks.rows import Row
 from fastasr.benchmarks.table import Unit, duration, percent, times, units
 
-START, END = "<!-- bench:start -->", "<!-- bench:end -->"
 COLUMNS = {"eager": "eager", "compile": "`torch.compile`", "upstream": "upstream", "fastasr": "**fastasr**"}
 OLD, OLD_NOTE = " †", " †: measured before rows named their code, or with other code."
 NONE_YET = "No measurements yet: `make bench` writes them."
@@ -27,6 +26,15 @@ HEADLINES = (  # name, shape, case: the rows of the README's table, if its machi
 def mark(*rows: Row) -> str:
     """Returns the mark of a line of which a row is older than the code that it measures."""
     return OLD if any(row.old for row in rows) else ""
+
+
+def grid(heads: Sequence[str], lines: Iterable[Sequence[object]], right: int = 0) -> list[str]:
+    """Returns the lines of a Markdown table, whose last ``right`` columns are numbers."""
+
+    def line(cells: Sequence[object]) -> str:
+        return f"|{'|'.join(f' {cell} ' if cell != '' else ' ' for cell in cells)}|"
+
+    return [line(heads), "|---" * (len(heads) - right) + "|---:" * right + "|", *map(line, lines)]
 
 
 def _label(unit: Unit) -> str:
@@ -47,15 +55,12 @@ def _limit(unit: Unit) -> str:
 
 
 def _times_lines(found: Sequence[Unit], columns: Sequence[str] = tuple(COLUMNS)) -> list[str]:
-    lines = [
-        f"| | {' | '.join(COLUMNS[name] for name in columns)} | gain | of the machine's limit |",
-        "|---|" + "---:|" * (len(columns) + 2),
-    ]
+    lines = []
     for unit in found:
-        cells = [duration(unit.median(name)) for name in columns]
         gain = times(unit.ratio("upstream") or unit.ratio("eager"))
-        lines.append(f"| {_label(unit)} | " + " | ".join([*cells, gain, _limit(unit)]) + " |")
-    return lines
+        lines.append([_label(unit), *(duration(unit.median(name)) for name in columns), gain, _limit(unit)])
+    heads = "", *(COLUMNS[name] for name in columns), "gain", "of the machine's limit"
+    return grid(heads, lines, len(columns) + 2)
 
 
 def _linear_lines(found: Sequence[Unit]) -> list[str]:
@@ -77,21 +82,15 @@ def _dispatch_lines(found: Sequence[Unit]) -> list[str]:
     """
     passes = list(dict.fromkeys(unit.first.pass_ for unit in found))
     by_cell = {(unit.first.name, unit.first.pass_): unit for unit in found}
-    lines = [
-        "",
-        "Cost of a call on a tiny tensor, fastasr (eager formula):",
-        "",
-        "| op | " + " | ".join(passes) + " |",
-        "|---" * (len(passes) + 1) + "|",
-    ]
+    lines = []
     for name in dict.fromkeys(unit.first.name for unit in found):
         made = (by_cell.get((name, pass_)) for pass_ in passes)
         cells = (
             f"{duration(u.median('fastasr'))} ({duration(u.median('eager'))})" if u else "–" for u in made
         )
-        old = mark(*(unit.first for unit in found if unit.first.name == name))
-        lines.append(f"| `{name}`{old} | " + " | ".join(cells) + " |")
-    return lines
+        lines.append([f"`{name}`{mark(*(u.first for u in found if u.first.name == name))}", *cells])
+    title = "Cost of a call on a tiny tensor, fastasr (eager formula):"
+    return ["", title, "", *grid(("op", *passes), lines)]
 
 
 def conditions(rows: Sequence[Row]) -> str:
@@ -117,17 +116,11 @@ def by_machine(
 ) -> str:
     """Returns a Markdown table per machine, below the conditions of its rows. ``names`` and ``figures`` are heads of
     columns, separated by " | "; ``lines`` returns the lines of a unit, a text per column; ``note`` stands below."""
-    heads = names.split(" | ") + figures.split(" | ")
-    head = f"|{'|'.join(f' {text} ' if text else ' ' for text in heads)}|"
-    rule = "|---" * len(names.split(" | ")) + "|---:" * len(figures.split(" | ")) + "|"
+    heads, numbers = (text.split(" | ") for text in (names, figures))
     shown = []
     for measured in by_name(rows):
-        shown += [conditions(measured), "", head, rule]
-        shown += [
-            f"| {' | '.join([cells[0] + mark(unit.first), *cells[1:]])} |"
-            for unit in units(measured)
-            for cells in lines(unit)
-        ]
+        cells = ([one[0] + mark(u.first), *one[1:]] for u in units(measured) for one in lines(u))
+        shown += [conditions(measured), "", *grid(heads + numbers, cells, len(numbers))]
         shown += ["", note, ""] if note else [""]
     return "\n".join(shown).strip() or NONE_YET
 
@@ -183,10 +176,16 @@ def whole_models(rows: Sequence[Row]) -> str:
     return "\n".join([*_times_lines(shown, columns), "", where])
 
 
-def replaced(text: str, block: str, start: str = START, end: str = END) -> str:
+def marks(name: str = "bench") -> tuple[str, str]:
+    """Returns the markers of a block with this name."""
+    return f"<!-- {name}:start -->", f"<!-- {name}:end -->"
+
+
+def replaced(text: str, block: str, name: str = "bench") -> str:
     """Returns ``text`` with ``block`` between the markers. Raises ``ValueError`` unless there is exactly one pair of
     them.
     """
+    start, end = marks(name)
     if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
         raise ValueError(f"expected one {start} and after it one {end}")
     return f"{text.split(start)[0]}{start}\n{block}\n{end}{text.split(end)[1]}"
@@ -196,13 +195,13 @@ def _unmarked(text: str) -> str:
     return text.replace(OLD_NOTE, "").replace(OLD, "")
 
 
-def put(page: Path, block: str, check: bool, start: str = START, end: str = END) -> int:
+def put(page: Path, block: str, check: bool, name: str = "bench") -> int:
     """Puts ``block`` between the page's markers; with ``check`` it only compares all but the marks of old rows, which
     every change of code moves. Returns 1, and reports it, when ``check`` finds a difference, and 0 if not. Raises
     ``ValueError`` or ``OSError`` if the page cannot be used.
     """
     text = page.read_text(encoding="utf-8")
-    made = replaced(text, block, start, end)
+    made = replaced(text, block, name)
     if made == text or (check and _unmarked(made) == _unmarked(text)):
         return 0
     if check:

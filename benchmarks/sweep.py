@@ -218,11 +218,11 @@ def worst(found: Sequence[Unit]) -> str:
 
 def table(found: Sequence[Row]) -> str:
     """Returns a Markdown table per machine: a line per op or model with its worst cell, and the maps."""
-    from fastasr.benchmarks.markdown import NONE_YET, by_name, conditions, mark
+    from fastasr.benchmarks.markdown import NONE_YET, by_name, conditions, grid, mark
 
     blocks = []
     for measured in by_name(found, "device_name"):
-        lines = ["| | cells | median | below 0.97× | worst cell | |", "|---|---:|---:|---:|---|---:|"]
+        lines = []
         of_names = {of[0].name: units(of) for of in by_name(measured, "name")}
         for name, cells in of_names.items():
             rated = sorted(((r, u) for u in cells if (r := ratio(u)) is not None), key=lambda pair: pair[0])
@@ -233,9 +233,8 @@ def table(found: Sequence[Row]) -> str:
             where = f"{first.case}, {first.pass_}, {first.dtype}, {first.threads} thr."
             below = sum(r < ENOUGH for r, _ in rated)
             old = mark(*(u.first for u in cells))
-            lines.append(
-                f"| `{name}`{old} | {len(rated)} | {times(middle)} | {below} | {where} | {times(least)} |"
-            )
+            lines.append([f"`{name}`{old}", where, times(least), len(rated), times(middle), below])
+        lines = grid(("", "worst cell", "", "cells", "median", "below 0.97×"), lines, 4)
         machine = measured[0].device_name
         pictures = [
             f"![Sweep of {name}](plots/sweep_{name}.png)"

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from fastasr import files
 from fastasr.benchmarks.environment import stamp
+from fastasr.benchmarks.markdown import grid
 from fastasr.benchmarks.rows import array
 
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "instruction_sets.json"
@@ -58,14 +59,10 @@ def table() -> str:
         return "No rows yet: `scripts/instruction_sets.py` writes them."
     found = json.loads(RESULTS.read_text(encoding="utf-8"))
     newest = {(row["set"], row["device_name"]): row for row in found}
-    lines = [
-        "| set | files of C++ tests passed | failed | not run | on | commit |",
-        "|---|---:|---:|---:|---|---|",
-    ]
-    for row in newest.values():
-        counts = " | ".join(str(row[state]) for state in ("passed", "failed", "not_run"))
-        lines.append(f"| `{row['set']}` | {counts} | {row['device_name']} | {row['commit']} |")
-    return "\n".join(lines)
+    columns = "device_name", "commit", "passed", "failed", "not_run"
+    lines = ([f"`{row['set']}`", *(row[name] for name in columns)] for row in newest.values())
+    heads = "set", "on", "commit", "files of C++ tests passed", "failed", "not run"
+    return "\n".join(grid(heads, lines, 3))
 
 
 def main(folder: str = "", processor: str = "") -> int:

@@ -5,7 +5,6 @@ from fastasr import ops
 from fastasr.testing.declared import declared
 from fastasr.testing.speed import sizes_of
 
-MARKERS = "<!-- recipe:start -->", "<!-- recipe:end -->"
 FEW = (20, 2)  # frames and sequences
 
 TEXT = """```python

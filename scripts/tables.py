@@ -20,7 +20,7 @@ import recipes
 import test_matrix
 
 from fastasr import files, ops
-from fastasr.benchmarks import sweep
+from fastasr.benchmarks import markdown, sweep
 from fastasr.benchmarks.device import verdict
 from fastasr.benchmarks.device import whole_models as on_gpus
 from fastasr.benchmarks.markdown import put, table, whole_models, without_padding
@@ -39,18 +39,6 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 GPU_RECORDS = ROOT / "benchmarks" / "results" / "gpu.json"  # the units.json of a run on a GPU
 WHOLE_RECORDS = ROOT / "benchmarks" / "results" / "whole_models.json"  # the units.json of a run of stage M
-OPS_MARKERS = "<!-- ops:start -->", "<!-- ops:end -->"
-RULES_MARKERS = "<!-- rules:start -->", "<!-- rules:end -->"
-CHUNKS_MARKERS = "<!-- chunks:start -->", "<!-- chunks:end -->"
-GROWTH_MARKERS = "<!-- growth:start -->", "<!-- growth:end -->"
-MEMORY_MARKERS = "<!-- memory:start -->", "<!-- memory:end -->"
-MATRIX_MARKERS = "<!-- matrix:start -->", "<!-- matrix:end -->"
-SWEEP_MARKERS = "<!-- sweeps:start -->", "<!-- sweeps:end -->"
-WHOLE_MARKERS = "<!-- whole:start -->", "<!-- whole:end -->"
-TRAINING_MARKERS = "<!-- training:start -->", "<!-- training:end -->"
-GPU_MARKERS = "<!-- gpu:start -->", "<!-- gpu:end -->"
-SETS_MARKERS = "<!-- sets:start -->", "<!-- sets:end -->"
-PEERS_MARKERS = "<!-- peers:start -->", "<!-- peers:end -->"
 ELSEWHERE = {
     transcribe.NAME: "decoding.md",
     recipe_step.NAME: "training.md",
@@ -133,11 +121,11 @@ def _folders(stem: str) -> set[str]:
 
 def op_families() -> str:
     """Returns the README's table: a line per family, with links to the ops' pages."""
-    lines = ["| family | ops |", "|---|---|"]
-    for family, names in by_family().items():
-        links = ", ".join(f"[`{name}`](docs/ops/{op_page(name).name})" for name in names)
-        lines.append(f"| {family} | {links} |")
-    return "\n".join(lines)
+    lines = (
+        (family, ", ".join(f"[`{name}`](docs/ops/{op_page(name).name})" for name in names))
+        for family, names in by_family().items()
+    )
+    return "\n".join(markdown.grid(("family", "ops"), lines))
 
 
 NEW_PAGE = """# {op}
@@ -173,20 +161,15 @@ KERNELS = {"cpu": "C++", "triton": "Triton", "cuda": "CUDA"}
 
 def op_rows() -> str:
     """Returns a line per op, by family: name, what it computes, what its kernels are written in, its page."""
-    lines = ["| op | computes | kernels | page |", "|---|---|---|---|"]
+    lines = []
     for family, names in by_family().items():
-        lines.append(f"| **{family}** | | | |")
+        lines.append((f"**{family}**", "", "", ""))
         for name in names:
             page, op = op_page(name), ops.OPS[name]
             made = dict.fromkeys(KERNELS[i.backend] for i in op.family.implementations)
-            cells = (
-                f"`{name}`",
-                op.summary.replace("``", ""),
-                ", ".join(made),
-                f"[{page.stem}](ops/{page.name})",
-            )
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+            link = f"[{page.stem}](ops/{page.name})"
+            lines.append((f"`{name}`", op.summary.replace("``", ""), ", ".join(made), link))
+    return "\n".join(markdown.grid(("op", "computes", "kernels", "page"), lines))
 
 
 def peers() -> str:
@@ -211,29 +194,29 @@ def main(arguments: list[str] | None = None) -> int:
     swept = [row for row in everything if row.suite == sweep.SUITE]
     rows = [row for row in everything if row.suite != sweep.SUITE]
     found = [put(page, block, check) for page, block in measured(rows).items()]
-    found += [put(page, recipes.recipes(names), check, *recipes.MARKERS) for page, names in by_page().items()]
-    found += [put(ROOT / "README.md", op_families(), check, *OPS_MARKERS)]
-    found += [put(DOCS / "index.md", op_rows(), check, *OPS_MARKERS)]
-    found += [put(DOCS / "frameworks.md", frameworks.table(), check, *RULES_MARKERS)]
-    found += [put(DOCS / "benchmarks.md", sweep.table(swept), check, *SWEEP_MARKERS)]
-    found += [put(DOCS / "testing.md", test_matrix.table(), check, *MATRIX_MARKERS)]
-    found += [put(DOCS / "install.md", peers(), check, *PEERS_MARKERS)]
-    found += [put(DOCS / "testing.md", instruction_sets.table(), check, *SETS_MARKERS)]
-    tables = {nemotron_streaming.NAME: (nemotron_streaming.table, CHUNKS_MARKERS)}
-    tables |= {f"{model}{growth.ENDING}": (growth.table, GROWTH_MARKERS) for model in growth.SIZES}
-    for name, (made, markers) in tables.items():
+    found += [put(page, recipes.recipes(names), check, "recipe") for page, names in by_page().items()]
+    found += [put(ROOT / "README.md", op_families(), check, "ops")]
+    found += [put(DOCS / "index.md", op_rows(), check, "ops")]
+    found += [put(DOCS / "frameworks.md", frameworks.table(), check, "rules")]
+    found += [put(DOCS / "benchmarks.md", sweep.table(swept), check, "sweeps")]
+    found += [put(DOCS / "testing.md", test_matrix.table(), check, "matrix")]
+    found += [put(DOCS / "install.md", peers(), check, "peers")]
+    found += [put(DOCS / "testing.md", instruction_sets.table(), check, "sets")]
+    tables = {nemotron_streaming.NAME: (nemotron_streaming.table, "chunks")}
+    tables |= {f"{model}{growth.ENDING}": (growth.table, "growth") for model in growth.SIZES}
+    for name, (made, mark) in tables.items():
         own = [row for row in rows if row.name == name]
-        found += [put(DOCS / ELSEWHERE[name], made(own), check, *markers)]
-    found += [put(DOCS / "rnnt.md", transducer_memory.table(rows), check, *MEMORY_MARKERS)]
+        found += [put(DOCS / ELSEWHERE[name], made(own), check, mark)]
+    found += [put(DOCS / "rnnt.md", transducer_memory.table(rows), check, "memory")]
     if not check and transducer_memory.memory_rows(rows, transducer_memory.TDT):
         transducer_memory.main(["--tdt"])
     on_gpu = verdict.records(GPU_RECORDS)
     found += [put(DOCS / "gpu-queue.md", verdict.tables(on_gpu), check)]
-    found += [put(ROOT / "README.md", verdict.sentence(on_gpu), check, *GPU_MARKERS)]
+    found += [put(ROOT / "README.md", verdict.sentence(on_gpu), check, "gpu")]
     whole = verdict.records(WHOLE_RECORDS)
-    found += [put(ROOT / "README.md", on_gpus.summary(whole), check, *WHOLE_MARKERS)]
-    found += [put(ROOT / "README.md", on_gpus.training([*on_gpu, *whole]), check, *TRAINING_MARKERS)]
-    found += [put(DOCS / "graphs.md", on_gpus.details(whole), check, *WHOLE_MARKERS)]
+    found += [put(ROOT / "README.md", on_gpus.summary(whole), check, "whole")]
+    found += [put(ROOT / "README.md", on_gpus.training([*on_gpu, *whole]), check, "training")]
+    found += [put(DOCS / "graphs.md", on_gpus.details(whole), check, "whole")]
     return max(found)
 
 

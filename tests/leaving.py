@@ -17,10 +17,11 @@ import fastasr
 from fastasr import _left
 
 PACKAGE = Path(fastasr.__file__).parent
-CONFORMERS = [
-    f"swap/forwards/{name}.py"
-    for name in ("attention", "convolution", "feed_forward", "gemma", "subsampling")
-]
+CONFORMERS = {
+    str(path.relative_to(PACKAGE))
+    for path in (PACKAGE / "swap/forwards").glob("*.py")
+    if path.stem != "nemo_transducer"
+}
 
 
 @dataclass

@@ -117,10 +117,6 @@ def compile_op(tell: Callable, machine: GPU, op: str, index: int, dtype: torch.d
     _of_every_pass(_variants, silent, machine, op, index, dtype)
 
 
-def _never(_) -> bool:
-    return False
-
-
 def _zipformer(machine: GPU) -> tuple[str, torch.nn.Module, tuple]:
     """Returns shape, model and inputs: Zipformer-M on 20 utterances of 30 s, fewer where memory is short."""
     torch.manual_seed(0)
@@ -128,10 +124,7 @@ def _zipformer(machine: GPU) -> tuple[str, torch.nn.Module, tuple]:
         size, batch, frames = "tiny", 2, 100
     else:
         size, batch, frames = "medium", 20 if torch.cuda.mem_get_info()[0] > 6e10 else 4, 3000
-    model = upstream.steady(upstream.Encoder(upstream.SIZES[size], zipformer)).train()
-    for module in model.modules():
-        if hasattr(module, "mem_cutoff"):  # The memory in use would decide which calls draw random numbers.
-            module.mem_cutoff = _never
+    model = upstream.drawing(upstream.steady(upstream.Encoder(upstream.SIZES[size], zipformer))).train()
     return f"{size} {batch}x{frames}x80", model, upstream.example(batch, frames)
 
 
@@ -167,6 +160,11 @@ def time_model(tell: Callable, machine: GPU, name: str) -> None:
     reported(tell, "timing", partial(_time_model, tell, machine, name))
 
 
+def weighted(y: torch.Tensor) -> torch.Tensor:
+    """Returns a loss with another weight for each number."""
+    return (y * torch.arange(y.numel(), device=y.device).sin().view_as(y)).sum()
+
+
 def _steps(machine: GPU, name: str) -> tuple[str, dict[str, Callable[[], None]], Callable[[], float]]:
     """Returns shape, implementation -> a training step, which leaves gradients behind, and a function for their norm.
     The step "float32" is eager's without autocast and TF32.
@@ -184,7 +182,7 @@ def _steps(machine: GPU, name: str) -> tuple[str, dict[str, Callable[[], None]],
         with fastasr.backend(backend):
             with torch.autocast(machine.device, torch.bfloat16, enabled=cast):
                 y = call(*inputs)[0].float()
-            (y * torch.arange(y.numel(), device=y.device).sin().view_as(y)).sum().backward()
+            weighted(y).backward()
 
     def exact() -> None:  # the last step of its process, to which these settings are left
         for products in (torch.backends.cuda.matmul, torch.backends.cudnn.conv):

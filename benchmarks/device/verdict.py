@@ -11,7 +11,7 @@ from fastasr.benchmarks.device.machine import kernels, to_watch
 from fastasr.benchmarks.device.timing import MODELS
 from fastasr.benchmarks.device.units import SANITIZERS
 from fastasr.benchmarks.environment import code
-from fastasr.benchmarks.markdown import OLD, OLD_NOTE, mark
+from fastasr.benchmarks.markdown import OLD, OLD_NOTE, grid, mark
 from fastasr.benchmarks.rows import Row
 from fastasr.benchmarks.table import Unit, units
 
@@ -131,10 +131,8 @@ def subjects(records: Sequence[dict]) -> dict[str, Subject]:
     return made
 
 
-def _table(head: Sequence[str], lines: Iterable[Sequence[str]], right: int = 0) -> str:
-    """Returns a Markdown table, whose last ``right`` columns are numbers."""
-    made = ["| " + " | ".join(head) + " |", "|---" * (len(head) - right) + "|" + "---:|" * right]
-    return "\n".join(made + ["| " + " | ".join(line) + " |" for line in lines])
+def _table(*given) -> str:
+    return "\n".join(grid(*given))
 
 
 def checks_table(found: dict[str, Subject]) -> str:

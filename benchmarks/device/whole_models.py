@@ -23,7 +23,8 @@ from fastasr.benchmarks import upstream
 from fastasr.benchmarks.device.checks import reported
 from fastasr.benchmarks.device.compilation import compiled_together
 from fastasr.benchmarks.device.machine import GPU
-from fastasr.benchmarks.markdown import NONE_YET, conditions, mark
+from fastasr.benchmarks.device.timing import weighted
+from fastasr.benchmarks.markdown import NONE_YET, conditions, grid, mark
 from fastasr.benchmarks.models import ragged
 from fastasr.benchmarks.models.fast_conformer import batch_of
 from fastasr.benchmarks.models.fast_conformer import encoder as parakeet
@@ -66,16 +67,8 @@ WORKLOADS = (
 )
 
 
-def _never(_) -> bool:
-    return False
-
-
 def _zipformer(dry: bool) -> torch.nn.Module:
-    model = upstream.zipformer("tiny" if dry else "medium", inner_compile=False)
-    for module in model.modules():
-        if hasattr(module, "mem_cutoff"):  # The memory in use would decide which calls draw random numbers.
-            module.mem_cutoff = _never
-    return model
+    return upstream.drawing(upstream.zipformer("tiny" if dry else "medium", inner_compile=False))
 
 
 def _features(workload: Workload) -> tuple:
@@ -128,7 +121,7 @@ class _Way:
             p.grad = None
         with cast:
             y = self.call(*self.inputs)[0].float()
-        (y * torch.arange(y.numel(), device=y.device).sin().view_as(y)).sum().backward()
+        weighted(y).backward()
 
     def seeded(self) -> None:
         torch.manual_seed(0)
@@ -369,11 +362,6 @@ def _label(row: Row) -> str:
     return f"{TITLES[row.name]}, {row.case}{mark(row)}"
 
 
-def _table(head: Sequence[str], lines: Iterable[Sequence[str]], right: int) -> list[str]:
-    made = ["| " + " | ".join(head) + " |", "|---" * (len(head) - right) + "|" + "---:|" * right]
-    return made + ["| " + " | ".join(line) + " |" for line in lines]
-
-
 def summary(records: Iterable[dict]) -> str:
     """Returns the README's table: the wall clock of a call for each way to run a model, how many times upstream's our
     recorded one is, and the share of it that its kernels take."""
@@ -389,7 +377,7 @@ def summary(records: Iterable[dict]) -> str:
         times_of = [duration(unit.median(key)) for key in columns]
         lines.append((_label(unit.first), *times_of, times(gain), percent(busy)))
     head = ("", *(SHOWN[key] for key in columns), "gain", "of it kernels")
-    return "\n".join([*_table(head, lines, len(columns) + 2), "", _where(found)])
+    return "\n".join([*grid(head, lines, len(columns) + 2), "", _where(found)])
 
 
 TRAINED_WITH = {"zipformer": "icefall", "fast_conformer": "NeMo or transformers"}
@@ -450,7 +438,7 @@ def details(records: Sequence[dict]) -> str:
                 spent = [duration(ms) for ms in (row.median_ms, row.host_ms, row.busy_ms)]
                 lines.append((_label(row), column, *spent, memory, speech))
     head = ("", "", "wall clock", "host", "kernels", "memory", "speech per second")
-    parts = [*_table(head, lines, 5), "", _where(found), *_swept(records)]
+    parts = [*grid(head, lines, 5), "", _where(found), *_swept(records)]
     for record in records:
         for message in record["messages"]:
             if message.get("kernels"):
@@ -475,7 +463,7 @@ def _swept(records: Iterable[dict]) -> list[str]:
         for (name, batch), found in sorted(cells.items())
     ]
     head = ("training, speech per second and memory", *(SHOWN[key] for key in SWEPT))
-    return ["", *_table(head, lines, len(SWEPT)), "", conditions(rows)]
+    return ["", *grid(head, lines, len(SWEPT)), "", conditions(rows)]
 
 
 def _kernels(record: dict, message: dict) -> list[str]:
@@ -490,7 +478,7 @@ def _kernels(record: dict, message: dict) -> list[str]:
         (f"`{name[:100]}`".replace("|", "\\|"), f"{count:,}", f"{ms:.2f}")
         for name, count, ms in kernels[:SHOWN_KERNELS]
     ]
-    return [title, "", *_table(("kernel", "launches", "ms"), lines, 2)]
+    return [title, "", *grid(("kernel", "launches", "ms"), lines, 2)]
 
 
 def _where(found: Sequence[Unit]) -> str:

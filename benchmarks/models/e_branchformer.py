@@ -8,11 +8,12 @@ training step's random numbers are no part of the comparison.
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 
 from fastasr.benchmarks import upstream
+from fastasr.benchmarks.models import unit
 from fastasr.benchmarks.models.unit import (
     BOTH,
     COMPILE,
@@ -22,9 +23,7 @@ from fastasr.benchmarks.models.unit import (
     UPSTREAM,
     Run,
     benchmark,
-    inference,
     swapped,
-    with_linear,
 )
 from fastasr.benchmarks.rows import Row
 from fastasr.models.e_branchformer.positional_encoding import relative_sinusoids
@@ -72,17 +71,6 @@ def layers(size: str) -> tuple[torch.nn.Module, torch.nn.Module]:
     return shipped, own
 
 
-def _both(layer: Callable, parameters: list, x: torch.Tensor, positions, mask) -> Callable:
-    x, gradient = x.clone().requires_grad_(), torch.randn_like(x)
-
-    def run():
-        for p in (x, *parameters):
-            p.grad = None
-        layer((x, positions), mask)[0][0].backward(gradient)
-
-    return run
-
-
 @benchmark(NAME)
 def measure(run: Run, *, size: str = "512", batch: int = BATCH, frames: int = FRAMES) -> Iterator[list[Row]]:
     """Yields the rows of the layer in both passes. Raises ``upstream.MissingUpstream``."""
@@ -101,14 +89,5 @@ def measure(run: Run, *, size: str = "512", batch: int = BATCH, frames: int = FR
     mask = (torch.arange(frames) < lengths[:, None]).unsqueeze(1)
     positions = relative_sinusoids(frames, width)
     for pass_ in passes:
-        runs = {}
-        for key, layer in models.items():
-            layer.train(pass_ == BOTH)
-            called = torch.compile(layer) if key == COMPILE else layer
-            if pass_ == FORWARD:
-                runs[key] = inference(called, (x, positions), mask)
-            else:
-                runs[key] = _both(called, list(layer.parameters()), x, positions, mask)
-            if key == LINEAR:
-                runs[key] = with_linear(runs[key])
-        yield run.unit(LAYER, pass_, name, runs)
+        given = (x.requires_grad_(pass_ == BOTH), positions), mask
+        yield run.unit(LAYER, pass_, name, unit.runs_of(models, pass_, *given))

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from fastasr.benchmarks import upstream
+from fastasr.benchmarks.models import unit
 from fastasr.benchmarks.models.unit import (
     BOTH,
     COMPILE,
@@ -21,7 +22,6 @@ from fastasr.benchmarks.models.unit import (
     UPSTREAM,
     Run,
     benchmark,
-    inference,
     swapped,
     with_linear,
 )
@@ -66,17 +66,6 @@ def variants(shipped: torch.nn.Module, size: str) -> dict[str, Callable[[], torc
         FASTASR: lambda: swapped(shipped),
         OWN: own,
     }
-
-
-def _both(model: Callable, parameters: list, labels: torch.Tensor) -> Callable[[], None]:
-    gradient = torch.randn(*labels.shape, parameters[0].shape[1])
-
-    def run():
-        for p in parameters:
-            p.grad = None
-        model(labels).backward(gradient)
-
-    return run
 
 
 def _step(
@@ -124,29 +113,14 @@ def measure(
     """
     run.report(f"{NAME}: building upstream's decoder ({size}) and its replacements")
     shipped = decoder(size)
-    models: dict[str, torch.nn.Module] = {}
-    for implementation, make in variants(shipped, size).items():
-        try:
-            models[implementation] = make()
-        except Exception as error:  # the other implementations are still worth measuring
-            run.report(f"{NAME}: {implementation} left out: {type(error).__name__}: {error}")
+    models = run.made(variants(shipped, size))
     compiled = copy.deepcopy(shipped) if run.compile_model else None
     labels = torch.randint(1, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(2))
     name = shape_name(size, batch, length)
 
     def whole(pass_: str) -> dict[str, Callable]:
-        runs = {}
         every = dict(models) | ({COMPILE: compiled} if compiled is not None else {})
-        for key, model in every.items():
-            model.train(pass_ == BOTH)
-            called = torch.compile(model) if key == COMPILE else model
-            if pass_ == FORWARD:
-                runs[key] = inference(called, labels)
-            else:
-                runs[key] = _both(called, list(model.parameters()), labels)
-            if key == LINEAR:
-                runs[key] = with_linear(runs[key])
-        return runs
+        return unit.runs_of(every, pass_, labels)
 
     def step(history: int) -> dict[str, Callable]:
         runs = {key: _step(model.eval(), history) for key, model in models.items()}

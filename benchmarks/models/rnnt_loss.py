@@ -5,7 +5,7 @@
 gradient as a tensor of the same size; ours can write it over the logits.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -32,17 +32,24 @@ QUICK = {"cases": TINY}
 
 
 class Problem:
-    """Random outputs of encoder and predictor, and the losses of either implementation."""
+    """Random outputs of encoder and predictor, and the losses of either implementation. ``more`` outputs follow the
+    tokens."""
 
-    def __init__(self, batch: int, frames: int, symbols: int, channels: int, outputs: int):
+    def __init__(self, batch: int, frames: int, symbols: int, channels: int, outputs: int, more: int = 0):
         torch.manual_seed(0)
         self.am, self.lm = torch.randn(batch, frames, channels), torch.randn(batch, symbols + 1, channels)
-        self.head, self.blank = torch.nn.Linear(channels, outputs), outputs - 1
+        self.head, self.blank = torch.nn.Linear(channels, outputs + more), outputs - 1
         targets = torch.randint(0, outputs - 1, (batch, symbols), dtype=torch.int32)
         self.ends = targets, *(torch.full((batch,), n, dtype=torch.int32) for n in (frames, symbols))
 
     def leaves(self) -> tuple[Tensor, ...]:
         return self.am.requires_grad_(), self.lm.requires_grad_(), *self.head.parameters()
+
+    def cost(self, outputs: int) -> tuple[int, int]:
+        """Returns the operations of the joiner with its gradients, and the bytes of its operands."""
+        rows, channels = self.am.shape[0] * self.am.shape[1] * self.lm.shape[1], self.am.shape[2]
+        operands = self.am.numel() + self.lm.numel() + outputs * channels
+        return 6 * rows * channels * len(self.head.weight), 3 * 4 * operands
 
     def logits(self) -> Tensor:
         return self.head(torch.relu(self.am[:, :, None] + self.lm[:, None]))
@@ -73,37 +80,26 @@ def measure(run: Run, *, cases=CASES) -> Iterator[list[Row]]:
                 continue
             run.report(f"{NAME}: {case}, {shape}")
             problem = Problem(batch, frames, symbols, channels, outputs)
-            rows, large = batch * frames * (symbols + 1), outputs > 1000
+            fused = partial(problem.fused, in_place=True) if case == IN_PLACE else problem.fused
+            calls, leaves, limit = {UPSTREAM: problem.upstream, FASTASR: fused}, problem.leaves(), None
+            flops, moved = problem.cost(outputs)
             if case != JOINER:
                 given = problem.logits().detach().requires_grad_()
-                leaves, arguments, flops, moved = (given,), (given,), 0, 2 * 4 * given.numel()
+                calls = {name: partial(call, given) for name, call in calls.items()}
+                leaves, flops, moved = (given,), 0, 2 * 4 * given.numel()
                 copied = limits.copy_seconds(moved)
                 limit = copied, f"copy {moved / copied / 1e9:.1f} GB/s"
-            else:
-                leaves, arguments, limit = problem.leaves(), (), None
-                flops = 6 * rows * channels * outputs
-                moved = 3 * 4 * (batch * (frames + symbols + 1) + outputs) * channels
-            variants = {
-                name: Variant(
-                    lambda call=call, leaves=leaves, arguments=arguments: torch.autograd.grad(
-                        call(*arguments), leaves
-                    )
-                )
-                for name, call in {
-                    UPSTREAM: problem.upstream,
-                    FASTASR: partial(problem.fused, in_place=True) if case == IN_PLACE else problem.fused,
-                }.items()
-            }
-            yield run.rows(
-                variants,
-                flops,
-                limit,
-                reps=run.reps or (3 if large else run.settings.reps),
-                warmup=1 if large else run.settings.warmup,
-                sample_seconds=0.0 if large else None,
-                memory=True,
-                case=case,
-                shape=shape,
-                pass_=BOTH,
-                bytes=moved,
-            )
+            fields = {"case": case, "shape": shape, "bytes": moved}
+            yield rows_of(run, calls, leaves, flops, outputs > 1000, limit=limit, **fields)
+
+
+def rows_of(
+    run: Run, calls: dict[str, Callable], leaves: tuple[Tensor, ...], flops: int, large: bool, **fields
+) -> list[Row]:
+    """Returns a row for each call that returns a loss, forward and backward. ``large``: three rounds are enough."""
+    variants = {
+        name: Variant(lambda call=call: torch.autograd.grad(call(), leaves)) for name, call in calls.items()
+    }
+    reps = run.reps or (3 if large else run.settings.reps)
+    how = {"warmup": 1, "sample_seconds": 0.0} if large else {"warmup": run.settings.warmup}
+    return run.rows(variants, flops, **{"reps": reps, "memory": True, "pass_": BOTH, **how, **fields})

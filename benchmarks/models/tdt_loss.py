@@ -7,13 +7,12 @@ fastasr.benchmarks.studies.transducer_memory --tdt`` draws the memory over U and
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
 from fastasr import rnnt
 from fastasr.benchmarks import upstream
 from fastasr.benchmarks.case import BOTH
-from fastasr.benchmarks.harness import Variant
+from fastasr.benchmarks.models import rnnt_loss
 from fastasr.benchmarks.models.unit import FASTASR, UPSTREAM, Run, benchmark
 from fastasr.benchmarks.rows import Row
 
@@ -29,23 +28,13 @@ TINY = {CASE: ((2, 12, 4, 16, 20),)}
 QUICK = {"cases": TINY}
 
 
-class Problem:
-    """Random outputs of encoder and predictor, and the losses of either implementation."""
-
-    def __init__(self, batch: int, frames: int, symbols: int, channels: int, outputs: int):
-        torch.manual_seed(0)
-        self.am, self.lm = torch.randn(batch, frames, channels), torch.randn(batch, symbols + 1, channels)
-        self.head = torch.nn.Linear(channels, outputs + len(DURATIONS))
-        self.outputs = outputs
-        lengths = torch.full((batch,), frames), torch.full((batch,), symbols)
-        self.ends = torch.randint(0, outputs - 1, (batch, symbols)), *lengths, outputs - 1, DURATIONS
-
-    def leaves(self) -> tuple[Tensor, ...]:
-        return self.am.requires_grad_(), self.lm.requires_grad_(), *self.head.parameters()
+class Problem(rnnt_loss.Problem):
+    def __init__(self, *sizes: int):
+        super().__init__(*sizes, len(DURATIONS))
+        self.ends = *(end.long() for end in self.ends), self.blank, DURATIONS
 
     def upstream(self) -> Tensor:
-        logits = self.head(torch.relu(self.am[:, :, None] + self.lm[:, None]))
-        tokens, steps = logits[..., : self.outputs], logits[..., self.outputs :]
+        tokens, steps = self.logits().tensor_split((self.blank + 1,), -1)
         return upstream.module("transformers.loss.loss_tdt").tdt_loss(tokens, steps, *self.ends)
 
     def fused(self) -> Tensor:
@@ -62,22 +51,7 @@ def measure(run: Run, *, cases=CASES) -> Iterator[list[Row]]:
             continue
         run.report(f"{NAME}: {case}, {shape}")
         problem = Problem(batch, frames, symbols, channels, outputs)
-        leaves, calls = problem.leaves(), {UPSTREAM: problem.upstream, FASTASR: problem.fused}
-        variants = {
-            name: Variant(lambda call=call, leaves=leaves: torch.autograd.grad(call(), leaves))
-            for name, call in calls.items()
-        }
-        large = outputs > 1000
-        operands = (batch * (frames + symbols + 1) + outputs) * channels
-        yield run.rows(
-            variants,
-            6 * batch * frames * (symbols + 1) * channels * (outputs + len(DURATIONS)),
-            reps=1 if case == MEMORY else run.reps or (3 if large else run.settings.reps),
-            warmup=1 if large else run.settings.warmup,
-            sample_seconds=0.0 if large else None,
-            memory=True,
-            case=case,
-            shape=shape,
-            pass_=BOTH,
-            bytes=3 * 4 * operands,
-        )
+        calls = {UPSTREAM: problem.upstream, FASTASR: problem.fused}
+        flops, moved = problem.cost(outputs)
+        fields = {"case": case, "shape": shape, "bytes": moved} | ({"reps": 1} if case == MEMORY else {})
+        yield rnnt_loss.rows_of(run, calls, problem.leaves(), flops, outputs > 1000, **fields)

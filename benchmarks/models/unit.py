@@ -9,6 +9,7 @@ from math import prod
 from statistics import median
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from fastasr.benchmarks import limits, upstream
 from fastasr.benchmarks.case import Report, Settings
@@ -69,6 +70,16 @@ class Run:
     compile_model: bool
     skip: Callable[[str, str, str], bool]
     report: Report
+
+    def made(self, makers: dict[str, Callable[[], torch.nn.Module]]) -> dict[str, torch.nn.Module]:
+        """Returns the models of the implementations that can be made."""
+        models = {}
+        for implementation, make in makers.items():
+            try:
+                models[implementation] = make()
+            except Exception as error:  # the other implementations are still worth measuring
+                self.report(f"{self.name}: {implementation} left out: {type(error).__name__}: {error}")
+        return models
 
     def unit(self, case: str, pass_: str, shape: str, runs: dict, reps: int | None = None) -> list[Row]:
         """Returns one row per implementation (its call in ``runs``), all of them timed in turns for ``reps`` rounds,
@@ -223,7 +234,33 @@ def inference(call: Callable, *arguments, **named) -> Callable[[], object]:
 
 def first(output) -> torch.Tensor:
     """Returns a model's first output, or its only one."""
-    return output if isinstance(output, torch.Tensor) else output[0]
+    return output if isinstance(output, torch.Tensor) else first(output[0])
+
+
+def runs_of(models: dict[str, torch.nn.Module], pass_: str, *inputs) -> dict[str, Callable]:
+    """Returns each implementation's call of the pass: COMPILE's under torch.compile, LINEAR's with our products. In a
+    backward pass they get the gradient of the first output, and clear those of the parameters and of the inputs."""
+    runs = {}
+    for key, model in models.items():
+        model.train(pass_ == BOTH)
+        called = torch.compile(model) if key == COMPILE else model
+        runs[key] = inference(called, *inputs) if pass_ == FORWARD else _both(model, called, inputs)
+        if key == LINEAR:
+            runs[key] = with_linear(runs[key])
+    return runs
+
+
+def _both(model: torch.nn.Module, called: Callable, inputs: tuple) -> Callable[[], None]:
+    leaves = [*model.parameters(), *(t for t in tree_leaves(inputs) if t.requires_grad)]
+    with torch.no_grad():
+        gradient = torch.randn_like(first(model(*inputs)))
+
+    def run():
+        for leaf in leaves:
+            leaf.grad = None
+        first(called(*inputs)).backward(gradient)
+
+    return run
 
 
 def weighted_step(model: torch.nn.Module, weight: torch.Tensor, *inputs, **named) -> Callable[[], None]:

@@ -46,23 +46,15 @@ QUICK = {"size": "tiny", "batch": 2, "frames": 200, "fresh": False}
 
 def variants(shipped: torch.nn.Module) -> dict[str, Callable[[], torch.nn.Module]]:
     """Returns functions that make each implementation's model from upstream's."""
-
-    def accelerated():
-        import fastasr
-
-        model = copy.deepcopy(shipped)
-        fastasr.accelerate(model)
-        return model
-
-    return {UPSTREAM: lambda: shipped, LINEAR: lambda: copy.deepcopy(shipped), FASTASR: accelerated}
+    return {
+        UPSTREAM: lambda: shipped,
+        LINEAR: lambda: copy.deepcopy(shipped),
+        FASTASR: lambda: unit.swapped(shipped),
+    }
 
 
 def _call(model: Callable, inputs: tuple) -> Callable[[], torch.Tensor]:
-    def forward():
-        with torch.no_grad():
-            return model(*inputs)[0]
-
-    return forward
+    return unit.inference(lambda: model(*inputs)[0])
 
 
 def _autocast(call: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
@@ -179,12 +171,7 @@ def measure(
         return
     report(f"{NAME}: building upstream's model ({size}) and its replacements")
     shipped = upstream.zipformer(size)
-    models: dict[str, torch.nn.Module] = {}
-    for implementation, make in variants(shipped).items():
-        try:
-            models[implementation] = make()
-        except Exception as error:  # the other implementations are still worth measuring
-            report(f"{NAME}: {implementation} left out: {type(error).__name__}: {error}")
+    models = run.made(variants(shipped))
     calls = {key: _call(model, inputs) for key, model in models.items()}
     calls[LINEAR] = with_linear(calls[LINEAR])
     if run.compile_model:

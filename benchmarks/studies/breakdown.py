@@ -14,40 +14,28 @@ import sys
 from fastasr.benchmarks import upstream
 from fastasr.benchmarks.environment import device_name, stamp
 from fastasr.benchmarks.harness import Variant
+from fastasr.benchmarks.markdown import grid
+from fastasr.benchmarks.models.unit import (
+    FASTASR,
+    UPSTREAM,
+    inference,
+    product_flops,
+    swapped,
+    timed_with_products,
+)
+from fastasr.benchmarks.models.zipformer_training import training_step
 from fastasr.benchmarks.studies import results
 
 PRODUCTS, ATTENTION, COPIES = "products of linear layers", "attention", "copies"
 PARTS = {  # An operator belongs to the first part that matches its name.
-    PRODUCTS: ("::gemm", "reduced_linear", "aten::addmm", "aten::mm", "linear"),
-    ATTENTION: ("attention", "weighted_values", "aten::bmm", "aten::baddbmm", "softmax"),
-    "convolutions": ("conv",),
-    "activations, norms, sums": (
-        *("swoosh", "norm", "bypass", "balancer", "dropout", "bernoulli", "sigmoid", "tanh"),
-        *(
-            "aten::add",
-            "aten::mul",
-            "aten::sub",
-            "aten::div",
-            "aten::sum",
-            "aten::mean",
-            "aten::exp",
-            "aten::log",
-        ),
-        *(
-            "aten::rand",
-            "aten::where",
-            "aten::masked_fill",
-            "aten::clamp",
-            "aten::sqrt",
-            "aten::pow",
-            "aten::neg",
-        ),
-        *("aten::gt", "aten::lt", "aten::ge", "aten::le", "aten::abs", "aten::rsqrt", "aten::square"),
-    ),
-    COPIES: (
-        *("aten::copy_", "aten::cat", "aten::clone", "aten::fill", "aten::constant_pad", "aten::index"),
-        *("aten::zero", "aten::gather", "aten::stack"),
-    ),
+    PRODUCTS: "::gemm reduced_linear aten::addmm aten::mm linear",
+    ATTENTION: "attention weighted_values aten::bmm aten::baddbmm softmax",
+    "convolutions": "conv",
+    "activations, norms, sums": "swoosh norm bypass balancer dropout bernoulli sigmoid tanh aten::add aten::mul "
+    "aten::sub aten::div aten::sum aten::mean aten::exp aten::log aten::rand aten::where aten::masked_fill aten::clamp "
+    "aten::sqrt aten::pow aten::neg aten::gt aten::lt aten::ge aten::le aten::abs aten::rsqrt aten::square",
+    COPIES: "aten::copy_ aten::cat aten::clone aten::fill aten::constant_pad aten::index aten::zero aten::gather "
+    "aten::stack",
 }
 OTHER = "views, allocation, dispatch"
 PYTHON = "Python, views, allocation, dispatch"
@@ -58,7 +46,7 @@ def part_of(name, shapes):
     square = name.endswith("::gemm") and len(shapes[0]) == 2 and shapes[0][0] == shapes[0][1]
     if square:
         return ATTENTION
-    return next((part for part, keys in PARTS.items() if any(key in name for key in keys)), OTHER)
+    return next((part for part, keys in PARTS.items() if any(key in name for key in keys.split())), OTHER)
 
 
 @contextlib.contextmanager
@@ -101,8 +89,6 @@ def breakdown(model, call, calls, flops):
     """Returns part -> milliseconds, whose sum is the shortest of ``calls`` calls without the profiler; also the
     share of a call's time that products of ``flops`` operations take, and their rate in words.
     """
-    from fastasr.benchmarks.models.unit import timed_with_products
-
     parts = profiled(model, call, calls)
     del parts[OTHER]
     timings, shares, rate = timed_with_products(
@@ -114,15 +100,6 @@ def breakdown(model, call, calls, flops):
 
 def measure(size="medium", batch=4, seconds=16, training_seconds=8, calls=5, report=lambda _: None):
     """Returns a dict of the parts of each implementation in inference and in a training step."""
-    from fastasr.benchmarks.models.unit import (
-        FASTASR,
-        UPSTREAM,
-        inference,
-        product_flops,
-        swapped,
-    )
-    from fastasr.benchmarks.models.zipformer_training import training_step
-
     found = {}
     for pass_, length in (("inference", seconds), ("training step", training_seconds)):
         inputs = upstream.example(batch, 100 * length)
@@ -149,7 +126,6 @@ def _of_machine(found):
     passes = found["passes"]
     heads = [f"{pass_}: {name}, ms" for pass_ in passes for name in ("upstream", "fastasr")]
     heads = [head for pair in zip(heads[::2], heads[1::2], strict=True) for head in (*pair, "share")]
-    lines = [f"| Zipformer {found['size']} | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
     totals = {
         pass_: {name: sum(of[name].values()) for name in ("upstream", "fastasr")}
         for pass_, of in passes.items()
@@ -159,12 +135,12 @@ def _of_machine(found):
         cells = []
         for pass_, (theirs, ours) in values.items():
             cells += [f"{theirs:.1f}", f"{ours:.1f}", f"{ours / totals[pass_]['fastasr']:.0%}"]
-        return f"| {label} | {' | '.join(cells)} |"
+        return [label, *cells]
 
-    for part in (*(part for part in PARTS), PYTHON):
-        lines.append(
-            line(part, {pass_: (of["upstream"][part], of["fastasr"][part]) for pass_, of in passes.items()})
-        )
+    lines = [
+        line(part, {pass_: (of["upstream"][part], of["fastasr"][part]) for pass_, of in passes.items()})
+        for part in (*PARTS, PYTHON)
+    ]
     lines.append(line("**all**", {pass_: tuple(total.values()) for pass_, total in totals.items()}))
     place = found["environment"]
     limits = "; ".join(
@@ -173,6 +149,7 @@ def _of_machine(found):
         for pass_, of in passes.items()
     )
     where = f"{place['device_name']}, {place['threads']} thread(s), torch {place['torch']}, commit {place['commit']}"
+    lines = grid((f"Zipformer {found['size']}", *heads), lines, len(heads))
     return "\n".join([*lines, "", f"{limits[0].upper()}{limits[1:]}. {where}, {place['date'][:10]}."])
 
 

@@ -31,6 +31,7 @@ from fastasr.asr.decoding.chunks import SILENCE
 from fastasr.asr.recipe.transducers import EBranchformerTransducer
 from fastasr.benchmarks import upstream
 from fastasr.benchmarks.environment import int8_saturates, stamp
+from fastasr.benchmarks.markdown import grid
 from fastasr.benchmarks.plots import COLOURS, bars, png, pyplot
 from fastasr.benchmarks.studies import results
 
@@ -502,8 +503,7 @@ def readings(run, utterances, names=NAMES, report=lambda _: None):
 def peers_block(found):
     """Returns the page's table of ``measure``."""
     counts = list(found["threads"])
-    heads = [*(f"RTF, {count} thread{'s' * (count != '1')}" for count in counts), "memory, MB", "files, MB"]
-    lines = [f"| | {' | '.join(heads)} | output changed by |", "|---|" + "---:|" * (len(heads) + 1)]
+    lines = []
     for name in NAMES:
         of_counts = [found["threads"][count].get(name) for count in counts]
         known = next((row for row in of_counts if row), None)
@@ -511,9 +511,10 @@ def peers_block(found):
             continue
         cells = ["–" if row is None else f"{row['rtf']:.4f}" for row in of_counts]
         change = "" if known["change"] is None else f"{known['change']:.1e}"
-        lines.append(
-            f"| {name} | {' | '.join(cells)} | {known['resident_mb']:.0f} | {known['file_mb']:.0f} | {change} |"
-        )
+        lines.append([name, *cells, f"{known['resident_mb']:.0f}", f"{known['file_mb']:.0f}", change])
+    factors = (f"RTF, {count} thread{'s' * (count != '1')}" for count in counts)
+    heads = "", *factors, "memory, MB", "files, MB", "output changed by"
+    lines = grid(heads, lines, len(heads) - 1)
     what = f"Zipformer {found['size']}, a recording of {found['seconds']:g} s"
     return "\n".join([*lines, "", f"{what}. {_with_peers(found)}."])
 
@@ -554,10 +555,7 @@ def _cer(rows, name):
 
 def runs_block(found):
     """Returns the page's table of ``accuracy``."""
-    lines = [
-        "| run | read | recordings | characters | float32: characters wrong | bf16 | int8 | other texts: bf16 | int8 |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
-    ]
+    lines = []
     for name, run in found["runs"].items():
         for way in dict.fromkeys(row["read"] for row in run["rows"]):
             rows = [row for row in run["rows"] if row["read"] == way]
@@ -566,8 +564,9 @@ def runs_block(found):
                 exact, *others = (_cer(of, kind) for kind in FORMATS)
                 cells = [name, f"{way}, {lengths}", sum(row["recordings"] for row in of), characters]
                 cells += [f"{exact:.2%}", *(f"{100 * (cer - exact):+.2f}" for cer in others)]
-                cells += [sum(row["differs"][kind] for row in of) for kind in FORMATS[1:]]
-                lines.append(f"| {' | '.join(map(str, cells))} |")
+                lines.append(cells + [sum(row["differs"][kind] for row in of) for kind in FORMATS[1:]])
+    counted = "recordings", "characters", "float32: characters wrong", "bf16", "int8"
+    lines = grid(("run", "read", *counted, "other texts: bf16", "int8"), lines, 7)
     trained = [
         f"{name}: {run['steps']} steps, "
         + ", ".join(
@@ -584,19 +583,16 @@ def runs_block(found):
 def readings_block(found):
     """Returns the page's table of ``readings``."""
     groups = _groups(found["rows"], found["longest"])
-    heads = [f"{what}{group}" for what in ("", "other texts: ") for group in groups]
-    lines = [f"| | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
     first = NAMES[0]
-    lines.append(
-        f"| {first} | {' | '.join(f'{_cer(rows, first):.2%}' for rows in groups.values())} |{' |' * len(groups)}"
-    )
+    lines = [[first, *(f"{_cer(rows, first):.2%}" for rows in groups.values()), *("" for _ in groups)]]
     for name in found["rows"][0]["differs"]:
         rates = [
             f"{_cer(rows, name):.2%} ({100 * (_cer(rows, name) - _cer(rows, first)):+.2f})"
             for rows in groups.values()
         ]
-        others = [str(sum(row["differs"][name] for row in rows)) for rows in groups.values()]
-        lines.append(f"| {name} | {' | '.join([*rates, *others])} |")
+        lines.append([name, *rates, *(sum(r["differs"][name] for r in rows) for rows in groups.values())])
+    heads = [f"{what}{group}" for what in ("", "other texts: ") for group in groups]
+    lines = grid(("", *heads), lines, len(heads))
     counts = ", ".join(
         f"{group}: {sum(row['recordings'] for row in rows)} recordings of "
         f"{sum(row['characters'] for row in rows)} characters"

@@ -23,7 +23,7 @@ from fastasr import files
 from fastasr.asr.recipe import checkpoints, recogniser, sizes, speech, training
 from fastasr.asr.recipe.curves import read, smoothed
 from fastasr.benchmarks.environment import stamp
-from fastasr.benchmarks.markdown import put
+from fastasr.benchmarks.markdown import grid, put
 from fastasr.benchmarks.models import recipe_step
 from fastasr.benchmarks.plots import png, pyplot
 from fastasr.benchmarks.rows import Row, read_all
@@ -172,36 +172,34 @@ def block(found: dict | None, rows: Sequence[Row], others: dict[str, dict] | Non
 
 def _encoders(runs: dict[str, dict]) -> str:
     """Returns a line per encoder with the error rates along the way."""
-    lines = [
-        "Encoders side by side, on the same recordings and held-out set:",
-        "",
-        "| encoder | parameters | steps | minutes | transducer: characters | words | CTC: characters | words | at |",
-        "|---|" + "---:|" * 7 + "---|",
-    ]
+    lines = []
     for encoder, found in runs.items():
         run, held = found["run"], found["run"]["held_out"]
-        rates = " | ".join(f"{held[name]:.1%}" for name in ("cer", "wer", "ctc_cer", "ctc_wer"))
-        lines.append(
-            f"| {NAMES[encoder]} | {run['parameters'] / 1e6:.2f} M | {run['step']} | {run['minutes']:.0f} | {rates} | "
-            f"{found['commit']} |"
-        )
+        rates = [f"{held[name]:.1%}" for name in ("cer", "wer", "ctc_cer", "ctc_wer")]
+        sizes_of = f"{run['parameters'] / 1e6:.2f} M", run["step"], f"{run['minutes']:.0f}"
+        lines.append([NAMES[encoder], found["commit"], *sizes_of, *rates])
+    heads = "encoder", "at", "parameters", "steps", "minutes", "transducer: characters", "words"
+    title = "Encoders side by side, on the same recordings and held-out set:"
+    shown = [title, "", *grid((*heads, "CTC: characters", "words"), lines, 7), ""]
     scores = {e: {step: cer for step, cer, _ in found["run"].get("scores", [])} for e, found in runs.items()}
     steps = sorted(set().union(*scores.values()))
-    lines += [
-        "",
-        "| characters wrong after step | " + " | ".join(NAMES[encoder] for encoder in runs) + " |",
-        "|---:|" + "---:|" * len(runs),
+    lines = [
+        [step, *(f"{by_step[step]:.1%}" if step in by_step else "" for by_step in scores.values())]
+        for step in steps
     ]
-    for step in steps:
-        cells = (f"{by_step[step]:.1%}" if step in by_step else "" for by_step in scores.values())
-        lines.append(f"| {step} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    heads = "characters wrong after step", *(NAMES[encoder] for encoder in runs)
+    return "\n".join([*shown, *grid(heads, lines, len(heads))])
 
 
 def _run(found: dict) -> str:
     run, held = found["run"], found["run"]["held_out"]
     onnx = found["onnx"]
-    same = onnx["same text"]
+    same, wrong = onnx["same text"], ("characters wrong", "words wrong")
+    by_search = [
+        [name, f"{held[f'{kind}cer']:.1%}", f"{held[f'{kind}wer']:.1%}"]
+        for name, kind in (("transducer, greedy", ""), ("CTC, greedy", "ctc_"))
+    ]
+    scores = [[step, f"{cer:.1%}", f"{wer:.1%}"] for step, cer, wer in run.get("scores", [])]
     lines = [
         f"**{run['step']} steps** ({run['epoch']} epochs of {run['training_utterances']} recordings, three speeds) of "
         f"the size `{found['size']}`, {run['parameters'] / 1e6:.2f} million parameters, took {run['minutes']:.0f} "
@@ -210,14 +208,9 @@ def _run(found: dict) -> str:
         "",
         "![losses of the first steps, how far they are apart, and the long run](plots/recipe_curves.png)",
         "",
-        f"| of {run['held_out_utterances']} held-out recordings | characters wrong | words wrong |",
-        "|---|---:|---:|",
-        f"| transducer, greedy | {held['cer']:.1%} | {held['wer']:.1%} |",
-        f"| CTC, greedy | {held['ctc_cer']:.1%} | {held['ctc_wer']:.1%} |",
+        *grid((f"of {run['held_out_utterances']} held-out recordings", *wrong), by_search, 2),
         "",
-        "| step | characters wrong | words wrong |",
-        "|---:|---:|---:|",
-        *(f"| {step} | {cer:.1%} | {wer:.1%} |" for step, cer, wer in run.get("scores", [])),
+        *grid(("step", *wrong), scores, 3),
         "",
         "The ONNX files, streaming, read the text that the checkpoint reads in "
         + ", ".join(f"{same[m]} of {onnx['recordings']} recordings ({m})" for m in METHODS)
@@ -225,16 +218,13 @@ def _run(found: dict) -> str:
         "",
         "Relative difference of a step's loss from that of fastasr, same seed:",
         "",
-        "| | median | " + " | ".join(f"largest of the first {n}" for n in FIRST) + " |",
-        "|---|---:|" + "---:|" * len(FIRST),
     ]
+    differences = []
     for name, values in found["differences"].items():
-        largest = (values["largest"].get(str(n)) for n in FIRST)
-        figures = [values["all"]["median"], *largest]
-        lines.append(
-            f"| {LABELS[name]} | " + " | ".join("" if f is None else _scientific(f) for f in figures) + " |"
-        )
-    return "\n".join(lines)
+        figures = values["all"]["median"], *(values["largest"].get(str(n)) for n in FIRST)
+        differences.append([LABELS[name], *("" if f is None else _scientific(f) for f in figures)])
+    heads = "", "median", *(f"largest of the first {n}" for n in FIRST)
+    return "\n".join([*lines, *grid(heads, differences, len(heads) - 1)])
 
 
 def figure(found: dict):

@@ -8,14 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fastasr import files
-from fastasr.benchmarks.markdown import END, START, put
+from fastasr.benchmarks.markdown import put
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def marks(name: str = "") -> tuple[str, str]:
-    """Returns the markers of a page's only table, or of the table with a name."""
-    return (f"<!-- {name}:start -->", f"<!-- {name}:end -->") if name else (START, END)
 
 
 def parser(study: str, doc: str, page: str, page_only: str = "--page-only") -> argparse.ArgumentParser:
@@ -52,7 +47,7 @@ def run(
             return 0
         found = json.loads(options.results.read_text(encoding="utf-8"))
         made = blocks(found).items()
-        return max((put(options.page, text, options.check, *marks(name)) for name, text in made), default=0)
+        return max((put(options.page, text, options.check, name) for name, text in made), default=0)
     except (OSError, ValueError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from fastasr.benchmarks.environment import stamp
+from fastasr.benchmarks.markdown import grid
 from fastasr.benchmarks.studies import results
 
 WEIGHTS = ("fp32", "bf16", "int8")
@@ -99,21 +100,15 @@ def block(found: dict) -> str:
     """Returns the page's table of the results of ``measure``."""
     ways = {"the model's own code": found["model"]}
     ways |= {f"engine, {kind} ({values['backend']})": values for kind, values in found["engine"].items()}
-    lines = [
-        f"| {found['recordings']} held-out recordings | characters wrong | words wrong | other texts | "
-        "output changed by |",
-        "|---|---:|---:|---:|---:|",
-    ]
+    lines = []
     for way, values in ways.items():
-        differs, error = values.get("differs", ""), values.get("output_error")
-        lines.append(
-            f"| {way} | {values['cer']:.1%} | {values['wer']:.1%} | {differs} | "
-            f"{'' if error is None else f'{error:.1e}'} |"
-        )
+        error = values.get("output_error")
+        rates = f"{values['cer']:.1%}", f"{values['wer']:.1%}", values.get("differs", "")
+        lines.append([way, *rates, "" if error is None else f"{error:.1e}"])
+    heads = f"{found['recordings']} held-out recordings", "characters wrong", "words wrong", "other texts"
     place = found["environment"]
-    return "\n".join(
-        [*lines, "", f"{place['device_name']}, torch {place['torch']}, commit {place['commit']}."]
-    )
+    where = f"{place['device_name']}, torch {place['torch']}, commit {place['commit']}."
+    return "\n".join([*grid((*heads, "output changed by"), lines, 4), "", where])
 
 
 def main(arguments=None):
@@ -135,7 +130,7 @@ def main(arguments=None):
         found = measure(options.run, held_out, method=options.method, backend=options.backend)
         return found | {"environment": stamp()}
 
-    return results.run(options, measured if options.run else None, lambda found: {"": block(found)})
+    return results.run(options, measured if options.run else None, lambda found: {"bench": block(found)})
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import torch
 from fastasr import files
 from fastasr.benchmarks import upstream
 from fastasr.benchmarks.environment import stamp
+from fastasr.benchmarks.markdown import grid
 from fastasr.benchmarks.models import streaming_peers
 from fastasr.benchmarks.models.transcribe import LEFT_CONTEXT
 from fastasr.benchmarks.models.zipformer_streaming import PADDING
@@ -193,17 +194,13 @@ def figure(found):
 
 def block(found):
     """Returns the page's table."""
-    lines = [
-        f"| Zipformer {found['size']}, chunks of {found['period_ms']:.0f} ms | streams | p50, ms | p90, ms | p99, ms | "
-        "made in, s |",
-        "|---|---:|---:|---:|---:|---:|",
-    ]
+    lines = []
     for name, values in found["implementations"].items():
         packing = values.get("packing_ms")
-        lines.append(
-            f"| {name} | {values['streams']} | {values['p50_ms']:.0f} | {values['p90_ms']:.0f} | "
-            f"{values['p99_ms']:.0f} | {'' if packing is None else f'{packing / 1e3:.1f}'} |"
-        )
+        latencies = (f"{values[f'p{share}_ms']:.0f}" for share in (50, 90, 99))
+        lines.append([name, values["streams"], *latencies, "" if packing is None else f"{packing / 1e3:.1f}"])
+    what = f"Zipformer {found['size']}, chunks of {found['period_ms']:.0f} ms"
+    lines = grid((what, "streams", "p50, ms", "p90, ms", "p99, ms", "made in, s"), lines, 5)
     place = found["environment"]
     where = f"{place['device_name']}, {place['threads']} thread(s), torch {place['torch']}, commit {place['commit']}"
     how = f"{found['seconds']:.0f} s of each number of streams, best of {found['attempts']} attempts"
@@ -239,7 +236,7 @@ def main(arguments=None):
             options.attempts,
             report=lambda line: print(line, flush=True),
         ),
-        lambda found: {"": block(found)},
+        lambda found: {"bench": block(found)},
     )
     if code or options.check:
         return code

@@ -30,37 +30,34 @@ void on_threads(const LstmSizes& s, const F& f) {
   });
 }
 
-template <typename C>
-cpu::LayerNormLstm<C> problem(const LstmSizes& s, const Tensor& hidden_weight, const Tensor& gate_weight,
-                              const Tensor& gate_bias, const Tensor& cell_weight, const Tensor& cell_bias,
-                              const Optional& hidden, const Optional& cell, double eps) {
-  cpu::LayerNormLstm<C> p{};
-  p.size = s;
-  p.hidden_weight = data<C>(hidden_weight);
-  p.gate_weight = data<C>(gate_weight), p.gate_bias = data<C>(gate_bias);
-  p.cell_weight = data<C>(cell_weight), p.cell_bias = data<C>(cell_bias);
-  p.hidden = data_or_null<C>(hidden), p.cell = data_or_null<C>(cell);
-  p.eps = eps;
-  return p;
-}
-
-void check_parameters(const Tensor& like, int64_t hidden, const Tensor& hidden_weight, const Tensor& gate_weight,
-                      const Tensor& gate_bias, const Tensor& cell_weight, const Tensor& cell_bias, const char* op) {
-  check(hidden_weight.dim() == 2 && hidden_weight.size(0) == 4 * hidden, op, "hidden_weight");
-  check_size(hidden_weight, like, 4 * hidden * hidden, op, "hidden_weight");
-  for (const Tensor* t : {&gate_weight, &gate_bias, &cell_weight, &cell_bias})
-    check(t->dim() == 1, op, "a norm's parameter is no vector");
-  check_size(gate_weight, like, 4 * hidden, op, "gate_weight");
-  check_size(gate_bias, like, 4 * hidden, op, "gate_bias");
-  check_size(cell_weight, like, hidden, op, "cell_weight");
-  check_size(cell_bias, like, hidden, op, "cell_bias");
-}
-
-void check_state(const Optional& state, const Tensor& like, int64_t batch, int64_t hidden, const char* op,
-                 const char* name) {
+void check_state(const Optional& state, const Tensor& like, const LstmSizes& s, const char* op, const char* name) {
   if (!state.has_value()) return;
-  check(has_sizes(*state, {batch, hidden}), op, name);
+  check(has_sizes(*state, {s.batch, s.hidden}), op, name);
   check_like(*state, like, op, name);
+}
+
+// Returns the problem that checked parameters and states describe.
+template <typename C>
+cpu::LayerNormLstm<C> problem(const char* op, const Tensor& like, const LstmSizes& s, const Tensor& hidden_weight,
+                              const Tensor& gate_weight, const Tensor& gate_bias, const Tensor& cell_weight,
+                              const Tensor& cell_bias, const Optional& hidden, const Optional& cell, double eps) {
+  check(hidden_weight.dim() == 2 && hidden_weight.size(0) == 4 * s.hidden, op, "hidden_weight");
+  check_like(hidden_weight, like, op, "hidden_weight");
+  const auto parameter = [&](const Tensor& t, int64_t size, const char* name) {
+    check_like(t, like, op, name);
+    check(has_sizes(t, {size}), op, name);
+    return data<C>(t);
+  };
+  check_state(hidden, like, s, op, "hidden");
+  check_state(cell, like, s, op, "cell");
+  cpu::LayerNormLstm<C> p{};
+  p.size = s, p.hidden_weight = data<C>(hidden_weight), p.eps = eps;
+  p.gate_weight = parameter(gate_weight, 4 * s.hidden, "gate_weight");
+  p.gate_bias = parameter(gate_bias, 4 * s.hidden, "gate_bias");
+  p.cell_weight = parameter(cell_weight, s.hidden, "cell_weight");
+  p.cell_bias = parameter(cell_bias, s.hidden, "cell_bias");
+  p.hidden = data_or_null<C>(hidden), p.cell = data_or_null<C>(cell);
+  return p;
 }
 
 // Copies from to `to`, or writes zeros.
@@ -85,7 +82,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_lstm_forward(const Tensor&
   check(input.dim() == 3 && hidden_weight.dim() == 2, op, "sizes");
   check_like(input, input, op, "input");
   LstmSizes s{input.size(0), input.size(1), hidden_weight.size(1), 0};
-  check_parameters(input, s.hidden, hidden_weight, gate_weight, gate_bias, cell_weight, cell_bias, op);
   if (input_weight.has_value()) {
     s.inputs = input.size(2);
     check_like(*input_weight, input, op, "input_weight");
@@ -95,13 +91,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_lstm_forward(const Tensor&
   } else {
     check(input.size(2) == 4 * s.hidden, op, "input");
   }
-  check_state(hidden, input, s.batch, s.hidden, op, "hidden");
-  check_state(cell, input, s.batch, s.hidden, op, "cell");
   Tensor y = new_pooled(input, {s.steps, s.batch, s.hidden});
   Tensor last_hidden = new_pooled(input, {s.batch, s.hidden}), last_cell = new_pooled(input, {s.batch, s.hidden});
   Tensor kept = keep ? new_pooled(input, {s.kept()}) : new_without_elements(input);
   with_wide_kernels<cpu::LayerNormLstmKernels>(input, op, [&]<typename C>(const auto& kernel) {
-    auto p = problem<C>(s, hidden_weight, gate_weight, gate_bias, cell_weight, cell_bias, hidden, cell, eps);
+    auto p = problem<C>(op, input, s, hidden_weight, gate_weight, gate_bias, cell_weight, cell_bias, hidden, cell, eps);
     p.input = data<C>(input), p.input_weight = data_or_null<C>(input_weight);
     C *yp = mutable_data<C>(y), *hp = mutable_data<C>(last_hidden), *cp = mutable_data<C>(last_cell);
     C* kp = keep ? mutable_data<C>(kept) : nullptr;
@@ -130,18 +124,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer_norm_ls
   check(hidden_weight.dim() == 2 && steps >= 0 && batch >= 0, op, "sizes");
   const LstmSizes s{steps, batch, hidden_weight.size(1), 0};
   check_like(hidden_weight, hidden_weight, op, "hidden_weight");
-  check_parameters(hidden_weight, s.hidden, hidden_weight, gate_weight, gate_bias, cell_weight, cell_bias, op);
-  check_state(cell, hidden_weight, batch, s.hidden, op, "cell");
   check_size(kept, hidden_weight, s.kept(), op, "kept");
   if (grad_y.has_value()) check_size(*grad_y, hidden_weight, steps * batch * s.hidden, op, "grad_y");
-  for (const Optional* state : {&grad_hidden, &grad_cell})
-    check_state(*state, hidden_weight, batch, s.hidden, op, "grad");
+  for (const Optional* state : {&grad_hidden, &grad_cell}) check_state(*state, hidden_weight, s, op, "grad");
   Tensor dgates = new_pooled(hidden_weight, {steps, batch, 4 * s.hidden});
   Tensor dgate_weight = new_contiguous(gate_weight), dgate_bias = new_contiguous(gate_bias);
   Tensor dcell_weight = new_contiguous(cell_weight), dcell_bias = new_contiguous(cell_bias);
   Tensor dhidden = new_pooled(hidden_weight, {batch, s.hidden}), dcell = new_pooled(hidden_weight, {batch, s.hidden});
   with_wide_kernels<cpu::LayerNormLstmKernels>(hidden_weight, op, [&]<typename C>(const auto& kernel) {
-    const auto p = problem<C>(s, hidden_weight, gate_weight, gate_bias, cell_weight, cell_bias, {}, cell, eps);
+    const auto p =
+        problem<C>(op, hidden_weight, s, hidden_weight, gate_weight, gate_bias, cell_weight, cell_bias, {}, cell, eps);
     const auto given = [](const Optional& t) { return data_or_null<C>(t); };
     cpu::LayerNormLstmGradients<C> grad{};
     grad.y = given(grad_y), grad.hidden = mutable_data<C>(dhidden), grad.cell = mutable_data<C>(dcell);

@@ -7,13 +7,14 @@ outside this package, the commands and the benchmarks imports it.
 """
 
 from importlib import import_module
+from typing import Any
 
 from fastasr._nearest import no_attribute as _no_attribute
 
 __all__ = ["audio", "decoding", "demo", "export", "recipe", "recogniser", "streaming"]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name in __all__:
         return import_module(f"{__name__}.{name}")
     raise _no_attribute(__name__, name, __all__)

@@ -137,7 +137,7 @@ def joiner_loss(
         keep_logits, dropout_p, longest,
     )  # fmt: skip
     px, py = logprobs.lattice(op, px, py, boundary, rnnt_type, factor, delay_penalty)
-    return losses.over_lattice(op, px, py, boundary, reduction, False, zero_infinity)
+    return losses.reduced(op, -ops.rnnt_lattice(px, py, boundary), reduction, zero_infinity)
 
 
 def _is_small(am: Tensor, lm: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

@@ -12,6 +12,9 @@ from fastasr._transforms import Function, transform
 from fastasr.rnnt import logprobs
 from fastasr.rnnt import rows as row_ops
 
+# of ``losses``: blank, factor, clamp, fused_log_softmax, in_place; and whether there are gradients
+Options = tuple[int, float, float, bool, bool, bool]
+
 
 def losses(
     logits: Tensor,
@@ -32,9 +35,8 @@ def losses(
         clamp, fused_log_softmax, in_place: see ``fastasr.rnnt.lengths.rnnt_losses``.
     """
     differentiates = torch.is_grad_enabled() and logits.requires_grad
-    return _Losses.apply(
-        logits, rows, limits, blank, factor, clamp, fused_log_softmax, in_place, differentiates
-    )
+    options = blank, factor, clamp, fused_log_softmax, in_place, differentiates
+    return _Losses.apply(logits, rows, limits, options)
 
 
 def given(logprobs: Tensor, rows: Tensor, blank: int) -> tuple[Tensor, Tensor]:
@@ -50,17 +52,8 @@ class _Losses(Function):
     """
 
     @staticmethod
-    def formula(
-        logits: Tensor,
-        rows: Tensor,
-        limits: Tensor | None,
-        blank: int,
-        factor: float,
-        clamp: float,
-        fused: bool,
-        in_place: bool,
-        differentiates: bool,
-    ) -> Tensor:
+    def formula(logits: Tensor, rows: Tensor, limits: Tensor | None, options: Options) -> Tensor:
+        blank, factor, clamp, fused, in_place, _ = options
         if clamp > 0 or in_place:
             raise RuntimeError(
                 f"fastasr.rnnt: a loss with clamp or in_place is not possible under {transform()}: both change "
@@ -72,18 +65,8 @@ class _Losses(Function):
         return -ops.rnnt_lattice(px, py, limits)
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        rows: Tensor,
-        limits: Tensor | None,
-        blank: int,
-        factor: float,
-        clamp: float,
-        fused: bool,
-        in_place: bool,
-        differentiates: bool,
-    ) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, rows: Tensor, limits: Tensor | None, options: Options) -> Tensor:
+        blank, factor, clamp, fused, in_place, differentiates = options
         if fused:
             row_logprobs = row_ops.OP if torch.compiler.is_compiling() else row_ops.forward
             px, py, normaliser = row_logprobs(logits, rows, blank, False)
@@ -120,4 +103,4 @@ class _Losses(Function):
             found = row_ops.BACKWARD_OP(*call) if compiling else row_ops.backward(*call, in_place)
         if clamp > 0:
             found = found.clamp_(-clamp, clamp).mul_(grad.view(-1, 1, 1, 1))
-        return found, *(None,) * 8
+        return found, None, None, None

@@ -25,7 +25,6 @@ An empty transcript (S = 0) is valid; a sequence without frames has the loss 0 i
 """
 
 import math
-from typing import Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -155,30 +154,6 @@ def rnnt_loss_pruned(
 
 
 # --------------------------------------------------------------------------- shared code
-@overload
-def over_lattice(
-    op: str,
-    px: Tensor,
-    py: Tensor,
-    boundary: Tensor | None,
-    reduction: str | None,
-    return_grad: Literal[False],
-    zero_infinity: bool,
-) -> Tensor: ...
-
-
-@overload
-def over_lattice(
-    op: str,
-    px: Tensor,
-    py: Tensor,
-    boundary: Tensor | None,
-    reduction: str | None,
-    return_grad: bool,
-    zero_infinity: bool,
-) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor]]: ...
-
-
 def over_lattice(
     op: str,
     px: Tensor,

@@ -4,7 +4,8 @@
 import copy
 import functools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -134,6 +135,10 @@ class Rule:
     graphs: Graphed | None = None
     leaves: Callable = field(default=lambda module: {})
 
+    def like(self, name: str, class_name: str, known: dict[str, Known]) -> "Rule":
+        """Returns this rule for another class that has the same code."""
+        return replace(self, name=name, class_name=class_name, known=known)
+
     @property
     def is_optional(self) -> bool:
         """Says whether nothing but ``accelerate(ragged=True)`` or ``graphs=True`` binds it."""
@@ -256,6 +261,48 @@ def check_child_names(
     if extra:
         return f"has submodules this class does not have upstream: {', '.join(extra)}"
     return f"lacks the submodules {', '.join(missing)}" if missing else None
+
+
+def check_parts(
+    module: nn.Module,
+    children: Collection[str],
+    shapes: Mapping[str, Iterable[int]] = MappingProxyType({}),
+    optional: Collection[str] = (),
+    buffers: Collection[str] = (),
+) -> str | None:
+    """Returns a reason unless the module has exactly these children, any of ``optional``, parameters of ``shapes``
+    and no buffers but ``buffers``, else None."""
+    reason = check_parameters(module, shapes, allowed_buffers=buffers)
+    return reason or check_child_names(module, children, optional)
+
+
+def holds(*children: str, **code: tuple[str, Collection[str]]) -> Callable[[Upstream], str | None]:
+    """Returns the structure of a module with exactly these children and no parameters. ``code``: child -> the name of
+    its class and the known fingerprints, see ``unread_child``."""
+
+    def structure(module: Upstream) -> str | None:
+        reason = check_parts(module, children)
+        for name, known in code.items():
+            reason = reason or unread_child(module, name, *known)
+        return reason
+
+    return structure
+
+
+def check_rates(module: nn.Module, names: Iterable[str]) -> str | None:
+    """Returns a reason unless these attributes are numbers or schedules, else None."""
+    for name in names:
+        if not is_rate(value := getattr(module, name)):
+            return f"{name} is a {type(value).__name__}, expected a number or a schedule"
+    return None
+
+
+def check_ints(module: nn.Module, names: Iterable[str]) -> str | None:
+    """Returns a reason unless these attributes are ints, else None."""
+    for name in names:
+        if not isinstance(value := getattr(module, name), int):
+            return f"{name} is {value!r}, expected an int"
+    return None
 
 
 def check_sequence(module: nn.Module, name: str, classes: Sequence[Any]) -> str | None:

@@ -13,6 +13,7 @@ token, so they change more texts than the whole encoder does, and greedy search 
 
 import types
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,51 +122,45 @@ def keep(
     (model, inputs) that runs the model and returns its result. bound: the largest relative rms error of the outputs.
     before: the model's state, if there are inputs.
     """
+    with _as_before_on_error(model):
+        report = ReducedReport(format, [])
+        whole = _reduced_weights.why_not(format)
+        weights, searched = [], _searched(model)
+        for path, module, weight, by_us in _weights(model):
+            why_not = SEARCHED if id(weight) in searched else _why_not(weight, by_us)
+            row = WeightRow(path, tuple(weight.shape), FLOAT32, whole or why_not)
+            if not chosen(path, module):
+                row.reason = "not selected"
+            if not row.reason:
+                row.format = format
+                _reduced_weights.keep(weight, format)
+            report.rows.append(row)
+            weights.append(weight)
+        kept = [pair for pair in zip(report.rows, weights, strict=True) if pair[0].format != FLOAT32]
+        if kept and inputs is not None:
+            given = () if callable(inputs) else (inputs,)
+            with torch.no_grad(), ModelState(model, *given, whole=before) as state:
+                _measure(kept, lambda: run(model, inputs), state, report, bound)
+        for weight in weights:
+            size, copy = weight.numel() * weight.element_size(), _reduced_weights.copy_of(weight)
+            report.bytes_before += size
+            report.bytes_after += size if copy is None else copy.bytes
+        if report.reduced:
+            vars(model)["train"] = types.MethodType(_train, model)
+        return report
+
+
+@contextmanager
+def _as_before_on_error(model: nn.Module) -> Iterator[None]:
     earlier = [(p, copy.format) for p in model.parameters() if (copy := _reduced_weights.copy_of(p))]
     release(model)
     try:
-        return _reduce(model, format, chosen, inputs, run, bound, before)
+        yield
     except BaseException:
         release(model)
         for weight, its_format in earlier:
             _reduced_weights.keep(weight, its_format)
         raise
-
-
-def _reduce(
-    model: nn.Module,
-    format: str,
-    chosen: Callable[[str, nn.Module], bool],
-    inputs: Any,
-    run: Callable[[nn.Module, Any], Any],
-    bound: float,
-    before: ModelState | None,
-) -> ReducedReport:
-    report = ReducedReport(format, [])
-    whole = _reduced_weights.why_not(format)
-    weights, searched = [], _searched(model)
-    for path, module, weight, by_us in _weights(model):
-        why_not = SEARCHED if id(weight) in searched else _why_not(weight, by_us)
-        row = WeightRow(path, tuple(weight.shape), FLOAT32, whole or why_not)
-        if not chosen(path, module):
-            row.reason = "not selected"
-        if not row.reason:
-            row.format = format
-            _reduced_weights.keep(weight, format)
-        report.rows.append(row)
-        weights.append(weight)
-    kept = [pair for pair in zip(report.rows, weights, strict=True) if pair[0].format != FLOAT32]
-    if kept and inputs is not None:
-        given = () if callable(inputs) else (inputs,)
-        with torch.no_grad(), ModelState(model, *given, whole=before) as state:
-            _measure(kept, lambda: run(model, inputs), state, report, bound)
-    for weight in weights:
-        size, copy = weight.numel() * weight.element_size(), _reduced_weights.copy_of(weight)
-        report.bytes_before += size
-        report.bytes_after += size if copy is None else copy.bytes
-    if report.reduced:
-        vars(model)["train"] = types.MethodType(_train, model)
-    return report
 
 
 def release(model: nn.Module) -> int:

@@ -92,6 +92,13 @@ def _close(a: Tensor, b: Tensor, what: str) -> None:
     )
 
 
+def _all_agree(agree: Callable, found: tuple, expected: tuple, note: str = "") -> None:
+    """Asserts that values and gradients of two calls of ``values_and_gradients`` agree."""
+    agree(found[0].detach(), expected[0].detach(), f"values{note}")
+    for name, grad in found[1].items():
+        agree(grad, expected[1][name], f"gradient of {name}{note}")
+
+
 # --------------------------------------------------------------------------- numerics
 def parity(table: OpTable, sample: Sample, dtype: torch.dtype, device: str) -> None:
     """Compares values and gradients with the float64 definition; the error must not exceed eager's."""
@@ -314,13 +321,11 @@ def _agree(
                 yield f"{name}, {what}", comparison
 
     given = arguments(dtype, 0)
-    out, grads, weights = values_and_gradients(table.function, given, cotangent(dtype, 0))
+    first = values_and_gradients(table.function, given, cotangent(dtype, 0))
     try:
         for name, layout in layouts.items():
-            other, other_grads, _ = values_and_gradients(table.function, given, weights, layout=layout)
-            _close(other.detach(), out.detach(), name)
-            for argument, grad in other_grads.items():
-                _close(grad, grads[argument], f"{name}, gradient of {argument}")
+            other = values_and_gradients(table.function, given, first[2], layout=layout)
+            _all_agree(_close, other, first, f", {name}")
     except AssertionError:
         _assert_judged(one_draw, draws)
 
@@ -375,15 +380,13 @@ def poisoned(table: OpTable, sample: Sample, dtype: torch.dtype, device: str) ->
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         settings.fill_uninitialized_memory = False
-        out, grads, cotangent = values_and_gradients(table.function, arguments)
+        first = values_and_gradients(table.function, arguments)
         settings.fill_uninitialized_memory = True
-        again, grads_again, _ = values_and_gradients(table.function, arguments, cotangent)
+        again = values_and_gradients(table.function, arguments, first[2])
     finally:
         torch.use_deterministic_algorithms(before[0])
         settings.fill_uninitialized_memory = before[1]
-    _same(again.detach(), out.detach(), "values")
-    for name, grad in grads_again.items():
-        _same(grad, grads[name], f"gradient of {name}")
+    _all_agree(_same, again, first)
 
 
 def inputs_untouched(table: OpTable, sample: Sample, dtype: torch.dtype, device: str) -> None:
@@ -417,18 +420,16 @@ def changed_in_place(table: OpTable, sample: Sample, dtype: torch.dtype, device:
 def deterministic(table: OpTable, sample: Sample, dtype: torch.dtype, device: str) -> None:
     """Two runs are bitwise equal, and so are runs on one thread and on several."""
     arguments = _make(sample, dtype, device)
-    out, grads, cotangent = values_and_gradients(table.function, arguments)
+    first = values_and_gradients(table.function, arguments)
     threads = torch.get_num_threads()
     several = [2] * (3 if sample.large else 1)  # a race shows in some of the runs
     for n in (threads, 1, *several) if table.thread_invariant and device == "cpu" else (threads,):
         torch.set_num_threads(n)
         try:
-            again, grads_again, _ = values_and_gradients(table.function, arguments, cotangent)
+            again = values_and_gradients(table.function, arguments, first[2])
         finally:
             torch.set_num_threads(threads)
-        _same(again.detach(), out.detach(), f"values, {n} threads")
-        for name, grad in grads_again.items():
-            _same(grad, grads[name], f"gradient of {name}, {n} threads")
+        _all_agree(_same, again, first, f", {n} threads")
 
 
 def chunked(table: OpTable, sample: Sample, dtype: torch.dtype, device: str) -> None:
@@ -503,11 +504,8 @@ def compiles(table: OpTable, sample: Sample, dtype: torch.dtype, device: str) ->
     def run(**a: Any) -> Any:
         return compiled(**a)
 
-    out, grads, cotangent = values_and_gradients(table.function, arguments)
-    other, other_grads, _ = values_and_gradients(run, arguments, cotangent)
-    _close(other.detach(), out.detach(), "values")
-    for name, grad in other_grads.items():
-        _close(grad, grads[name], f"gradient of {name}")
+    first = values_and_gradients(table.function, arguments)
+    _all_agree(_close, values_and_gradients(run, arguments, first[2]), first)
 
 
 def no_recompile(table: OpTable, sample: Sample, dtype: torch.dtype, device: str) -> None:

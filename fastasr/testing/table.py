@@ -90,6 +90,27 @@ class Sample:
         object.__setattr__(self, "arguments", placed(self.arguments))
 
 
+def sampler(call: Callable[..., dict], **settings: Any) -> Callable[..., Sample]:
+    """Returns a function (name, sizes, **arguments) that makes the sample ``call(make, *sizes, **arguments)``.
+
+    Arguments may be functions of ``Make``. Those that Sample has too are its own, and so are ``settings``.
+    """
+
+    def sample(name: str, sizes: tuple[int, ...], **arguments: Any) -> Sample:
+        own = settings | {key: arguments.pop(key) for key in _OF_SAMPLE & arguments.keys()}
+
+        def made(make: Make) -> dict:
+            given = {key: value(make) if callable(value) else value for key, value in arguments.items()}
+            return call(make, *sizes, **given)
+
+        return Sample(name, made, **own)
+
+    return sample
+
+
+_OF_SAMPLE = {"exact", "thorough", "large", "draws"}
+
+
 @dataclass(frozen=True)
 class Invalid:
     """A call that must raise ``error`` with ``match`` in its message, before anything is launched."""

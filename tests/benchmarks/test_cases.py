@@ -2,6 +2,7 @@
 """The tables of cases, and a measurement from a case to its rows."""
 
 import contextlib
+import importlib
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from fastasr.benchmarks import upstream
 from fastasr.benchmarks.case import Settings, measure
 from fastasr.benchmarks.encoders import ENCODERS, Encoder
 from fastasr.benchmarks.harness import Timing
+from fastasr.benchmarks.models import fast_conformer, ragged, streaming_engine, transducer_generate
 from fastasr.benchmarks.models.unit import first, swapped
 from fastasr.testing.samples import linear
 from fastasr.testing.speed import BACKWARD, BOTH, FORWARD, Case, Cost, Unavailable, simple, upstream_member
@@ -156,45 +158,94 @@ def test_upstream_that_cannot_be_imported_is_unavailable(monkeypatch):
         upstream_member("zipformer.modules.nowhere.Nothing")
 
 
-def test_a_chunk_through_the_streaming_engine():
-    from fastasr.benchmarks.models import streaming_engine
+# Benchmark of models -> its sizes, the case, shape and pass of each unit, and the implementations that it compares
+MEASURED = {
+    "streaming_engine": (
+        {"size": "tiny", "chunks": (16,), "streams": (1, 2), "inner_compile": False},
+        [
+            ("one chunk of 16", "tiny 1 stream, left context 128", FORWARD),
+            ("one chunk of 16", "tiny 2 streams, left context 128", FORWARD),
+        ],
+        ["upstream", *streaming_engine.PEERS],
+    ),
+    "mega_step": (
+        {"size": "tiny", "histories": (0, 3), "batches": (2,)},
+        [(f"history {count}", "B=2", FORWARD) for count in (0, 3)],
+        ["upstream", "fastasr"],
+    ),
+    "emformer": (
+        {"size": "tiny", "segments": ((4, 1),), "batch": 2, "frames": 20},
+        [
+            ("segment 4, right 1", "tiny 2x20", FORWARD),
+            ("segment 4, right 1", "tiny 2x20", BOTH),
+            ("one segment of 4, right 1", "tiny 1x4", FORWARD),
+        ],
+        ["upstream", "upstream+linear", "fastasr", "fastasr own"],
+    ),
+    "e_branchformer": (
+        {"size": "tiny", "batch": 2, "frames": 9},
+        [("layer", "tiny 2x9", pass_) for pass_ in (FORWARD, BOTH)],
+        ["upstream", "upstream+linear", "fastasr", "fastasr own"],
+    ),
+    "fast_conformer": (
+        fast_conformer.QUICK,
+        [
+            (part, "tiny, 1 of its layers, 2 x 2 s", pass_)
+            for part, pass_ in (("encoder", FORWARD), ("front end", FORWARD), ("encoder", BOTH))
+        ],
+        ["upstream", "fastasr"],
+    ),
+    "ragged": (
+        ragged.QUICK,
+        [
+            (f"{encoder}'s encoder", f"{size}, 3 short commands, {order}", pass_)
+            for encoder, size in (("Parakeet", "tiny"), ("Zipformer", "tiny"), ("w2v-BERT", "0.6B"))
+            for order in ("unsorted", "sorted")
+            for pass_ in (FORWARD, BOTH)
+        ],
+        ["upstream", "fastasr", "fastasr, ragged"],
+    ),
+    "transducer_generate": (
+        transducer_generate.QUICK,
+        [
+            ("TDT", "B=2, T=20, 5 steps", FORWARD),
+            ("RNNT", "B=2, T=20, 5 steps", FORWARD),
+            ("a recording", "TDT tiny, 1 layers, 1 x 2 s, 5 steps", FORWARD),
+        ],
+        ["upstream", "fastasr"],
+    ),
+    "emformer_rnnt": (
+        {"size": "tiny", "sequences": ((2, 3),), "steps": (2,), "compile_model": False},
+        [
+            ("predictor", "tiny 2x3", FORWARD),
+            ("predictor", "tiny 2x3", BOTH),
+            ("predictor, one step", "tiny 2x1", FORWARD),
+        ],
+        ["upstream", "upstream+linear", "fastasr"],
+    ),
+}
 
-    measured = streaming_engine.measure(
-        size="tiny", chunks=(16,), streams=(1, 2), inner_compile=False, settings=QUICK, reps=2
-    )
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_measurements_of_models(name):
+    sizes, expected, implementations = MEASURED[name]
+    module = importlib.import_module(f"fastasr.benchmarks.models.{name}")
     with peer():
-        units = list(measured)
-    assert [unit[0].shape.split(",")[0] for unit in units] == ["tiny 1 stream", "tiny 2 streams"]
+        units = list(module.measure(**sizes, settings=QUICK, reps=2))
+    assert [(unit[0].case, unit[0].shape, unit[0].pass_) for unit in units] == expected
     for unit in units:
-        assert [row.implementation for row in unit] == ["upstream", *streaming_engine.PEERS]
+        assert sorted(row.implementation for row in unit) == sorted(implementations)
+        assert len({(row.case, row.shape, row.pass_) for row in unit}) == 1
+    if name == "mega_step":
+        assert all(unit[0].bytes > 4 * 64 * 96 for unit in units)
+    assert list(module.measure(**sizes, settings=QUICK, skip=lambda *_: True)) == []
 
 
-def test_a_step_of_the_mega_decoder():
-    from fastasr.benchmarks.models import mega_step
-
-    with peer():
-        units = list(mega_step.measure(size="tiny", histories=(0, 3), batches=(2,), settings=QUICK, reps=2))
-    assert [unit[0].case for unit in units] == ["history 0", "history 3"]
-    for unit in units:
-        assert [row.implementation for row in unit] == ["upstream", "fastasr"]
-        assert unit[0].bytes > 4 * 64 * 96
-    assert list(mega_step.measure(size="tiny", settings=QUICK, skip=lambda *unit: True)) == []
-
-
-def test_the_emformer():
-    from fastasr.benchmarks.models import emformer
-
-    with peer():
-        sizes = {"size": "tiny", "segments": ((4, 1),), "batch": 2, "frames": 20}
-        units = list(emformer.measure(**sizes, settings=QUICK, reps=2))
-    assert [(u[0].case, u[0].pass_) for u in units] == [
-        ("segment 4, right 1", FORWARD),
-        ("segment 4, right 1", BOTH),
-        ("one segment of 4, right 1", FORWARD),
-    ]
-    names = {"upstream", "upstream+linear", "fastasr", "fastasr own"}
-    assert all({row.implementation for row in unit} == names for unit in units)
-    assert list(emformer.measure(size="tiny", settings=QUICK, skip=lambda case, shape, pass_: True)) == []
+def test_lengths_of_ragged_batches():
+    lengths = ragged.seconds(ragged.LIBRISPEECH, 1000, ordered=False)
+    assert 11 < sum(lengths) / 1000 < 13
+    lengths = ragged.seconds(ragged.LIBRISPEECH, 16, ordered=True)
+    assert min(lengths) > 0.85 * max(lengths)
 
 
 def test_published_encoders():
@@ -254,69 +305,6 @@ def test_a_step_of_every_published_encoder(name):
     assert any(p.grad is not None for p in model.parameters())
 
 
-def test_the_e_branchformer_layer():
-    from fastasr.benchmarks.models import e_branchformer
-
-    sizes = {"size": "tiny", "batch": 2, "frames": 9}
-    with peer():
-        units = list(e_branchformer.measure(**sizes, settings=QUICK, reps=2))
-    assert [(unit[0].case, unit[0].pass_) for unit in units] == [
-        ("layer", "forward"),
-        ("layer", "forward+backward"),
-    ]
-    for unit in units:
-        names = [row.implementation for row in unit]
-        assert names == ["upstream", "upstream+linear", "fastasr", "fastasr own"]
-    assert list(e_branchformer.measure(**sizes, settings=QUICK, skip=lambda *_: True)) == []
-
-
-def test_the_fast_conformer():
-    from fastasr.benchmarks.models import fast_conformer
-
-    with peer():
-        units = list(fast_conformer.measure(**fast_conformer.QUICK, settings=QUICK, reps=2))
-    assert [(unit[0].case, unit[0].pass_) for unit in units] == [
-        ("encoder", "forward"),
-        ("front end", "forward"),
-        ("encoder", "forward+backward"),
-    ]
-    for unit in units:
-        assert [row.implementation for row in unit] == ["upstream", "fastasr"]
-        assert {row.shape for row in unit} == {"tiny, 1 of its layers, 2 x 2 s"}
-    assert list(fast_conformer.measure(settings=QUICK, skip=lambda *_: True)) == []
-
-
-def test_ragged_batches():
-    from fastasr.benchmarks.models import ragged
-
-    with peer():
-        units = list(ragged.measure(**ragged.QUICK, settings=QUICK, reps=2))
-    assert [unit[0].pass_ for unit in units] == 6 * ["forward", "forward+backward"]
-    assert len({(unit[0].case, unit[0].shape) for unit in units}) == 6
-    for unit in units:
-        assert [row.implementation for row in unit] == ["upstream", "fastasr", "fastasr, ragged"]
-    assert list(ragged.measure(settings=QUICK, skip=lambda *_: True)) == []
-    lengths = ragged.seconds(ragged.LIBRISPEECH, 1000, ordered=False)
-    assert 11 < sum(lengths) / 1000 < 13
-    lengths = ragged.seconds(ragged.LIBRISPEECH, 16, ordered=True)
-    assert min(lengths) > 0.85 * max(lengths)
-
-
-def test_generate_of_transducers():
-    from fastasr.benchmarks.models import transducer_generate
-
-    with peer():
-        units = list(transducer_generate.measure(**transducer_generate.QUICK, settings=QUICK, reps=2))
-    assert [(unit[0].case, unit[0].shape) for unit in units] == [
-        ("TDT", "B=2, T=20, 5 steps"),
-        ("RNNT", "B=2, T=20, 5 steps"),
-        ("a recording", "TDT tiny, 1 layers, 1 x 2 s, 5 steps"),
-    ]
-    for unit in units:
-        assert [row.implementation for row in unit] == ["upstream", "fastasr"]
-    assert list(transducer_generate.measure(settings=QUICK, skip=lambda *_: True)) == []
-
-
 def test_nemotron_streaming():
     from fastasr.benchmarks.models import nemotron_streaming
 
@@ -334,21 +322,6 @@ def test_nemotron_streaming():
         ]
     )
     assert list(nemotron_streaming.measure(settings=QUICK, skip=lambda *_: True)) == []
-
-
-def test_the_predictor_of_the_emformer_transducer():
-    from fastasr.benchmarks.models import emformer_rnnt
-
-    sizes = {"size": "tiny", "sequences": ((2, 3),), "steps": (2,)}
-    with peer():
-        units = list(emformer_rnnt.measure(**sizes, settings=QUICK, reps=2, compile_model=False))
-    assert [(unit[0].case, unit[0].pass_) for unit in units] == [
-        ("predictor", "forward"),
-        ("predictor", "forward+backward"),
-        ("predictor, one step", "forward"),
-    ]
-    for unit in units:
-        assert [row.implementation for row in unit] == ["upstream", "upstream+linear", "fastasr"]
 
 
 def test_a_step_of_the_recipe():

@@ -21,4 +21,4 @@ def test_rows_of_a_report(tmp_path, monkeypatch):
     old, new = ({**found[0], "device_name": "a CPU", "commit": commit} for commit in ("1", "2"))
     (tmp_path / "rows.json").write_text(json.dumps([old, new]))
     monkeypatch.setattr(instruction_sets, "RESULTS", tmp_path / "rows.json")
-    assert instruction_sets.table().splitlines()[2:] == ["| `portable` | 1 | 1 | 0 | a CPU | 2 |"]
+    assert instruction_sets.table().splitlines()[2:] == ["| `portable` | a CPU | 2 | 1 | 1 | 0 |"]

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from fastasr.benchmarks import upstream
-from fastasr.benchmarks.studies import int8_peers, results
+from fastasr.benchmarks.markdown import marks
+from fastasr.benchmarks.studies import int8_peers
 from fastasr.ops import _dispatch
 
 PLACE = {"device_name": "a CPU", "torch": "2.13.0", "commit": "abc", "date": "2026-11-22T00:00:00Z"}
-PAGE = "\n".join(mark for name in ("peers", "runs") for mark in results.marks(name))
+PAGE = "\n".join(mark for name in ("peers", "runs") for mark in marks(name))
 
 
 @pytest.mark.long

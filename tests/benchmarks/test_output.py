@@ -27,7 +27,7 @@ def made():
 def readme(tmp_path):
     """Writes a page with markers."""
     path = tmp_path / "README.md"
-    path.write_text(f"# title\n\n{markdown.START}\nold\n{markdown.END}\n\nafter\n")
+    path.write_text("# title\n\n{}\nold\n{}\n\nafter\n".format(*markdown.marks()))
     return path
 
 
@@ -118,7 +118,7 @@ def test_without_rows_the_table_says_so():
 
 def test_a_page_without_markers_is_refused(readme):
     readme.write_text("# title\n")
-    with pytest.raises(ValueError, match=re.escape(markdown.START)):
+    with pytest.raises(ValueError, match=re.escape(markdown.marks()[0])):
         markdown.put(readme, "", check=False)
 
 

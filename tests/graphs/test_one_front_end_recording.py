@@ -4,13 +4,15 @@ alone. In training the reference runs every convolution on each recording alone,
 
 import copy
 import random
+from functools import partial
 
 import pytest
 import torch
-from steps import close, cotangent, moved, numbers, same_gradients, seeded
+from recorded import lengths_on_a_row, on_rows
+from steps import close, cotangent, numbers, same_gradients, seeded
+from test_one_zipformer_recording import of_whitening, prepared
 
 import fastasr
-from fastasr.graphs import module as graphs_of
 from fastasr.models.zipformer import Conv2dSubsampling, Zipformer
 from fastasr.testing.tape import TapeRecorder
 
@@ -18,18 +20,8 @@ FRAMES, RECORDINGS, LONGEST, BINS = 301, 4, 161, 20
 ROOM = {"frames": FRAMES, "recordings": RECORDINGS, "longest": LONGEST}
 SIZES = BINS, 12, 4, 8, 16
 KINDS = "ours", "swapped"
+recorded = partial(on_rows, **ROOM, after=0)
 ROUNDED = 1e-6  # numbers of the host are float32 on the device
-
-
-def prepared(model, batch_count=20000.0):
-    for module in model.modules():
-        if hasattr(module, "batch_count"):
-            module.batch_count = batch_count
-        if hasattr(module, "mem_cutoff"):
-            module.mem_cutoff = lambda _: False
-        if hasattr(module, "encoder_pos"):
-            module.encoder_pos.dropout.p = 0.0
-    return moved(model, 0.03).double()
 
 
 def front_end(kind="ours", batch_count=20000.0):
@@ -41,15 +33,6 @@ def front_end(kind="ours", batch_count=20000.0):
 
     with tiny_zipformer.plain_swoosh():
         return prepared(modules.Conv2dSubsampling(*SIZES, dropout=0.5), batch_count)
-
-
-def recorded(model, **options):
-    """Returns the front end, whose calls are recorded on rows, and its graphs."""
-    tapes = TapeRecorder()
-    options = {**ROOM, "after": 0, **options}
-    report = fastasr.accelerate(model, ragged=True, graphs=fastasr.Graphs(recorder=lambda: tapes, **options))
-    assert report.graphs[""] is None
-    return model, graphs_of.of(model)
 
 
 def batch(lengths, frames=None, seed=1):
@@ -70,25 +53,8 @@ def packed(x, lengths):
 
 def drawn(count, recordings=None):
     """Yields lengths of batches that fit, among them the shortest, empty ones, and rows that are exactly full."""
-    if recordings is None:
-        yield from (
-            [100, 60],
-            [1],
-            [161, 140],
-            [75] * 4,
-            [0, 90],
-            [9, 1, 8, 9],
-            [90, 0, 17],
-            [161, 9, 7, 124],
-        )
-        count -= 8
-    generator = numbers(0)
-    for _ in range(count):
-        left, lengths = FRAMES, []
-        for _ in range(recordings or int(torch.randint(1, RECORDINGS + 1, (), generator=generator))):
-            lengths.append(int(torch.randint(0, min(left, LONGEST) + 1, (), generator=generator)))
-            left -= lengths[-1]
-        yield lengths
+    first = [100, 60], [1], [161, 140], [75] * 4, [0, 90], [9, 1, 8, 9], [90, 0, 17], [161, 9, 7, 124]
+    return lengths_on_a_row(count, ROOM.values(), () if recordings else first, recordings)
 
 
 def behind(lengths):
@@ -233,10 +199,6 @@ def reference(model, x, lengths):
     kept = torch.rand(len(rows), 1, SIZES[1]) > p
     for y, k in zip(rows, kept, strict=True):
         yield y[0] * k / (1 - p)
-
-
-def of_whitening(model):
-    return [m.prob for m in model.modules() if is_a(m, "Whiten")]
 
 
 def step(model, outputs, x, lengths):

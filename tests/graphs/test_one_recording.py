@@ -3,10 +3,12 @@
 padding, in values, gradients and statistics."""
 
 import copy
+from functools import partial
 
 import families
 import pytest
 import torch
+from recorded import lengths_on_a_row, on_rows, without_padding
 from steps import close, cotangent, moved, numbers, same_gradients, seeded
 from tiny_parakeet import SIZES, STILL
 
@@ -19,6 +21,7 @@ from fastasr.testing.tape import TapeRecorder
 
 FRAMES, RECORDINGS, LONGEST = 400, 5, 240
 KINDS = "ours", "swapped", "nemo"
+recorded = partial(on_rows, frames=FRAMES, recordings=RECORDINGS, longest=LONGEST, after=1)
 
 
 def encoder(kind, **options):
@@ -32,25 +35,6 @@ def encoder(kind, **options):
         FastConformerEncoder.from_config(config) if kind == "ours" else transformers.ParakeetEncoder(config)
     )
     return moved(model, 0.03).double()
-
-
-def without_padding(model):
-    """Returns the model, which leaves padding out."""
-    if isinstance(model, FastConformerEncoder):
-        model.ragged = True
-    fastasr.accelerate(model, ragged=True)
-    return model
-
-
-def recorded(model, **options):
-    """Returns the model, which leaves padding out on recorded rows, and its graphs."""
-    if isinstance(model, FastConformerEncoder):
-        model.ragged = True
-    options = {"frames": FRAMES, "recordings": RECORDINGS, "longest": LONGEST, "after": 1, **options}
-    tapes = TapeRecorder()
-    report = fastasr.accelerate(model, ragged=True, graphs=fastasr.Graphs(recorder=lambda: tapes, **options))
-    assert report.graphs == {"": None}
-    return model, graphs_of.of(model)
 
 
 def is_nemo(model):
@@ -83,17 +67,10 @@ def batch(lengths, frames=None, seed=1, model=None):
     return x * mask[..., None], mask.long()
 
 
-def drawn(count, seed=0):
+def drawn(count):
     """Yields lengths of batches that fit, among them the shortest, empty ones, and a row that is exactly full."""
-    yield from ([100, 60], [1], [240, 160], [80] * 5, [0, 90], [1, 1, 1, 1, 1], [90, 0, 17])
-    random = numbers(seed)
-    for _ in range(count - 7):
-        left, lengths = FRAMES, []
-        for _ in range(int(torch.randint(1, RECORDINGS + 1, (), generator=random))):
-            most = min(left, LONGEST)
-            lengths.append(int(torch.randint(0, most + 1, (), generator=random)))
-            left -= lengths[-1]
-        yield lengths if any(lengths) else [1]
+    first = [100, 60], [1], [240, 160], [80] * 5, [0, 90], [1, 1, 1, 1, 1], [90, 0, 17]
+    return lengths_on_a_row(count, (FRAMES, RECORDINGS, LONGEST), first, least=1)
 
 
 def step(model, x, mask):

@@ -4,13 +4,14 @@ padding. In training a row with room for as many recordings as the batch has dra
 
 import copy
 import random
+from functools import partial
 
 import pytest
 import torch
+from recorded import lengths_on_a_row, on_rows, without_padding
 from steps import close, cotangent, moved, numbers, same_gradients, seeded
 
 import fastasr
-from fastasr.graphs import module as graphs_of
 from fastasr.models.common import ragged
 from fastasr.models.zipformer import Zipformer
 from fastasr.models.zipformer.whitening import Whiten
@@ -33,7 +34,20 @@ SIZES = {
     "warmup_batches": 10.0,
 }
 KINDS = "ours", "swapped"
+recorded = partial(on_rows, **ROOM, after=1)
 ROUNDED = 1e-6  # numbers of the host are float32 on the device
+
+
+def prepared(model, batch_count=20000.0):
+    """Returns the model in float64, this far in its schedules and without random memory checks."""
+    for module in model.modules():
+        if hasattr(module, "batch_count"):
+            module.batch_count = batch_count
+        if hasattr(module, "mem_cutoff"):
+            module.mem_cutoff = lambda _: False
+        if hasattr(module, "encoder_pos"):  # a row draws for the longest recording that it has room for
+            module.encoder_pos.dropout.p = 0.0
+    return moved(model, 0.03).double()
 
 
 def encoder(kind, batch_count=20000.0, **options):
@@ -46,32 +60,7 @@ def encoder(kind, batch_count=20000.0, **options):
 
         with tiny_zipformer.plain_swoosh():
             model = modules.Zipformer(**{**SIZES, "num_encoder_layers": (1, 1, 1)}, **options)
-    for module in model.modules():
-        if hasattr(module, "batch_count"):
-            module.batch_count = batch_count
-        if hasattr(module, "mem_cutoff"):
-            module.mem_cutoff = lambda _: False
-        if hasattr(module, "encoder_pos"):  # a row draws for the longest recording that it has room for
-            module.encoder_pos.dropout.p = 0.0
-    return moved(model, 0.03).double()
-
-
-def without_padding(model):
-    if isinstance(model, Zipformer):
-        model.ragged = True
-    fastasr.accelerate(model, ragged=True)
-    return model
-
-
-def recorded(model, **options):
-    """Returns the model, which leaves padding out on recorded rows, and its graphs."""
-    if isinstance(model, Zipformer):
-        model.ragged = True
-    options = {**ROOM, "after": 1, **options}
-    tapes = TapeRecorder()
-    report = fastasr.accelerate(model, ragged=True, graphs=fastasr.Graphs(recorder=lambda: tapes, **options))
-    assert report.graphs[""] is None
-    return model, graphs_of.of(model)
+    return prepared(model, batch_count)
 
 
 def batch(lengths, frames=None, seed=1):
@@ -82,29 +71,31 @@ def batch(lengths, frames=None, seed=1):
     return x, lengths, torch.arange(frames) >= lengths[:, None]
 
 
-def drawn(count, seed=0, recordings=None):
+def drawn(count, recordings=None):
     """Yields lengths of batches that fit, among them the shortest, empty ones, and a row that is exactly full."""
-    if recordings is None:
-        yield from ([100, 60], [1], [160, 140], [75] * 4, [0, 90], [1, 1, 1, 1], [90, 0, 17])
-        count -= 7
-    random = numbers(seed)
-    for _ in range(count):
-        left, lengths = FRAMES, []
-        for _ in range(recordings or int(torch.randint(1, RECORDINGS + 1, (), generator=random))):
-            lengths.append(int(torch.randint(0, min(left, LONGEST) + 1, (), generator=random)))
-            left -= lengths[-1]
-        yield lengths if max(lengths) > 3 else [20] * (recordings or 1)
+    first = [100, 60], [1], [160, 140], [75] * 4, [0, 90], [1, 1, 1, 1], [90, 0, 17]
+    row = FRAMES, RECORDINGS, LONGEST
+    return lengths_on_a_row(count, row, () if recordings else first, recordings, least=4)
 
 
 def existing(y, lengths):
     return (torch.arange(len(y), device=y.device)[:, None] < (lengths + 1) // 2)[..., None]
 
 
-def step(model, x, lengths, mask):
-    """Returns the output and the gradients by name."""
+def given_packed(x, x_lens):
+    """Returns the arguments of a call with PackedFrames: NaN in the frames behind the last recording."""
+    rows = fastasr.packed(x.transpose(0, 1), x_lens).frames
+    rows = torch.cat([rows, rows.new_full((FRAMES - len(rows), rows.shape[1]), torch.nan)])
+    return fastasr.PackedFrames(rows, x_lens), x_lens
+
+
+def step(model, x, lengths, mask, packed=False):
+    """Returns the output and the gradients by name, of a padded batch or of its PackedFrames."""
     x = x.clone().requires_grad_(model.training)
     with torch.set_grad_enabled(model.training):
-        y, after = model(x, lengths, mask)
+        y, after = model(*given_packed(x, lengths)) if packed else model(x, lengths, mask)
+    if packed:
+        y = y.unpacked((len(x) + 1) // 2).transpose(0, 1)
     assert torch.equal(after, (lengths + 1) // 2)
     if not model.training:
         return y, {}
@@ -150,6 +141,20 @@ def of_whitening(model):
     return [m.prob for m in model.modules() if isinstance(m, Whiten) or type(m).__name__ == "Whiten"]
 
 
+def same_steps(ours, theirs, count, packed=False):
+    """Asserts that training steps have the same values, gradients, draws and probabilities of whitening."""
+    for seed, lengths in enumerate(drawn(count, recordings=RECORDINGS)):
+        inputs, results = batch(lengths, seed=seed), []
+        for each, more in ((ours, packed), (theirs, False)):
+            seeded(seed)
+            found = step(each, *inputs, packed=more)
+            results.append((*found, of_whitening(each), random.random(), torch.rand(())))
+        (y, gradients, *state), (expected, wanted, *states) = results
+        close(y * existing(y, inputs[1]), expected * existing(y, inputs[1]), 1e-9)
+        same_gradients(gradients, wanted, ROUNDED)
+        assert state == states
+
+
 @pytest.mark.parametrize("batch_count", [6000.0, 60000.0])
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_steps_as_without_padding(kind, batch_count):
@@ -157,15 +162,7 @@ def test_training_steps_as_without_padding(kind, batch_count):
     model = encoder(kind, batch_count).train()
     theirs = without_padding(copy.deepcopy(model))
     ours, graphs = recorded(model)
-    for seed, lengths in enumerate(drawn(12, recordings=RECORDINGS)):
-        inputs, results = batch(lengths, seed=seed), []
-        for each in (ours, theirs):
-            seeded(seed)
-            results.append((*step(each, *inputs), of_whitening(each), random.random(), torch.rand(())))
-        (y, gradients, *state), (expected, wanted, *states) = results
-        close(y * existing(y, inputs[1]), expected * existing(y, inputs[1]), 1e-9)
-        same_gradients(gradients, wanted, ROUNDED)
-        assert state == states
+    same_steps(ours, theirs, 12)
     assert len(graphs.graphs) == 1
     (found,) = fastasr.graph_state(ours)[""]
     assert (found.recorded, found.replayed, found.reason) == (1, 11, None)
@@ -188,15 +185,7 @@ def test_every_decision(monkeypatch):
         layer.const_attention_rate = 0.5
     theirs = without_padding(copy.deepcopy(model))
     ours, graphs = recorded(model, after=0)
-    for seed, lengths in enumerate(drawn(12, recordings=RECORDINGS)):
-        inputs, results = batch(lengths, seed=seed), []
-        for each in (ours, theirs):
-            seeded(seed)
-            results.append((*step(each, *inputs), random.random(), torch.rand(())))
-        (y, gradients, *state), (expected, wanted, *states) = results
-        close(y * existing(y, inputs[1]), expected * existing(y, inputs[1]), 1e-9)
-        same_gradients(gradients, wanted, ROUNDED)
-        assert state == states
+    same_steps(ours, theirs, 12)
     assert len(graphs.graphs) == 1
 
 
@@ -205,15 +194,7 @@ def test_the_first_batches_run_on_an_unrecorded_row():
     model = encoder("ours", 100.0).train()
     theirs = without_padding(copy.deepcopy(model))
     ours, graphs = recorded(model, after=0)
-    for seed, lengths in enumerate(drawn(8, recordings=RECORDINGS)):
-        inputs, results = batch(lengths, seed=seed), []
-        for each in (ours, theirs):
-            seeded(seed)
-            results.append((*step(each, *inputs), random.random(), torch.rand(())))
-        (y, gradients, *state), (expected, wanted, *states) = results
-        close(y * existing(y, inputs[1]), expected * existing(y, inputs[1]), 1e-9)
-        same_gradients(gradients, wanted, ROUNDED)
-        assert state == states
+    same_steps(ours, theirs, 8)
     assert not graphs.graphs
 
 
@@ -312,13 +293,6 @@ def test_a_causal_encoder_is_recorded_by_shape():
     assert "not on a row: it is causal" in f"{report.graphs['']} {report.rows[0].reason}"
 
 
-def given_packed(x, x_lens, mask):
-    """Returns the arguments of a call with PackedFrames: NaN in the frames behind the last recording."""
-    rows = fastasr.packed(x.transpose(0, 1), x_lens).frames
-    rows = torch.cat([rows, rows.new_full((FRAMES - len(rows), rows.shape[1]), torch.nan)])
-    return fastasr.PackedFrames(rows, x_lens), x_lens
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("way", ["recorded", "without padding"])
 def test_packed_frames(kind, way):
@@ -328,7 +302,7 @@ def test_packed_frames(kind, way):
     for seed, lengths in enumerate(drawn(12)):
         inputs = batch(lengths, seed=seed)
         with torch.no_grad():
-            (found, after), (expected, _) = ours(*given_packed(*inputs)), theirs(*inputs)
+            (found, after), (expected, _) = ours(*given_packed(*inputs[:2])), theirs(*inputs)
         assert torch.equal(after, (inputs[1] + 1) // 2)
         assert torch.equal(found.lengths, after)
         close(
@@ -343,26 +317,12 @@ def test_gradients_of_packed_frames():
     model = encoder("ours", 60000.0).train()
     theirs = without_padding(copy.deepcopy(model))
     ours, _ = recorded(model, after=0)
-    for seed, lengths in enumerate(drawn(4, recordings=RECORDINGS)):
-        inputs, results = batch(lengths, seed=seed), []
-        for each in (ours, theirs):
-            seeded(seed)
-            x = inputs[0].clone().requires_grad_()
-            y = each(*given_packed(x, *inputs[1:]))[0] if each is ours else each(x, *inputs[1:])[0]
-            if each is ours:
-                y = y.unpacked((len(x) + 1) // 2).transpose(0, 1)
-            leaves = dict(each.named_parameters()) | {"frames": x}
-            loss = (y * cotangent(y) * existing(y, inputs[1])).sum()
-            found = torch.autograd.grad(
-                loss, list(leaves.values()), materialize_grads=True, allow_unused=True
-            )
-            results.append(dict(zip(leaves, found, strict=True)))
-        same_gradients(*results, ROUNDED)
+    same_steps(ours, theirs, 4, packed=True)
 
 
 def test_packed_frames_need_an_encoder_without_padding():
     model = encoder("ours").eval()
-    given, lengths = given_packed(*batch([20, 30]))
+    given, lengths = given_packed(*batch([20, 30])[:2])
     with pytest.raises(ValueError, match=r"PackedFrames, but encoder\.ragged is False"):
         model(given, lengths)
     model.ragged = True

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from recorded import without_padding
 from steps import close, cotangent, same_gradients
 from test_one_recording import (
     FRAMES,
@@ -22,7 +23,6 @@ from test_one_recording import (
     is_nemo,
     recorded,
     step,
-    without_padding,
 )
 from tiny_parakeet import SIZES
 

@@ -19,39 +19,26 @@ built = pytest.mark.skipif(
 )
 
 
-def _arguments(**changed) -> list:
-    values = {
-        "x": torch.zeros(5, 2, 3),
-        "damping": torch.zeros(3, 4),
-        "decay": torch.zeros(3, 4),
-        "expansion": torch.zeros(3, 4),
-        "projection": torch.zeros(3, 4),
-        "residual": torch.zeros(3),
-        "state": None,
-        "mask": None,
-        "truncation": 0,
-        "direction": 0,
-        "activation": 0,
-        "layout": 0,
-    }
-    return list((values | changed).values())
-
-
-def _complex_arguments(**changed) -> list:
-    values = {
-        "x": torch.zeros(5, 2, 3),
-        "alpha": torch.zeros(3, 4),
-        "delta": torch.zeros(3, 4),
-        "theta": torch.zeros(3),
+_STATES, _SCALARS = torch.zeros(3, 4), torch.zeros(3)
+# op -> the tensors of its parameters
+PARAMETERS = {
+    "ema_scan": {
+        **dict.fromkeys(("damping", "decay", "expansion", "projection"), _STATES),
+        "residual": _SCALARS,
+    },
+    "complex_ema_scan": {
+        "alpha": _STATES,
+        "delta": _STATES,
+        "theta": _SCALARS,
         "gamma": torch.zeros(3, 4, 2),
-        "omega": torch.zeros(3),
-        "state": None,
-        "mask": None,
-        "truncation": 0,
-        "direction": 0,
-        "activation": 0,
-        "layout": 0,
-    }
+        "omega": _SCALARS,
+    },
+}
+
+
+def _arguments(op: str = "ema_scan", **changed) -> list:
+    values = {"x": torch.zeros(5, 2, 3), **PARAMETERS[op], "state": None, "mask": None}
+    values |= dict.fromkeys(("truncation", "direction", "activation", "layout"), 0)
     return list((values | changed).values())
 
 
@@ -78,18 +65,6 @@ WRONG = [
 ]
 
 
-@built
-@pytest.mark.parametrize(("name", "value", "message"), WRONG)
-def test_both_passes_name_what_is_wrong(name, value, message):
-    namespace = torch.ops.fastasr_cuda
-    arguments = _arguments(**{name: value})
-    with pytest.raises(ValueError, match=f"ema_scan_forward: {message}"):
-        namespace.ema_scan_forward.default._op_dk(CUDA, *arguments, False)
-    grad = torch.zeros(5, 2, 3)
-    with pytest.raises(ValueError, match=f"ema_scan_backward: {message}"):
-        namespace.ema_scan_backward.default._op_dk(CUDA, grad, None, *arguments)
-
-
 COMPLEX_WRONG = [
     ("x", torch.zeros(5, 2, 4), "alpha: expected 4 in dimension 0, got 3"),
     ("alpha", torch.zeros(3, 65), "alpha: expected 1 to 64 states, got 65"),
@@ -107,14 +82,17 @@ COMPLEX_WRONG = [
 
 
 @built
-@pytest.mark.parametrize(("name", "value", "message"), COMPLEX_WRONG)
-def test_complex_numbers_too(name, value, message):
-    namespace = torch.ops.fastasr_cuda
-    arguments = _complex_arguments(**{name: value})
-    with pytest.raises(ValueError, match=f"complex_ema_scan_forward: {message}"):
-        namespace.complex_ema_scan_forward.default._op_dk(CUDA, *arguments, False)
-    with pytest.raises(ValueError, match=f"complex_ema_scan_backward: {message}"):
-        namespace.complex_ema_scan_backward.default._op_dk(CUDA, torch.zeros(5, 2, 3), None, *arguments)
+@pytest.mark.parametrize(
+    ("op", "name", "value", "message"),
+    [("ema_scan", *row) for row in WRONG] + [("complex_ema_scan", *row) for row in COMPLEX_WRONG],
+)
+def test_both_passes_name_what_is_wrong(op, name, value, message):
+    forward, backward = (getattr(torch.ops.fastasr_cuda, f"{op}_{way}") for way in ("forward", "backward"))
+    arguments = _arguments(op, **{name: value})
+    with pytest.raises(ValueError, match=f"{op}_forward: {message}"):
+        forward.default._op_dk(CUDA, *arguments, False)
+    with pytest.raises(ValueError, match=f"{op}_backward: {message}"):
+        backward.default._op_dk(CUDA, torch.zeros(5, 2, 3), None, *arguments)
 
 
 @built
@@ -122,7 +100,7 @@ def test_the_gradient_of_a_complex_state():
     backward = torch.ops.fastasr_cuda.complex_ema_scan_backward.default
     grad, grad_state = torch.zeros(5, 2, 3), torch.zeros(2, 3, 4, 3)
     with pytest.raises(ValueError, match="grad_state: expected 2 in dimension 3, got 3"):
-        backward._op_dk(CUDA, grad, grad_state, *_complex_arguments())
+        backward._op_dk(CUDA, grad, grad_state, *_arguments("complex_ema_scan"))
 
 
 @built
@@ -152,7 +130,7 @@ def test_options_that_exclude_each_other():
 
 @built
 def test_schemas_have_no_defaults():
-    for name in (f"{op}_{way}" for op in ("ema_scan", "complex_ema_scan") for way in ("forward", "backward")):
+    for name in (f"{op}_{way}" for op in PARAMETERS for way in ("forward", "backward")):
         schema = getattr(torch.ops.fastasr_cuda, name).default._schema
         assert not any(argument.has_default_value() for argument in schema.arguments)
 

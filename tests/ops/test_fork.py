@@ -34,16 +34,12 @@ class Results(torch.utils.data.Dataset):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_forked_worker(workers):
-    threads = torch.get_num_threads()
     torch.set_num_threads(2)
-    try:
-        expected = list(Results())
-        loader = DataLoader(
-            Results(), batch_size=None, num_workers=workers, multiprocessing_context="fork", timeout=SECONDS
-        )
-        for name, ours, theirs in zip((*Results.names, "buffers"), loader, expected, strict=True):
-            torch.testing.assert_close(ours, theirs, msg=lambda m, name=name: f"{name}: {m}")
-        again = list(Results())
-    finally:
-        torch.set_num_threads(threads)
+    expected = list(Results())
+    loader = DataLoader(
+        Results(), batch_size=None, num_workers=workers, multiprocessing_context="fork", timeout=SECONDS
+    )
+    for name, ours, theirs in zip((*Results.names, "buffers"), loader, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, msg=lambda m, name=name: f"{name}: {m}")
+    again = list(Results())
     assert all(torch.equal(a, b) for a, b in zip(again, expected, strict=True))

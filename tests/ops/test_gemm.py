@@ -51,14 +51,10 @@ def test_values(name, operation, layout):
 def test_threads_and_rows_do_not_change_a_bit():
     x, w, b = torch.randn(331, 500), torch.randn(129, 500), torch.randn(129)
     native = _gemm._PRODUCTS["native"]["forward"]
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        y = native(x, w, b)
-        torch.set_num_threads(3)
-        assert torch.equal(native(x, w, b), y)
-    finally:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(1)
+    y = native(x, w, b)
+    torch.set_num_threads(3)
+    assert torch.equal(native(x, w, b), y)
     assert torch.equal(native(x[7:20], w, b), y[7:20])
     assert torch.equal(native(x.view(1, 331, 500), w, b)[0], y)
 
@@ -92,12 +88,8 @@ def test_few_rows(rows):
     exact, mkl = F.linear(x.double(), w.double(), b.double()), F.linear(x, w, b)
     error, allowed = ((t - exact).square().mean().sqrt() for t in (y, mkl))
     assert error <= 1.5 * allowed + 1e-7
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(3)
-        assert torch.equal(_gemm._few_rows(x, w, b), y)
-    finally:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(3)
+    assert torch.equal(_gemm._few_rows(x, w, b), y)
     assert torch.equal(_gemm._few_rows(x[-1:], w, b), y[-1:])
     wide = torch.randn(rows, 3000)[:, ::2].copy_(x)
     assert torch.equal(_gemm._few_rows(wide[None], torch.randn(77, 1600)[:, :1500].copy_(w), b)[0], y)

@@ -42,60 +42,32 @@ def _scaled(value, factor):
     return type(value)(_scaled(v, factor) for v in value) if isinstance(value, (tuple, list)) else value
 
 
-def forward_hook(model, path, seen):
-    def hook(module, args, output):
-        seen.append("forward")
-        return _scaled(output, 1.25)
+def _hook(register, scaled, everywhere=False):
+    """Returns the change that registers a hook, which scales its argument of this number behind the module, for the
+    module or for all of its class."""
 
-    model.get_submodule(path).register_forward_hook(hook)
+    def change(model, path, seen):
+        place = model.get_submodule(path)
 
+        def hook(module, *values):
+            if everywhere and type(module) is not type(place):
+                return None
+            seen.append(register)
+            return _scaled(values[scaled], 1.25)
 
-def pre_hook(model, path, seen):
-    def hook(module, args):
-        seen.append("before")
-        return _scaled(args, 1.25)
+        handle = getattr(nn_module if everywhere else place, register)(hook)
+        return handle.remove if everywhere else None
 
-    model.get_submodule(path).register_forward_pre_hook(hook)
-
-
-def backward_hook(model, path, seen):
-    def hook(module, grad_input, grad_output):
-        seen.append("backward")
-        return _scaled(grad_input, 1.25)
-
-    model.get_submodule(path).register_full_backward_hook(hook)
+    change.__name__ = register
+    return change
 
 
-def backward_pre_hook(model, path, seen):
-    def hook(module, grad_output):
-        seen.append("before backward")
-        return _scaled(grad_output, 1.25)
-
-    model.get_submodule(path).register_full_backward_pre_hook(hook)
-
-
-def global_hook(model, path, seen):
-    kind = type(model.get_submodule(path))
-
-    def hook(module, args, output):
-        if type(module) is kind:
-            seen.append("global")
-            return _scaled(output, 1.25)
-        return None
-
-    return nn_module.register_module_forward_hook(hook).remove
-
-
-def global_backward_hook(model, path, seen):
-    kind = type(model.get_submodule(path))
-
-    def hook(module, grad_input, grad_output):
-        if type(module) is kind:
-            seen.append("global backward")
-            return _scaled(grad_input, 1.25)
-        return None
-
-    return nn_module.register_module_full_backward_hook(hook).remove
+forward_hook = _hook("register_forward_hook", 1)
+pre_hook = _hook("register_forward_pre_hook", 0)
+backward_hook = _hook("register_full_backward_hook", 0)
+backward_pre_hook = _hook("register_full_backward_pre_hook", 0)
+global_hook = _hook("register_module_forward_hook", 1, everywhere=True)
+global_backward_hook = _hook("register_module_full_backward_hook", 0, everywhere=True)
 
 
 def patched_forward(model, path, seen):

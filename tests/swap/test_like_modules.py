@@ -189,7 +189,7 @@ def test_threads(monkeypatch):
     """On free cores fastasr's code in the first of like modules runs on all threads; all else that is short on one."""
     model, x = norms(3)
     fastasr.accelerate(model)
-    threads, found = torch.get_num_threads(), []
+    found = []
     ours, theirs = ops.bias_norm, scaling.BiasNorm.forward
 
     def recorded(side, original):
@@ -202,19 +202,16 @@ def test_threads(monkeypatch):
     monkeypatch.setattr(ops, "bias_norm", recorded("ours", ours))
     monkeypatch.setattr(scaling.BiasNorm, "forward", recorded("theirs", theirs))
     monkeypatch.setattr(processor, "free_cores", lambda: 2)
-    try:
-        torch.set_num_threads(2)
+    torch.set_num_threads(2)
+    fastasr.verify(model, x)
+    assert torch.get_num_threads() == 2
+    assert found.count(("ours", 2)) == 2
+    assert found.count(("ours", 1)) == 4
+    assert {used for side, used in found if side == "theirs"} == {1}
+    found.clear()
+    monkeypatch.setattr(sys.modules["fastasr.swap.verify"], "_WORTH_THREADS", -1.0)
+    for free, expected in ((2, {2}), (1, {1})):
+        monkeypatch.setattr(processor, "free_cores", lambda free=free: free)
         fastasr.verify(model, x)
-        assert torch.get_num_threads() == 2
-        assert found.count(("ours", 2)) == 2
-        assert found.count(("ours", 1)) == 4
-        assert {used for side, used in found if side == "theirs"} == {1}
+        assert {used for _, used in found} == expected
         found.clear()
-        monkeypatch.setattr(sys.modules["fastasr.swap.verify"], "_WORTH_THREADS", -1.0)
-        for free, expected in ((2, {2}), (1, {1})):
-            monkeypatch.setattr(processor, "free_cores", lambda free=free: free)
-            fastasr.verify(model, x)
-            assert {used for _, used in found} == expected
-            found.clear()
-    finally:
-        torch.set_num_threads(threads)

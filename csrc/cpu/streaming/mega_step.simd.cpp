@@ -5,15 +5,11 @@
 #include <cmath>
 
 #include "cpu/gemm/skinny_gemm.h"
-#include "cpu/math/elementary.h"
+#include "cpu/math/activation.h"
 
 namespace fastasr::cpu {
 namespace {
 
-FASTASR_INLINE float sigmoid(float x) {
-  const float u = exp_nonpositive(-std::fabs(x));
-  return (x > 0 ? 1.0f : u) / (1.0f + u);
-}
 FASTASR_INLINE float silu(float x) { return x * sigmoid(x); }
 
 // Computes y = (x - mean) / sqrt(variance + eps) scale + bias, with the sums in double.

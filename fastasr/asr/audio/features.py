@@ -2,8 +2,10 @@
 """Log-mel filterbanks as Zipformer recipes compute them (kaldi-native-fbank), and resampling."""
 
 import math
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastasr.asr.audio.recordings import Clip
 
@@ -19,7 +21,7 @@ class FbankStream:
     short one.
     """
 
-    def __init__(self, rate=RATE, bins=80, high_freq=HIGH_FREQ):
+    def __init__(self, rate: int | None = RATE, bins: int = 80, high_freq: float = HIGH_FREQ) -> None:
         try:
             import kaldi_native_fbank
         except ImportError as error:
@@ -35,17 +37,17 @@ class FbankStream:
         self._computer = kaldi_native_fbank.OnlineFbank(options)
         self._rate, self._bins, self._given = rate, bins, 0
 
-    def accept(self, samples):
+    def accept(self, samples: Any) -> Tensor:
         """Returns the frames (n, bins) that these samples, floats in [-1, 1], complete."""
         self._computer.accept_waveform(self._rate, samples.tolist())
         return self._new()
 
-    def finish(self):
+    def finish(self) -> Tensor:
         """Returns the last frames, whose windows reach beyond the end."""
         self._computer.input_finished()
         return self._new()
 
-    def _new(self):
+    def _new(self) -> Tensor:
         ready = self._computer.num_frames_ready
         frames = [torch.from_numpy(self._computer.get_frame(i).copy()) for i in range(self._given, ready)]
         self._computer.pop(ready - self._given)
@@ -55,7 +57,7 @@ class FbankStream:
         )
 
 
-def fbank(samples, rate=RATE, bins=80, high_freq=HIGH_FREQ):
+def fbank(samples: Any, rate: int | None = RATE, bins: int = 80, high_freq: float = HIGH_FREQ) -> Tensor:
     """Returns the features (frames, bins) of a whole recording."""
     stream = FbankStream(rate, bins, high_freq)
     return torch.cat([stream.accept(samples), stream.finish()])

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 PACKAGES = ("asterisk-core-sounds-en-wav", "asterisk-core-sounds-en")
 PROMPTS = "usr/share/asterisk/sounds/en_US_f_Allison"
@@ -271,7 +272,8 @@ def joined(clips: list[Clip], seconds: float, count: int, seed: int = 0) -> list
     most, turn = int(seconds * rate), 0
     made = []
     for index in range(count):
-        parts, names, words, length = [], [], [], 0
+        parts: list[Tensor] = []
+        names, words, length = [], [], 0
         for _ in range(len(order)):
             clip = order[turn % len(order)]
             added = len(clip.samples) + (len(gap) if parts else 0)

@@ -6,11 +6,12 @@ Each field of a state is a list or a tensor with an entry for each stream.
 """
 
 from dataclasses import fields
+from typing import Any
 
 import torch
 
 
-def join_states(states):
+def join_states(states: Any) -> Any:
     """Returns the state of one batch with the streams of ``states`` in their order. ``split_state`` undoes it."""
     if not states:
         raise ValueError("join_states: expected at least one state, got none")
@@ -18,7 +19,7 @@ def join_states(states):
     if any(type(state) is not kind for state in states):
         found = sorted({type(state).__name__ for state in states})
         raise ValueError(f"join_states: states must be of one search, got {', '.join(found)}")
-    joined = {}
+    joined: dict[str, Any] = {}
     for field in fields(kind):
         parts = [getattr(state, field.name) for state in states]
         if isinstance(parts[0], torch.Tensor):
@@ -28,12 +29,12 @@ def join_states(states):
     return kind(**joined)
 
 
-def split_state(state):
+def split_state(state: Any) -> list:
     """Returns one state per stream, each for a batch of one."""
     parts = [list(_entries(getattr(state, field.name))) for field in fields(state)]
     names = [field.name for field in fields(state)]
     return [type(state)(**dict(zip(names, row, strict=True))) for row in zip(*parts, strict=True)]
 
 
-def _entries(value):
+def _entries(value: Any) -> Any:
     return value.split(1) if isinstance(value, torch.Tensor) else ([entry] for entry in value)

@@ -7,8 +7,10 @@ chunk_size frames later.
 """
 
 import math
+from typing import Any
 
 import torch
+from torch import Tensor
 
 RIGHT_CONTEXT = 7 + 2 * 3
 SILENCE = math.log(1e-10)  # the log-mel feature of silence
@@ -23,15 +25,15 @@ class FeatureChunks:
     for chunk in chunks.finish(): ...
     """
 
-    def __init__(self, chunk_size, right_context=RIGHT_CONTEXT):
+    def __init__(self, chunk_size: int, right_context: int = RIGHT_CONTEXT) -> None:
         if chunk_size < 1:
             raise ValueError(f"FeatureChunks: chunk_size must be at least 1, got {chunk_size}")
         self.step = 2 * chunk_size
         self.frames_per_chunk = self.step + right_context
-        self._waiting = None
+        self._waiting: Any = None
         self._finished = False
 
-    def accept(self, features):
+    def accept(self, features: Tensor) -> list[Tensor]:
         """Returns the chunks that these features complete."""
         if self._finished:
             raise ValueError("FeatureChunks: features after finish")
@@ -42,7 +44,7 @@ class FeatureChunks:
         self._waiting = features if self._waiting is None else torch.cat([self._waiting, features])
         return self._complete()
 
-    def finish(self):
+    def finish(self) -> list[Tensor]:
         """Returns the last chunks. Silence is added behind the features, so that every frame is in a chunk itself and
         not only in the future context of one."""
         if self._finished or self._waiting is None:
@@ -56,7 +58,7 @@ class FeatureChunks:
         self._waiting = torch.cat([self._waiting, silence])
         return self._complete()
 
-    def _complete(self):
+    def _complete(self) -> list[Tensor]:
         chunks = []
         while len(self._waiting) >= self.frames_per_chunk:
             chunks.append(self._waiting[: self.frames_per_chunk])

@@ -8,6 +8,7 @@ included: a repetition across the boundary is one token, the same token after a 
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from fastasr.asr.decoding.results import Decoded, frames_of
 
@@ -26,19 +27,23 @@ class CtcGreedyState:
 class CtcGreedySearch:
     """Greedy search of log-probabilities (batch, frames, vocabulary): ``model.ctc_output``'s or an ONNX CTC model's."""
 
-    def __init__(self, blank_id=0):
+    def __init__(self, blank_id: int = 0) -> None:
         self.blank_id = blank_id
 
-    def start(self, batch_size=1):
-        lists = [[] for _ in range(batch_size)], [[] for _ in range(batch_size)]
-        return CtcGreedyState(*lists, [0.0] * batch_size, [self.blank_id] * batch_size, [0] * batch_size)
+    def start(self, batch_size: int = 1) -> CtcGreedyState:
+        tokens: list[list[int]] = [[] for _ in range(batch_size)]
+        times: list[list[int]] = [[] for _ in range(batch_size)]
+        return CtcGreedyState(
+            tokens, times, [0.0] * batch_size, [self.blank_id] * batch_size, [0] * batch_size
+        )
 
     @torch.inference_mode()
-    def advance(self, state, log_probs, lengths=None):
+    def advance(
+        self, state: CtcGreedyState, log_probs: Tensor, lengths: Tensor | None = None
+    ) -> CtcGreedyState:
         """Updates ``state`` in place by these frames, of which ``lengths`` (batch,) are valid, and returns it."""
         frames = frames_of("CtcGreedySearch", log_probs, lengths, len(state.tokens))
-        scores, best = log_probs.max(dim=-1)
-        scores, best = scores.tolist(), best.tolist()
+        scores, best = (t.tolist() for t in log_probs.max(dim=-1))
         for n, count in enumerate(frames):
             last = state.last[n]
             for t, token in enumerate(best[n][:count]):
@@ -51,13 +56,13 @@ class CtcGreedySearch:
             state.frames[n] += count
         return state
 
-    def result(self, state):
+    def result(self, state: CtcGreedyState) -> Decoded:
         return Decoded(
             [list(x) for x in state.tokens], [list(x) for x in state.timestamps], list(state.scores)
         )
 
 
-def ctc_greedy_search(log_probs, lengths=None, blank_id=0):
+def ctc_greedy_search(log_probs: Tensor, lengths: Tensor | None = None, blank_id: int = 0) -> Decoded:
     """Returns the tokens of whole utterances from log_probs (batch, frames, vocabulary) and lengths (batch,)."""
     search = CtcGreedySearch(blank_id)
     return search.result(search.advance(search.start(log_probs.shape[0]), log_probs, lengths))

@@ -15,6 +15,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from fastasr.asr.decoding.modified_beam_search import log_add
 from fastasr.asr.decoding.results import Decoded, check_beam, frames_of
@@ -32,7 +33,7 @@ class Prefix:
     other: float = NEVER
 
     @property
-    def log_prob(self):
+    def log_prob(self) -> float:
         return log_add(self.blank, self.other)
 
 
@@ -49,20 +50,20 @@ class CtcPrefixBeamSearch:
     tokens of a frame that are considered.
     """
 
-    def __init__(self, beam=4, blank_id=0):
+    def __init__(self, beam: int = 4, blank_id: int = 0) -> None:
         check_beam("CtcPrefixBeamSearch", beam)
         self.beam = beam
         self.blank_id = blank_id
 
-    def start(self, batch_size=1):
+    def start(self, batch_size: int = 1) -> CtcBeamState:
         return CtcBeamState([[Prefix(blank=0.0)] for _ in range(batch_size)], [0] * batch_size)
 
     @torch.inference_mode()
-    def advance(self, state, log_probs, lengths=None):
+    def advance(self, state: CtcBeamState, log_probs: Tensor, lengths: Tensor | None = None) -> CtcBeamState:
         """Updates ``state`` in place by these frames, of which ``lengths`` (batch,) are valid, and returns it."""
         frames = frames_of("CtcPrefixBeamSearch", log_probs, lengths, len(state.beams))
-        best, tokens = log_probs.float().topk(min(self.beam, log_probs.shape[2]), dim=-1)
-        best, tokens = best.tolist(), tokens.tolist()
+        found = log_probs.float().topk(min(self.beam, log_probs.shape[2]), dim=-1)
+        best, tokens = (t.tolist() for t in found)
         for n, count in enumerate(frames):
             for t in range(count):
                 choices = list(zip(tokens[n][t], best[n][t], strict=True))
@@ -70,10 +71,10 @@ class CtcPrefixBeamSearch:
                 state.frames[n] += 1
         return state
 
-    def _frame(self, beam, choices, frame):
-        found = {}
+    def _frame(self, beam: list[Prefix], choices: list[tuple[int, float]], frame: int) -> list[Prefix]:
+        found: dict[tuple[int, ...], Prefix] = {}
 
-        def reach(tokens, timestamps):
+        def reach(tokens: tuple[int, ...], timestamps: tuple[int, ...]) -> Prefix:
             return found.setdefault(tokens, Prefix(tokens, timestamps))
 
         for prefix in beam:
@@ -91,7 +92,7 @@ class CtcPrefixBeamSearch:
         possible = [prefix for prefix in found.values() if prefix.log_prob > NEVER]
         return sorted(possible, key=lambda prefix: prefix.log_prob, reverse=True)[: self.beam]
 
-    def result(self, state):
+    def result(self, state: CtcBeamState) -> Decoded:
         best = [beam[0] for beam in state.beams]
         return Decoded(
             [list(prefix.tokens) for prefix in best],
@@ -100,7 +101,9 @@ class CtcPrefixBeamSearch:
         )
 
 
-def ctc_prefix_beam_search(log_probs, lengths=None, beam=4, blank_id=0):
+def ctc_prefix_beam_search(
+    log_probs: Tensor, lengths: Tensor | None = None, beam: int = 4, blank_id: int = 0
+) -> Decoded:
     """Returns the tokens of whole utterances from log_probs (batch, frames, vocabulary) and lengths (batch,)."""
     search = CtcPrefixBeamSearch(beam, blank_id)
     return search.result(search.advance(search.start(log_probs.shape[0]), log_probs, lengths))

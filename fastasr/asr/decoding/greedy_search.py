@@ -139,7 +139,8 @@ class GreedySearch:
         state.counters[:, FRAME] -= lengths
         state.counters[:, END] = 0
         at = (places.unsqueeze(1) + steps.moves.cumsum(1) - steps.moves).tolist()
-        tokens, scores, counts = steps.tokens.tolist(), steps.scores.tolist(), steps.counts.tolist()
+        found: Any = steps
+        tokens, scores, counts = (t.tolist() for t in (found.tokens, found.scores, found.counts))
         for n, count in enumerate(counts):
             state.scores[n] += sum(scores[n][:count])
             for token, t in zip(tokens[n][:count], at[n], strict=False):

@@ -36,7 +36,7 @@ class Hypothesis:
     log_prob: float
     frame: int = 0
     symbols: int = 0
-    state: Tensor | None = field(default=None, repr=False)
+    state: Any = field(default=None, repr=False)  # a tensor, or None before the first token
     pending: bool = True
 
 

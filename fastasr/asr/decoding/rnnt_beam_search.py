@@ -7,6 +7,7 @@ through the networks together. The last label is the blank.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ class RNNTBeamSearch(torch.nn.Module):
 
     def __init__(
         self,
-        model: torch.nn.Module,
+        model: Any,
         blank: int,
         temperature: float = 1.0,
         hypo_sort_key: Callable[[Hypothesis], float] | None = None,

@@ -2,6 +2,7 @@
 """The demo's HTML page, one file with embedded pictures."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,7 +14,7 @@ COLOURS = {UPSTREAM: "upstream", COMPILED: "compile", FASTASR: "fastasr"}
 FLOOR = 1e-9  # smaller errors are drawn at this value
 
 
-def _times(story: Story):
+def _times(story: Story) -> Any:
     """Draws the median times as bars, with their quartiles."""
     plt = plots.pyplot()
     picture, axes = plt.subplots(figsize=(8, 0.6 + 0.5 * len(story.timings)), layout="constrained")
@@ -21,13 +22,13 @@ def _times(story: Story):
     plots.bars(
         axes,
         {name: story.timings[name].median * 1e3 for name in names},
-        {name: tuple(q * 1e3 for q in story.timings[name].quartiles) for name in names},
+        {name: (q1 * 1e3, q3 * 1e3) for name in names for q1, q3 in [story.timings[name].quartiles]},
         {name: plots.COLOURS[COLOURS[name]] for name in names},
     )
     return picture
 
 
-def _errors(story: Story):
+def _errors(story: Story) -> Any:
     """Draws every swapped module's errors against float64, for values and gradients, beside upstream's errors."""
     rows = [row for row in story.swap.rows if row.errors]
     if not rows:
@@ -56,7 +57,7 @@ def _errors(story: Story):
     return picture
 
 
-def _spectrograms(story: Story):
+def _spectrograms(story: Story) -> Any:
     """Draws the features that the model gets."""
     plt = plots.pyplot()
     count = len(story.features)
@@ -77,7 +78,7 @@ def _spectrograms(story: Story):
     return picture
 
 
-def _picture(figure) -> str | None:
+def _picture(figure: Any) -> str | None:
     return page.embedded(plots.png(figure)) if figure is not None else None
 
 

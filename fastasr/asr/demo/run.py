@@ -10,10 +10,13 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 import fastasr
 from fastasr.asr.audio import features, recordings
@@ -42,7 +45,7 @@ def _at_most(seconds: int) -> Iterator[None]:
         yield
         return
 
-    def ring(*_):
+    def ring(*_: Any) -> None:
         raise CompileTimeout
 
     before = signal.signal(signal.SIGALRM, ring)
@@ -54,7 +57,7 @@ def _at_most(seconds: int) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def _forward(model, inputs: tuple):
+def _forward(model: Any, inputs: tuple) -> Tensor:
     with torch.no_grad():
         return model(*inputs)[0]
 
@@ -78,7 +81,7 @@ def _speech(
     return speech, x, lengths
 
 
-def _compiled(stages: Stages, model, inputs: tuple, story: Story):
+def _compiled(stages: Stages, model: Any, inputs: tuple, story: Story) -> Any:
     """Returns upstream's model under torch.compile after its first call, or None, which a note explains."""
     compiled = torch.compile(copy.deepcopy(model))
     # torch.compile's many warnings about upstream's code need no action from the user
@@ -182,7 +185,9 @@ def _verify(stages: Stages, ours: torch.nn.Module, story: Story) -> None:
             stages.say("... the others are in the report", style="bold red")
 
 
-def _time(stages: Stages, shipped, ours, story: Story, options: argparse.Namespace) -> None:
+def _time(
+    stages: Stages, shipped: torch.nn.Module, ours: torch.nn.Module, story: Story, options: argparse.Namespace
+) -> None:
     """Times first calls and interleaved rounds, and compares the outputs."""
     inputs = (story.features, story.lengths)
     models = {UPSTREAM: shipped, FASTASR: ours}
@@ -203,7 +208,7 @@ def _time(stages: Stages, shipped, ours, story: Story, options: argparse.Namespa
         wait_until_idle(patience=20, report=stages.say)
         with stages.alive(f"{options.reps} interleaved rounds of {len(models)}"):
             story.timings = interleave(
-                {name: (lambda m=model: _forward(m, inputs)) for name, model in models.items()},
+                {name: partial(_forward, model, inputs) for name, model in models.items()},
                 reps=options.reps,
                 warmup=1,
                 sample_seconds=0.0,

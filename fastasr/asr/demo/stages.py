@@ -5,6 +5,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -15,7 +16,7 @@ EVERY = 20.0  # seconds between two progress lines without a terminal
 class Stages:
     """Prints numbered stages on ``console``. Inside a stage, ``alive`` names a long operation."""
 
-    def __init__(self, console: Console, count: int):
+    def __init__(self, console: Console, count: int) -> None:
         self.console, self.count, self.number = console, count, 0
         self._running: list[tuple[str, float]] = []  # innermost last: (text, since)
 
@@ -56,7 +57,7 @@ class Stages:
                 ended.set()
                 pulse.join()
 
-    def _beat(self, ended: threading.Event, status) -> None:
+    def _beat(self, ended: threading.Event, status: Any) -> None:
         while not ended.wait(0.5 if status is not None else EVERY):
             if not self._running:
                 continue

@@ -1,19 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """The metadata of ONNX files. It has upstream's fields, by which sherpa-onnx recognises the model."""
 
+from collections.abc import Iterable
+from typing import Any
+
 AUTHOR = {"version": "1", "model_author": "k2-fsa"}
 
 
-def whole(ctc):
+def whole(ctc: bool) -> dict[str, str]:
     kind, comment = ("zipformer2_ctc", "zipformer2 CTC") if ctc else ("zipformer2", "zipformer2")
     return {"model_type": kind, **AUTHOR, "comment": f"non-streaming {comment}"}
 
 
-def streaming(wrapper, ctc):
+def streaming(wrapper: Any, ctc: bool) -> dict[str, str]:
     """Returns the metadata of a streaming wrapper, with the sizes from which a runtime makes the first states."""
     encoder = wrapper.encoder
 
-    def joined(values):
+    def joined(values: Iterable) -> str:
         return ",".join(map(str, values))
 
     return {
@@ -34,7 +37,7 @@ def streaming(wrapper, ctc):
     }
 
 
-def decoder(model):
+def decoder(model: Any) -> dict[str, str]:
     found = model.decoder
     return {
         "context_size": str(found.context_size),
@@ -44,5 +47,5 @@ def decoder(model):
     }
 
 
-def joiner(model):
+def joiner(model: Any) -> dict[str, str]:
     return {"joiner_dim": str(model.joiner.output_linear.in_features)}

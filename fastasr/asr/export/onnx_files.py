@@ -6,7 +6,9 @@ that ``fastasr.accelerate`` has swapped inside ``fastasr.eager_mode``.
 """
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,7 +28,14 @@ STATE_BATCH = (1, 1, 1, 1, 0, 0)  # the batch dimension of each state
 
 
 @torch.no_grad()
-def export_onnx(model, folder, suffix="", feature_dim=None, int8=False, reduce_range=False):
+def export_onnx(
+    model: Any,
+    folder: Path | str,
+    suffix: str = "",
+    feature_dim: int | None = None,
+    int8: bool = False,
+    reduce_range: bool = False,
+) -> dict[str, Path]:
     """Writes the ONNX files of ``model``, an AsrModel of this package or of upstream's, in eval mode on the CPU.
 
     A transducer becomes the files ``encoder``, ``decoder`` and ``joiner``, a CTC output the file ``ctc``, which has the
@@ -53,32 +62,23 @@ def export_onnx(model, folder, suffix="", feature_dim=None, int8=False, reduce_r
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     channels = feature_dim or _channels(model)
-    causal = model.encoder.causal
     ending = f"-{suffix}.onnx" if suffix else ".onnx"
     written = {}
     parts = model.encoder, model.encoder_embed
 
-    def path(name):
+    def path(name: str) -> Path:
         written[name] = folder / f"{name}{ending}"
         return written[name]
 
+    whole = wrappers.OnnxEncoderWrapper, wrappers.OnnxCtcWrapper, _write_whole
+    streaming = wrappers.OnnxStreamingEncoderWrapper, wrappers.OnnxStreamingCtcWrapper, _write_streaming
+    encoder_of, ctc_of, write = streaming if model.encoder.causal else whole
     if model.decoder is not None:
-        projection = model.joiner.encoder_proj
-        if causal:
-            _write_streaming(
-                wrappers.OnnxStreamingEncoderWrapper(*parts, projection), path("encoder"), channels, False
-            )
-        else:
-            _write_whole(wrappers.OnnxEncoderWrapper(*parts, projection), path("encoder"), channels, False)
+        write(encoder_of(*parts, model.joiner.encoder_proj), path("encoder"), channels, False)
         _write_decoder(model, path("decoder"))
         _write_joiner(model, path("joiner"))
     if model.ctc_output is not None:
-        if causal:
-            _write_streaming(
-                wrappers.OnnxStreamingCtcWrapper(*parts, model.ctc_output), path("ctc"), channels, True
-            )
-        else:
-            _write_whole(wrappers.OnnxCtcWrapper(*parts, model.ctc_output), path("ctc"), channels, True)
+        write(ctc_of(*parts, model.ctc_output), path("ctc"), channels, True)
     if quantise is not None:
         for name, file in list(written.items()):
             written[f"{name}.int8"] = file.with_suffix(".int8.onnx")
@@ -86,7 +86,7 @@ def export_onnx(model, folder, suffix="", feature_dim=None, int8=False, reduce_r
     return written
 
 
-def _quantiser(reduce_range):
+def _quantiser(reduce_range: bool) -> Callable[[Path, Path], None]:
     """Returns a function (file, quantised file)."""
     try:
         from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -95,7 +95,7 @@ def _quantiser(reduce_range):
             f'export_onnx: int8=True needs onnx and onnxruntime ({error}): pip install "fastasr[asr]"'
         ) from None
 
-    def quantise(file, quantised):
+    def quantise(file: Path, quantised: Path) -> None:
         # a product of the embedding is a lookup, which ONNX calls Gather
         operators = ["MatMul", "Gather"] if file.name.startswith("decoder") else ["MatMul"]
         with files.replacing(quantised) as unfinished:
@@ -110,7 +110,7 @@ def _quantiser(reduce_range):
     return quantise
 
 
-def _check(model):
+def _check(model: Any) -> None:
     missing = [
         name for name in ("encoder_embed", "encoder", "decoder", "ctc_output") if not hasattr(model, name)
     ]
@@ -127,14 +127,14 @@ def _check(model):
         raise ValueError(f"export_onnx: expected float32 parameters, got {next(model.parameters()).dtype}")
 
 
-def _channels(model):
+def _channels(model: Any) -> int:
     """Returns the smallest number of features that gives the front end's width, ((features - 1) // 2 - 1) // 2, or 80
     if it does."""
     width = model.encoder_embed.out_width
     return 80 if width == ((80 - 1) // 2 - 1) // 2 else 4 * width + 3
 
 
-def _write_whole(wrapper, path, channels, ctc):
+def _write_whole(wrapper: Any, path: Path | str, channels: int, ctc: bool) -> None:
     x, x_lens = (
         torch.zeros(2, 100, channels, dtype=torch.float32, device="cpu"),
         torch.tensor([100, 80], dtype=torch.int64, device="cpu"),
@@ -147,7 +147,7 @@ def _write_whole(wrapper, path, channels, ctc):
     _write(wrapper, (x, x_lens), path, names[:2], outputs, axes, metadata.whole(ctc))
 
 
-def _write_streaming(wrapper, path, channels, ctc):
+def _write_streaming(wrapper: Any, path: Path | str, channels: int, ctc: bool) -> None:
     wrapper.eval()
     x = torch.rand(
         2, 2 * wrapper.chunk_size + wrapper.pad_length, channels, dtype=torch.float32, device="cpu"
@@ -166,14 +166,14 @@ def _write_streaming(wrapper, path, channels, ctc):
     _write(wrapper, (x, states), path, inputs, outputs, axes, metadata.streaming(wrapper, ctc))
 
 
-def _write_decoder(model, path):
+def _write_decoder(model: Any, path: Path | str) -> None:
     wrapper = wrappers.OnnxDecoderWrapper(model.decoder, model.joiner.decoder_proj)
     y = torch.zeros(10, model.decoder.context_size, dtype=torch.int64, device="cpu")
     axes = {"y": {0: "N"}, "decoder_out": {0: "N"}}
     _write(wrapper, (y,), path, ["y"], ["decoder_out"], axes, metadata.decoder(model))
 
 
-def _write_joiner(model, path):
+def _write_joiner(model: Any, path: Path | str) -> None:
     wrapper = wrappers.OnnxJoinerWrapper(model.joiner.output_linear)
     inputs = (
         torch.rand(11, model.joiner.output_linear.in_features, dtype=torch.float32, device="cpu"),
@@ -184,7 +184,15 @@ def _write_joiner(model, path):
     _write(wrapper, inputs, path, names, ["logit"], axes, metadata.joiner(model))
 
 
-def _write(wrapper, inputs, path, input_names, output_names, axes, fields):
+def _write(
+    wrapper: Any,
+    inputs: tuple,
+    path: Path | str,
+    input_names: list[str],
+    output_names: list[str],
+    axes: dict[str, dict[int, str]],
+    fields: dict[str, str],
+) -> None:
     import onnx
 
     with files.replacing(path) as unfinished, warnings.catch_warnings():

@@ -6,14 +6,16 @@ states of their batch of streams; ``reset_states(batch_size)`` starts new stream
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy
 import torch
+from torch import Tensor
 
 from fastasr.models.common.sequences import check_frames
 
 
-def _session(filename, threads):
+def _session(filename: Path | str, threads: int) -> Any:
     try:
         import onnxruntime
     except ImportError:
@@ -34,7 +36,7 @@ def _session(filename, threads):
         raise ValueError(f"{filename} cannot be loaded as an ONNX model: {error}") from None
 
 
-def _metadata(session, filename, *names):
+def _metadata(session: Any, filename: Path | str, *names: str) -> list[int]:
     """Returns the ints under these names in a model's metadata."""
     found = session.get_modelmeta().custom_metadata_map
     missing = [name for name in names if name not in found]
@@ -43,7 +45,7 @@ def _metadata(session, filename, *names):
     return [int(found[name]) for name in names]
 
 
-def _run(session, *tensors):
+def _run(session: Any, *tensors: Tensor) -> list[Tensor]:
     inputs = {i.name: t.numpy() for i, t in zip(session.get_inputs(), tensors, strict=True)}
     return [torch.from_numpy(y) for y in session.run(None, inputs)]
 
@@ -51,7 +53,7 @@ def _run(session, *tensors):
 class _DecoderAndJoiner:
     """The two small networks of a transducer, and the metadata of its decoder."""
 
-    def _load(self, decoder_filename, joiner_filename, threads):
+    def _load(self, decoder_filename: Path | str, joiner_filename: Path | str, threads: int) -> None:
         self.decoder = _session(decoder_filename, threads)
         self.joiner = _session(joiner_filename, threads)
         self.context_size, self.vocab_size = _metadata(
@@ -61,11 +63,11 @@ class _DecoderAndJoiner:
         self.blank_id = int(found.get("blank_id", 0))
         self.unk_id = int(found.get("unk_id", self.blank_id))
 
-    def run_decoder(self, decoder_input):
+    def run_decoder(self, decoder_input: Tensor) -> Tensor:
         """(batch, context_size) of int64 -> (batch, joiner_dim)"""
         return _run(self.decoder, decoder_input)[0]
 
-    def run_joiner(self, encoder_out, decoder_out):
+    def run_joiner(self, encoder_out: Tensor, decoder_out: Tensor) -> Tensor:
         """(batch, joiner_dim) twice -> logits (batch, vocabulary)"""
         return _run(self.joiner, encoder_out, decoder_out)[0]
 
@@ -73,11 +75,17 @@ class _DecoderAndJoiner:
 class OnnxTransducerModel(_DecoderAndJoiner):
     """A transducer for whole utterances: encoder, decoder and joiner."""
 
-    def __init__(self, encoder_filename, decoder_filename, joiner_filename, threads=1):
+    def __init__(
+        self,
+        encoder_filename: Path | str,
+        decoder_filename: Path | str,
+        joiner_filename: Path | str,
+        threads: int = 1,
+    ) -> None:
         self.encoder = _session(encoder_filename, threads)
         self._load(decoder_filename, joiner_filename, threads)
 
-    def run_encoder(self, x, x_lens):
+    def run_encoder(self, x: Tensor, x_lens: Tensor) -> tuple[Tensor, ...]:
         """Features (batch, time, channels), lengths -> encoder_out (batch, frames, joiner_dim), lengths
 
         Raises ValueError when a sequence is too short for a frame of output.
@@ -89,10 +97,10 @@ class OnnxTransducerModel(_DecoderAndJoiner):
 class OnnxCtcModel:
     """A CTC model for whole utterances."""
 
-    def __init__(self, nn_model, threads=1):
+    def __init__(self, nn_model: Path | str, threads: int = 1) -> None:
         self.model = _session(nn_model, threads)
 
-    def __call__(self, x, x_lens):
+    def __call__(self, x: Tensor, x_lens: Tensor) -> tuple[Tensor, ...]:
         """Features (batch, time, channels), lengths -> log-probabilities (batch, frames, vocabulary), lengths
 
         Raises ValueError when a sequence is too short for a frame of output.
@@ -104,7 +112,7 @@ class OnnxCtcModel:
 class _Streams:
     """A session with states. ``segment``: frames of features per chunk; ``offset``: frames from chunk to chunk."""
 
-    def _open(self, filename, threads):
+    def _open(self, filename: Path | str, threads: int) -> Any:
         self._session = _session(filename, threads)
         self.segment, self.offset = _metadata(self._session, filename, "T", "decode_chunk_len")
         self._names = [i.name for i in self._session.get_inputs()]
@@ -112,7 +120,7 @@ class _Streams:
         self.reset_states()
         return self._session
 
-    def reset_states(self, batch_size=1):
+    def reset_states(self, batch_size: int = 1) -> None:
         """Starts ``batch_size`` new streams."""
         self.states = []
         for i in self._session.get_inputs()[1:]:
@@ -120,7 +128,7 @@ class _Streams:
             kind = numpy.int64 if "int64" in i.type else numpy.float32
             self.states.append(numpy.zeros(shape, dtype=kind))
 
-    def _step(self, x):
+    def _step(self, x: Tensor) -> Tensor:
         if x.ndim != 3 or x.shape[1] != self.segment:
             raise ValueError(
                 f"{type(self).__name__}: a chunk must be (batch, {self.segment}, channels), got {tuple(x.shape)}"
@@ -133,11 +141,17 @@ class _Streams:
 class OnnxStreamingTransducerModel(_Streams, _DecoderAndJoiner):
     """A transducer for streams."""
 
-    def __init__(self, encoder_filename, decoder_filename, joiner_filename, threads=1):
+    def __init__(
+        self,
+        encoder_filename: Path | str,
+        decoder_filename: Path | str,
+        joiner_filename: Path | str,
+        threads: int = 1,
+    ) -> None:
         self.encoder = self._open(encoder_filename, threads)
         self._load(decoder_filename, joiner_filename, threads)
 
-    def run_encoder(self, x):
+    def run_encoder(self, x: Tensor) -> Tensor:
         """A chunk of features (batch, segment, channels) -> encoder_out (batch, frames, joiner_dim)"""
         return self._step(x)
 
@@ -145,9 +159,9 @@ class OnnxStreamingTransducerModel(_Streams, _DecoderAndJoiner):
 class OnnxStreamingCtcModel(_Streams):
     """A CTC model for streams."""
 
-    def __init__(self, model_filename, threads=1):
+    def __init__(self, model_filename: Path | str, threads: int = 1) -> None:
         self.model = self._open(model_filename, threads)
 
-    def __call__(self, x):
+    def __call__(self, x: Tensor) -> Tensor:
         """A chunk of features (batch, segment, channels) -> log-probabilities (batch, frames, vocabulary)"""
         return self._step(x)

@@ -7,9 +7,11 @@ the modules and only works for the unchanged classes of this package.
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from fastasr.models.common.linear import Linear
 from fastasr.models.zipformer.activations import SwooshR
@@ -20,18 +22,18 @@ from fastasr.models.zipformer.subsampling import Conv2dSubsampling
 MASKED = -1000.0
 
 
-def is_exporting():
+def is_exporting() -> bool:
     """Says whether a tracer or an exporter runs."""
     return torch.jit.is_tracing() or torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
 
 
-def serves(encoder_embed, encoder):
+def serves(encoder_embed: Any, encoder: Any) -> bool:
     """Says whether both modules have the classes that this file defines in plain PyTorch."""
     return type(encoder_embed) is Conv2dSubsampling and type(encoder) is Zipformer
 
 
 # --------------------------------------------------------------------------- whole utterances
-def encode(encoder_embed, encoder, x, x_lens):
+def encode(encoder_embed: Any, encoder: Any, x: Tensor, x_lens: Tensor) -> tuple[Tensor, Tensor]:
     """Features (batch, time, channels), lengths -> encoder_out (batch, frames, channels), lengths."""
     x, x_lens = front_end(encoder_embed, x), (x_lens - 7) // 2
     padding = torch.arange(x.shape[1], device=x.device, dtype=torch.int64) >= x_lens.unsqueeze(1)  # [N, T]
@@ -44,7 +46,7 @@ def encode(encoder_embed, encoder, x, x_lens):
     return y.transpose(0, 1), (x_lens + 1) // 2
 
 
-def front_end(embed, x):
+def front_end(embed: Any, x: Tensor) -> Tensor:
     """(batch, time, features) -> (batch, (time - 7) // 2, channels)"""
     x = _convolutions(embed.conv, x.unsqueeze(1))
     layer = embed.convnext
@@ -53,7 +55,7 @@ def front_end(embed, x):
     return _projected(embed, x + _convnext_hidden(layer, h))
 
 
-def front_end_chunk(embed, x, cached_left_pad):
+def front_end_chunk(embed: Any, x: Tensor, cached_left_pad: Tensor) -> tuple[Tensor, Tensor]:
     """(batch, time, features), the cache -> (batch, (time - 7) // 2 - 3, channels), the next cache."""
     x = _convolutions(embed.conv, x.unsqueeze(1))
     layer = embed.convnext
@@ -65,7 +67,7 @@ def front_end_chunk(embed, x, cached_left_pad):
     return y, extended[:, :, frames : frames + pad]
 
 
-def _convolutions(layers, x):
+def _convolutions(layers: Any, x: Tensor) -> Tensor:
     for layer in layers:
         if isinstance(layer, torch.nn.Conv2d):
             x = F.conv2d(x, layer.weight, layer.bias, layer.stride, layer.padding)
@@ -74,18 +76,20 @@ def _convolutions(layers, x):
     return x
 
 
-def _convnext_hidden(layer, h):
+def _convnext_hidden(layer: Any, h: Tensor) -> Tensor:
     expand, contract = layer.pointwise_conv1, layer.pointwise_conv2
     h = _swoosh(F.conv2d(h, expand.weight, expand.bias), "SwooshL")
     return F.conv2d(h, contract.weight, contract.bias)
 
 
-def _projected(embed, x):
+def _projected(embed: Any, x: Tensor) -> Tensor:
     return _bias_norm(embed.out_norm, linear(embed.out, x.transpose(1, 2).flatten(2)))
 
 
 # --------------------------------------------------------------------------- chunks
-def encode_chunk(encoder_embed, encoder, x, states, unseen):
+def encode_chunk(
+    encoder_embed: Any, encoder: Any, x: Tensor, states: Any, unseen: Tensor
+) -> tuple[Tensor, list[Tensor]]:
     """A chunk of features (batch, time, channels), states, ``unseen`` (batch, left context) -> encoder_out (batch,
     frames, channels), the new states except the last. ``unseen`` is True at frames before the stream's beginning.
     """
@@ -107,7 +111,7 @@ def encode_chunk(encoder_embed, encoder, x, states, unseen):
 
 
 # --------------------------------------------------------------------------- stacks and layers
-def _stack(stack, x, padding, states, left):
+def _stack(stack: Any, x: Tensor, padding: Tensor, states: Any, left: int) -> tuple[Tensor, list]:
     """x (T, N, C), padding (N, left context at the outer rate + T); states of the stack or None -> y, new states."""
     if not isinstance(stack, DownsampledZipformerEncoder):
         return _layers(stack, x, padding, states, left)
@@ -117,7 +121,7 @@ def _stack(stack, x, padding, states, left):
     return _bypass(stack.out_combiner, x, y), states
 
 
-def _layers(stack, x, padding, states, left):
+def _layers(stack: Any, x: Tensor, padding: Tensor, states: Any, left: int) -> tuple[Tensor, list]:
     positions = _positions(stack.encoder_pos, x, left)  # [T + S - 1, D]
     new_states = []
     for i, layer in enumerate(stack.layers):
@@ -127,9 +131,10 @@ def _layers(stack, x, padding, states, left):
     return x, new_states
 
 
-def _layer(layer, x, positions, padding, caches):
-    key, nonlin, val1, val2, conv1, conv2 = (None,) * STATES_PER_LAYER if caches is None else caches
-    frame_padding = padding if caches is None else padding[:, key.shape[0] :]
+def _layer(layer: Any, x: Tensor, positions: Tensor, padding: Tensor, caches: Any) -> tuple[Tensor, list]:
+    caches = (None,) * STATES_PER_LAYER if caches is None else caches
+    key, nonlin, val1, val2, conv1, conv2 = caches
+    frame_padding = padding if key is None else padding[:, key.shape[0] :]
     origin, heads = x, layer.self_attn_weights.num_heads
     weights, key = _attention_weights(layer.self_attn_weights, x, positions, padding, key)
     x = x + _feed_forward(layer.feed_forward1, x)
@@ -150,7 +155,7 @@ def _layer(layer, x, positions, padding, caches):
     return x, [key, nonlin, val1, val2, conv1, conv2]
 
 
-def _positions(encoding, x, left):
+def _positions(encoding: Any, x: Tensor, left: int) -> Tensor:
     """Returns the encodings (T + S - 1, D) of the offsets from -(S - 1) to T - 1, for S = left + T sources."""
     frames = x.shape[0]
     offset = (
@@ -165,7 +170,9 @@ def _positions(encoding, x, left):
     return torch.cat([pe[:, :-1], torch.ones_like(pe[:, -1:])], dim=1)
 
 
-def _attention_weights(module, x, positions, padding, cached_key):
+def _attention_weights(
+    module: Any, x: Tensor, positions: Tensor, padding: Tensor, cached_key: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     heads, width = module.num_heads, module.num_heads * module.query_head_dim
     q, k, p = linear(module.in_proj, x).split([width, width, heads * module.pos_head_dim], dim=-1)
     if cached_key is not None:
@@ -186,13 +193,15 @@ def _attention_weights(module, x, positions, padding, cached_key):
     return scores.softmax(dim=-1), cached_key
 
 
-def _by_head(x, heads):
+def _by_head(x: Tensor, heads: int) -> Tensor:
     """(time, batch, heads * d) -> (heads, batch, time, d)"""
     frames, batch, channels = x.shape
     return x.reshape(frames, batch, heads, channels // heads).permute(2, 1, 0, 3)
 
 
-def _nonlin_attention(module, x, weights, cached):
+def _nonlin_attention(
+    module: Any, x: Tensor, weights: Tensor, cached: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     s, v, y = linear(module.in_proj, x).chunk(3, dim=2)
     v = (v * s.tanh()).transpose(0, 1).unsqueeze(0)  # [1, N, T, C]
     if cached is not None:
@@ -203,7 +212,9 @@ def _nonlin_attention(module, x, weights, cached):
     return linear(module.out_proj, v * y), cached
 
 
-def _self_attention(module, x, weights, heads, cached):
+def _self_attention(
+    module: Any, x: Tensor, weights: Tensor, heads: int, cached: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     v = linear(module.in_proj, x)
     if cached is not None:
         left = cached.shape[0]
@@ -213,7 +224,9 @@ def _self_attention(module, x, weights, heads, cached):
     return linear(module.out_proj, y), cached
 
 
-def _convolution(module, x, padding, cached):
+def _convolution(
+    module: Any, x: Tensor, padding: Tensor, cached: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     x, s = linear(module.in_proj, x).chunk(2, dim=2)
     h = (x * s.sigmoid()).permute(1, 2, 0)  # [N, C, T]
     h = h.masked_fill(padding.unsqueeze(1), 0.0)
@@ -226,7 +239,7 @@ def _convolution(module, x, padding, cached):
     return F.linear(_swoosh(y.permute(2, 0, 1), out.activation), out.weight, out.bias), cached
 
 
-def _chunk_causal(conv, h, cached):
+def _chunk_causal(conv: Any, h: Tensor, cached: Tensor | None) -> tuple[Tensor, Tensor | None]:
     left = conv.kernel_size // 2
     inner, causal = conv.chunkwise_conv, conv.causal_conv
     within = F.conv1d(h, inner.weight, inner.bias, padding=inner.padding, groups=inner.groups)
@@ -238,31 +251,31 @@ def _chunk_causal(conv, h, cached):
 
 
 # --------------------------------------------------------------------------- small parts
-def linear(layer, x):
+def linear(layer: Any, x: Tensor) -> Tensor:
     """Calls a linear layer of fastasr with torch's own kernels, and any other layer normally."""
     return F.linear(x, layer.weight, layer.bias) if isinstance(layer, Linear) else layer(x)
 
 
-def _feed_forward(module, x):
+def _feed_forward(module: Any, x: Tensor) -> Tensor:
     out = module.out_proj
     return F.linear(_swoosh(linear(module.in_proj, x), out.activation), out.weight, out.bias)
 
 
-def _swoosh(x, kind):
+def _swoosh(x: Tensor, kind: str) -> Tensor:
     if kind == "SwooshL":
         return F.softplus(x - 4.0) - 0.08 * x - 0.035
     return F.softplus(x - 1.0) - 0.08 * x - 0.313261687
 
 
-def _bias_norm(module, x):
+def _bias_norm(module: Any, x: Tensor) -> Tensor:
     return x * (x - module.bias).square().mean(dim=-1, keepdim=True).rsqrt() * module.log_scale.exp()
 
 
-def _bypass(module, origin, x):
+def _bypass(module: Any, origin: Tensor, x: Tensor) -> Tensor:
     return origin + (x - origin) * module.bypass_scale
 
 
-def _downsample(module, x):
+def _downsample(module: Any, x: Tensor) -> Tensor:
     """Repeats the last frame up to a multiple of the factor, without a branch on the number of frames."""
     factor = module.downsample
     frames, batch, channels = x.shape

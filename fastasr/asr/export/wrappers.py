@@ -5,17 +5,19 @@ Names, inputs and outputs are upstream's, and the submodules may be upstream's t
 as ONNX. While an exporter runs, our own encoder is computed by its plain definition.
 """
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from fastasr.asr.export import plain
 from fastasr.models.common.sequences import make_pad_mask
 
-PAD_LENGTH = (
-    7 + 2 * 3
-)  # features of a chunk beyond 2 chunk_size: the convolutions' 7, 3 frames of future at half the rate
+# features of a chunk beyond 2 chunk_size: the convolutions' 7, 3 frames of future at half the rate
+PAD_LENGTH = 7 + 2 * 3
 
 
-def _encode(wrapper, x, x_lens):
+def _encode(wrapper: Any, x: Tensor, x_lens: Tensor) -> tuple[Tensor, Tensor]:
     if wrapper.encoder.causal and plain.is_exporting():
         raise ValueError(f"{type(wrapper).__name__}: a causal encoder is exported for streaming")
     if _is_plain(wrapper):
@@ -26,11 +28,11 @@ def _encode(wrapper, x, x_lens):
     return y.transpose(0, 1), y_lens
 
 
-def _linear(layer, x):
+def _linear(layer: Any, x: Tensor) -> Tensor:
     return plain.linear(layer, x) if plain.is_exporting() else layer(x)
 
 
-def _is_plain(wrapper):
+def _is_plain(wrapper: Any) -> bool:
     if not (plain.is_exporting() and plain.serves(wrapper.encoder_embed, wrapper.encoder)):
         return False
     if wrapper.encoder.training:
@@ -41,39 +43,35 @@ def _is_plain(wrapper):
 class EncoderWrapper(torch.nn.Module):
     """features (batch, time, channels), feature_lengths -> encoder_out (batch, frames, channels), lengths."""
 
-    def __init__(self, encoder, encoder_embed):
+    def __init__(self, encoder: Any, encoder_embed: Any) -> None:
         super().__init__()
         self.encoder = encoder
         self.encoder_embed = encoder_embed
 
-    def forward(self, features, feature_lengths):
+    def forward(self, features: Tensor, feature_lengths: Tensor) -> tuple[Tensor, Tensor]:
         return _encode(self, features, feature_lengths)
 
 
-class OnnxEncoderWrapper(torch.nn.Module):
+class OnnxEncoderWrapper(EncoderWrapper):
     """An EncoderWrapper whose output is projected for the joiner."""
 
-    def __init__(self, encoder, encoder_embed, encoder_proj):
-        super().__init__()
-        self.encoder = encoder
-        self.encoder_embed = encoder_embed
+    def __init__(self, encoder: Any, encoder_embed: Any, encoder_proj: Any) -> None:
+        super().__init__(encoder, encoder_embed)
         self.encoder_proj = encoder_proj
 
-    def forward(self, x, x_lens):
+    def forward(self, x: Tensor, x_lens: Tensor) -> tuple[Tensor, Tensor]:
         y, y_lens = _encode(self, x, x_lens)
         return _linear(self.encoder_proj, y), y_lens
 
 
-class OnnxCtcWrapper(torch.nn.Module):
+class OnnxCtcWrapper(EncoderWrapper):
     """x (batch, time, channels), x_lens -> CTC's log_probs (batch, frames, vocabulary), lengths."""
 
-    def __init__(self, encoder, encoder_embed, ctc_output):
-        super().__init__()
-        self.encoder = encoder
-        self.encoder_embed = encoder_embed
+    def __init__(self, encoder: Any, encoder_embed: Any, ctc_output: Any) -> None:
+        super().__init__(encoder, encoder_embed)
         self.ctc_output = ctc_output
 
-    def forward(self, x, x_lens):
+    def forward(self, x: Tensor, x_lens: Tensor) -> tuple[Tensor, Tensor]:
         y, y_lens = _encode(self, x, x_lens)
         return self.ctc_output(y), y_lens
 
@@ -81,23 +79,23 @@ class OnnxCtcWrapper(torch.nn.Module):
 class OnnxDecoderWrapper(torch.nn.Module):
     """y (batch, context_size) -> (batch, joiner_dim)."""
 
-    def __init__(self, decoder, decoder_proj):
+    def __init__(self, decoder: Any, decoder_proj: Any) -> None:
         super().__init__()
         self.decoder = decoder
         self.decoder_proj = decoder_proj
 
-    def forward(self, y):
+    def forward(self, y: Tensor) -> Tensor:
         return _linear(self.decoder_proj, self.decoder(y, need_pad=False).squeeze(1))
 
 
 class OnnxJoinerWrapper(torch.nn.Module):
     """encoder_out, decoder_out (batch, joiner_dim), projected -> logits (batch, vocabulary)."""
 
-    def __init__(self, output_linear):
+    def __init__(self, output_linear: Any) -> None:
         super().__init__()
         self.output_linear = output_linear
 
-    def forward(self, encoder_out, decoder_out):
+    def forward(self, encoder_out: Tensor, decoder_out: Tensor) -> Tensor:
         return self.output_linear(torch.tanh(encoder_out + decoder_out))
 
 
@@ -108,7 +106,7 @@ class _Streaming(torch.nn.Module):
 
     processed_dtype = torch.int64
 
-    def __init__(self, encoder, encoder_embed):
+    def __init__(self, encoder: Any, encoder_embed: Any) -> None:
         super().__init__()
         if len(encoder.chunk_size) != 1 or len(encoder.left_context_frames) != 1:
             raise ValueError(
@@ -126,7 +124,11 @@ class _Streaming(torch.nn.Module):
         self.left_context_len = encoder.left_context_frames[0]
         self.pad_length = PAD_LENGTH
 
-    def get_init_states(self, batch_size=1, device=torch.device("cpu")):  # noqa: B008 (immutable)
+    def get_init_states(
+        self,
+        batch_size: int = 1,
+        device: torch.device = torch.device("cpu"),  # noqa: B008 (immutable)
+    ) -> list[Tensor]:
         """Returns the states before the first chunk."""
         return [
             *self.encoder.get_init_states(batch_size, device),
@@ -134,7 +136,7 @@ class _Streaming(torch.nn.Module):
             torch.zeros(batch_size, dtype=self.processed_dtype, device=device),
         ]
 
-    def _encode(self, x, x_lens, states):
+    def _encode(self, x: Tensor, x_lens: Tensor, states: list[Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
         processed = states[-1]
         # The mask of the left context's frames, oldest first, that lie before the stream's beginning.
         age = torch.arange(self.left_context_len - 1, -1, -1, device=x.device, dtype=torch.int64)
@@ -159,18 +161,20 @@ class StreamingEncoderWrapper(_Streaming):
 
     processed_dtype = torch.int32
 
-    def forward(self, features, feature_lengths, states):
+    def forward(
+        self, features: Tensor, feature_lengths: Tensor, states: list[Tensor]
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
         return self._encode(features, feature_lengths, states)
 
 
 class OnnxStreamingEncoderWrapper(_Streaming):
     """A chunk x (batch, 2 chunk_size + 13, channels), states -> encoder_out projected for the joiner, new states."""
 
-    def __init__(self, encoder, encoder_embed, encoder_proj):
+    def __init__(self, encoder: Any, encoder_embed: Any, encoder_proj: Any) -> None:
         super().__init__(encoder, encoder_embed)
         self.encoder_proj = encoder_proj
 
-    def forward(self, x, states):
+    def forward(self, x: Tensor, states: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         y, _, states = self._encode(x, _full(x), states)
         return _linear(self.encoder_proj, y), states
 
@@ -178,15 +182,15 @@ class OnnxStreamingEncoderWrapper(_Streaming):
 class OnnxStreamingCtcWrapper(_Streaming):
     """A chunk x (batch, 2 chunk_size + 13, channels), states -> CTC's log_probs, new states."""
 
-    def __init__(self, encoder, encoder_embed, ctc_output):
+    def __init__(self, encoder: Any, encoder_embed: Any, ctc_output: Any) -> None:
         super().__init__(encoder, encoder_embed)
         self.ctc_output = ctc_output
 
-    def forward(self, x, states):
+    def forward(self, x: Tensor, states: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         y, _, states = self._encode(x, _full(x), states)
         return self.ctc_output(y), states
 
 
-def _full(x):
+def _full(x: Tensor) -> Tensor:
     """Returns the lengths (batch,) of sequences without padding."""
     return torch.full((x.shape[0],), x.shape[1], dtype=torch.int64, device=x.device)

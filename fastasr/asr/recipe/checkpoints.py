@@ -4,9 +4,12 @@
 The entries ``model`` and ``model_avg`` are state dicts as in icefall's checkpoints.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastasr import files
 from fastasr.asr.recipe.parallel import full, like
@@ -15,7 +18,7 @@ NAME = "last.pt"
 NEEDED = ("model", "model_avg", "arguments", "units", "step", "features")
 
 
-def save(path, content):
+def save(path: Path | str, content: dict[str, Any]) -> None:
     """Writes ``content`` and replaces ``path`` at the end, so a killed process leaves the previous checkpoint. Raises
     OSError if there is no room for it."""
     with files.replacing(path) as unfinished:
@@ -27,7 +30,7 @@ def save(path, content):
             ) from None
 
 
-def load(path):
+def load(path: Path | str) -> dict[str, Any]:
     """Returns the content that ``save`` wrote. Raises ValueError for a missing, damaged or foreign file."""
     path = Path(path)
     if not path.is_file():
@@ -43,7 +46,7 @@ def load(path):
     return found
 
 
-def model_state(model, values=None):
+def model_state(model: torch.nn.Module, values: Iterable[Tensor] | None = None) -> dict[str, Tensor]:
     """Returns the state dict with unsharded tensors. ``values``, if given, replace the parameters in their order."""
     state = {name: full(tensor).detach() for name, tensor in model.state_dict().items()}
     if values is not None:
@@ -52,7 +55,7 @@ def model_state(model, values=None):
     return state
 
 
-def load_parameters(model, state):
+def load_parameters(model: torch.nn.Module, state: dict[str, Any]) -> None:
     """Loads a state dict strictly into a model that may be sharded."""
     expected = model.state_dict()
     if set(expected) != set(state):
@@ -69,7 +72,7 @@ def load_parameters(model, state):
             tensor.copy_(like(state[name], tensor))
 
 
-def optimizer_state(optimizer):
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     group = optimizer.param_groups[0]
     return {
         "group": {name: value for name, value in group.items() if name != "params"},
@@ -77,7 +80,7 @@ def optimizer_state(optimizer):
     }
 
 
-def load_optimizer(optimizer, state):
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     group = optimizer.param_groups[0]
     if len(state["state"]) != len(group["params"]):
         raise ValueError("the checkpoint's optimizer is of another model")

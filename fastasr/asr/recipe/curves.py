@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draws the loss curves of several runs in one picture."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from fastasr import files
 from fastasr.asr.recipe.logs import read as rows_of
 
 
-def read(path):
+def read(path: Path | str) -> dict[str, list[float]]:
     """Returns the columns of a training log, {name: floats}. Raises ValueError if the file is not a training log."""
     rows = rows_of(path)
     if not rows or "loss" not in rows[0]:
@@ -20,7 +22,7 @@ def read(path):
         raise ValueError(f"{path} is no training log: {error}") from None
 
 
-def smoothed(values, share=0.02):
+def smoothed(values: Sequence[float], share: float = 0.02) -> list[float]:
     """Returns the running mean over ``share`` of the run. Losses differ from batch to batch, which hides the trend."""
     width = max(1, round(len(values) * share))
     return [
@@ -29,7 +31,7 @@ def smoothed(values, share=0.02):
     ]
 
 
-def plot(logs, out):
+def plot(logs: Any, out: Path) -> None:
     """Draws the losses of the logs {label: path} over steps and over time, and writes the picture to ``out``."""
     import matplotlib
 

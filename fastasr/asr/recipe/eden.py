@@ -7,7 +7,15 @@ where w grows from ``warmup_start`` to 1 over ``warmup_batches``. Yao et al., "Z
 """
 
 
-def eden(base_lr, batch, epoch, lr_batches, lr_epochs, warmup_batches=500.0, warmup_start=0.5):
+def eden(
+    base_lr: float,
+    batch: float,
+    epoch: int,
+    lr_batches: float,
+    lr_epochs: float,
+    warmup_batches: float = 500.0,
+    warmup_start: float = 0.5,
+) -> float:
     """Returns the learning rate at step ``batch`` of the run, in epoch ``epoch``."""
     warmup = min(1.0, warmup_start + (1.0 - warmup_start) * batch / warmup_batches) if warmup_batches else 1.0
     return (

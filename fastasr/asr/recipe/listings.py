@@ -68,9 +68,8 @@ def _of_manifest(manifest: Path) -> list[Entry]:
             )
         places = [manifest.parent / part / given for part in ("", "clips")]
         path = next((place for place in places if place.exists()), places[0])
-        entry = Entry(
-            path, Path(given).with_suffix("").as_posix(), *(_column(row, n) for n in (TEXTS, SPEAKERS))
-        )
+        name = Path(given).with_suffix("").as_posix()
+        entry = Entry(path, name, _column(row, TEXTS), _column(row, SPEAKERS))
         if row.get("offset") not in (None, ""):
             where = f"{manifest}: line {line}"
             entry.begin = _seconds(row, "offset", where)
@@ -103,7 +102,7 @@ def _rows(manifest: Path) -> list[tuple[int, dict]]:
     except UnicodeDecodeError as error:
         raise ValueError(f"{manifest}: {error}") from None
     if manifest.suffix in (".tsv", ".csv"):
-        style = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if manifest.suffix == ".tsv" else {}
+        style: dict = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if manifest.suffix == ".tsv" else {}
         return list(enumerate(csv.DictReader(text.splitlines(), **style), 2))
     found = []
     for number, line in enumerate(text.splitlines(), 1):

@@ -3,13 +3,14 @@
 
 import csv
 from pathlib import Path
+from typing import Any
 
 from fastasr import files
 
 COLUMNS = ("step", "epoch", "loss", "simple", "pruned", "ctc", "lr", "batch", "audio_seconds", "seconds")
 
 
-def read(path):
+def read(path: Path | str) -> list[dict]:
     """Returns the rows of a log, {column: text} with a step of int. A last row that a full disk has cut is left out.
     Raises ValueError if the file is not a training log.
     """
@@ -26,7 +27,7 @@ class Log:
     Raises ValueError as ``read`` does.
     """
 
-    def __init__(self, path, step=0):
+    def __init__(self, path: Path | str, step: int = 0) -> None:
         self.path = Path(path)
         rows = []
         if step and self.path.is_file():
@@ -38,9 +39,9 @@ class Log:
         self._file = self.path.open("a", newline="")
         self._writer = csv.DictWriter(self._file, COLUMNS)
 
-    def write(self, **row):
+    def write(self, **row: Any) -> None:
         self._writer.writerow({k: f"{v:.7g}" if isinstance(v, float) else v for k, v in row.items()})
         self._file.flush()
 
-    def close(self):
+    def close(self) -> None:
         self._file.close()

@@ -6,10 +6,13 @@ gradients equal those of a single process.
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
@@ -23,11 +26,11 @@ class World:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
-    def first(self):
+    def first(self) -> bool:
         return self.rank == 0
 
 
-def start(kind, device):
+def start(kind: str, device: torch.device) -> World:
     """Returns the World that ``torchrun`` has set up, or that of a single process."""
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return World(device=device)
@@ -38,12 +41,12 @@ def start(kind, device):
     return World(dist.get_rank(), dist.get_world_size(), kind, device)
 
 
-def stop():
+def stop() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def wrap(model, world):
+def wrap(model: Any, world: World) -> Any:
     """Returns the model to call in training. FSDP2 changes ``model`` itself."""
     if world.size == 1:
         return model
@@ -62,7 +65,7 @@ def wrap(model, world):
     return model
 
 
-def average_ignored_gradients(model, world):
+def average_ignored_gradients(model: torch.nn.Module, world: World) -> None:
     """Averages the gradients of the parameters that FSDP2 does not shard, since FSDP2 leaves these out."""
     if world.size == 1 or world.kind != "fsdp":
         return
@@ -74,7 +77,7 @@ def average_ignored_gradients(model, world):
             grad.copy_(value)
 
 
-def total(values, world):
+def total(values: Sequence[float], world: World) -> list[float]:
     """Returns the sums of a list of numbers over all processes."""
     if world.size == 1:
         return list(values)
@@ -83,17 +86,17 @@ def total(values, world):
     return tensor.tolist()
 
 
-def local(x):
+def local(x: Tensor) -> Tensor:
     """Returns this process's shard of a tensor that may be sharded."""
     return x.to_local() if isinstance(x, DTensor) else x
 
 
-def full(x):
+def full(x: Tensor) -> Tensor:
     """Returns the whole of a tensor that may be sharded. All processes must call it."""
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
-def like(x, parameter):
+def like(x: Tensor, parameter: Tensor) -> Tensor:
     """Shards the whole tensor x as ``parameter`` is sharded."""
     x = x.to(parameter.device)
     if isinstance(parameter, DTensor) and x.ndim:

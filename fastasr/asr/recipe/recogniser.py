@@ -2,10 +2,13 @@
 """Transcribes recordings, whole or as streams, with a trained model from its checkpoint or its ONNX files."""
 
 import json
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastasr import files
 from fastasr.asr import decoding
@@ -32,7 +35,7 @@ class Recogniser:
     rate: int
     bins: int
 
-    def search(self, method, beam=4):
+    def search(self, method: str, beam: int = 4) -> tuple[Any, Any]:
         """Returns the stream encoder and the search of ``method``, which is "greedy", "beam", "ctc-greedy" or
         "ctc-beam". Raises ValueError if the model does not stream.
         """
@@ -41,10 +44,10 @@ class Recogniser:
             return model.stream(ctc), search
         return decoding.ChunkEncoder(model, ctc=ctc), search
 
-    def _model(self, method):
+    def _model(self, method: str) -> Any:
         return self.model[method.startswith("ctc-")] if isinstance(self.model, tuple) else self.model
 
-    def _search(self, method, beam):
+    def _search(self, method: str, beam: int) -> Any:
         model = self._model(method)
         made = {
             "greedy": lambda: decoding.GreedySearch(model),
@@ -56,7 +59,7 @@ class Recogniser:
             raise ValueError(f"method must be one of {', '.join(made)}, got {method!r}")
         return made[method]()
 
-    def samples(self, path, convert=False):
+    def samples(self, path: Path | str, convert: bool = False) -> Tensor:
         """Returns a recording's samples at the model's rate. It resamples another rate if ``convert`` is set and raises
         ValueError otherwise."""
         clip = speech.read_wav(path)
@@ -68,24 +71,28 @@ class Recogniser:
             return resample(clip.samples, clip.rate, self.rate)
         return clip.samples
 
-    def stream(self, parts, method="greedy", beam=4):
+    def stream(
+        self, parts: Iterable[Tensor], method: str = "greedy", beam: int = 4
+    ) -> Iterator[tuple[str, decoding.Decoded]]:
         """Yields (text so far, Decoded) after every chunk. ``parts`` yields pieces of samples as they arrive."""
         computer = speech.features_of_stream(self.rate, self.bins)
 
-        def features():
+        def features() -> Iterator[Tensor]:
             for part in parts:
                 yield computer.accept(part)
             yield computer.finish()
 
         yield from self.stream_features(features(), method, beam)
 
-    def stream_features(self, parts, method="greedy", beam=4):
+    def stream_features(
+        self, parts: Iterable[Tensor], method: str = "greedy", beam: int = 4
+    ) -> Iterator[tuple[str, decoding.Decoded]]:
         """Does the same as ``stream`` for pieces of features (frames, bins)."""
         encoder, search = self.search(method, beam)
         chunks = decoding.FeatureChunks(encoder.chunk_size, encoder.right_context)
         state = search.start()
 
-        def advanced(state, ready):
+        def advanced(state: Any, ready: list[Tensor]) -> tuple[Any, tuple[str, decoding.Decoded]]:
             for chunk in ready:
                 state = search.advance(state, encoder(chunk.unsqueeze(0)))
             result = search.result(state)
@@ -99,7 +106,9 @@ class Recogniser:
         _, found = advanced(state, chunks.finish())
         yield found
 
-    def transcribe(self, samples, method="greedy", beam=4):
+    def transcribe(
+        self, samples: Tensor, method: str = "greedy", beam: int = 4
+    ) -> tuple[str, decoding.Decoded]:
         """Returns (text, Decoded) of a whole recording. PyTorch models encode it at once, ONNX models in chunks."""
         if isinstance(self.model, tuple):
             return list(self.stream([samples], method, beam))[-1]
@@ -113,7 +122,9 @@ class Recogniser:
         return self.units.decode(result.tokens[0]), result
 
 
-def disagreements(one, other, utterances, method="greedy"):
+def disagreements(
+    one: Recogniser, other: Recogniser, utterances: Sequence[speech.Utterance], method: str = "greedy"
+) -> list[tuple[str, ...]]:
     """Returns [(name, text, other text)] for the utterances that two recognisers transcribe differently as streams."""
     found = []
     for utterance in utterances:
@@ -123,7 +134,7 @@ def disagreements(one, other, utterances, method="greedy"):
     return found
 
 
-def load(path):
+def load(path: Path | str) -> Recogniser:
     """Loads a Recogniser from a checkpoint or from a folder that ``export`` wrote. Raises ValueError if it cannot."""
     path = Path(path)
     if path.is_dir() and (path / DESCRIPTION).is_file():
@@ -142,14 +153,14 @@ def load(path):
         raise ValueError(f"the checkpoint {path} is damaged: {type(error).__name__}: {error}") from None
 
 
-def _units_for(vocabulary, units, path):
+def _units_for(vocabulary: int, units: Units, path: Path | str) -> Units:
     """Returns the units if each token of the model is one of them. Raises ValueError otherwise."""
     if len(units) != vocabulary:
         raise ValueError(f"{path} has {len(units)} tokens, its model {vocabulary}: they are of another model")
     return units
 
 
-def export(path, folder):
+def export(path: Path | str, folder: Path | str) -> dict[str, Path]:
     """Writes the ONNX files of a checkpoint, its tokens and the description that ``load`` reads."""
     from fastasr.asr.export import export_onnx
 
@@ -171,15 +182,14 @@ def export(path, folder):
     return written
 
 
-def _load_onnx(folder):
+def _load_onnx(folder: Path) -> Recogniser:
     try:
         description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
         rate, bins = int(description["rate"]), int(description["bins"])
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{folder / DESCRIPTION} is damaged: {type(error).__name__}: {error}") from None
-    transducer = OnnxStreamingTransducerModel(
-        *(folder / f"{name}.onnx" for name in ("encoder", "decoder", "joiner"))
-    )
+    encoder, decoder, joiner = (folder / f"{name}.onnx" for name in ("encoder", "decoder", "joiner"))
+    transducer = OnnxStreamingTransducerModel(encoder, decoder, joiner)
     ctc = OnnxStreamingCtcModel(folder / "ctc.onnx")
     tokens = folder / "tokens.txt"
     units = _units_for(transducer.vocab_size, Units(SymbolTable.from_file(tokens)), tokens)

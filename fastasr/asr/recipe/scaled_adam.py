@@ -18,8 +18,11 @@ Yao et al., "Zipformer" (2024), section 3.5. Parameters may be sharded by FSDP2:
 reduced over the shards, all tensors of the model at once.
 """
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from fastasr.asr.recipe.parallel import local
@@ -49,16 +52,16 @@ class ScaledAdam(torch.optim.Optimizer):
 
     def __init__(
         self,
-        params,
-        lr=0.03,
-        clipping_scale=2.0,
-        betas=(0.9, 0.98),
-        scalar_lr_scale=0.1,
-        eps=1e-8,
-        param_min_rms=1e-5,
-        param_max_rms=3.0,
-        scalar_max=10.0,
-    ):
+        params: Any,
+        lr: float = 0.03,
+        clipping_scale: float = 2.0,
+        betas: tuple[float, float] = (0.9, 0.98),
+        scalar_lr_scale: float = 0.1,
+        eps: float = 1e-8,
+        param_min_rms: float = 1e-5,
+        param_max_rms: float = 3.0,
+        scalar_max: float = 10.0,
+    ) -> None:
         if lr < 0 or not 0 < betas[0] <= betas[1] < 1:
             raise ValueError(f"ScaledAdam: expected lr >= 0 and 0 < beta1 <= beta2 < 1, got {lr} and {betas}")
         defaults = {
@@ -77,7 +80,7 @@ class ScaledAdam(torch.optim.Optimizer):
             raise ValueError(f"ScaledAdam: expected one group of parameters, got {len(self.param_groups)}")
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Any = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -96,14 +99,14 @@ class ScaledAdam(torch.optim.Optimizer):
         group["step"] += 1
         return loss
 
-    def _begin(self, group, flat):
+    def _begin(self, group: dict[str, Any], flat: "_Flat") -> None:
         group["rms"] = flat.rms()
         group["size_exp_avg_sq"] = torch.zeros_like(group["rms"])
         group["size_grads"] = group["rms"].new_zeros(SIZE_PERIOD, len(group["params"]))
         group["norms"] = group["rms"].new_zeros(CLIPPING_PERIOD)
         group["norm_threshold"] = None
 
-    def _move(self, group, flat, change):
+    def _move(self, group: dict[str, Any], flat: "_Flat", change: Tensor | None) -> None:
         """Computes p <- p + m with the elements of all tensors in one row; flat.scales holds each tensor's factors."""
         beta1, beta2 = group["betas"]
         squares, moments = flat.buffers["exp_avg_sq"], flat.buffers["delta"]
@@ -121,7 +124,7 @@ class ScaledAdam(torch.optim.Optimizer):
         for p in flat.scalars:
             p.clamp_(-group["scalar_max"], group["scalar_max"])
 
-    def _sizes(self, group, flat):
+    def _sizes(self, group: dict[str, Any], flat: "_Flat") -> Tensor | None:
         """Returns the relative change of each tensor's size, (tensors,), at every fourth step, else None."""
         step, rms, is_scalar = group["step"], group["rms"], flat.is_scalar
         turn = step % SIZE_PERIOD
@@ -145,7 +148,7 @@ class ScaledAdam(torch.optim.Optimizer):
         change = torch.minimum(change, (group["param_max_rms"] - rms) / rms)
         return change.masked_fill(is_scalar, 0.0)
 
-    def _clip(self, group, flat):
+    def _clip(self, group: dict[str, Any], flat: "_Flat") -> None:
         if group["clipping_scale"] is None:
             return
         step, norms = group["step"], group["norms"]
@@ -174,7 +177,7 @@ class _Flat:
     separate small tensors spends its time on calls. ``state[p]["exp_avg_sq"]`` and ``["delta"]`` are views of them.
     """
 
-    def __init__(self, parameters, state):
+    def __init__(self, parameters: list[Tensor], state: Any) -> None:
         self.parameters = parameters
         self.params = [local(p) for p in parameters]
         device = self.params[0].device
@@ -189,7 +192,7 @@ class _Flat:
         self.grad = torch.empty(sum(self.counts), device=device, dtype=torch.float32)
         self.grads = self.grad.split(self.counts)
         self.lengths = torch.tensor(self.counts, device=device, dtype=torch.int64)
-        self.scales = None
+        self.scales: Any = None
         self.buffers, self.views, self._states = {}, {}, []
         for name in ("exp_avg_sq", "delta"):
             buffer = torch.zeros_like(self.grad)
@@ -201,33 +204,33 @@ class _Flat:
                 self._states.append((p, name, state[p][name]))
             self.buffers[name], self.views[name] = buffer, views
 
-    def _views(self, buffer):
+    def _views(self, buffer: Tensor) -> list[Tensor]:
         parts = buffer.split(self.counts)
         return [part.view(p.shape) for part, p in zip(parts, self.params, strict=True)]
 
-    def holds(self, state):
+    def holds(self, state: Any) -> bool:
         """Says whether the state's tensors are still views of these buffers. Those of a loaded state are not."""
         return all(state[p].get(name) is tensor for p, name, tensor in self._states)
 
-    def take_gradients(self):
+    def take_gradients(self) -> None:
         grads = [
             q.new_zeros(q.numel()) if p.grad is None else local(p.grad).reshape(-1).float()
             for p, q in zip(self.parameters, self.params, strict=True)
         ]
         torch.cat(grads, out=self.grad)
 
-    def set_scales(self, scales):
+    def set_scales(self, scales: Any) -> None:
         self.scales = scales.repeat_interleave(self.lengths, output_size=self.grad.numel())
 
-    def rms(self):
+    def rms(self) -> Tensor:
         rows = self.rows()
         return (self.sums(rows, rows) / self.sizes).sqrt()
 
-    def rows(self):
+    def rows(self) -> list[Tensor]:
         """Returns the parameters, each flattened."""
         return [p.reshape(-1).float() for p in self.params]
 
-    def sums(self, one, other):
+    def sums(self, one: list[Tensor], other: list[Tensor]) -> Tensor:
         """Returns each tensor's sum of products, (tensors,), over all shards. The arguments are lists like ``rows()``
         and ``grads``."""
         sums = torch.stack([torch.dot(a, b) for a, b in zip(one, other, strict=True)])
@@ -239,7 +242,7 @@ class _Flat:
         return sums
 
 
-def _sharded_as(parameter, x):
+def _sharded_as(parameter: Tensor, x: Tensor) -> Tensor:
     """Makes the local shard x a sharded tensor with the sharding of ``parameter``."""
     if not isinstance(parameter, DTensor):
         return x

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Character and word error rates."""
 
+from collections.abc import Sequence
 
-def error_rate(references, hypotheses):
+
+def error_rate(references: Sequence[Sequence[str]], hypotheses: Sequence[Sequence[str]]) -> float:
     """Returns (insertions + deletions + substitutions) / (length of the references).
 
     Both arguments are sequences of sequences of symbols.
@@ -14,7 +16,7 @@ def error_rate(references, hypotheses):
     return errors / max(1, sum(map(len, references)))
 
 
-def rates(references, hypotheses):
+def rates(references: Sequence[str], hypotheses: Sequence[str]) -> dict[str, float]:
     """Returns {"cer": ..., "wer": ...} of texts. Spaces count as characters."""
     words = [text.split() for text in references], [text.split() for text in hypotheses]
     return {"cer": error_rate(references, hypotheses), "wer": error_rate(*words)}

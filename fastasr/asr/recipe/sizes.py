@@ -2,6 +2,8 @@
 """The models of the recipe: causal Zipformers, Emformers and E-Branchformers with a transducer and CTC. The encoder is
 ours or an upstream package's."""
 
+from typing import Any
+
 import torch
 
 from fastasr.asr import recogniser
@@ -17,7 +19,6 @@ _COMMON = {
     "pos_dim": 32,
     "causal": True,
     "use_ctc": True,
-    "context_size": 2,
 }
 _ZIPFORMERS = {
     "tiny": {  # for tests; it trains in seconds
@@ -29,8 +30,6 @@ _ZIPFORMERS = {
         "num_heads": "2,2",
         "feedforward_dim": "32,48",
         "cnn_module_kernel": "9,9",
-        "decoder_dim": 32,
-        "joiner_dim": 48,
     },
     "small": {  # 2 million parameters: learns 25 minutes of speech on two cores
         **_COMMON,
@@ -41,8 +40,6 @@ _ZIPFORMERS = {
         "num_heads": "4,4,4,4",
         "feedforward_dim": "192,256,384,256",
         "cnn_module_kernel": "15,15,9,15",
-        "decoder_dim": 128,
-        "joiner_dim": 192,
     },
 }
 
@@ -55,9 +52,6 @@ _EMFORMERS = {
         "segment_length": 4,
         "left_context_length": 8,
         "right_context_length": 1,
-        "decoder_dim": 32,
-        "joiner_dim": 48,
-        "context_size": 2,
     },
     "small": {
         "front_dim": 80,
@@ -67,9 +61,6 @@ _EMFORMERS = {
         "segment_length": 8,  # 0.32 s after 1.28 s, as the Zipformer streams, and 0.08 s ahead
         "left_context_length": 32,
         "right_context_length": 2,
-        "decoder_dim": 128,
-        "joiner_dim": 192,
-        "context_size": 2,
     },
 }
 _E_BRANCHFORMERS = {
@@ -80,9 +71,6 @@ _E_BRANCHFORMERS = {
         "cgmlp_conv_kernel": 7,
         "linear_units": 48,
         "num_blocks": 2,
-        "decoder_dim": 32,
-        "joiner_dim": 48,
-        "context_size": 2,
     },
     "small": {
         "output_size": 128,
@@ -91,22 +79,30 @@ _E_BRANCHFORMERS = {
         "cgmlp_conv_kernel": 15,
         "linear_units": 384,
         "num_blocks": 5,
-        "decoder_dim": 128,
-        "joiner_dim": 192,
-        "context_size": 2,
     },
 }
-SIZES = {ZIPFORMER: _ZIPFORMERS, "emformer": _EMFORMERS, "e_branchformer": _E_BRANCHFORMERS}
+_TRANSDUCERS = {
+    "tiny": {"decoder_dim": 32, "joiner_dim": 48, "context_size": 2},
+    "small": {"decoder_dim": 128, "joiner_dim": 192, "context_size": 2},
+}
+SIZES = {
+    encoder: {size: arguments | _TRANSDUCERS[size] for size, arguments in sizes.items()}
+    for encoder, sizes in (
+        (ZIPFORMER, _ZIPFORMERS),
+        ("emformer", _EMFORMERS),
+        ("e_branchformer", _E_BRANCHFORMERS),
+    )
+}
 
 
 def config(
-    size,
-    vocabulary,
-    bins,
-    chunk_size="16,32,-1",
-    left_context_frames="64,128,-1",
-    encoder=ZIPFORMER,
-):
+    size: str,
+    vocabulary: int,
+    bins: int,
+    chunk_size: str = "16,32,-1",
+    left_context_frames: str = "64,128,-1",
+    encoder: str = ZIPFORMER,
+) -> dict[str, Any]:
     """Returns the arguments of ``build``. chunk_size and left_context_frames apply to the Zipformer only."""
     if encoder not in SIZES:
         raise ValueError(f"encoder must be one of {', '.join(SIZES)}, got {encoder!r}")
@@ -118,19 +114,19 @@ def config(
     return {**arguments, "chunk_size": chunk_size, "left_context_frames": left_context_frames}
 
 
-def encoder_of(arguments):
+def encoder_of(arguments: dict[str, Any]) -> str:
     """Returns the name of the encoder that ``arguments`` describe."""
     return arguments.get("encoder", ZIPFORMER)
 
 
-def streaming(arguments):
+def streaming(arguments: dict[str, Any]) -> dict[str, Any]:
     """Returns the arguments of the same model with the single chunk size that it streams with."""
     if encoder_of(arguments) != ZIPFORMER:
         return arguments
     return {**arguments, "chunk_size": str(CHUNK), "left_context_frames": str(LEFT_CONTEXT)}
 
 
-def build(arguments, upstream=False):
+def build(arguments: dict[str, Any], upstream: bool = False) -> Any:
     """Returns our model, or one from an upstream package with the same parameters. The Zipformer is then entirely
     upstream's; of the other models only the encoder is.
     """
@@ -145,7 +141,7 @@ def build(arguments, upstream=False):
     return AsrModel(**arguments)
 
 
-def _other(upstream, encoder, **arguments):
+def _other(upstream: bool, encoder: str, **arguments: Any) -> Any:
     model = TRANSDUCERS[encoder](**arguments)
     if upstream:
         try:
@@ -155,7 +151,7 @@ def _other(upstream, encoder, **arguments):
     return model
 
 
-def without_regularisers(model):
+def without_regularisers(model: Any) -> torch.nn.Module:
     """Turns off dropout, skipping, balancers and whitening, so that a training step draws no random numbers."""
     model.eval()
     for module in model.modules():
@@ -170,11 +166,11 @@ def without_regularisers(model):
     return model
 
 
-def parameters_of(model):
+def parameters_of(model: torch.nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def on(device):
+def on(device: torch.device | str) -> torch.device:
     """Returns a torch device. Raises ValueError if this machine has no such device."""
     made = torch.device(device)
     if made.type == "cuda" and not torch.cuda.is_available():

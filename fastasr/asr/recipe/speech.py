@@ -6,11 +6,14 @@ fewer than 80 bins suffice.
 """
 
 import re
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastasr.asr.audio import features, recordings
 from fastasr.asr.audio.features import resample
@@ -36,11 +39,11 @@ class Utterance:
     text: str
 
     @property
-    def seconds(self):
+    def seconds(self) -> float:
         return len(self.features[0]) / 100
 
 
-def plain_text(text):
+def plain_text(text: str) -> str | None:
     """Returns the text in lower-case letters and apostrophes, with digits as words; None if this would differ from the
     spoken words."""
     text = text.lower().replace("’", "'")
@@ -50,7 +53,7 @@ def plain_text(text):
     return text if _LETTERS.match(text) else None
 
 
-def read_wav(path):
+def read_wav(path: Path | str) -> recordings.Clip:
     """Reads a recording as a Clip. Raises ValueError if the file is not a recording or is empty."""
     path = Path(path)
     if not path.is_file():
@@ -61,17 +64,25 @@ def read_wav(path):
     return clip
 
 
-def fbank(samples, rate=RATE, bins=BINS):
+def fbank(samples: Tensor, rate: int = RATE, bins: int = BINS) -> Tensor:
     """Returns the recipe's features (frames, bins) of a recording."""
     return features.fbank(samples, rate, bins, HIGH_FREQ)
 
 
-def features_of_stream(rate=RATE, bins=BINS):
+def features_of_stream(rate: int = RATE, bins: int = BINS) -> features.FbankStream:
     """Returns an FbankStream, which computes the recipe's features of samples as they arrive."""
     return features.FbankStream(rate, bins, HIGH_FREQ)
 
 
-def load(cache, folder=None, speeds=(1.0, 0.9, 1.1), say=print, limit=None, features=fbank, held_out=None):
+def load(
+    cache: Path | str,
+    folder: Path | str | None = None,
+    speeds: Sequence[float] = (1.0, 0.9, 1.1),
+    say: Callable[[str], None] = print,
+    limit: int | None = None,
+    features: Callable = fbank,
+    held_out: Any = None,
+) -> tuple[list[Utterance], list[Utterance]]:
     """Returns (training utterances, held-out utterances).
 
     Args:
@@ -106,7 +117,13 @@ def load(cache, folder=None, speeds=(1.0, 0.9, 1.1), say=print, limit=None, feat
     )
 
 
-def unheard(cache, folder=None, speeds=(1.0,), say=print, features=fbank):
+def unheard(
+    cache: Path | str,
+    folder: Path | str | None = None,
+    speeds: Sequence[float] = (1.0,),
+    say: Callable[[str], None] = print,
+    features: Callable = fbank,
+) -> list[Utterance]:
     """Returns the utterances, at each of the speeds, that ``load`` with these recordings never trains on: those that it
     holds out, and those that are longer than LONGEST. ``say`` gets a line about those left out."""
     clips = _clips(cache, folder, say)
@@ -115,7 +132,7 @@ def unheard(cache, folder=None, speeds=(1.0,), say=print, features=fbank):
     return [_utterance(clip, text, speeds, features) for clip, text in [*held, *long]]
 
 
-def _share(held_out):
+def _share(held_out: Any) -> tuple[float | None, Path | None]:
     """Returns the share of recordings to hold out, or None, and the path of held-out recordings, or None."""
     if held_out is None:
         return None, None
@@ -128,9 +145,10 @@ def _share(held_out):
     return share, None
 
 
-def _usable(clips, say):
+def _usable(clips: list[recordings.Clip], say: Callable[[str], None]) -> list:
     """Returns [(clip, plain text)] of the recordings that can be used for training, none of them too short."""
-    found, unusable, padded = [], {}, []
+    unusable: dict[str, list[str]] = {}
+    found, padded = [], []
     for clip in clips:
         reason = _why_unusable(clip)
         if reason:
@@ -150,10 +168,10 @@ def _usable(clips, say):
     return found
 
 
-def _split(found, share, say):
+def _split(found: list, share: float | None, say: Callable[[str], None]) -> tuple[list, list]:
     """Splits [(clip, text)] into training and held-out recordings."""
 
-    def is_held(name):
+    def is_held(name: str) -> bool:
         return _hash(name) % 10_000 < 10_000 * share if share else _hash(name) % HELD_OUT == 0
 
     texts = {text for _, text in found}
@@ -174,13 +192,14 @@ def _split(found, share, say):
         f"texts repeat ({len(texts)} different texts in {len(found)} recordings), so held-out texts are trained too; "
         f"held out: {count} recordings{whose}"
     )
-    training, held = [], []
+    training: list = []
+    held = []
     for pair, owner in zip(found, owners, strict=True):
         (held if owner in chosen else training).append(pair)
     return training, held
 
 
-def _speakers(clips, texts):
+def _speakers(clips: list[recordings.Clip], texts: Sequence[str]) -> list[str]:
     """Returns each recording's speaker by the manifest or, if it names none, by the names; [] if neither tells.
 
     Names tell a speaker if they have equally many parts between "_", "-" and "/", and one of these parts is shared by
@@ -197,7 +216,7 @@ def _speakers(clips, texts):
     return []
 
 
-def _why_unusable(clip):
+def _why_unusable(clip: recordings.Clip) -> str:
     """Returns why a recording cannot be used for training; "" if it can."""
     if not (clip.text or "").strip():
         return "without a transcript"
@@ -208,11 +227,11 @@ def _why_unusable(clip):
     return "" if clip.seconds <= LONGEST else TOO_LONG
 
 
-def _named(names):
+def _named(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{len(names)} ({names[0]}, ...)"
 
 
-def _clips(cache, folder, say):
+def _clips(cache: Path | str, folder: Path | str | None, say: Callable[[str], None]) -> list:
     if folder is not None:
         with _errors_name("--speech"):
             return _listed(Path(folder), say)
@@ -231,7 +250,7 @@ def _clips(cache, folder, say):
 
 
 @contextmanager
-def _errors_name(option):
+def _errors_name(option: str) -> Iterator[None]:
     """Inside the block errors about recordings begin with the option that gave them."""
     try:
         yield
@@ -240,7 +259,7 @@ def _errors_name(option):
         raise kind(f"{option}: {error}") from None
 
 
-def _listed(source, say):
+def _listed(source: Path, say: Callable[[str], None]) -> list:
     """Reads the recordings that ``listings.entries`` returns."""
     clips, whole = [], None
     for entry in listings.entries(source):
@@ -261,7 +280,7 @@ def _listed(source, say):
     return clips
 
 
-def _utterance(clip, text, speeds, features):
+def _utterance(clip: recordings.Clip, text: str, speeds: Sequence[float], features: Callable) -> Utterance:
     samples = resample(clip.samples, clip.rate, RATE)
     # Faster speech has fewer samples at the same rate.
     versions = [
@@ -270,7 +289,7 @@ def _utterance(clip, text, speeds, features):
     return Utterance(clip.name, [features(version) for version in versions], text)
 
 
-def _hash(name):
+def _hash(name: str) -> int:
     import zlib
 
     return zlib.crc32(name.encode())

@@ -11,10 +11,13 @@ import random
 import signal
 import time
 import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 import fastasr
 from fastasr import files
@@ -76,7 +79,16 @@ class Trainer:
     """Trains on utterances; ``run`` returns the held-out error rates. ``say`` prints a line, ``show(row)`` a step's row
     of the log."""
 
-    def __init__(self, options, training, held_out, units, world=None, say=print, show=lambda row: None):
+    def __init__(
+        self,
+        options: Options,
+        training: list[speech.Utterance],
+        held_out: list[speech.Utterance],
+        units: Units,
+        world: parallel.World | None = None,
+        say: Callable[[str], None] = print,
+        show: Callable[[dict[str, Any]], None] = lambda row: None,
+    ) -> None:
         self.options, self.held_out, self.units = options, held_out, units
         self.world = world or parallel.World()
         self.say, self.show = say, show
@@ -95,10 +107,10 @@ class Trainer:
         self.base_lr = BASE_LR[options.encoder] if options.base_lr is None else options.base_lr
         self.optimizer = _optimizer(options.encoder, self.model, self.base_lr)
         self.average = [p.detach().clone() for p in self.model.parameters()]
-        self._batches = None
+        self._batches: Any = None
         self._stopped = False
 
-    def _usable(self, training):
+    def _usable(self, training: list[speech.Utterance]) -> tuple[list[speech.Utterance], list[list[int]]]:
         """Returns the utterances that have at least one frame of output per token, and their tokens."""
         kept = []
         for utterance in training:
@@ -109,7 +121,7 @@ class Trainer:
             raise ValueError("no utterance is long enough for its transcript")
         return [u for u, _ in kept], [t for _, t in kept]
 
-    def _prepare_upstream(self):
+    def _prepare_upstream(self) -> None:
         if self.options.swap:
             report = fastasr.accelerate(self.model)
             self.say(f"accelerate: {len(report.replaced)} modules replaced")
@@ -125,7 +137,7 @@ class Trainer:
         upstream.k2 = fast_rnnt
 
     # ----------------------------------------------------------------------- the run
-    def run(self):
+    def run(self) -> dict[str, Any] | None:
         """Trains, starting from the checkpoint in ``out`` if there is one. Returns {"cer", "wer", ...} of the averaged
         model."""
         out = Path(self.options.out)
@@ -154,7 +166,7 @@ class Trainer:
             self._report(result)
         return result
 
-    def _after_step(self):
+    def _after_step(self) -> None:
         options, step = self.options, self.progress.step
         if options.evaluate_every and step % options.evaluate_every == 0 and step < options.steps:
             result = self.evaluate()
@@ -167,10 +179,10 @@ class Trainer:
                 checkpoints.save(Path(options.out) / checkpoints.NAME, state)
 
     @contextlib.contextmanager
-    def _signals(self):
+    def _signals(self) -> Iterator[None]:
         """Inside this context, SIGTERM and the first Ctrl-C end the run after the current step."""
 
-        def stop(*_):
+        def stop(*_: Any) -> None:
             self._stopped = True
 
         try:
@@ -184,7 +196,7 @@ class Trainer:
                 signal.signal(number, handler)
 
     # ----------------------------------------------------------------------- a step
-    def step(self):
+    def step(self) -> dict[str, Any]:
         """Trains on the next batch. Returns the log's row without ``seconds``."""
         options, progress, world = self.options, self.progress, self.world
         indices, shares = self._next_batch()
@@ -225,7 +237,7 @@ class Trainer:
             "audio_seconds": shares / 25,
         }
 
-    def epoch_batches(self, epoch):
+    def epoch_batches(self, epoch: int) -> list[list[int]]:
         """Returns the batches of an epoch as lists of indices into ``training``."""
         if self._batches is None or self._batches[0] != epoch:
             seconds = [SLOWEST * u.seconds for u in self.training]
@@ -233,7 +245,7 @@ class Trainer:
             self._batches = epoch, found
         return self._batches[1]
 
-    def _next_batch(self):
+    def _next_batch(self) -> tuple[list[int], float]:
         """Returns (indices of the whole batch, its number of output frames)."""
         progress = self.progress
         found = self.epoch_batches(progress.epoch)
@@ -244,14 +256,14 @@ class Trainer:
         frames = sum(len(self._features(i)) for i in indices) / 4
         return indices, frames
 
-    def _draw(self, index):
+    def _draw(self, index: int | str) -> random.Random:
         return random.Random(f"{self.options.seed} {self.progress.step} {index}")
 
-    def _features(self, index):
+    def _features(self, index: int) -> Tensor:
         features = self.training[index].features
         return features[self._draw(index).randrange(len(features)) if self.options.augment else 0]
 
-    def _inputs(self, indices):
+    def _inputs(self, indices: list[int]) -> tuple[Tensor, Tensor, list[list[int]], float]:
         """Returns this process's share of the batch: features, lengths, tokens, and a weight, which is 0 if the share
         is empty and 1 otherwise."""
         own = indices[self.world.rank :: self.world.size]
@@ -271,7 +283,7 @@ class Trainer:
         return x.to(device), lengths.to(device), [self.tokens[i] for i in own], weight
 
     @torch.no_grad()
-    def _update_average(self):
+    def _update_average(self) -> None:
         self.progress.averaged += 1
         weight = max(
             min(1.0, 4 / self.progress.averaged), 2 / self.options.average_over
@@ -280,7 +292,7 @@ class Trainer:
         torch._foreach_lerp_([parallel.local(mean) for mean in self.average], parameters, weight)
 
     # ----------------------------------------------------------------------- state
-    def state(self):
+    def state(self) -> dict[str, Any]:
         """Returns the content of a checkpoint. All processes must call it."""
         return {
             "model": checkpoints.model_state(self.model),
@@ -294,7 +306,7 @@ class Trainer:
             **asdict(self.progress),
         }
 
-    def resume(self, state):
+    def resume(self, state: dict[str, Any]) -> None:
         for name in Options.FIXED:
             found = state["options"].get(name, getattr(Options, name))  # older checkpoints lack newer options
             if found != getattr(self.options, name):
@@ -317,7 +329,7 @@ class Trainer:
 
     # ----------------------------------------------------------------------- held-out
     @torch.no_grad()
-    def evaluate(self):
+    def evaluate(self) -> Any:
         """Returns the error rates of the averaged model, which streams with its own chunk size on the first process."""
         state = checkpoints.model_state(self.model, self.average)
         if not self.world.first:
@@ -333,14 +345,14 @@ class Trainer:
             ctc += decoding.ctc_greedy_search(model.ctc_output(y), y_lens).tokens
         references = [u.text for u in self.held_out]
         texts = [self.units.decode(tokens) for tokens in greedy]
-        result = scoring.rates(references, texts)
+        result: dict[str, Any] = dict(scoring.rates(references, texts))
         result |= {
             f"ctc_{k}": v for k, v in scoring.rates(references, [self.units.decode(t) for t in ctc]).items()
         }
         result["examples"] = list(zip(references, texts, strict=True))[:5]
         return result
 
-    def _report(self, result):
+    def _report(self, result: dict[str, Any]) -> None:
         report = {
             "encoder": self.options.encoder,
             "step": self.progress.step,
@@ -359,14 +371,14 @@ class Trainer:
         files.write(path, json.dumps(report, indent=2) + "\n")
 
 
-def _optimizer(encoder, model, lr):
+def _optimizer(encoder: str, model: torch.nn.Module, lr: float) -> torch.optim.Optimizer:
     """Returns ScaledAdam for the Zipformer and AdamW for encoders with LayerNorm, as upstream trains them."""
     if encoder == sizes.ZIPFORMER:
         return ScaledAdam(model.parameters(), lr=lr)
     return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
 
 
-def learn_units(kind, training):
+def learn_units(kind: str, training: list[speech.Utterance]) -> Units:
     """Learns units from the training transcripts and the letters of the alphabet."""
     texts = [u.text for u in training]
     alphabet = "abcdefghijklmnopqrstuvwxyz' "

@@ -9,8 +9,10 @@ A frame of their output is 40 ms, as for the Zipformer.
 """
 
 import abc
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastasr.asr.decoding.chunks import RIGHT_CONTEXT, SILENCE
 from fastasr.asr.recogniser.ctc import CtcLoss
@@ -39,7 +41,9 @@ class Transducer(TransducerLoss, CtcLoss, torch.nn.Module, abc.ABC):
         vocab_size: number of tokens; 0 is blank. decoder_dim, context_size, joiner_dim: as for AsrModel.
     """
 
-    def __init__(self, width, vocab_size, decoder_dim, joiner_dim, context_size):
+    def __init__(
+        self, width: int, vocab_size: int, decoder_dim: int, joiner_dim: int, context_size: int
+    ) -> None:
         super().__init__()
         self.blank_id, self.vocab_size = 0, vocab_size
         self.decoder = Decoder(vocab_size, decoder_dim, self.blank_id, context_size)
@@ -50,22 +54,24 @@ class Transducer(TransducerLoss, CtcLoss, torch.nn.Module, abc.ABC):
             torch.nn.Dropout(p=0.1), torch.nn.Linear(width, vocab_size), torch.nn.LogSoftmax(dim=-1)
         )
 
-    def forward(self, x, x_lens, y, lm_scale=0.0):
+    def forward(
+        self, x: Tensor, x_lens: Tensor, y: list[list[int]], lm_scale: float = 0.0
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Features (batch, time, bins), lengths, a list of tokens per sequence -> (simple, pruned, CTC) losses."""
         encoder_out, lengths = self.forward_encoder(x, x_lens)
         simple, pruned = self.forward_transducer(encoder_out, lengths, y, lm_scale=lm_scale)
         return simple, pruned, self.forward_ctc(encoder_out, lengths, *pad_sequences(y, 0))
 
     @abc.abstractmethod
-    def forward_encoder(self, x, x_lens):
+    def forward_encoder(self, x: Tensor, x_lens: Tensor) -> tuple[Tensor, Tensor]:
         """Features (batch, time, bins) -> (batch, frames, channels), lengths."""
 
     @abc.abstractmethod
-    def stream(self, ctc=False):
+    def stream(self, ctc: bool = False) -> Any:
         """Returns a ``decoding.ChunkEncoder`` of this model for one stream. Raises ValueError if it cannot stream."""
 
     @abc.abstractmethod
-    def upstream_encoder(self):
+    def upstream_encoder(self) -> Any:
         """Returns upstream's encoder with the parameters of ``encoder``. Raises ImportError without its package."""
 
 
@@ -77,40 +83,25 @@ class EmformerTransducer(Transducer):
 
     def __init__(
         self,
-        feature_dim,
-        vocab_size,
-        front_dim,
-        num_heads,
-        ffn_dim,
-        num_layers,
-        segment_length,
-        left_context_length,
-        right_context_length,
-        decoder_dim,
-        joiner_dim,
-        context_size,
-        dropout=0.1,
-    ):
+        feature_dim: int,
+        vocab_size: int,
+        front_dim: int,
+        decoder_dim: int,
+        joiner_dim: int,
+        context_size: int,
+        dropout: float = 0.1,
+        **emformer: Any,
+    ) -> None:
         width = 2 * front_dim
         super().__init__(width, vocab_size, decoder_dim, joiner_dim, context_size)
         self.encoder_embed = Conv2dSubsampling(
             feature_dim, front_dim, dropout=ScheduledFloat((0.0, 0.3), (20000.0, 0.1))
         )
         self.reduction = TimeReduction(2)
-        self._arguments = {
-            "input_dim": width,
-            "num_heads": num_heads,
-            "ffn_dim": ffn_dim,
-            "num_layers": num_layers,
-            "segment_length": segment_length,
-            "dropout": dropout,
-            "activation": "gelu",
-            "left_context_length": left_context_length,
-            "right_context_length": right_context_length,
-        }
+        self._arguments = {"input_dim": width, "dropout": dropout, "activation": "gelu", **emformer}
         self.encoder = Emformer(**self._arguments)
 
-    def forward_encoder(self, x, x_lens):
+    def forward_encoder(self, x: Tensor, x_lens: Tensor) -> tuple[Tensor, Tensor]:
         lengths = (x_lens + (FRAMES - 1)) // FRAMES
         right = self.encoder.right_context_length
         # Silence follows the longest sequence, as at the end of a stream.
@@ -120,10 +111,10 @@ class EmformerTransducer(Transducer):
         front, lengths = self.reduction(front[:, :-AHEAD], 2 * lengths)
         return self.encoder(front, lengths)
 
-    def stream(self, ctc=False):
+    def stream(self, ctc: bool = False) -> "EmformerStream":
         return EmformerStream(self, ctc)
 
-    def upstream_encoder(self):
+    def upstream_encoder(self) -> Any:
         from torchaudio.models import Emformer as Upstream
 
         return _with_parameters(Upstream(**self._arguments), self.encoder)
@@ -136,7 +127,7 @@ class EmformerStream:
     front end's cache is taken at that place.
     """
 
-    def __init__(self, model, ctc=False):
+    def __init__(self, model: Any, ctc: bool = False) -> None:
         self.model, self.head = model, model.ctc_output if ctc else None
         self.chunk_size = 2 * model.encoder.segment_length  # in frames of the front end
         self.right_context = RIGHT_CONTEXT + FRAMES * model.encoder.right_context_length
@@ -144,7 +135,7 @@ class EmformerStream:
         self.cache = model.encoder_embed.get_init_states(1, next(model.parameters()).device)
 
     @torch.inference_mode()
-    def __call__(self, x):
+    def __call__(self, x: Tensor) -> Tensor:
         """(1, 2 chunk_size + right_context, bins) -> (1, chunk_size / 2, channels)."""
         embed, encoder = self.model.encoder_embed, self.model.encoder
         maps = embed.conv(x.unsqueeze(1))  # [1, C, T, F]
@@ -165,28 +156,20 @@ class EBranchformerTransducer(Transducer):
 
     def __init__(
         self,
-        feature_dim,
-        vocab_size,
-        output_size,
-        attention_heads,
-        cgmlp_linear_units,
-        cgmlp_conv_kernel,
-        linear_units,
-        num_blocks,
-        decoder_dim,
-        joiner_dim,
-        context_size,
-        dropout=0.1,
-    ):
+        feature_dim: int,
+        vocab_size: int,
+        output_size: int,
+        decoder_dim: int,
+        joiner_dim: int,
+        context_size: int,
+        dropout: float = 0.1,
+        **e_branchformer: Any,
+    ) -> None:
         super().__init__(output_size, vocab_size, decoder_dim, joiner_dim, context_size)
         self._arguments = {
             "input_size": feature_dim,
             "output_size": output_size,
-            "attention_heads": attention_heads,
-            "cgmlp_linear_units": cgmlp_linear_units,
-            "cgmlp_conv_kernel": cgmlp_conv_kernel,
-            "linear_units": linear_units,
-            "num_blocks": num_blocks,
+            **e_branchformer,
             "dropout_rate": dropout,
             "positional_dropout_rate": dropout,
             "attention_dropout_rate": dropout,
@@ -198,22 +181,22 @@ class EBranchformerTransducer(Transducer):
         }
         self.encoder = EBranchformerEncoder(**self._arguments)
 
-    def forward_encoder(self, x, x_lens):
+    def forward_encoder(self, x: Tensor, x_lens: Tensor) -> tuple[Tensor, Tensor]:
         y, lengths, _ = self.encoder((x - MEAN) / DEVIATION, x_lens)
         return y, lengths
 
-    def stream(self, ctc=False):
+    def stream(self, ctc: bool = False) -> Any:
         raise ValueError("an E-Branchformer reads whole recordings: it has no streams")
 
-    def upstream_encoder(self):
+    def upstream_encoder(self) -> Any:
         from espnet2.asr.encoder.e_branchformer_encoder import EBranchformerEncoder as Upstream
 
         return _with_parameters(Upstream(**self._arguments), self.encoder)
 
 
-def _with_parameters(made, of):
+def _with_parameters(made: Any, of: Any) -> Any:
     made.load_state_dict(of.state_dict())
     return made
 
 
-TRANSDUCERS = {"emformer": EmformerTransducer, "e_branchformer": EBranchformerTransducer}
+TRANSDUCERS: dict[str, Any] = {"emformer": EmformerTransducer, "e_branchformer": EBranchformerTransducer}

@@ -2,6 +2,8 @@
 """Splits texts into tokens: characters, or pieces of words that sentencepiece learns. Id 0 is blank."""
 
 import io
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from fastasr.asr.recogniser.symbol_table import SymbolTable, token_ids_to_text
 
@@ -12,13 +14,13 @@ SPACE = "▁"
 class Units:
     """A token table with its tokeniser. ``model``: sentencepiece's model in bytes, or None for characters."""
 
-    def __init__(self, table, model=None):
+    def __init__(self, table: SymbolTable, model: bytes | None = None) -> None:
         self.table = table
         self.model = model
         self._pieces = None if model is None else _processor(model)
 
     @staticmethod
-    def learn(kind, texts):
+    def learn(kind: str, texts: Sequence[str]) -> "Units":
         """Learns units from texts. ``kind`` is "char", or "bpe:N" for N tokens."""
         if kind == "char":
             symbols = [BLANK, SPACE, *sorted(set("".join(texts)) - {" "})]
@@ -47,10 +49,10 @@ class Units:
         lines = (f"{pieces.id_to_piece(i)} {i}\n" for i in range(pieces.get_piece_size()))
         return Units(SymbolTable.from_str("".join(lines)), file.getvalue())
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.table)
 
-    def encode(self, text):
+    def encode(self, text: str) -> list[int]:
         """Returns the tokens of a text. Raises ValueError for an empty text and a character outside the table."""
         if not text.strip():
             raise ValueError("the transcript is empty")
@@ -66,18 +68,18 @@ class Units:
             tokens.append(self.table[character])
         return tokens
 
-    def decode(self, tokens):
+    def decode(self, tokens: Iterable[int]) -> str:
         return token_ids_to_text(tokens, self.table)
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         return {"table": self.table.to_str(), "model": self.model}
 
     @staticmethod
-    def from_state_dict(state):
+    def from_state_dict(state: dict[str, Any]) -> "Units":
         return Units(SymbolTable.from_str(state["table"]), state["model"])
 
 
-def _processor(model):
+def _processor(model: bytes | None) -> Any:
     import sentencepiece
 
     return sentencepiece.SentencePieceProcessor(model_proto=model)

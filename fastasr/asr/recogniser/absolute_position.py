@@ -7,22 +7,24 @@ Vaswani et al., "Attention is all you need" (2017).
 """
 
 import math
+from typing import Any
 
 import torch
+from torch import Tensor
 
 
 class PositionalEncoding(torch.nn.Module):
     """x (batch, time, d_model) -> same shape. The table starts with ``max_len`` positions and grows if x is longer."""
 
-    def __init__(self, d_model, dropout_rate, max_len=5000):
+    def __init__(self, d_model: int, dropout_rate: float, max_len: int = 5000) -> None:
         super().__init__()
         self.d_model = d_model
         self.xscale = math.sqrt(d_model)
         self.dropout = torch.nn.Dropout(p=dropout_rate)
-        self.pe = None  # not a buffer, because upstream's state dicts do not have it
+        self.pe: Any = None  # not a buffer, because upstream's state dicts do not have it
         self.extend_pe(torch.zeros(()).expand(1, max_len))
 
-    def extend_pe(self, x):
+    def extend_pe(self, x: Tensor) -> None:
         """Makes ``pe`` (1, length, d_model) with the dtype and device of x and at least x's length."""
         frames = x.shape[1]
         if self.pe is not None and self.pe.shape[1] >= frames:
@@ -33,7 +35,7 @@ class PositionalEncoding(torch.nn.Module):
         with torch.inference_mode(False):  # a table of inference mode could not be used in training
             self.pe = self._sinusoids(frames).to(device=x.device, dtype=x.dtype)
 
-    def _sinusoids(self, frames):
+    def _sinusoids(self, frames: int) -> Tensor:
         """Returns (1, frames, d_model), float32."""
         even = torch.arange(0, self.d_model, 2, dtype=torch.float32, device="cpu")
         angles = torch.arange(frames, dtype=torch.float32, device="cpu").unsqueeze(1) * torch.exp(
@@ -42,6 +44,6 @@ class PositionalEncoding(torch.nn.Module):
         pe = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, : self.d_model]
         return pe.unsqueeze(0)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         self.extend_pe(x)
         return self.dropout(x * self.xscale + self.pe[:, : x.shape[1]])

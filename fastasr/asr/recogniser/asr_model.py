@@ -9,8 +9,11 @@ Pruned transducer: Kuang et al. (2022). CTC: Graves et al. (2006). Consistency-r
 where p are a copy's log-probabilities and q those of the other copy, without gradient.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from fastasr.asr.recogniser.attention_decoder import AttentionDecoderModel
 from fastasr.asr.recogniser.ctc import CtcLoss
@@ -38,41 +41,41 @@ class AsrModel(TransducerLoss, CtcLoss, torch.nn.Module):
 
     def __init__(
         self,
-        feature_dim=80,
-        downsampling_factor=(2, 4),
-        encoder_dim=384,
-        num_encoder_layers=4,
-        encoder_unmasked_dim=256,
-        query_head_dim=24,
-        pos_head_dim=4,
-        value_head_dim=12,
-        num_heads=8,
-        feedforward_dim=1536,
-        cnn_module_kernel=31,
-        pos_dim=192,
-        dropout=None,
-        warmup_batches=4000.0,
-        causal=False,
-        chunk_size=(-1,),
-        left_context_frames=(-1,),
-        use_ctc=False,
-        blank_id=0,
-        vocab_size=500,
-        use_transducer=True,
-        decoder_dim=512,
-        context_size=2,
-        joiner_dim=512,
-        use_attention_decoder=False,
-        attention_decoder_dim=512,
-        attention_decoder_num_layers=2,
-        attention_decoder_attention_dim=512,
-        attention_decoder_num_heads=8,
-        attention_decoder_feedforward_dim=2048,
-        sos_id=1,
-        eos_id=2,
-        ignore_id=-100,
-        label_smoothing=0.0,
-    ):
+        feature_dim: int = 80,
+        downsampling_factor: Any = (2, 4),
+        encoder_dim: Any = 384,
+        num_encoder_layers: Any = 4,
+        encoder_unmasked_dim: Any = 256,
+        query_head_dim: Any = 24,
+        pos_head_dim: Any = 4,
+        value_head_dim: Any = 12,
+        num_heads: Any = 8,
+        feedforward_dim: Any = 1536,
+        cnn_module_kernel: Any = 31,
+        pos_dim: int = 192,
+        dropout: Any = None,
+        warmup_batches: float = 4000.0,
+        causal: bool = False,
+        chunk_size: Any = (-1,),
+        left_context_frames: Any = (-1,),
+        use_ctc: bool = False,
+        blank_id: int = 0,
+        vocab_size: int = 500,
+        use_transducer: bool = True,
+        decoder_dim: int = 512,
+        context_size: int = 2,
+        joiner_dim: int = 512,
+        use_attention_decoder: bool = False,
+        attention_decoder_dim: int = 512,
+        attention_decoder_num_layers: int = 2,
+        attention_decoder_attention_dim: int = 512,
+        attention_decoder_num_heads: int = 8,
+        attention_decoder_feedforward_dim: int = 2048,
+        sos_id: int = 1,
+        eos_id: int = 2,
+        ignore_id: int = -100,
+        label_smoothing: float = 0.0,
+    ) -> None:
         super().__init__()
         if not (use_transducer or use_ctc):
             raise ValueError("AsrModel: use_transducer or use_ctc must be set")
@@ -102,7 +105,8 @@ class AsrModel(TransducerLoss, CtcLoss, torch.nn.Module):
         )
         self.encoder_out_dim = max(widths)
         self.use_transducer = use_transducer
-        self.decoder = self.joiner = None
+        self.decoder: Any = None
+        self.joiner: Any = None
         if use_transducer:
             self.decoder = Decoder(vocab_size, decoder_dim, blank_id, context_size)
             self.joiner = Joiner(self.encoder_out_dim, decoder_dim, joiner_dim, vocab_size)
@@ -117,7 +121,7 @@ class AsrModel(TransducerLoss, CtcLoss, torch.nn.Module):
                 torch.nn.LogSoftmax(dim=-1),
             )
         self.use_attention_decoder = use_attention_decoder
-        self.attention_decoder = None
+        self.attention_decoder: Any = None
         if use_attention_decoder:
             self.attention_decoder = AttentionDecoderModel(
                 vocab_size=vocab_size,
@@ -135,19 +139,19 @@ class AsrModel(TransducerLoss, CtcLoss, torch.nn.Module):
 
     def forward(
         self,
-        x,
-        x_lens,
-        y,
-        prune_range=5,
-        am_scale=0.0,
-        lm_scale=0.0,
-        use_cr_ctc=False,
-        use_spec_aug=False,
-        spec_augment=None,
-        supervision_segments=None,
-        time_warp_factor=80,
-        reduction="sum",
-    ):
+        x: Tensor,
+        x_lens: Tensor,
+        y: list[list[int]],
+        prune_range: int = 5,
+        am_scale: float = 0.0,
+        lm_scale: float = 0.0,
+        use_cr_ctc: bool = False,
+        use_spec_aug: bool = False,
+        spec_augment: Any = None,
+        supervision_segments: Tensor | None = None,
+        time_warp_factor: int = 80,
+        reduction: str = "sum",
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Returns the (simple, pruned, CTC, attention decoder, consistency) losses, empty tensors for absent parts.
 
         Args:
@@ -199,7 +203,7 @@ class AsrModel(TransducerLoss, CtcLoss, torch.nn.Module):
             )
         return simple, pruned, ctc, attention, consistency
 
-    def forward_encoder(self, x, x_lens):
+    def forward_encoder(self, x: Tensor, x_lens: Tensor) -> tuple[Tensor, Tensor]:
         """Features (batch, time, feature_dim) -> (batch, frames, channels), lengths.
 
         Raises ValueError when a sequence is too short for a frame of output.
@@ -209,7 +213,14 @@ class AsrModel(TransducerLoss, CtcLoss, torch.nn.Module):
         out, lengths = self.encoder(x.transpose(0, 1), x_lens, make_pad_mask(x_lens, x.shape[1]))
         return out.transpose(0, 1), lengths
 
-    def forward_cr_ctc(self, encoder_out, encoder_out_lens, targets, target_lengths, reduction="sum"):
+    def forward_cr_ctc(
+        self,
+        encoder_out: Tensor,
+        encoder_out_lens: Tensor,
+        targets: Tensor,
+        target_lengths: Tensor,
+        reduction: str = "sum",
+    ) -> tuple[Tensor, Tensor]:
         """Returns (CTC loss, consistency loss) of a batch whose second half is another view of its first half."""
         if encoder_out.shape[0] % 2:
             raise ValueError(f"AsrModel: CR-CTC needs an even batch, got {encoder_out.shape[0]} sequences")
@@ -223,7 +234,7 @@ class AsrModel(TransducerLoss, CtcLoss, torch.nn.Module):
             consistency = consistency.sum() if reduction == "sum" else consistency.mean()
         return ctc, consistency
 
-    def _check(self, x, x_lens, y):
+    def _check(self, x: Tensor, x_lens: Tensor, y: list[list[int]]) -> None:
         if x.ndim != 3 or x_lens.ndim != 1 or not x.shape[0] == x_lens.shape[0] == len(y):
             raise ValueError(
                 f"AsrModel: expected x (batch, time, features), x_lens (batch,) and a list of tokens per sequence, got "
@@ -234,7 +245,16 @@ class AsrModel(TransducerLoss, CtcLoss, torch.nn.Module):
                 if not 0 <= token < self.vocab_size:
                     raise ValueError(f"AsrModel: tokens must be in [0, {self.vocab_size}), got {token}")
 
-    def _twice(self, x, x_lens, y, use_spec_aug, spec_augment, supervision_segments, time_warp_factor):
+    def _twice(
+        self,
+        x: Tensor,
+        x_lens: Tensor,
+        y: list[list[int]],
+        use_spec_aug: bool,
+        spec_augment: Any,
+        supervision_segments: Tensor | None,
+        time_warp_factor: int,
+    ) -> tuple[Tensor, Tensor, list[list[int]]]:
         if not self.use_ctc:
             raise ValueError("AsrModel: use_cr_ctc needs a model with use_ctc")
         if use_spec_aug:

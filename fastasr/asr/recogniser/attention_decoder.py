@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The attention decoder: a Transformer that reads the encoder's output and predicts token after token."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from fastasr.asr.recogniser.absolute_position import PositionalEncoding
 from fastasr.asr.recogniser.label_smoothing import LabelSmoothingLoss
@@ -13,7 +16,7 @@ from fastasr.models.common.sequences import make_pad_mask, pad_sequences, subseq
 class Swish(torch.nn.Module):
     """x -> x sigmoid(x)"""
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return F.silu(x)
 
 
@@ -25,8 +28,14 @@ class DecoderLayer(torch.nn.Module):
     """
 
     def __init__(
-        self, d_model=512, attention_dim=512, num_heads=8, feedforward_dim=2048, memory_dim=512, dropout=0.1
-    ):
+        self,
+        d_model: int = 512,
+        attention_dim: int = 512,
+        num_heads: int = 8,
+        feedforward_dim: int = 2048,
+        memory_dim: int = 512,
+        dropout: float = 0.1,
+    ) -> None:
         super().__init__()
         self.norm_self_attn = torch.nn.LayerNorm(d_model)
         self.self_attn = MultiHeadAttention(d_model, attention_dim, num_heads, dropout=0.0)
@@ -43,7 +52,13 @@ class DecoderLayer(torch.nn.Module):
         )
         self.dropout = torch.nn.Dropout(dropout)
 
-    def forward(self, x, attn_mask=None, memory=None, memory_attn_mask=None):
+    def forward(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        memory: Tensor | None = None,
+        memory_attn_mask: Tensor | None = None,
+    ) -> Tensor:
         """memory is (source, batch, memory_dim); the masks are (batch, 1 or target, source), True at hidden sources."""
         if memory is None:
             raise ValueError("DecoderLayer: memory (source, batch, memory_dim) is needed, got None")
@@ -60,15 +75,15 @@ class TransformerDecoder(torch.nn.Module):
 
     def __init__(
         self,
-        vocab_size,
-        d_model=512,
-        num_decoder_layers=6,
-        attention_dim=512,
-        num_heads=8,
-        feedforward_dim=2048,
-        memory_dim=512,
-        dropout=0.1,
-    ):
+        vocab_size: int,
+        d_model: int = 512,
+        num_decoder_layers: int = 6,
+        attention_dim: int = 512,
+        num_heads: int = 8,
+        feedforward_dim: int = 2048,
+        memory_dim: int = 512,
+        dropout: float = 0.1,
+    ) -> None:
         super().__init__()
         self.embed = torch.nn.Embedding(vocab_size, d_model)
         self.pos = PositionalEncoding(d_model, dropout_rate=0.1)
@@ -79,7 +94,7 @@ class TransformerDecoder(torch.nn.Module):
         )
         self.output_layer = torch.nn.Linear(d_model, vocab_size)
 
-    def forward(self, x, x_lens, memory=None, memory_lens=None):
+    def forward(self, x: Tensor, x_lens: Tensor, memory: Any = None, memory_lens: Any = None) -> Tensor:
         """x_lens (batch,) are the lengths of x; memory (batch, source, memory_dim) and memory_lens (batch,) are the
         encoder's output."""
         target = x.shape[1]
@@ -104,19 +119,19 @@ class AttentionDecoderModel(torch.nn.Module):
 
     def __init__(
         self,
-        vocab_size,
-        decoder_dim=512,
-        num_decoder_layers=6,
-        attention_dim=512,
-        num_heads=8,
-        feedforward_dim=2048,
-        memory_dim=512,
-        sos_id=1,
-        eos_id=1,
-        dropout=0.1,
-        ignore_id=-1,
-        label_smoothing=0.1,
-    ):
+        vocab_size: int,
+        decoder_dim: int = 512,
+        num_decoder_layers: int = 6,
+        attention_dim: int = 512,
+        num_heads: int = 8,
+        feedforward_dim: int = 2048,
+        memory_dim: int = 512,
+        sos_id: int = 1,
+        eos_id: int = 1,
+        dropout: float = 0.1,
+        ignore_id: int = -1,
+        label_smoothing: float = 0.1,
+    ) -> None:
         super().__init__()
         self.eos_id = eos_id
         self.sos_id = sos_id
@@ -133,7 +148,9 @@ class AttentionDecoderModel(torch.nn.Module):
         )
         self.loss_fun = LabelSmoothingLoss(ignore_id, label_smoothing, reduction="none")
 
-    def calc_att_loss(self, encoder_out, encoder_out_lens, ys, reduction="sum"):
+    def calc_att_loss(
+        self, encoder_out: Tensor, encoder_out_lens: Tensor, ys: list[list[int]], reduction: str = "sum"
+    ) -> Tensor:
         """encoder_out (batch, frames, memory_dim), ys (one list of tokens per sequence) -> the smoothed cross entropy.
 
         It is a sum, or has the shape (batch * (longest + 1),) for the reduction ``none``.
@@ -144,12 +161,14 @@ class AttentionDecoderModel(torch.nn.Module):
         loss = self.loss_fun(logits, targets)
         return loss.sum() if reduction == "sum" else loss
 
-    def nll(self, encoder_out, encoder_out_lens, ys):
+    def nll(self, encoder_out: Tensor, encoder_out_lens: Tensor, ys: list[list[int]]) -> Tensor:
         """Returns the negative log-likelihood of every token and of the end, (batch, longest + 1); 0 at padding."""
         logits, targets = self._logits(encoder_out, encoder_out_lens, ys)
         return F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=self.ignore_id, reduction="none")
 
-    def _logits(self, encoder_out, encoder_out_lens, ys):
+    def _logits(
+        self, encoder_out: Tensor, encoder_out_lens: Tensor, ys: list[list[int]]
+    ) -> tuple[Tensor, Tensor]:
         device = encoder_out.device
         inputs, lengths = pad_sequences(ys, self.eos_id, sos_id=self.sos_id, device=device)
         targets, _ = pad_sequences(ys, self.ignore_id, eos_id=self.eos_id, device=device)

@@ -9,13 +9,14 @@ bytes are the characters from U+0100 on that NFKC normalisation leaves alone. Th
 import codecs
 import itertools
 import unicodedata
+from collections.abc import Collection, Iterable, Iterator
 
 SPACE = "▁"
 _CONTINUATION = bytes(range(0x80, 0xC0))
 _CONTROL = {*range(32), 127} - set(b"\t\n\r")
 
 
-def _alphabet(kept, others):
+def _alphabet(kept: Collection[int], others: Iterator[str]) -> dict[str, int]:
     return {chr(b) if b in kept else next(others): b for b in range(256)}
 
 
@@ -26,11 +27,11 @@ ICEFALL = _alphabet(
 ICEFALL[SPACE] = ord(" ")
 
 
-def is_special(token):
+def is_special(token: str) -> bool:
     return token.startswith("<") and token.endswith(">")
 
 
-def alphabet_of(tokens):
+def alphabet_of(tokens: Iterable[str]) -> dict[str, int] | None:
     """Returns character -> byte, the alphabet in which a token table writes bytes, or None if it writes text.
 
     A table writes bytes if all of its tokens consist of the alphabet and, among tokens of several characters, more than
@@ -47,11 +48,11 @@ def alphabet_of(tokens):
         if len(token) > 1:
             text = _part_of_utf8(bytes(alphabet[c] for c in token))
             wrong += text is None
-            found += bool(text) and (not text.isascii() or (alphabet is GPT2 and token.startswith("Ġ")))
+            found += bool(text and (not text.isascii() or (alphabet is GPT2 and token.startswith("Ġ"))))
     return alphabet if found > 10 * wrong else None
 
 
-def _part_of_utf8(part):
+def _part_of_utf8(part: bytes) -> str | None:
     """Returns the whole characters in a part of UTF-8 text, or None if these bytes are not such a part."""
     rest = part.lstrip(_CONTINUATION)
     if len(part) - len(rest) > 3 or not _CONTROL.isdisjoint(part):

@@ -8,6 +8,7 @@ Ghodsi et al., "RNN-transducer with stateless prediction network" (2020), with a
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from fastasr.models.zipformer.balancer import Balancer
 
@@ -24,7 +25,7 @@ class Decoder(torch.nn.Module):
         context_size: number of tokens that an output depends on; 1 is a bigram.
     """
 
-    def __init__(self, vocab_size, decoder_dim, blank_id, context_size):
+    def __init__(self, vocab_size: int, decoder_dim: int, blank_id: int, context_size: int) -> None:
         super().__init__()
         if context_size < 1:
             raise ValueError(f"Decoder: context_size must be at least 1, got {context_size}")
@@ -39,6 +40,8 @@ class Decoder(torch.nn.Module):
         self.blank_id = blank_id
         self.context_size = context_size
         self.vocab_size = vocab_size
+        self.conv: torch.nn.Module
+        self.balancer2: torch.nn.Module
         if context_size > 1:
             self.conv = torch.nn.Conv1d(
                 decoder_dim, decoder_dim, context_size, groups=decoder_dim // CHANNELS_PER_GROUP, bias=False
@@ -48,7 +51,7 @@ class Decoder(torch.nn.Module):
             self.conv = torch.nn.Identity()
             self.balancer2 = torch.nn.Identity()
 
-    def forward(self, y, need_pad=True):
+    def forward(self, y: Tensor, need_pad: bool = True) -> Tensor:
         """Negative tokens stand for the context before a sentence and embed as zeros. With ``need_pad``, zeros are put
         before y; without it, y must have exactly ``context_size`` tokens and gives one output.
         """
@@ -67,7 +70,7 @@ class Decoder(torch.nn.Module):
         return self.balancer2(F.relu(self.conv(channels_first).transpose(1, 2)))
 
 
-def _keeps_its_size(channels):
+def _keeps_its_size(channels: int) -> Balancer:
     """Returns a balancer that keeps the embeddings' size, since averages of checkpoints suffer if it drifts."""
     return Balancer(
         channels, channel_dim=-1, min_positive=0.0, max_positive=1.0, min_abs=0.5, max_abs=1.0, prob=0.05

@@ -2,6 +2,7 @@
 """The transducer's joiner: logits of the next token, or blank, from a frame and a context."""
 
 import torch
+from torch import Tensor
 
 from fastasr.models.zipformer.initial_scale import ScaledLinear
 
@@ -13,13 +14,13 @@ class Joiner(torch.nn.Module):
     With ``project_input=False`` both must be projected already.
     """
 
-    def __init__(self, encoder_dim, decoder_dim, joiner_dim, vocab_size):
+    def __init__(self, encoder_dim: int, decoder_dim: int, joiner_dim: int, vocab_size: int) -> None:
         super().__init__()
         self.encoder_proj = ScaledLinear(encoder_dim, joiner_dim, initial_scale=0.25)
         self.decoder_proj = ScaledLinear(decoder_dim, joiner_dim, initial_scale=0.25)
         self.output_linear = torch.nn.Linear(joiner_dim, vocab_size)
 
-    def forward(self, encoder_out, decoder_out, project_input=True):
+    def forward(self, encoder_out: Tensor, decoder_out: Tensor, project_input: bool = True) -> Tensor:
         if encoder_out.ndim != decoder_out.ndim:
             raise ValueError(
                 f"Joiner: encoder_out and decoder_out must have as many dimensions, got shapes "

@@ -6,6 +6,7 @@ Szegedy et al., "Rethinking the Inception Architecture for Computer Vision" (201
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 
 class LabelSmoothingLoss(torch.nn.Module):
@@ -15,7 +16,7 @@ class LabelSmoothingLoss(torch.nn.Module):
     label_smoothing / classes. Positions whose target is ``ignore_index`` add nothing; ``mean`` is over the others.
     """
 
-    def __init__(self, ignore_index=-1, label_smoothing=0.1, reduction="sum"):
+    def __init__(self, ignore_index: int = -1, label_smoothing: float = 0.1, reduction: str = "sum") -> None:
         super().__init__()
         if not 0.0 <= label_smoothing < 1.0:
             raise ValueError(f"LabelSmoothingLoss: label_smoothing must be in [0, 1), got {label_smoothing}")
@@ -25,7 +26,7 @@ class LabelSmoothingLoss(torch.nn.Module):
         self.label_smoothing = label_smoothing
         self.reduction = reduction
 
-    def forward(self, x, target):
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
         if x.ndim != 3 or x.shape[:2] != target.shape:
             raise ValueError(
                 f"LabelSmoothingLoss: expected x (batch, length, classes) and target (batch, length), got shapes "

@@ -9,9 +9,11 @@ only if the largest norms of Q and K allow such a score.
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from fastasr._transforms import Function
 from fastasr.models.zipformer.gradient_scale import draw_for_log
@@ -24,14 +26,14 @@ class _PenalizeScores(Function):
     """q -> q. The backward pass adds the gradients of the penalty on large scores."""
 
     @staticmethod
-    def forward(ctx, q, k, scale):
+    def forward(ctx: Any, q: Tensor, k: Tensor, scale: float) -> Tensor:
         ctx.save_for_backward(q, k)
         ctx.scale = scale
         return q.view_as(q)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k = ctx.saved_tensors
         if q.device.type == "cpu" and not _may_exceed(q, k, ctx.scale):
             return grad, None, None
@@ -40,7 +42,7 @@ class _PenalizeScores(Function):
         return grad + push @ k, push.transpose(-1, -2) @ q, None
 
 
-def _may_exceed(q, k, scale):
+def _may_exceed(q: Tensor, k: Tensor, scale: float) -> bool:
     """Says whether a score can exceed the limit. By the Cauchy-Schwarz inequality no score exceeds the norms'
     product.
     """
@@ -59,7 +61,14 @@ class MultiHeadAttention(torch.nn.Module):
         dropout: dropout rate of the attention weights in training.
     """
 
-    def __init__(self, embed_dim, attention_dim, num_heads, memory_dim=None, dropout=0.0):
+    def __init__(
+        self,
+        embed_dim: int,
+        attention_dim: int,
+        num_heads: int,
+        memory_dim: int | None = None,
+        dropout: float = 0.0,
+    ) -> None:
         super().__init__()
         if attention_dim % num_heads:
             raise ValueError(
@@ -78,7 +87,14 @@ class MultiHeadAttention(torch.nn.Module):
         self.linear_v = torch.nn.Linear(memory_dim, attention_dim)
         self.out_proj = torch.nn.Linear(attention_dim, embed_dim)
 
-    def forward(self, query, key, value, key_padding_mask=None, attn_mask=None):
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+    ) -> Tensor:
         """The masks key_padding_mask (batch, source) and attn_mask (batch, 1 or target, source) are True at hidden
         sources. A target that sees no source gets the bias of ``out_proj``.
         """
@@ -95,11 +111,13 @@ class MultiHeadAttention(torch.nn.Module):
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, dropout_p=dropout)  # [B, H, T, D]
         return self.out_proj(out.permute(2, 0, 1, 3).flatten(2))
 
-    def _heads(self, x):
+    def _heads(self, x: Tensor) -> Tensor:
         """(time, batch, heads * head_dim) -> (batch, heads, time, head_dim)"""
         return x.unflatten(-1, (self.num_heads, self.head_dim)).permute(1, 2, 0, 3)
 
-    def _seen(self, q, k, key_padding_mask, attn_mask):
+    def _seen(
+        self, q: Tensor, k: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None
+    ) -> Tensor | None:
         batch, _, target, _ = q.shape
         source = k.shape[2]
         hidden = None

@@ -2,7 +2,9 @@
 """Tokens and their ids. ``tokens.txt`` of recipes and runtimes has a token and its id on every line."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from fastasr import files
 from fastasr.asr.recogniser import byte_tokens
@@ -17,7 +19,15 @@ class SymbolTable:
     Only strings can be read from a file or written to one.
     """
 
-    def __init__(self, _id2sym=None, _sym2id=None, _next_available_id=1, eps="<eps>"):
+    _byte_alphabet: tuple[int, dict[str, int] | None]  # see ``_byte_alphabet``
+
+    def __init__(
+        self,
+        _id2sym: dict | None = None,
+        _sym2id: dict | None = None,
+        _next_available_id: int = 1,
+        eps: str = "<eps>",
+    ) -> None:
         self._id2sym = {} if _id2sym is None else _id2sym
         self._sym2id = {} if _sym2id is None else _sym2id
         self.eps = eps
@@ -30,7 +40,7 @@ class SymbolTable:
         self._next_available_id = max(max(self._id2sym) + 1, _next_available_id)
 
     @staticmethod
-    def from_str(s):
+    def from_str(s: str) -> "SymbolTable":
         """Returns a table from lines of a symbol, white space and an id. Raises ValueError with the malformed line."""
         id2sym, sym2id = {}, {}
         for number, line in enumerate(s.split("\n"), start=1):
@@ -49,20 +59,20 @@ class SymbolTable:
         return SymbolTable(id2sym, sym2id, eps=id2sym.get(0, "<eps>"))
 
     @staticmethod
-    def from_file(filename):
+    def from_file(filename: Path | str) -> "SymbolTable":
         """Reads a table from a file as ``to_file`` writes it. Raises ValueError if the file is not such a table."""
         try:
             return SymbolTable.from_str(Path(filename).read_text(encoding="utf-8").strip())
         except UnicodeDecodeError as error:
             raise ValueError(f"SymbolTable: {filename} is not UTF-8: {error}") from None
 
-    def to_str(self):
+    def to_str(self) -> str:
         return "".join(f"{symbol} {index}\n" for index, symbol in sorted(self._id2sym.items()))
 
-    def to_file(self, filename):
+    def to_file(self, filename: Path | str) -> None:
         files.write(filename, self.to_str())
 
-    def add(self, symbol, index=None):
+    def add(self, symbol: Any, index: int | None = None) -> int:
         """Adds ``symbol`` if it is new and returns its id: the one it has, else ``index``, else the next free id.
         Raises ValueError if another symbol has ``index``.
         """
@@ -75,13 +85,13 @@ class SymbolTable:
         self._next_available_id = max(self._next_available_id, index + 1)
         return index
 
-    def get(self, k):
+    def get(self, k: Any) -> Any:
         """Returns the symbol of an id or the id of a symbol. Raises KeyError if the table does not have it."""
         return self._id2sym[k] if isinstance(k, int) else self._sym2id[k]
 
     __getitem__ = get
 
-    def merge(self, other):
+    def merge(self, other: "SymbolTable") -> "SymbolTable":
         """Returns the union of two tables. Raises ValueError if they contradict each other."""
         if self.eps != other.eps:
             raise ValueError(f"SymbolTable: tables differ in eps: {self.eps!r} and {other.eps!r}")
@@ -97,34 +107,34 @@ class SymbolTable:
                 )
         return SymbolTable({**self._id2sym, **other._id2sym}, {**self._sym2id, **other._sym2id}, eps=self.eps)
 
-    def __contains__(self, item):
+    def __contains__(self, item: Any) -> bool:
         return item in (self._id2sym if isinstance(item, int) else self._sym2id)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self._id2sym)
 
-    def __eq__(self, other):
+    def __eq__(self, other: Any) -> bool:
         return isinstance(other, SymbolTable) and self._sym2id == other._sym2id
 
-    __hash__ = None
+    __hash__ = None  # type: ignore[assignment]  # as of all mutable classes
 
     @property
-    def ids(self):
+    def ids(self) -> list[int]:
         return sorted(self._id2sym)
 
     @property
-    def symbols(self):
+    def symbols(self) -> list:
         return sorted(self._sym2id)
 
 
-def num_tokens(token_table, disambig_pattern=DISAMBIGUATION):
+def num_tokens(token_table: SymbolTable, disambig_pattern: re.Pattern[str] = DISAMBIGUATION) -> int:
     """Counts the symbols of the table without id 0 and without disambiguation symbols (#0, #1, ...)."""
     return sum(
         1 for symbol in token_table.symbols if not disambig_pattern.match(symbol) and token_table[symbol] != 0
     )
 
 
-def token_ids_to_text(token_ids, token_table):
+def token_ids_to_text(token_ids: Iterable[int], token_table: SymbolTable) -> str:
     """Returns the text of tokens. "▁" is a space, "<0xE2>" one byte of UTF-8, and the characters of a byte-level table
     are bytes (``byte_tokens.py``); invalid bytes become U+FFFD.
 
@@ -144,11 +154,11 @@ def token_ids_to_text(token_ids, token_table):
             text += bytes(alphabet[c] for c in token)
         else:
             text += token.encode()
-    text = text.decode(errors="replace")
-    return (text if alphabet else text.replace("▁", " ")).strip()
+    found = text.decode(errors="replace")
+    return (found if alphabet else found.replace("▁", " ")).strip()
 
 
-def _byte_alphabet(table):
+def _byte_alphabet(table: SymbolTable) -> dict[str, int] | None:
     """Returns the alphabet of a byte-level table, or None, and keeps it with the table until it grows."""
     kept = getattr(table, "_byte_alphabet", None)
     if kept is None or kept[0] != len(table):

@@ -10,9 +10,15 @@ import random
 import numpy
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 
-def time_warp(features, p=0.9, time_warp_factor=80, supervision_segments=None):
+def time_warp(
+    features: Tensor,
+    p: float = 0.9,
+    time_warp_factor: int | None = 80,
+    supervision_segments: Tensor | None = None,
+) -> Tensor:
     """features (batch, time, channels) -> same shape, a copy unless time_warp_factor rules out any warp.
 
     Args:
@@ -38,7 +44,7 @@ def time_warp(features, p=0.9, time_warp_factor=80, supervision_segments=None):
     return features
 
 
-def _warped(x, factor):
+def _warped(x: Tensor, factor: int) -> Tensor:
     frames = x.shape[0]
     if frames <= 2 * factor + 1:
         return x
@@ -49,7 +55,7 @@ def _warped(x, factor):
     return torch.cat([_stretched(x[:centre], moved), _stretched(x[centre:], frames - moved)])
 
 
-def _stretched(x, frames):
+def _stretched(x: Tensor, frames: int) -> Tensor:
     """(time, channels) -> (frames, channels), by cubic interpolation along time."""
     size = (frames, x.shape[1])
     return F.interpolate(x[None, None], size=size, mode="bicubic", align_corners=False)[0, 0]

@@ -10,8 +10,10 @@ The left context is masked per slot where a stream has not had the frames yet, s
 
 import abc
 import copy
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastasr.asr.export.wrappers import PAD_LENGTH, StreamingEncoderWrapper
 from fastasr.asr.streaming.packing import matrices
@@ -39,30 +41,36 @@ class Backend(abc.ABC):
 
     @abc.abstractmethod
     def __init__(
-        self, model, chunk_size, left_context_frames, weights="fp32", max_streams=1, threads=1
-    ): ...  # every backend takes these arguments
+        self,
+        model: Any,
+        chunk_size: int,
+        left_context_frames: int,
+        weights: str = "fp32",
+        max_streams: int = 1,
+        threads: int = 1,
+    ) -> None: ...  # every backend takes these arguments
 
     @abc.abstractmethod
-    def load(self, model):
+    def load(self, model: Any) -> Any:
         """Reads the weights of ``model``, which may have changed since the constructor. Streams go on."""
 
     @abc.abstractmethod
-    def reset(self, slot):
+    def reset(self, slot: int) -> None:
         """Puts the slot to the beginning of a stream."""
 
     @abc.abstractmethod
-    def step(self, features, slots):
+    def step(self, features: Tensor, slots: list[int]) -> Tensor:
         """features (n, 2 chunk_size + 13, bins), float32, slots: n of them, each once -> (n, chunk_size / 2, channels),
         float32, which the next call does not touch.
         """
 
     @abc.abstractmethod
-    def export_states(self, slot):
+    def export_states(self, slot: int) -> list[Tensor]:
         """Returns upstream's list of states for a batch of one: six tensors per layer, the front end's left padding and
         processed_lens."""
 
     @abc.abstractmethod
-    def import_states(self, slot, states):
+    def import_states(self, slot: int, states: list[Tensor]) -> None:
         """Copies states from ``export_states`` or from upstream's wrapper into the slot."""
 
 
@@ -75,8 +83,15 @@ class EagerBackend(Backend):
     name = "eager"
 
     def __init__(
-        self, model, chunk_size, left_context_frames, weights="fp32", max_streams=1, threads=1, scratch=0
-    ):
+        self,
+        model: Any,
+        chunk_size: int,
+        left_context_frames: int,
+        weights: str = "fp32",
+        max_streams: int = 1,
+        threads: int = 1,
+        scratch: int = 0,
+    ) -> None:
         self._options = chunk_size, left_context_frames, weights
         wrapper = self.load(model)
         self.device = next(model.encoder.parameters()).device
@@ -97,7 +112,7 @@ class EagerBackend(Backend):
         ]
         self.streams_bytes = sum(state.numel() * state.element_size() for state in self._states)
 
-    def load(self, model):
+    def load(self, model: Any) -> StreamingEncoderWrapper:
         *frames, weights = self._options
         if weights != "fp32":
             _weight_formats.check("EagerBackend", weights, matrices(model.encoder))
@@ -109,17 +124,17 @@ class EagerBackend(Backend):
         self.encoder, self.encoder_embed = wrapper.encoder, wrapper.encoder_embed
         return wrapper
 
-    def reset(self, slot):
+    def reset(self, slot: int) -> None:
         for state, dim in zip(self._states, self._dims, strict=True):
             state.select(dim, slot).zero_()
 
     @torch.inference_mode()
-    def step(self, features, slots):
+    def step(self, features: Tensor, slots: list[int]) -> Tensor:
         index = torch.tensor(slots, device=self.device, dtype=torch.int64)
         with _threads(self.threads), torch.autocast(self.device.type, enabled=False):
             return self._advance(features.to(self.device), index)
 
-    def _advance(self, features, index):
+    def _advance(self, features: Tensor, index: Tensor) -> Tensor:
         """Runs a chunk of the slots in ``index``, (n,). A CUDA graph records this method."""
         states = [s.index_select(dim, index) for s, dim in zip(self._states, self._dims, strict=True)]
         y, states = self._chunk(features, states)
@@ -127,7 +142,7 @@ class EagerBackend(Backend):
             all_slots.index_copy_(dim, index, new)
         return y
 
-    def _chunk(self, features, states):
+    def _chunk(self, features: Tensor, states: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         n = features.shape[0]
         lengths = self._lengths.expand(n)
         processed = states[-1]
@@ -137,18 +152,18 @@ class EagerBackend(Backend):
         y, _, layers = self.encoder.streaming_forward(x.transpose(0, 1), lengths, states[:-2], mask)
         return y.transpose(0, 1).contiguous(), [*layers, left_pad, processed + x.shape[1]]
 
-    def export_states(self, slot):
+    def export_states(self, slot: int) -> list[Tensor]:
         return [
             state.narrow(dim, slot, 1).clone() for state, dim in zip(self._states, self._dims, strict=True)
         ]
 
-    def import_states(self, slot, states):
+    def import_states(self, slot: int, states: list[Tensor]) -> None:
         check_states(states, self._one)
         for all_slots, state, dim in zip(self._states, states, self._dims, strict=True):
             all_slots.narrow(dim, slot, 1).copy_(state)
 
 
-def check_states(states, expected):
+def check_states(states: list[Tensor], expected: Any) -> None:
     """Raises ValueError unless ``states`` is a list of tensors with the shapes of ``expected``, the initial states."""
     if len(states) != len(expected):
         raise ValueError(f"import_states: expected {len(expected)} tensors, got {len(states)}")
@@ -158,7 +173,7 @@ def check_states(states, expected):
             raise ValueError(f"import_states: state {i} must be {tuple(like.shape)}, got {found}")
 
 
-def streaming_wrapper(model, chunk_size, left_context_frames):
+def streaming_wrapper(model: Any, chunk_size: int, left_context_frames: int) -> StreamingEncoderWrapper:
     """Returns upstream's streaming wrapper of the model. It holds a shallow copy of the encoder, so the model keeps its
     own chunk sizes."""
     encoder = copy.copy(model.encoder)
@@ -169,13 +184,13 @@ def streaming_wrapper(model, chunk_size, left_context_frames):
 class EncoderPair(torch.nn.Module):
     """The two parts of a model that a streaming engine uses."""
 
-    def __init__(self, encoder, encoder_embed):
+    def __init__(self, encoder: Any, encoder_embed: Any) -> None:
         super().__init__()
         self.encoder, self.encoder_embed = encoder, encoder_embed
 
 
 @torch.no_grad()
-def _round_matrices(encoder, weights):
+def _round_matrices(encoder: Any, weights: str) -> None:
     """Rounds the encoder's matrices as storage does, in int8 with a scale per row: w = s round(w / s),
     s = max|w| / 127.
     """
@@ -190,14 +205,14 @@ def _round_matrices(encoder, weights):
 class _threads:
     """Sets the number of torch's CPU threads inside the block."""
 
-    def __init__(self, count):
+    def __init__(self, count: int) -> None:
         self.count = count
 
-    def __enter__(self):
+    def __enter__(self) -> None:
         self.before = torch.get_num_threads()
         if self.before != self.count:
             torch.set_num_threads(self.count)
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: Any) -> None:
         if self.before != self.count:
             torch.set_num_threads(self.before)

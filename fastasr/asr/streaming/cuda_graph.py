@@ -6,7 +6,10 @@ output. It gathers the states of the slots whose numbers are in its buffer and s
 stream joins or leaves by a change of these numbers. Rows that a call does not fill use a scratch slot.
 """
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from fastasr.asr.streaming.backend import EagerBackend
 from fastasr.models.common.graph_capture import capture
@@ -21,25 +24,25 @@ class CudaGraphBackend(EagerBackend):
 
     def __init__(
         self,
-        model,
-        chunk_size,
-        left_context_frames,
-        weights="fp32",
-        max_streams=1,
-        threads=1,
-        record=None,
-    ):
+        model: Any,
+        chunk_size: int,
+        left_context_frames: int,
+        weights: str = "fp32",
+        max_streams: int = 1,
+        threads: int = 1,
+        record: bool | None = None,
+    ) -> None:
         super().__init__(model, chunk_size, left_context_frames, weights, max_streams, threads, scratch=1)
         self._record = record or capture
         self._scratch = max_streams
         self._sizes = bucket_sizes(max_streams)
 
-    def load(self, model):
-        self._graphs = {}  # a graph reads the weights at their addresses of its recording
+    def load(self, model: Any) -> Any:
+        self._graphs: dict[int, _Graph] = {}  # a graph reads the weights at their addresses of its recording
         return super().load(model)
 
     @torch.inference_mode()
-    def step(self, features, slots):
+    def step(self, features: Tensor, slots: list[int]) -> Tensor:
         n = len(slots)
         size = next(size for size in self._sizes if size >= n)
         graph = self._graphs.get(size)
@@ -48,12 +51,12 @@ class CudaGraphBackend(EagerBackend):
         return graph.run(features, slots)
 
     @property
-    def recorded(self):
+    def recorded(self) -> list[int]:
         """Returns the batch sizes that have a graph."""
         return sorted(self._graphs)
 
 
-def bucket_sizes(most):
+def bucket_sizes(most: int) -> list[int]:
     """Returns 1, 2, 4, ... and ``most``."""
     sizes = [1]
     while sizes[-1] < most:
@@ -64,14 +67,14 @@ def bucket_sizes(most):
 class _Graph:
     """The recorded chunk of ``size`` slots."""
 
-    def __init__(self, backend, size, bins):
+    def __init__(self, backend: Any, size: int, bins: int) -> None:
         device = backend.device
         self.scratch = backend._scratch
         self.features = torch.zeros(size, backend.frames, bins, device=device, dtype=torch.float32)
         self.slots = torch.full((size,), self.scratch, dtype=torch.int64, device=device)
-        self.output = None
+        self.output: Any = None
 
-        def chunk():
+        def chunk() -> None:
             with torch.autocast(device.type, enabled=False):
                 y = backend._advance(self.features, self.slots)
             if self.output is None:
@@ -81,7 +84,7 @@ class _Graph:
         chunk()  # a first run on the scratch slot makes positions, libraries and buffers before the recording
         self.replay = backend._record(chunk)
 
-    def run(self, features, slots):
+    def run(self, features: Tensor, slots: list[int]) -> Tensor:
         n = len(slots)
         self.features[:n].copy_(features, non_blocking=True)
         self.slots.copy_(

@@ -6,9 +6,12 @@ import itertools
 import random
 import time
 import weakref
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
+from torch import Tensor
 
 from fastasr import _left
 from fastasr.asr.decoding.chunks import RIGHT_CONTEXT, SILENCE
@@ -43,7 +46,7 @@ class EngineReport:
     seconds: float
     error: float | None = None
 
-    def __str__(self):
+    def __str__(self) -> str:
         lines = [
             f"backend {self.backend}: {self.reason}",
             f"model: code of {self.origin}",
@@ -72,36 +75,49 @@ class StreamingEncoder:
     :func:`fastasr.refresh` (:mod:`fastasr.ops._kept`).
     """
 
-    def __init__(self, backend, found, chunk_size, left_context_frames, max_streams, rate, bins, high_freq):
+    def __init__(
+        self,
+        backend: Any,
+        found: Any,
+        chunk_size: int,
+        left_context_frames: int,
+        max_streams: int,
+        rate: int,
+        bins: int,
+        high_freq: float,
+    ) -> None:
         self._backend = backend
-        self.report = self.refusal = None  # why the native backend, if it was tried, does not serve
+        self.report: EngineReport | None = None
+        self.refusal: str | None = None  # why the native backend, if it was tried, does not serve
         self.chunk_size, self.left_context_frames = chunk_size, left_context_frames
         self.max_streams, self.rate, self.bins = max_streams, rate, bins
         self.channels = found.channels
         self.frames_per_chunk = 2 * chunk_size + RIGHT_CONTEXT
         self._high_freq = high_freq
         self._free = list(range(max_streams - 1, -1, -1))
-        self._slots = {}  # stream -> slot
-        self._audio = {}  # stream -> StreamFeatures
+        self._slots: dict[int, int] = {}  # stream -> slot
+        self._audio: dict[int, StreamFeatures] = {}
         self._opened = 0
-        self._model = self._device = None  # set if the engine has a copy that may become old
+        # set if the engine has a copy that may become old
+        self._model: _Parameters | None = None
+        self._device: torch.device | None = None
 
     @classmethod
     def from_model(
         cls,
-        model,
-        chunk_size,
-        left_context_frames,
-        weights="fp32",
-        device=None,
-        max_streams=8,
-        release_weights=False,
-        threads=1,
-        backend=None,
-        rate=16000,
-        bins=None,
-        high_freq=-400.0,
-    ):
+        model: Any,
+        chunk_size: int,
+        left_context_frames: int,
+        weights: str = "fp32",
+        device: torch.device | str | None = None,
+        max_streams: int = 8,
+        release_weights: bool = False,
+        threads: int = 1,
+        backend: str | None = None,
+        rate: int = 16000,
+        bins: int | None = None,
+        high_freq: float = -400.0,
+    ) -> Self:
         """Packs ``model.encoder`` and ``model.encoder_embed``, ours or upstream's, in eval mode and float32.
 
         Args:
@@ -161,11 +177,11 @@ class StreamingEncoder:
 
     # ------------------------------------------------------------------ streams
     @property
-    def streams(self):
+    def streams(self) -> list[int]:
         """Returns the open streams in the order of their opening."""
         return list(self._slots)
 
-    def open(self):
+    def open(self) -> int:
         """Opens a stream and returns its number. Raises RuntimeError if ``max_streams`` are open."""
         if not self._free:
             raise RuntimeError(
@@ -178,25 +194,25 @@ class StreamingEncoder:
         self._slots[stream] = slot
         return stream
 
-    def close(self, stream):
+    def close(self, stream: int) -> None:
         """Ends a stream; its number is never used again."""
         self._free.append(self._slot("close", stream))
         del self._slots[stream]
         self._audio.pop(stream, None)
 
-    def reset(self, stream):
+    def reset(self, stream: int) -> None:
         """Puts the stream back to its beginning and drops the samples that wait."""
         self._backend.reset(self._slot("reset", stream))
         self._audio.pop(stream, None)
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: Any) -> None:
         for stream in self.streams:
             self.close(stream)
 
-    def _slot(self, function, stream):
+    def _slot(self, function: str, stream: int) -> int:
         slot = self._slots.get(stream)
         if slot is None:
             known = isinstance(stream, int) and 0 <= stream < self._opened
@@ -204,7 +220,7 @@ class StreamingEncoder:
         return slot
 
     # ------------------------------------------------------------------ features
-    def step(self, features, streams, lengths=None):
+    def step(self, features: Tensor, streams: Iterable[int], lengths: Any = None) -> tuple[Tensor, Tensor]:
         """Encodes the next chunk of each of ``streams``.
 
         Args:
@@ -235,7 +251,7 @@ class StreamingEncoder:
         lengths = torch.tensor(frames, dtype=torch.int64, device="cpu")
         return (y if longest == y.shape[1] else y[:, :longest]), lengths
 
-    def _checked(self, features, n, lengths):
+    def _checked(self, features: Tensor, n: int, lengths: Any) -> tuple[Tensor, list[int]]:
         if not isinstance(features, torch.Tensor) or features.dtype != torch.float32:
             found = features.dtype if isinstance(features, torch.Tensor) else type(features).__name__
             raise TypeError(f"step: features must be a float32 tensor, got {found}")
@@ -264,12 +280,12 @@ class StreamingEncoder:
                 features[row, lengths[row] :] = SILENCE
         return features, lengths
 
-    def leaves(self):
+    def leaves(self) -> dict[str, str]:
         """Returns why ``step`` does not run the native backend, if that was tried."""
         return {"step": self.refusal or ""}
 
     # ------------------------------------------------------------------ samples
-    def push(self, stream, samples, rate=None):
+    def push(self, stream: int, samples: Any, rate: int | None = None) -> int:
         """Adds samples, floats in [-1, 1] or int16, to a stream. Returns how many of its chunks wait."""
         self._slot("push", stream)
         audio = self._audio.get(stream)
@@ -279,7 +295,7 @@ class StreamingEncoder:
         audio.push(samples, rate)
         return len(audio)
 
-    def end(self, stream):
+    def end(self, stream: int) -> int:
         """Ends the samples of a stream and makes chunks of the rest. Returns how many of its chunks wait."""
         self._slot("end", stream)
         audio = self._audio.get(stream)
@@ -289,11 +305,11 @@ class StreamingEncoder:
         return len(audio)
 
     @property
-    def ready(self):
+    def ready(self) -> list[int]:
         """Returns the streams for which a chunk of pushed samples waits."""
         return [stream for stream, audio in self._audio.items() if len(audio)]
 
-    def advance(self, streams=None):
+    def advance(self, streams: Iterable[int] | None = None) -> tuple[list[int], Tensor]:
         """Encodes one waiting chunk of each of ``streams`` (default: all). Returns (the streams that had one,
         encoder_out (n, chunk_size / 2, channels)). All frames count, even those of the silence at the end, because the
         search decides the last words there.
@@ -308,11 +324,11 @@ class StreamingEncoder:
         return ready, self.step(features, ready)[0]
 
     # ------------------------------------------------------------------ states
-    def export_states(self, stream):
+    def export_states(self, stream: int) -> list[Tensor]:
         """Returns the stream's states in the form of upstream's streaming wrapper, for a batch of one."""
         return self._backend.export_states(self._slot("export_states", stream))
 
-    def import_states(self, stream, states):
+    def import_states(self, stream: int, states: Iterable[Tensor]) -> None:
         """Makes the stream continue from these states, ours or upstream's. Raises ValueError if they do not fit."""
         self._backend.import_states(self._slot("import_states", stream), list(states))
 
@@ -323,7 +339,7 @@ class _Parameters:
     A look at 800 parameters would take 1.2 ms, of the 5 ms of a step in int8; a look at one group takes 0.06 ms.
     """
 
-    def __init__(self, *parts):
+    def __init__(self, *parts: Any) -> None:
         self._parts = [weakref.ref(part, self._forget()) for part in parts]
         owners = [m._parameters for part in parts for m in part.modules()]
         places = [(owner, name) for owner in owners for name, p in owner.items() if p is not None]
@@ -331,19 +347,19 @@ class _Parameters:
         groups = [places[i::_GROUPS] for i in range(_GROUPS)]
         originals = (_kept.Originals([owner[name] for owner, name in g], parts=_kept.PARTS) for g in groups)
         pairs = zip(groups, originals, strict=True)
-        self._groups = itertools.cycle([pair for pair in pairs if pair[0]])
+        self._groups: Iterator | None = itertools.cycle([pair for pair in pairs if pair[0]])
 
-    def _forget(self):
+    def _forget(self) -> Callable[[Any], None]:
         """Returns what frees the parameters when their module dies."""
         this = weakref.ref(self)
 
-        def forget(_):
+        def forget(_: Any) -> None:
             if (parameters := this()) is not None:
                 parameters._groups = None
 
         return forget
 
-    def changed(self):
+    def changed(self) -> list | None:
         """Returns the two modules if parameters of the next group have changed and were not freed, else None."""
         if self._groups is None:
             return None
@@ -358,7 +374,7 @@ class _Parameters:
         return [part() for part in self._parts]
 
 
-def _checked_bins(found, bins):
+def _checked_bins(found: Any, bins: int | None) -> int:
     if bins is None:
         return found.bins
     width = found.encoder_embed.out_width
@@ -367,7 +383,7 @@ def _checked_bins(found, bins):
     return bins
 
 
-def _on_device(pair, device):
+def _on_device(pair: Any, device: torch.device | str | None) -> EncoderPair:
     """Returns the pair, or a copy of it on ``device`` if it is elsewhere."""
     own = next(pair.parameters()).device
     device = own if device is None else torch.device(device)
@@ -378,7 +394,7 @@ def _on_device(pair, device):
     return copy.deepcopy(pair).to(device)
 
 
-def _as_at_first(pair, device):
+def _as_at_first(pair: Any, device: torch.device | None) -> EncoderPair:
     """Returns the pair, or a copy of it in eval mode in float32 on ``device``, as it was when the engine was made."""
     same = all(p.device == device and p.dtype is torch.float32 for p in pair.parameters())
     if same and not any(module.training for module in (pair.encoder, pair.encoder_embed)):
@@ -386,7 +402,7 @@ def _as_at_first(pair, device):
     return copy.deepcopy(pair).to(device, torch.float32).eval()
 
 
-def _choose(wanted, pair, options, release):
+def _choose(wanted: str | None, pair: Any, options: tuple, release: bool) -> tuple[Any, str, str | None]:
     """Returns (backend, why it was chosen, why the native one does not serve or None). Raises ValueError if no backend
     supports the request."""
     device = next(pair.parameters()).device
@@ -413,7 +429,7 @@ def _choose(wanted, pair, options, release):
     return EagerBackend(pair, *options), why, refusal
 
 
-def _native(pair, options, device):
+def _native(pair: Any, options: tuple, device: torch.device) -> tuple[Any, str | None]:
     """Returns (NativeBackend, None), or (None, reason) if it does not support the model."""
     if device.type != "cpu":
         return None, f"it runs on CPUs, the model is on {device}"
@@ -428,12 +444,12 @@ def _native(pair, options, device):
 
 
 @torch.inference_mode()
-def _rounding_error(backend, pair, chunk_size, left_context_frames, bins):
+def _rounding_error(backend: Any, pair: Any, chunk_size: int, left_context_frames: int, bins: int) -> float:
     """Returns the rms difference from the model's own output in fp32, relative to its rms, on chunks of noise."""
     exact = EagerBackend(pair, chunk_size, left_context_frames)
     generator = torch.Generator().manual_seed(0)
     frames = 2 * chunk_size + RIGHT_CONTEXT
-    difference = total = 0.0
+    difference = total = torch.zeros((), dtype=torch.float64, device="cpu")
     for _ in range(_PROBE):
         noise = torch.randn(1, frames, bins, generator=generator, dtype=torch.float32, device="cpu")
         features = noise * 3 - 6  # like log-mel energies

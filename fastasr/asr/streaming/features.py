@@ -2,8 +2,11 @@
 """Turns samples that arrive piece by piece into the chunks of features that a streaming encoder takes."""
 
 import collections
+from collections.abc import Iterator
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastasr.asr.audio.features import HIGH_FREQ, FbankStream
 from fastasr.asr.decoding.chunks import RIGHT_CONTEXT, SILENCE, FeatureChunks
@@ -12,21 +15,21 @@ from fastasr.asr.decoding.chunks import RIGHT_CONTEXT, SILENCE, FeatureChunks
 class StreamFeatures:
     """Makes the chunks of one stream of samples. ``push`` and ``end`` add to them, ``take`` returns the next one."""
 
-    def __init__(self, rate, bins, chunk_size, high_freq=HIGH_FREQ):
+    def __init__(self, rate: int | None, bins: int, chunk_size: int, high_freq: float = HIGH_FREQ) -> None:
         self.rate = rate
         self._computer = FbankStream(rate, bins, high_freq)
         self._chunks = FeatureChunks(chunk_size)
-        self._ready = collections.deque()
+        self._ready: collections.deque[Tensor] = collections.deque()
         self._ended = False
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self._ready)
 
     @property
-    def ended(self):
+    def ended(self) -> bool:
         return self._ended
 
-    def push(self, samples, rate=None):
+    def push(self, samples: Any, rate: int | None = None) -> None:
         """Takes samples (n,): floats in [-1, 1] or 16-bit integers. Raises ValueError for anything else."""
         if self._ended:
             raise ValueError("push: samples after the end of the stream")
@@ -36,7 +39,7 @@ class StreamFeatures:
         if len(samples):
             self._ready.extend(self._chunks.accept(self._computer.accept(samples)))
 
-    def end(self):
+    def end(self) -> None:
         """Ends the samples: the rest becomes chunks, padded with silence."""
         if self._ended:
             return
@@ -44,11 +47,11 @@ class StreamFeatures:
         self._ready.extend(self._chunks.accept(self._computer.finish()))
         self._ready.extend(self._chunks.finish())
 
-    def take(self):
+    def take(self) -> Tensor:
         return self._ready.popleft()
 
 
-def as_samples(samples):
+def as_samples(samples: Any) -> Tensor:
     """Converts a tensor or array of floats in [-1, 1] or 16-bit integers to float32 (n,)."""
     found = torch.as_tensor(samples, device="cpu")
     if found.ndim != 1:
@@ -63,7 +66,7 @@ def as_samples(samples):
     return samples
 
 
-def utterance_chunks(features, chunk_size):
+def utterance_chunks(features: Tensor, chunk_size: int) -> Iterator[tuple[Tensor, int]]:
     """Cuts features (frames, bins) of a whole utterance for ``StreamingEncoder.step``. Yields (chunk, length): chunk
     (2 chunk_size + 13, bins) is padded with silence, length counts its frames before that.
     """
@@ -74,13 +77,13 @@ def utterance_chunks(features, chunk_size):
             yield with_silence(chunk, step + RIGHT_CONTEXT), len(chunk)
 
 
-def with_silence(features, frames):
+def with_silence(features: Tensor, frames: int) -> Tensor:
     """Pads features (..., n, bins) with silence to ``frames`` frames."""
     missing = frames - features.shape[-2]
     return torch.nn.functional.pad(features, (0, 0, 0, missing), value=SILENCE) if missing else features
 
 
-def frames_out(length, chunk_size):
+def frames_out(length: int, chunk_size: int) -> int:
     """Returns how many output frames a chunk with ``length`` frames of features has. Over all chunks of an utterance
     these are as many as the encoder gives for the whole utterance.
     """

@@ -5,7 +5,10 @@ A packed engine does not run the model's code, so every module of the encoder mu
 version. The swap's rules know the layers; ``STREAMING`` lists the other methods that streaming runs.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn.utils import parametrize
@@ -76,7 +79,7 @@ class Identified:
     origin: str
 
 
-def identify(model, chunk_size, left_context_frames, foreign=False):
+def identify(model: Any, chunk_size: int, left_context_frames: int, foreign: bool = False) -> Identified:
     """Returns the Identified of ``model``, which has what an engine needs to know.
 
     ``foreign`` accepts unknown code, for backends that call the model's own code.
@@ -88,11 +91,8 @@ def identify(model, chunk_size, left_context_frames, foreign=False):
     encoder, embed = model.encoder, model.encoder_embed
     _check_runs(encoder, embed)
     _check_chunks(encoder, chunk_size, left_context_frames)
-    origins = set()
-    if not foreign:
-        for path, module in _modules(encoder, embed):
-            origins.add(_known(path, module))
-    origins = sorted(origin for origin in origins if origin)
+    found = set() if foreign else {_known(path, module) for path, module in _modules(encoder, embed)}
+    origins = sorted(origin for origin in found if origin)
     return Identified(
         encoder,
         embed,
@@ -102,7 +102,7 @@ def identify(model, chunk_size, left_context_frames, foreign=False):
     )
 
 
-def bins_of(embed):
+def bins_of(embed: Any) -> int:
     """Returns the channels of the features from the front end's width, ((bins - 1) // 2 - 1) // 2. Of the four numbers
     that fit a width, it is the multiple of eight, as 40, 80 and 128 are, or the smallest if none is.
     """
@@ -110,7 +110,7 @@ def bins_of(embed):
     return next((bins for bins in range(first, first + 4) if bins % 8 == 0), first)
 
 
-def _check_runs(encoder, embed):
+def _check_runs(encoder: Any, embed: Any) -> None:
     for path, module in _modules(encoder, embed):
         if module.training:
             raise ValueError(f"streaming: {path} is in training mode: call model.eval()")
@@ -126,7 +126,7 @@ def _check_runs(encoder, embed):
         raise ValueError(f"streaming: the model lies on {len(devices)} devices, expected one")
 
 
-def _check_chunks(encoder, chunk_size, left_context_frames):
+def _check_chunks(encoder: Any, chunk_size: int, left_context_frames: int) -> None:
     for name, value in (("chunk_size", chunk_size), ("left_context_frames", left_context_frames)):
         if not isinstance(value, int) or isinstance(value, bool):
             raise TypeError(f"streaming: {name} must be an int, got {value!r}")
@@ -154,12 +154,12 @@ def _check_chunks(encoder, chunk_size, left_context_frames):
         )
 
 
-def _modules(encoder, embed):
+def _modules(encoder: Any, embed: Any) -> Iterator[tuple[str, Any]]:
     yield from encoder.named_modules(prefix="encoder")
     yield from embed.named_modules(prefix="encoder_embed")
 
 
-def _known(path, module):
+def _known(path: Path | str, module: Any) -> str | None:
     """Returns whose code ``module`` runs; None for torch's. Raises ValueError for unknown code."""
     cls = upstream_class(module)
     reason = _touched(module)
@@ -196,7 +196,7 @@ def _known(path, module):
 _METHODS = ("forward", "streaming_forward", "get_init_states")
 
 
-def _touched(module):
+def _touched(module: Any) -> str | None:
     """Returns a reason if this instance has another forward or hooks, else None."""
     for method in _METHODS:
         if binding.foreign_method(module, method) is not None:

@@ -5,7 +5,11 @@ The weights are packed once, in the order in which a chunk reads them, and every
 memory that the call updates in place. See docs/kernels/zipformer_chunk.md.
 """
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from fastasr._transforms import is_transformed, refuse
 from fastasr.asr.streaming.backend import Backend, check_states
@@ -29,7 +33,15 @@ class NativeBackend(Backend):
 
     name = "native"
 
-    def __init__(self, model, chunk_size, left_context_frames, weights="fp32", max_streams=1, threads=1):
+    def __init__(
+        self,
+        model: Any,
+        chunk_size: int,
+        left_context_frames: int,
+        weights: str = "fp32",
+        max_streams: int = 1,
+        threads: int = 1,
+    ) -> None:
         if reason := _dispatch.why_not_native():
             raise NotImplementedError(reason)
         for name, value in (("max_streams", max_streams), ("threads", threads)):
@@ -50,7 +62,7 @@ class NativeBackend(Backend):
         self.weights_bytes = 4 * (self._weights.numel() + self._vectors.numel())
         self.streams_bytes = 4 * self._states.numel() + 8 * self._counters.numel()
 
-    def load(self, model):
+    def load(self, model: Any) -> tuple[Any, list]:
         encoder, stacks, packed = pack(model, *self._options)
         sizes = [size for part in (encoder, *stacks) for size in part]
         if self._sizes not in (None, sizes):
@@ -61,14 +73,14 @@ class NativeBackend(Backend):
         )
         return encoder, stacks
 
-    def reset(self, slot):
+    def reset(self, slot: int) -> None:
         """Puts the slot to the beginning of a stream."""
         self._check_slots([slot])
         self._states[slot].zero_()
         self._counters[slot].zero_()
 
     @torch.no_grad()
-    def step(self, features, slots):
+    def step(self, features: Tensor, slots: list[int]) -> Tensor:
         """features (n, 2 chunk_size + 13, bins), float32, slots: n of them, each once -> (n, chunk_size / 2, channels).
 
         Raises ValueError for features of another shape or dtype, and for slots that do not exist or are repeated.
@@ -107,7 +119,7 @@ class NativeBackend(Backend):
             self._threads,
         )
 
-    def export_states(self, slot):
+    def export_states(self, slot: int) -> list[Tensor]:
         """Returns upstream's list of states for a batch of one: six tensors per layer, the front end's left padding and
         processed_lens."""
         self._check_slots([slot])
@@ -115,7 +127,7 @@ class NativeBackend(Backend):
         self._ops.zipformer_chunk_states(self._sizes, self._states, self._counters, slot, states, False)
         return [*states, self._counters[slot, :1].to(torch.int32)]
 
-    def import_states(self, slot, states):
+    def import_states(self, slot: int, states: list[Tensor]) -> None:
         """Copies states from ``export_states`` or from upstream's wrapper into the slot. Raises ValueError if their
         shapes do not fit."""
         self._check_slots([slot])
@@ -127,7 +139,7 @@ class NativeBackend(Backend):
         self._ops.zipformer_chunk_states(self._sizes, self._states, self._counters, slot, floats, True)
         self._counters[slot, 0] = int(states[-1])
 
-    def release(self, model):
+    def release(self, model: Any) -> None:
         """Frees the parameters of ``model``, which cannot run afterwards."""
         self.released = 0
         for module in (model.encoder, model.encoder_embed):
@@ -135,18 +147,18 @@ class NativeBackend(Backend):
                 self.released += parameter.numel() * parameter.element_size()
                 parameter.data = parameter.data.new_empty(0)
 
-    def _check_slots(self, slots):
+    def _check_slots(self, slots: list[int]) -> None:
         count = len(self._states)
         if len(set(slots)) != len(slots) or not all(0 <= slot < count for slot in slots):
             raise ValueError(f"NativeBackend: slots must be different ones below {count}, got {slots}")
 
 
-def _width(bins):
+def _width(bins: int) -> int:
     """Returns the bins of the third convolution's maps."""
     return ((bins - 1) // 2 - 1) // 2
 
 
-def _state_shapes(encoder, stacks):
+def _state_shapes(encoder: Any, stacks: Any) -> Iterator[tuple[int, ...]]:
     """Yields the shapes of a stream's state tensors in upstream's order, without processed_lens."""
     for stack in stacks:
         for _ in range(stack.layers):

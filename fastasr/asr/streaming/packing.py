@@ -6,7 +6,11 @@ the same for every chunk: the projected positions, the scale of the convolutions
 downsampling and exp(log_scale) of the norms.
 """
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from fastasr.models.zipformer.packing import EncoderSizes, Packed, ZipformerSizes, pack_layer
 from fastasr.ops import _weight_formats
@@ -17,7 +21,9 @@ OUTPUT_DOWNSAMPLING = 2
 
 
 @torch.no_grad()
-def pack(model, chunk_size, left_context_frames, weights="fp32"):
+def pack(
+    model: Any, chunk_size: int, left_context_frames: int, weights: str = "fp32"
+) -> tuple[EncoderSizes, list[ZipformerSizes], Packed]:
     """Packs ``model.encoder_embed`` and ``model.encoder``, causal and in eval mode, for chunks of one size. Returns the
     encoder's sizes, those of its stacks, and what is packed.
 
@@ -34,7 +40,8 @@ def pack(model, chunk_size, left_context_frames, weights="fp32"):
     expand = embed.convnext.pointwise_conv1
     width = embed.out.in_features // convolutions[-1].out_channels
     most_bins = 4 * width + 6  # the most bins that give maps of this width
-    maps = [conv.out_channels for conv in convolutions]
+    first, second, third = (conv.out_channels for conv in convolutions)
+    maps = first, second, third
     sizes = EncoderSizes(
         chunk_size, left_context_frames, most_bins, *maps, expand.out_channels, FORMATS[weights]
     )
@@ -45,7 +52,7 @@ def pack(model, chunk_size, left_context_frames, weights="fp32"):
     return sizes, stacks, packed
 
 
-def matrices(encoder):
+def matrices(encoder: Any) -> Iterator[tuple[str, Tensor]]:
     """Yields names and parameters of the matrices that are stored in fewer bits: all of the encoder's layers but the
     projection of positions, which packing applies beforehand.
     """
@@ -54,7 +61,7 @@ def matrices(encoder):
             yield name, parameter.detach()
 
 
-def _check_model(encoder, embed):
+def _check_model(encoder: Any, embed: Any) -> None:
     if encoder.training or embed.training:
         raise ValueError("NativeBackend: the model is in training mode; call eval() first")
     if not encoder.causal:
@@ -77,7 +84,7 @@ def _check_model(encoder, embed):
         )
 
 
-def _check_frames(encoder, chunk_size, left_context_frames):
+def _check_frames(encoder: Any, chunk_size: int, left_context_frames: int) -> None:
     factors = [_factor(stack) for stack in encoder.encoders]
     for name, frames, least, divisors in (
         ("chunk_size", chunk_size, OUTPUT_DOWNSAMPLING, [OUTPUT_DOWNSAMPLING, *factors]),
@@ -90,7 +97,7 @@ def _check_frames(encoder, chunk_size, left_context_frames):
             )
 
 
-def _pack_front_end(packed, embed, width, most_bins):
+def _pack_front_end(packed: Packed, embed: Any, width: int, most_bins: int) -> None:
     first, second, third = _convolutions(embed)
     packed.table(_taps_first(first.weight).flatten(0, 1).repeat(1, most_bins))  # [9, bins * maps]
     packed.table(first.bias.repeat(most_bins))
@@ -107,7 +114,7 @@ def _pack_front_end(packed, embed, width, most_bins):
     packed.table(embed.out_norm.log_scale.exp())
 
 
-def _pack_stack(packed, stack, sizes):
+def _pack_stack(packed: Packed, stack: Any, sizes: EncoderSizes) -> ZipformerSizes:
     """Packs a stack and returns its sizes."""
     factor = _factor(stack)
     encoder = stack if factor == 1 else stack.encoder
@@ -123,14 +130,14 @@ def _pack_stack(packed, stack, sizes):
     return own
 
 
-def _convolutions(embed):
+def _convolutions(embed: Any) -> list[Any]:
     return [module for module in embed.conv if isinstance(module, torch.nn.Conv2d)]
 
 
-def _factor(stack):
+def _factor(stack: Any) -> int:
     return stack.downsample.downsample if hasattr(stack, "downsample") else 1
 
 
-def _taps_first(weight):
+def _taps_first(weight: Tensor) -> Tensor:
     """(channels, 1, height, width) -> (height, width, channels)"""
     return weight[:, 0].permute(1, 2, 0)

@@ -2,9 +2,12 @@
 """Recognises many streams live with an encoder, a search over its frames, and rules for the end of a segment."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, Self
 
 import torch
+from torch import Tensor
 
 from fastasr.asr import decoding
 from fastasr.asr.streaming.encoder import StreamingEncoder
@@ -25,7 +28,7 @@ class EndpointRules:
     trailing: float | None = 1.2
     longest: float | None = 20.0
 
-    def reached(self, frames, last):
+    def reached(self, frames: int, last: Any) -> bool:
         """Says whether a segment of ``frames`` frames ends here; ``last`` is the frame of its last token, None
         without.
         """
@@ -89,14 +92,14 @@ class StreamingRecogniser:
 
     def __init__(
         self,
-        model,
-        encoder,
-        method="greedy",
-        beam=4,
-        to_text=None,
-        endpoint=None,
-        blank_penalty=0.0,
-    ):
+        model: Any,
+        encoder: Any,
+        method: str = "greedy",
+        beam: int = 4,
+        to_text: Callable[[list[int]], str] | None = None,
+        endpoint: EndpointRules | None = None,
+        blank_penalty: float = 0.0,
+    ) -> None:
         if not isinstance(encoder, StreamingEncoder):
             raise TypeError(
                 f"StreamingRecogniser: encoder must be a StreamingEncoder, got {type(encoder).__name__}"
@@ -113,6 +116,7 @@ class StreamingRecogniser:
             self.head = getattr(model, "ctc_output", None)
             if self.head is None:
                 raise ValueError(f"StreamingRecogniser: this {type(model).__name__} has no CTC output")
+        self.search: Any
         blank = getattr(model, "blank_id", 0)
         if method == "greedy":
             self.search = decoding.GreedySearch(model, blank_penalty=blank_penalty)
@@ -124,57 +128,57 @@ class StreamingRecogniser:
             self.search = decoding.CtcPrefixBeamSearch(beam, blank)
         self.to_text = to_text
         self.endpoint = endpoint
-        self._streams = {}
+        self._streams: dict[int, Any] = {}
         self.seconds = {"encoder": 0.0, "search": 0.0}
 
     # ------------------------------------------------------------------ streams
-    def open(self):
+    def open(self) -> int:
         """Opens a stream and returns its number. Raises RuntimeError if the encoder has no free slot."""
         stream = self.encoder.open()
         self._streams[stream] = _Stream(self.search.start(1))
         return stream
 
-    def close(self, stream):
+    def close(self, stream: int) -> None:
         """Closes a stream and drops its results."""
         self._of("close", stream)
         del self._streams[stream]
         self.encoder.close(stream)
 
-    def reset(self, stream):
+    def reset(self, stream: int) -> None:
         """Puts the stream back to its beginning."""
         self._of("reset", stream)
         self.encoder.reset(stream)
         self._streams[stream] = _Stream(self.search.start(1))
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: Any) -> None:
         for stream in list(self._streams):
             self.close(stream)
 
     @property
-    def streams(self):
+    def streams(self) -> list[int]:
         return list(self._streams)
 
-    def _of(self, function, stream):
+    def _of(self, function: str, stream: int) -> Any:
         found = self._streams.get(stream)
         if found is None:
             raise ValueError(f"{function}: this recogniser has no open stream {stream!r}")
         return found
 
     # ------------------------------------------------------------------ samples and words
-    def push(self, stream, samples, rate=None):
+    def push(self, stream: int, samples: Tensor, rate: int | None = None) -> int:
         """Adds samples to a stream. Returns how many of its chunks wait for ``advance``."""
         self._of("push", stream)
         return self.encoder.push(stream, samples, rate)
 
-    def end(self, stream):
+    def end(self, stream: int) -> int:
         """Ends the samples of a stream. Returns how many of its chunks wait for ``advance``."""
         self._of("end", stream).ended = True
         return self.encoder.end(stream)
 
-    def advance(self, streams=None):
+    def advance(self, streams: Any = None) -> list[Result]:
         """Recognises one waiting chunk of each of ``streams`` (default: all) and returns a Result for each.
 
         A Result is final if the segment ends with this chunk: at an endpoint, or at the last chunk after ``end``.
@@ -189,7 +193,7 @@ class StreamingRecogniser:
         return results
 
     @torch.inference_mode()
-    def accept(self, streams, encoder_out, lengths=None):
+    def accept(self, streams: Any, encoder_out: Tensor, lengths: Tensor | None = None) -> list[Result]:
         """Does the same as ``advance`` for given encoder output (n, frames, channels) and lengths (n,)."""
         if not streams:
             return []
@@ -209,7 +213,7 @@ class StreamingRecogniser:
             results.append(self._result(stream, one, last=one.ended and stream not in waiting))
         return results
 
-    def finish(self, stream):
+    def finish(self, stream: int) -> list[Result]:
         """Ends a stream and recognises its waiting chunks. Returns their Results, of which the last is final."""
         self.end(stream)
         results = []
@@ -217,15 +221,15 @@ class StreamingRecogniser:
             results += self.advance([stream])
         return results
 
-    def result(self, stream):
+    def result(self, stream: int) -> Result:
         """Returns the Result of the stream's current segment so far."""
         return self._made(stream, self._of("result", stream))
 
-    def finals(self, stream):
+    def finals(self, stream: int) -> list[Result]:
         """Returns the stream's final Results so far."""
         return list(self._of("finals", stream).finals)
 
-    def _result(self, stream, one, last):
+    def _result(self, stream: int, one: Any, last: Any) -> Result:
         made = self._made(stream, one)
         frames = one.frames - one.first_frame
         decided = round(made.times[-1] / FRAME) - one.first_frame if made.times else None
@@ -237,7 +241,7 @@ class StreamingRecogniser:
             one.state = self.search.start(1)
         return made
 
-    def _made(self, stream, one):
+    def _made(self, stream: int, one: Any) -> Result:
         found = self.search.result(one.state)
         tokens, frames = found.tokens[0], found.timestamps[0]
         return Result(

@@ -22,7 +22,7 @@ from fastasr.models.common.plain import is_watched
 from fastasr.models.common.ragged import Packing
 from fastasr.models.common.row import Row
 from fastasr.models.fast_conformer import masks
-from fastasr.models.fast_conformer.masks import is_readable, seen
+from fastasr.models.fast_conformer.masks import WATCHED, is_readable, seen
 from fastasr.models.fast_conformer.positions import KEPT_FRAMES
 from fastasr.ops import _dispatch, _kept, _reduced_weights
 from fastasr.ops._relative_positions import relative_shift
@@ -87,10 +87,9 @@ class FastConformerAttention(torch.nn.Module):
                     f"FastConformerAttention: attention_mask: expected bool {(batch, 1, frames, frames)}, got "
                     f"{attention_mask.dtype} {tuple(attention_mask.shape)}"
                 )
-            if wants_weights:
-                _left.note(self, "attention weights are asked for")
-            else:
-                masks.note_unread(self, implementation in STANDARD, implementation)
+            _left.note(
+                self, WATCHED if wants_weights else masks.unread(implementation in STANDARD, implementation)
+            )
             return type(self).forward(  # upstream's
                 self, hidden_states, position_embeddings, attention_mask=attention_mask, **kwargs
             )

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastasr import _left
 from fastasr._recording import recording
 from fastasr._transforms import is_transformed
 from fastasr.models.common.ragged import are_all_padded, on_gpu
@@ -16,6 +15,10 @@ from fastasr.ops._relative_positions import outside_context
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
+
+
+WATCHED = "attention weights are asked for"
+OTHER = "an input, a mask or positions that rel_attention does not take"
 
 
 class Seen(NamedTuple):
@@ -122,12 +125,9 @@ def of_nemo(mask: "BlockMask | None", batch: int, frames: int, cls: type) -> dic
     return {"key_padding_mask": kept, **context}
 
 
-def note_unread(attention: torch.nn.Module, known: bool, implementation: str | None) -> None:
-    """Notes that upstream's code serves this call: its implementation is not ``known``, or its mask is not readable."""
-    if known:
-        _left.note(attention, "an input, a mask or positions that rel_attention does not take")
-    else:
-        _left.note(attention, f"the attention implementation is {implementation}")
+def unread(known: bool, implementation: str | None) -> str:
+    """Returns why upstream's code serves a call: its implementation is not ``known``, or its mask is not readable."""
+    return OTHER if known else f"the attention implementation is {implementation}"
 
 
 def pairs(mask: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ def cached_attention(
     keys = (position_embeddings.shape[1] + 1) // 2
     if self.config._attn_implementation != "sdpa" or not is_readable(attention_mask, batch, frames, keys):
         implementation = self.config._attn_implementation
-        masks.note_unread(self, implementation == "sdpa", implementation)
+        _left.note(self, masks.unread(implementation == "sdpa", implementation))
         return type(self).forward(self, hidden_states, position_embeddings, attention_mask, cache, **kwargs)
     shape = batch, frames, *self.bias_u.shape
     q = plumbing.linear(self.q_proj, hidden_states).view(shape)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Forward passes for the audio towers of transformers' Gemma 3n and Gemma 4, Conformers (Zhang et al., "Google USM",
-2023) with an RMSNorm before and behind each branch. Their attention is in :mod:`fastasr.swap.forwards.attention`.
+2023) with an RMSNorm before and behind each branch.
 
 A layer: x ← x + ½ RMS(FF(RMS x)); x ← x + RMS(attention(RMS x)); x ← x + convolution(RMS x); x ← x + ½ RMS(FF(RMS x));
 RMS x. One kernel adds a branch, with its norm, to the stream and normalises the sum for the next branch. Norms read
@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastasr import _left, ops
-from fastasr._recording import recording
 from fastasr.models.common import plumbing
 from fastasr.models.common.activations import activated, fused_name
-from fastasr.models.common.plain import is_plain, is_upstreams
+from fastasr.models.common.plain import is_plain, is_upstreams, is_watched
+from fastasr.models.fast_conformer.masks import OTHER, WATCHED
+from fastasr.swap.forwards.common import may_read, projections
 from fastasr.swap.rule import Upstream
 
 _NO_NORM = "a norm has hooks or is no plain one"
@@ -221,8 +222,106 @@ def _after_feed_forward(
 
 def _hides(mask: Tensor) -> bool:
     """Says whether a mask of padding may hide a frame. A recorded call serves other masks too."""
-    unknown = not mask.is_cpu or torch.compiler.is_compiling() or recording() is not None
-    return unknown or bool(mask.any())
+    return not (mask.is_cpu and may_read()) or bool(mask.any())
+
+
+# --------------------------------------------------------------------------- attention
+def gemma4_attention(
+    self: Upstream, hidden_states: Tensor, position_embeddings: Tensor, attention_mask: Tensor | None = None
+) -> tuple[Tensor, Any]:
+    """Serves the audio tower of transformers' Gemma 4, whose scores go through a soft cap c: s[i,j] = c tanh((q_i·k_j +
+    q_i·R[i − j]) / c). hidden states (B, T, width), positions (1, l + 1, width) of l … 0 frames behind the query,
+    attention mask (B, 1, blocks, C, C + l), 0 at the keys that a query sees -> ((B, T, width), None). A query sees l
+    keys, itself included. All of it after the projections is float32, as upstream's."""
+    frames, hidden = hidden_states.shape[1], None
+    if position_embeddings.shape[:2] == (1, self.max_past_horizon + 1) and not is_watched(self):
+        hidden = _hidden_in_windows(self, attention_mask, frames, self.max_past_horizon - 1)
+    if hidden is None:
+        _left.note(self, WATCHED if is_watched(self) else OTHER)
+        return type(self).forward(self, hidden_states, position_embeddings, attention_mask)
+    layers = self.q_proj, self.k_proj, self.v_proj
+    q, k, v = (layer(hidden_states).float().unflatten(-1, (self.num_heads, -1)) for layer in layers)
+    q, k = q * self.q_scale * F.softplus(self.per_dim_scale), k * self.k_scale
+    rows = self.relative_k_proj(position_embeddings).view(-1, self.num_heads, self.head_dim)
+    y = _in_windows(self, q, k, v, rows, self.max_past_horizon - 1, *hidden)
+    return self.post(y.flatten(2).to(hidden_states.dtype)), None
+
+
+def gemma3n_attention(self: Upstream, hidden_states: Tensor, mask: Tensor) -> Tensor:
+    """Serves the audio tower of transformers' Gemma 3n: as above, in the model's dtype, with a mask bool (B, T), True
+    at padding, and a window of l + 1 keys -> (B, T, H, d)."""
+    positions, past = self.relative_position_embedding, self.max_past_horizon
+    if not is_upstreams(positions, self) or mask.shape != hidden_states.shape[:2] or mask.dtype != torch.bool:
+        _left.note(self, OTHER)
+        return type(self).forward(self, hidden_states, mask)
+    q, k, v = projections(hidden_states, (self.num_heads, -1), self.q_proj, self.k_proj, self.v_proj)
+    q = q * self.q_scale * F.softplus(self.per_dim_scale)
+    behind = torch.arange(past, -1, -1, dtype=torch.int64, device=q.device).unsqueeze(0)
+    rows = positions.pos_proj(positions._get_timing_signal_1d_pos(behind, dtype=q.dtype))
+    rows = rows.view(-1, self.num_heads, self.head_dim)
+    return _in_windows(self, q, k, v, rows, past, mask, _empty_windows(mask, past))
+
+
+def _in_windows(
+    module: Upstream,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rows: Tensor,
+    past: int,
+    hidden: Tensor,
+    empty: Tensor | None,
+) -> Tensor:
+    """Returns the attention of Gemma's audio towers to the last ``past`` keys and the query's own. ``rows`` (l + 1, H,
+    d) are the positions of l … 0 frames behind the query; upstream does not divide the scores by √d. ``hidden`` and
+    ``empty`` (B, T) or None: the keys that are hidden, and the queries that see none. Upstream gives the mean of all
+    values of the block's window there, of which those outside the recording are 0."""
+    frames, root = q.shape[1], q.shape[-1] ** 0.5
+    cap, span = float(module.attention_logits_soft_cap), (len(rows) - 1, 0)
+    options: dict[str, Any] = {"context": (past, 0), "soft_cap": cap, "pos_span": span}
+    y = ops.rel_attention(q * root, k, v, rows.to(q.dtype), key_padding_mask=hidden, **options)
+    if empty is None:
+        return y
+    means = module._extract_block_context(v).mean(2).repeat_interleave(module.chunk_size, 1)[:, :frames]
+    return torch.where(empty[:, :, None, None], means, y)
+
+
+def _empty_windows(hidden: Tensor, past: int) -> Tensor | None:
+    """Returns (B, T): the queries none of whose last ``past`` keys, nor their own, is visible; None where a CPU finds
+    that there are none."""
+    visible = F.pad((~hidden).cumsum(1), (past + 1, 0))
+    empty = visible[:, past + 1 :] == visible[:, : hidden.shape[1]]
+    known = empty.is_cpu and may_read()
+    return None if known and not empty.any() else empty
+
+
+def _hidden_in_windows(
+    module: Upstream, mask: Any, frames: int, past: int
+) -> tuple[Tensor, Tensor | None] | None:
+    """Returns the hidden keys and the queries that see none, (B, T) or None, of Gemma 4's mask; None if it hides other
+    keys than those of padding and those outside the window. All layers get one mask, which is read once."""
+    if mask is None or not frames:
+        return None
+    kept = getattr(mask, "_fastasr_hidden", None)
+    version = None if mask.is_inference() else mask._version
+    if kept is not None and kept[0] == version:
+        return kept[1]
+    size, horizon = module.chunk_size, module.max_past_horizon
+    visible = mask == 0
+    found = None
+    if visible.shape[1:] == (1, -(-frames // size), size, module.context_size):
+        valid = visible.diagonal(horizon, 3, 4).flatten(1)[:, :frames]  # each query sees itself
+        behind = torch.arange(size, dtype=torch.int64, device=mask.device)[:, None] + horizon
+        behind = behind - torch.arange(module.context_size, dtype=torch.int64, device=mask.device)
+        keys = module._extract_block_context(valid[:, :, None, None]).flatten(2)  # [B, blocks, context]
+        expected = keys[:, None, :, None] & (behind >= 0) & (behind <= past)
+        queries = torch.arange(expected.shape[2] * size, dtype=torch.int64, device=mask.device) < frames
+        expected = expected & queries.view(-1, size, 1)
+        if not may_read() or torch.equal(visible, expected):
+            found = ~valid, _empty_windows(~valid, past)
+    if may_read():
+        mask._fastasr_hidden = version, found
+    return found
 
 
 # --------------------------------------------------------------------------- front ends

@@ -18,22 +18,23 @@ from fastasr.models.common.ragged import Packing
 from fastasr.models.common.row import Row
 from fastasr.models.fast_conformer.attention import STANDARD
 from fastasr.models.fast_conformer.masks import seen
-from fastasr.swap.forwards import attention, convolution
+from fastasr.swap.forwards import fireredasr, nemo, transformers_conformer
+from fastasr.swap.forwards.common import share_of_dropout
 from fastasr.swap.rule import Upstream, upstream_forward
 
 _ATTENTIONS = (
-    attention.firered_attention,
-    attention.gigaam_attention,
-    attention.nemo_attention,
-    attention.relative_key_attention,
-    attention.wav2vec2_attention,
+    fireredasr.firered_attention,
+    nemo.gigaam_attention,
+    nemo.nemo_attention,
+    transformers_conformer.relative_key_attention,
+    transformers_conformer.wav2vec2_attention,
 )
 _CONVOLUTIONS = (
-    convolution.causal_seamless_convolution,
-    convolution.firered_convolution,
-    convolution.gigaam_convolution,
-    convolution.nemo_convolution,
-    convolution.seamless_convolution,
+    fireredasr.firered_convolution,
+    nemo.gigaam_convolution,
+    nemo.nemo_convolution,
+    transformers_conformer.causal_seamless_convolution,
+    transformers_conformer.seamless_convolution,
 )
 
 
@@ -60,7 +61,7 @@ def why_changed(layer: Upstream) -> str | None:
     ):
         return "its convolution module holds a changed part"
     conv = convolves.depthwise_conv
-    causal = runs(convolves, convolution.causal_seamless_convolution)
+    causal = runs(convolves, transformers_conformer.causal_seamless_convolution)
     around = (conv.kernel_size[0] - 1, 0) if causal else (0, 0)
     if plumbing.conv_delay(conv, around=around) is None:
         return "its convolution is not torch's depthwise convolution"
@@ -180,7 +181,7 @@ def _packing(layer: Upstream, valid: Tensor, owner: Any) -> Packing | None:
 
 
 def _obstacle(layer: Upstream) -> str | None:
-    share = attention.share_of_dropout(_parts(layer)[0])
+    share = share_of_dropout(_parts(layer)[0])
     if attention_dropout.forms_weights(share):
         return "the dropout of attention weights is drawn as upstream draws it, or has hooks"
     return why_not(layer)

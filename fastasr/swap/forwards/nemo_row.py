@@ -15,8 +15,9 @@ from fastasr.models.fast_conformer.convolution import is_batch_norm
 from fastasr.models.fast_conformer.row import laid_out
 from fastasr.models.fast_conformer.subsampling import are_plain, convolved, subsampled
 from fastasr.packed_frames import PackedFrames
-from fastasr.swap.forwards import attention, layers
-from fastasr.swap.forwards.subsampling import nemo_subsampling
+from fastasr.swap.forwards import layers
+from fastasr.swap.forwards.common import share_of_dropout
+from fastasr.swap.forwards.nemo import nemo_subsampling
 from fastasr.swap.rule import Upstream, own_forward, unread_code, upstream_forward
 
 # fingerprints of the encoder's forward and the layer's in nemo_toolkit 3.0
@@ -84,7 +85,7 @@ def packed(
         return "outputs of inner layers are asked for"
     if torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") is torch.float16:
         return "autocast to float16 is on"
-    shares = (attention.share_of_dropout(layer.self_attn) for layer in encoder.layers)
+    shares = (share_of_dropout(layer.self_attn) for layer in encoder.layers)
     if any(map(attention_dropout.forms_weights, shares)):
         return "the dropout of attention weights is drawn as upstream draws it, or has hooks"
     conv = encoder.pre_encode.conv

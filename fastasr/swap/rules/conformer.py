@@ -9,6 +9,7 @@ from fastasr.models.fast_conformer.attention import release
 from fastasr.swap.forwards import layers
 from fastasr.swap.rule import Known, Ragged, Rule, check_parameters
 
+FROM_5_18 = Known("transformers 5.18 to 5.24")
 attention_rule = partial(Rule, kernels=("linear", "rel_attention"), release=release)
 _CONVOLUTION = ("linear", "gated_depthwise_conv")
 convolution_rule = partial(Rule, kernels=(*_CONVOLUTION, "batch_norm_activation"))

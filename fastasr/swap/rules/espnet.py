@@ -15,9 +15,11 @@ from fastasr.swap.rule import (
     Known,
     Rule,
     Upstream,
-    check_child_names,
     check_children,
+    check_ints,
     check_parameters,
+    check_parts,
+    holds,
     own_forward,
     unread_child,
     unread_code,
@@ -26,11 +28,14 @@ from fastasr.swap.rule import (
 
 _ESPNET = Known("espnet 202511")
 
-_SWISH = {"bb9057b4092aa516672c4ebc"}  # in activation.py; it calls the function that its constructor chose
+_SWISH = (
+    "Swish",
+    {"bb9057b4092aa516672c4ebc"},
+)  # in activation.py; it calls the function that its constructor chose
 
 
 def _activation(module: Upstream) -> str | None:
-    return unread_child(module, "activation", "Swish", _SWISH)
+    return unread_child(module, "activation", *_SWISH)
 
 
 def _linear_shapes(module: Upstream, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
@@ -51,9 +56,7 @@ def _ema_structure(module: Upstream) -> str | None:
         ("damping_factor", "decay_factor", "ema_expansion_matrix"), (size, heads, 1)
     )
     shapes |= {"kernel_projection_matrix": (size, heads), "residual_weight": (size,)}
-    reason = (
-        check_parameters(module, shapes) or check_child_names(module, ("activation",)) or _activation(module)
-    )
+    reason = check_parts(module, ("activation",), shapes) or _activation(module)
     if reason is None and abs(module.scaling - heads**-0.5) > 1e-12:
         reason = f"scaling is {module.scaling}, expected 1 / sqrt({heads})"
     truncation = module.truncation_length
@@ -74,6 +77,7 @@ def _rotary_bias_structure(module: Upstream) -> str | None:
     return reason or (f"size is {module.size}, expected an even number" if module.size % 2 else None)
 
 
+_FEED_FORWARD = ("linear1", "linear2", "normalization", "activation", "dropout", "hidden_dropout")
 _MEGA_CHILDREN = (
     *("multihead_damped_ema", "rel_pos_bias", "proj_v", "proj_mx", "proj_h"),
     *("activation", "normalization", "dropout", "dropout_attn", "dropout_ema"),
@@ -82,15 +86,13 @@ _MEGA_CHILDREN = (
 
 def _mega_structure(module: Upstream) -> str | None:
     shapes = dict.fromkeys(("qk_weight", "qk_bias"), (2, module.qk_size))
-    reason = check_parameters(module, shapes) or check_child_names(module, _MEGA_CHILDREN)
+    reason = check_parts(module, _MEGA_CHILDREN, shapes)
     size, z, v = module.size, module.qk_size, module.v_size
     widths = {"proj_v": (size, v), "proj_mx": (size, z + v + 2 * size), "proj_h": (v, size)}
     reason = reason or _linear_shapes(module, widths) or _activation(module)
     if reason is None and abs(module.scaling - z**-0.5) > 1e-12:
         reason = f"scaling is {module.scaling}, expected 1 / sqrt({z})"
-    if reason is None and not isinstance(module.chunk_size, int):
-        reason = f"chunk_size is {module.chunk_size!r}, expected an int"
-    return reason or _bias(module.rel_pos_bias)
+    return reason or check_ints(module, ("chunk_size",)) or _bias(module.rel_pos_bias)
 
 
 def _bias(bias: Upstream) -> str | None:
@@ -102,11 +104,6 @@ def _bias(bias: Upstream) -> str | None:
     return f"submodule rel_pos_bias is a {type(bias).__name__}, expected one of ESPnet's two"
 
 
-def _feed_forward_structure(module: Upstream) -> str | None:
-    names = ("linear1", "linear2", "normalization", "activation", "dropout", "hidden_dropout")
-    return check_parameters(module, {}) or check_child_names(module, names) or _activation(module)
-
-
 _DECODER_METHODS = ("inference", "score", "batch_score", "stack_qk_states")
 
 
@@ -116,8 +113,7 @@ def _decoder_functions(module: Upstream) -> list[Callable]:
 
 
 def _decoder_structure(module: Upstream) -> str | None:
-    reason = check_parameters(module, {})
-    reason = reason or check_child_names(module, ("embed", "dropout_embed", "mega_blocks", "final_norm"))
+    reason = check_parts(module, ("embed", "dropout_embed", "mega_blocks", "final_norm"))
     if reason:
         return reason
     blocks = module.mega_blocks
@@ -125,10 +121,7 @@ def _decoder_structure(module: Upstream) -> str | None:
         return f"mega_blocks does not hold {module.num_blocks} pairs (num_blocks)"
     if not isinstance(module.score_cache, dict):
         return f"score_cache is a {type(module.score_cache).__name__}, expected a dict"
-    for name in ("pad_idx", "chunk_size", "mega_att_k_size", "mega_att_v_size"):
-        if not isinstance(getattr(module, name), int):
-            return f"{name} is {getattr(module, name)!r}, expected an int"
-    return None
+    return check_ints(module, ("pad_idx", "chunk_size", "mega_att_k_size", "mega_att_v_size"))
 
 
 DAMPED_EMA = Rule(
@@ -176,7 +169,7 @@ FEED_FORWARD = Rule(
     class_name="NormalizedPositionwiseFeedForward",
     forward=models.NormalizedPositionwiseFeedForward.forward,
     kernels=("linear", "residual_norm"),
-    structure=_feed_forward_structure,
+    structure=holds(*_FEED_FORWARD, activation=_SWISH),
     known={"8c82b89c0bca5d0c6f04d6f5": _ESPNET},
 )
 

@@ -6,23 +6,17 @@ them there as well.
 """
 
 from fastasr.models import e_branchformer as models
-from fastasr.swap import forwards
-from fastasr.swap.rule import (
-    Known,
-    Rule,
-    Upstream,
-    check_child_names,
-    check_parameters,
-    unread_child,
-)
+from fastasr.swap.forwards import espnet
+from fastasr.swap.rule import Known, Rule, Upstream, check_parts, holds, unread_child
 from fastasr.swap.rules.conformer import convolution_rule, feed_forward_rule
 
 _ESPNET = Known("espnet 202511")
 
-_SWISH = {"89208fb66a55805df70fc892"}  # x sigmoid(x)
-_LAYER_NORM = {"5405c51d4c0d397a26eb042d"}  # torch's, over the dimension ``dim``
+_SWISH = "Swish", {"89208fb66a55805df70fc892"}  # x sigmoid(x)
+_LAYER_NORM = "LayerNorm", {"5405c51d4c0d397a26eb042d"}  # torch's, over the dimension ``dim``
 
 
+_CONVOLUTIONS = ("pointwise_conv1", "depthwise_conv", "norm", "activation", "pointwise_conv2")
 _ATTENTION_LINEARS = ("linear_q", "linear_k", "linear_v", "linear_out", "linear_pos")
 
 
@@ -30,49 +24,25 @@ def _attention_structure(module: Upstream) -> str | None:
     heads, width = module.h, module.d_k
     if not (isinstance(heads, int) and isinstance(width, int)):
         return f"h and d_k are {heads!r} and {width!r}, expected ints"
-    reason = check_parameters(module, dict.fromkeys(("pos_bias_u", "pos_bias_v"), (heads, width)))
-    reason = reason or check_child_names(module, (*_ATTENTION_LINEARS, "dropout", "q_norm", "k_norm"))
-    if reason:
-        return reason
-    if not isinstance(module.zero_triu, bool):
+    biases = dict.fromkeys(("pos_bias_u", "pos_bias_v"), (heads, width))
+    reason = check_parts(module, (*_ATTENTION_LINEARS, "dropout", "q_norm", "k_norm"), biases)
+    if reason is None and not isinstance(module.zero_triu, bool):
         return f"zero_triu is {module.zero_triu!r}, expected a bool"
-    return None
+    return reason
 
 
 def _gate_structure(module: Upstream) -> str | None:
     linear = () if module.linear is None else ("linear",)
-    reason = check_parameters(module, {}) or check_child_names(
-        module, ("norm", "conv", "act", "dropout", *linear)
-    )
-    reason = reason or unread_child(module, "norm", "LayerNorm", _LAYER_NORM)
-    return reason or unread_child(module, "act", "Swish", _SWISH)
-
-
-def _gating_mlp_structure(module: Upstream) -> str | None:
-    return check_parameters(module, {}) or check_child_names(
-        module, ("channel_proj1", "csgu", "channel_proj2")
-    )
-
-
-def _convolution_structure(module: Upstream) -> str | None:
-    children = ("pointwise_conv1", "depthwise_conv", "norm", "activation", "pointwise_conv2")
-    reason = check_parameters(module, {}) or check_child_names(module, children)
-    return reason or unread_child(module, "activation", "Swish", _SWISH)
-
-
-def _feed_forward_structure(module: Upstream) -> str | None:
-    reason = check_parameters(module, {})
-    reason = reason or check_child_names(module, ("w_1", "w_2", "dropout", "activation"))
-    return reason or unread_child(module, "activation", "Swish", _SWISH)
+    reason = check_parts(module, ("norm", "conv", "act", "dropout", *linear))
+    reason = reason or unread_child(module, "norm", *_LAYER_NORM)
+    return reason or unread_child(module, "act", *_SWISH)
 
 
 def _layer_structure(module: Upstream) -> str | None:
     blocks = {"feed_forward": "norm_ff", "feed_forward_macaron": "norm_ff_macaron"}
     there = [name for pair in blocks.items() if getattr(module, pair[0]) is not None for name in pair]
     always = ("attn", "cgmlp", "norm_mha", "norm_mlp", "norm_final", "dropout")
-    reason = check_parameters(module, {}) or check_child_names(
-        module, (*always, *there, "depthwise_conv_fusion", "merge_proj")
-    )
+    reason = check_parts(module, (*always, *there, "depthwise_conv_fusion", "merge_proj"))
     if reason is None and not isinstance(module.ff_scale, float):
         reason = f"ff_scale is {module.ff_scale!r}, expected a float"
     return reason
@@ -103,15 +73,15 @@ GATING_MLP = Rule(
     class_name="ConvolutionalGatingMLP",
     forward=models.FeedForwardConvGated.forward,
     kernels=("linear_activation", "linear"),
-    structure=_gating_mlp_structure,
+    structure=holds("channel_proj1", "csgu", "channel_proj2"),
     known={"8b8ff5185f9ecabcf556351c": _ESPNET},
 )
 
 CONVOLUTION = convolution_rule(
     name="espnet.conformer_convolution",
     class_name="ConvolutionModule",
-    forward=forwards.espnet_convolution,
-    structure=_convolution_structure,
+    forward=espnet.espnet_convolution,
+    structure=holds(*_CONVOLUTIONS, activation=_SWISH),
     known={"2f808e0e85acb8c584f3c13a": _ESPNET},
 )
 
@@ -119,7 +89,7 @@ FEED_FORWARD = feed_forward_rule(
     name="espnet.positionwise_feed_forward",
     class_name="PositionwiseFeedForward",
     forward=models.PositionwiseFeedForward.forward,
-    structure=_feed_forward_structure,
+    structure=holds("w_1", "w_2", "dropout", "activation", activation=_SWISH),
     known={"a832391b864ae7c1dd5108ee": _ESPNET},
 )
 

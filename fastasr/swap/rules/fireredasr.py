@@ -6,12 +6,12 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import nn
 
-from fastasr.swap import forwards as models
+from fastasr.swap.forwards import fireredasr as models
+from fastasr.swap.forwards import layers
 from fastasr.swap.rule import (
     Known,
     Upstream,
-    check_child_names,
-    check_parameters,
+    check_parts,
     check_sequence,
     unread_child,
     unread_code,
@@ -28,8 +28,7 @@ _NORMS = ("layer_norm_q", "layer_norm_k", "layer_norm_v")
 
 def _attention_structure(module: Upstream) -> str | None:
     shapes = dict.fromkeys(("pos_bias_u", "pos_bias_v"), (module.n_head, module.d_k))
-    reason = check_parameters(module, shapes)
-    reason = reason or check_child_names(module, (*_LINEARS, *_NORMS, "attention", "dropout"))
+    reason = check_parts(module, (*_LINEARS, *_NORMS, "attention", "dropout"), shapes)
     if reason is None and module.scale != 1.0 / (module.d_k**0.5):
         return f"scale is {module.scale}, expected that of {module.d_k} channels per head"
     return reason or unread_code("attention", module.attention, _functions_of_weights, _WEIGHTS)
@@ -41,15 +40,14 @@ def _functions_of_weights(attention: Upstream) -> list[Callable]:
 
 def _convolution_structure(module: Upstream) -> str | None:
     layers = ("pointwise_conv1", "depthwise_conv", "batch_norm", "swish", "pointwise_conv2")
-    reason = check_parameters(module, {})
-    reason = reason or check_child_names(module, ("pre_layer_norm", *layers, "dropout"))
+    reason = check_parts(module, ("pre_layer_norm", *layers, "dropout"))
     if reason is None and module.glu is not F.glu:
         return "glu is not torch's function"
     return reason or unread_child(module, "swish", "Swish", _SWISH)
 
 
 def _feed_forward_structure(module: Upstream) -> str | None:
-    reason = check_parameters(module, {}) or check_child_names(module, ("net",))
+    reason = check_parts(module, ("net",))
     layers = (nn.LayerNorm, nn.Linear, nn.Module, nn.Dropout, nn.Linear, nn.Dropout)
     reason = reason or check_sequence(module, "net", layers)
     return reason or unread_child(module.net, "2", "Swish", _SWISH)
@@ -82,7 +80,7 @@ RULES = (
     layer_rule(
         "fireredasr.block",
         "RelPosEmbConformerBlock",
-        models.firered_layer,
+        layers.firered_layer,
         {"90651f6edfb3a71326735594": _FIRERED},
     ),
 )

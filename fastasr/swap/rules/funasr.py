@@ -2,16 +2,11 @@
 """The rule for the attention with memory of FunASR's encoders: Paraformer, SenseVoice, Fun-ASR-Nano. Their feed-forward
 is ESPnet's."""
 
-from fastasr.swap import forwards as models
-from fastasr.swap.rule import Known, Upstream, check_child_names, check_parameters
+from fastasr.swap.forwards import funasr as models
+from fastasr.swap.rule import Known, holds
 from fastasr.swap.rules.conformer import attention_rule
 
 _FUNASR = Known("funasr 1.4.16")
-
-
-def _structure(module: Upstream) -> str | None:
-    children = ("linear_out", "linear_q_k_v", "dropout", "fsmn_block", "pad_fn")
-    return check_parameters(module, {}) or check_child_names(module, children)
 
 
 RULES = (
@@ -20,7 +15,7 @@ RULES = (
         class_name="MultiHeadedAttentionSANM",
         forward=models.sanm_attention,
         kernels=("linear", "rel_attention", "depthwise_conv_residual"),
-        structure=_structure,
+        structure=holds("linear_out", "linear_q_k_v", "dropout", "fsmn_block", "pad_fn"),
         known={"b26517b78f79bdcaaf70541a": _FUNASR},
         note="in training the kernel draws the dropout of the weights itself, see upstream_draws",
     ),

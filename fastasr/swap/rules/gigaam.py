@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rules for GigaAM's Conformer (gigaam/encoder.py), whose modules have NeMo's formulas."""
 
-from fastasr.swap import forwards as models
-from fastasr.swap.rule import Known, Upstream, check_child_names, check_parameters
+from fastasr.swap.forwards import layers
+from fastasr.swap.forwards import nemo as models
+from fastasr.swap.rule import Known, Upstream, check_parts, holds
 from fastasr.swap.rules.conformer import attention_rule, convolution_rule, feed_forward_rule, layer_rule
 
 _GIGAAM = Known("gigaam 0.1.0")
@@ -12,16 +13,7 @@ _CONVOLUTIONS = ("pointwise_conv1", "depthwise_conv", "batch_norm", "activation"
 
 def _attention_structure(module: Upstream) -> str | None:
     shapes = dict.fromkeys(("pos_bias_u", "pos_bias_v"), (module.h, module.d_k))
-    return check_parameters(module, shapes) or check_child_names(module, _LINEARS)
-
-
-def _convolution_structure(module: Upstream) -> str | None:
-    return check_parameters(module, {}) or check_child_names(module, _CONVOLUTIONS)
-
-
-def _feed_forward_structure(module: Upstream) -> str | None:
-    children = ("linear1", "activation", "linear2")
-    return check_parameters(module, {}) or check_child_names(module, children)
+    return check_parts(module, _LINEARS, shapes)
 
 
 RULES = (
@@ -36,15 +28,15 @@ RULES = (
         name="gigaam.convolution",
         class_name="ConformerConvolution",
         forward=models.gigaam_convolution,
-        structure=_convolution_structure,
+        structure=holds(*_CONVOLUTIONS),
         known={"09ab8b26d28a124936029083": _GIGAAM},
     ),
     feed_forward_rule(
         name="gigaam.feed_forward",
         class_name="ConformerFeedForward",
         forward=models.gigaam_feed_forward,
-        structure=_feed_forward_structure,
+        structure=holds("linear1", "activation", "linear2"),
         known={"0feedc15a25203509e8aa7a7": _GIGAAM},
     ),
-    layer_rule("gigaam.layer", "ConformerLayer", models.gigaam_layer, {"5ca9e8f5aaca6eefe131c1f8": _GIGAAM}),
+    layer_rule("gigaam.layer", "ConformerLayer", layers.gigaam_layer, {"5ca9e8f5aaca6eefe131c1f8": _GIGAAM}),
 )

@@ -3,8 +3,9 @@
 
 import torch
 
-from fastasr.swap import forwards as models
-from fastasr.swap.rule import Known, Rule, Upstream, check_child_names, check_parameters, unread_child
+from fastasr.swap.forwards import layers
+from fastasr.swap.forwards import nemo as models
+from fastasr.swap.rule import Known, Rule, Upstream, check_parts, unread_child
 from fastasr.swap.rules.conformer import (
     attention_rule,
     either_convolution_rule,
@@ -28,7 +29,7 @@ def _activation(module: Upstream) -> str | None:
 
 def _attention_structure(module: Upstream) -> str | None:
     shapes = dict.fromkeys(("pos_bias_u", "pos_bias_v"), (module.h, module.d_k))
-    return check_parameters(module, shapes) or check_child_names(module, (*_LINEARS, "dropout"))
+    return check_parts(module, (*_LINEARS, "dropout"), shapes)
 
 
 def _local_attention_structure(module: Upstream) -> str | None:
@@ -43,21 +44,21 @@ def _local_attention_structure(module: Upstream) -> str | None:
 def _convolution_structure(module: Upstream) -> str | None:
     if module.pointwise_activation != "glu_":
         return f"pointwise_activation is {module.pointwise_activation!r}, expected 'glu_'"
-    reason = check_parameters(module, {}) or check_child_names(module, _CONVOLUTIONS)
+    reason = check_parts(module, _CONVOLUTIONS)
     reason = reason or unread_child(module, "depthwise_conv", "CausalConv1D", _CAUSAL_CONVOLUTION)
     return reason or _activation(module)
 
 
 def _feed_forward_structure(module: Upstream) -> str | None:
     children = ("linear1", "activation", "dropout", "linear2")
-    reason = check_parameters(module, {}) or check_child_names(module, children)
+    reason = check_parts(module, children)
     return reason or _activation(module)
 
 
 def _subsampling_structure(module: Upstream) -> str | None:
     if module._subsampling != "dw_striding" or module.is_causal:
         return f"computes {'causal ' * module.is_causal}{module._subsampling}, expected dw_striding"
-    reason = check_parameters(module, {}) or check_child_names(module, ("conv", "out"))
+    reason = check_parts(module, ("conv", "out"))
     if reason is None and type(module.conv).__name__ != "MaskedConvSequential":
         return f"submodule conv is a {type(module.conv).__name__}, expected a MaskedConvSequential"
     expected = 2 + 3 * (module._sampling_num - 1)
@@ -112,7 +113,7 @@ SUBSAMPLING = Rule(
 LAYER = layer_rule(
     "nemo.conformer_layer",
     "ConformerLayer",
-    models.nemo_layer,
+    layers.nemo_layer,
     {"c584ec63e0520d37c6553196": Known("nemo_toolkit 3.0")},
 )
 

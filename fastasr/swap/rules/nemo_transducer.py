@@ -4,23 +4,14 @@
 from torch import nn
 
 from fastasr.swap.forwards import nemo_transducer as models
-from fastasr.swap.rule import (
-    Known,
-    Rule,
-    Upstream,
-    check_child_names,
-    check_parameters,
-    check_sequence,
-    unread_child,
-)
+from fastasr.swap.rule import Known, Rule, Upstream, check_parts, check_sequence, unread_child
 
 _NEMO = Known("nemo_toolkit 3.0")
 _LOSS = {"4751c04f6ecf40283434d810": _NEMO}
 
 
 def _joint_structure(module: Upstream) -> str | None:
-    reason = check_parameters(module, {})
-    reason = reason or check_child_names(module, ("pred", "enc", "joint_net"), ("_loss", "_wer"))
+    reason = check_parts(module, ("pred", "enc", "joint_net"), optional=("_loss", "_wer"))
     dropout = (nn.Dropout,) * (len(module.joint_net) - 2)
     reason = reason or check_sequence(module, "joint_net", (tuple(models.ACTIVATIONS), *dropout, nn.Linear))
     reason = reason or models.why_with_logits(module)
@@ -33,7 +24,7 @@ def _loss_structure(module: Upstream) -> str | None:
         return f"computes {name}, expected {', '.join(models.LOSSES[:-1])} or {models.LOSSES[-1]}"
     if name.startswith("TDT") and getattr(module._loss, "clamp", 0.0) > 0:
         return f"clamps the gradients of a TDT's logits to {module._loss.clamp}"
-    return check_parameters(module, {}) or check_child_names(module, ("_loss",))
+    return check_parts(module, ("_loss",))
 
 
 JOINT = Rule(

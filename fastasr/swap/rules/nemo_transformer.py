@@ -3,8 +3,8 @@
 
 import torch
 
-from fastasr.swap import forwards as models
-from fastasr.swap.rule import Known, Upstream, check_child_names, check_parameters, check_sequence
+from fastasr.swap.forwards import nemo as models
+from fastasr.swap.rule import Known, Upstream, check_parts, check_sequence
 from fastasr.swap.rules.conformer import attention_rule, feed_forward_rule
 
 _NEMO = Known("nemo_toolkit 3.0")
@@ -15,14 +15,12 @@ def _attention_structure(module: Upstream) -> str | None:
         return "has no relative positions"
     shapes = dict.fromkeys(("pos_bias_u", "pos_bias_v"), (module.n_heads, module.head_dim))
     norms = ("q_norm", "k_norm") if module.qk_norm else ()
-    return check_parameters(module, shapes) or check_child_names(
-        module, ("w_qkv", "out_proj", "linear_pos", *norms)
-    )
+    return check_parts(module, ("w_qkv", "out_proj", "linear_pos", *norms), shapes)
 
 
 def _feed_forward_structure(module: Upstream) -> str | None:
     layers = torch.nn.Linear, torch.nn.GELU, torch.nn.Dropout, torch.nn.Linear, torch.nn.Dropout
-    reason = check_parameters(module, {}) or check_child_names(module, ("net",))
+    reason = check_parts(module, ("net",))
     return reason or check_sequence(module, "net", [(kind, torch.nn.Module) for kind in layers])
 
 

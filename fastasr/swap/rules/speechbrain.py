@@ -3,15 +3,8 @@
 
 from torch import nn
 
-from fastasr.swap import forwards as models
-from fastasr.swap.rule import (
-    Known,
-    Upstream,
-    check_child_names,
-    check_parameters,
-    check_sequence,
-    unread_child,
-)
+from fastasr.swap.forwards import speechbrain as models
+from fastasr.swap.rule import Known, Upstream, check_parts, check_sequence, unread_child
 from fastasr.swap.rules.conformer import attention_rule, feed_forward_rule, norm_convolution_rule
 
 _SPEECHBRAIN = Known("speechbrain 1.1.2")
@@ -26,14 +19,11 @@ def _attention_structure(module: Upstream) -> str | None:
     shapes |= {"in_proj_weight": (3 * width, width)}
     if module.vbias is not None:
         shapes["value_bias_weight"] = (width,)
-    return check_parameters(module, shapes) or check_child_names(
-        module, ("dropout_att", "out_proj", "linear_pos")
-    )
+    return check_parts(module, ("dropout_att", "out_proj", "linear_pos"), shapes)
 
 
 def _convolution_structure(module: Upstream) -> str | None:
-    reason = check_parameters(module, {})
-    reason = reason or check_child_names(module, ("layer_norm", "bottleneck", "conv", "after_conv"))
+    reason = check_parts(module, ("layer_norm", "bottleneck", "conv", "after_conv"))
     reason = reason or check_sequence(module, "bottleneck", (nn.Conv1d, nn.GLU))
     reason = reason or check_sequence(module, "after_conv", (nn.LayerNorm, nn.Module, nn.Linear, nn.Dropout))
     if reason is None and module.bottleneck[1].dim != 1:
@@ -42,7 +32,7 @@ def _convolution_structure(module: Upstream) -> str | None:
 
 
 def _feed_forward_structure(module: Upstream) -> str | None:
-    reason = check_parameters(module, {}) or check_child_names(module, ("ffn",))
+    reason = check_parts(module, ("ffn",))
     reason = reason or check_sequence(module, "ffn", (nn.Linear, nn.Module, nn.Dropout, nn.Linear))
     return reason or unread_child(module.ffn, "1", "Swish", _SWISH)
 

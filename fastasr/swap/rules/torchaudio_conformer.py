@@ -3,8 +3,8 @@
 
 import torch
 
-from fastasr.swap import forwards as models
-from fastasr.swap.rule import Known, Upstream, check_child_names, check_parameters, check_sequence
+from fastasr.swap.forwards import espnet as models
+from fastasr.swap.rule import Known, Upstream, check_parts, check_sequence
 from fastasr.swap.rules.conformer import convolution_rule, feed_forward_rule
 
 _TORCHAUDIO = Known("torchaudio 2.11.0")
@@ -22,7 +22,7 @@ _FEED_FORWARD = (_NN.LayerNorm, _NN.Linear, _NN.SiLU, _NN.Dropout, _NN.Linear, _
 
 
 def _convolution_structure(module: Upstream) -> str | None:
-    reason = check_parameters(module, {}) or check_child_names(module, ("layer_norm", "sequential"))
+    reason = check_parts(module, ("layer_norm", "sequential"))
     reason = reason or check_sequence(module, "sequential", _CONVOLUTION)
     if reason is None and module.sequential[1].dim != 1:
         return f"submodule sequential.1 gates dimension {module.sequential[1].dim}, expected 1"
@@ -30,7 +30,7 @@ def _convolution_structure(module: Upstream) -> str | None:
 
 
 def _feed_forward_structure(module: Upstream) -> str | None:
-    reason = check_parameters(module, {}) or check_child_names(module, ("sequential",))
+    reason = check_parts(module, ("sequential",))
     return reason or check_sequence(module, "sequential", _FEED_FORWARD)
 
 

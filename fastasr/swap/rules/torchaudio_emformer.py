@@ -9,8 +9,9 @@ from fastasr.swap.rule import (
     Known,
     Rule,
     Upstream,
-    check_child_names,
-    check_parameters,
+    check_ints,
+    check_parts,
+    holds,
     unread_code,
     upstream_class,
 )
@@ -28,9 +29,7 @@ def _functions(module: Upstream) -> list[Callable]:
 
 def _attention_structure(module: Upstream) -> str | None:
     """Our forward calls every submodule that is no plain layer of torch's, so submodules may have any class."""
-    reason = check_parameters(module, {}) or check_child_names(
-        module, ("emb_to_key_value", "emb_to_query", "out_proj")
-    )
+    reason = check_parts(module, ("emb_to_key_value", "emb_to_query", "out_proj"))
     if reason is None and abs(module.scaling - (module.input_dim // module.num_heads) ** -0.5) > 1e-12:
         reason = f"scaling is {module.scaling}, expected 1 / sqrt({module.input_dim // module.num_heads})"
     if reason is None and module.negative_inf > _HIDDEN:
@@ -42,18 +41,11 @@ _LAYER_CHILDREN = ("attention", "dropout", "memory_op", "pos_ff", "layer_norm_in
 
 
 def _layer_structure(module: Upstream) -> str | None:
-    reason = check_parameters(module, {}) or check_child_names(module, _LAYER_CHILDREN)
+    reason = check_parts(module, _LAYER_CHILDREN)
     part = reason is None and _attention_structure(module.attention)
     reason = f"submodule attention: {part}" if part else reason
     reason = reason or unread_code("attention", module.attention, _functions, _ATTENTION)
-    for name in ("segment_length", "left_context_length", "max_memory_size"):
-        if reason is None and not isinstance(getattr(module, name), int):
-            reason = f"{name} is {getattr(module, name)!r}, expected an int"
-    return reason
-
-
-def _emformer_structure(module: Upstream) -> str | None:
-    return check_parameters(module, {}) or check_child_names(module, ("memory_op", "emformer_layers"))
+    return reason or check_ints(module, ("segment_length", "left_context_length", "max_memory_size"))
 
 
 EMFORMER = Rule(
@@ -61,7 +53,7 @@ EMFORMER = Rule(
     class_name="Emformer",
     forward=models.Emformer.forward,
     methods=(("infer", models.Emformer.infer),),
-    structure=_emformer_structure,
+    structure=holds("memory_op", "emformer_layers"),
     functions=_functions,
     known={"9a732b1ee374cdf1861f66e6": _TORCHAUDIO},
     note="makes no attention mask",

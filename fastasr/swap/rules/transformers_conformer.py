@@ -2,26 +2,38 @@
 """Rules for transformers' other Conformers: Wav2Vec2Conformer and FastSpeech2Conformer, and for modules of
 SeamlessM4T and w2v-BERT that have Wav2Vec2Conformer's code."""
 
-import dataclasses
-
 import torch
 
-from fastasr.swap import forwards as models
-from fastasr.swap.rule import Known, Upstream, check_child_names, check_parameters, unread_child
-from fastasr.swap.rules.conformer import attention_rule, convolution_rule, feed_forward_rule, layer_rule
+from fastasr.swap.forwards import layers
+from fastasr.swap.forwards import transformers_conformer as models
+from fastasr.swap.rule import Known, Upstream, check_parts, holds, unread_child
+from fastasr.swap.rules.conformer import (
+    FROM_5_18,
+    attention_rule,
+    convolution_rule,
+    feed_forward_rule,
+    layer_rule,
+)
 from fastasr.swap.rules.transformers_parakeet import CAPTURING, SILU, convolution_structure
 
 _TRANSFORMERS = Known("transformers 5.6 to 5.24")
 
 
 NOTE = "the weights are not returned; in training the kernel draws their dropout itself, see upstream_draws"
+_DENSE = (
+    "intermediate_dense",
+    "intermediate_act_fn",
+    "intermediate_dropout",
+    "output_dense",
+    "output_dropout",
+)
 _LINEARS = ("linear_q", "linear_k", "linear_v", "linear_out", "linear_pos")
 
 
 def attention_structure(module: Upstream) -> str | None:
     heads, width = module.num_heads, module.linear_q.out_features // module.num_heads
     shapes = dict.fromkeys(("pos_bias_u", "pos_bias_v"), (heads, width))
-    return check_parameters(module, shapes) or check_child_names(module, (*_LINEARS, "dropout"))
+    return check_parts(module, (*_LINEARS, "dropout"), shapes)
 
 
 def _wav2vec2_attention_structure(module: Upstream) -> str | None:
@@ -32,23 +44,11 @@ def _wav2vec2_attention_structure(module: Upstream) -> str | None:
 
 def _wav2vec2_convolution_structure(module: Upstream, norm: str = "batch_norm") -> str | None:
     children = ("pointwise_conv1", "glu", "depthwise_conv", norm, "activation", "pointwise_conv2")
-    reason = check_parameters(module, {}) or check_child_names(module, ("layer_norm", *children, "dropout"))
-    reason = reason or unread_child(module, "activation", "SiLUActivation", SILU)
+    reason = check_parts(module, ("layer_norm", *children, "dropout"))
+    reason = reason or unread_child(module, "activation", *SILU)
     if reason is None and (type(module.glu) is not torch.nn.GLU or module.glu.dim != 1):
         return f"submodule glu is {module.glu}, expected GLU(dim=1)"
     return reason
-
-
-def _feed_forward_structure(module: Upstream) -> str | None:
-    children = (
-        "intermediate_dense",
-        "intermediate_act_fn",
-        "intermediate_dropout",
-        "output_dense",
-        "output_dropout",
-    )
-    reason = check_parameters(module, {}) or check_child_names(module, children)
-    return reason or unread_child(module, "intermediate_act_fn", "SiLUActivation", SILU)
 
 
 WAV2VEC2_ATTENTION = attention_rule(
@@ -84,7 +84,7 @@ WAV2VEC2_FEED_FORWARD = feed_forward_rule(
     name="transformers.wav2vec2_conformer_feed_forward",
     class_name="Wav2Vec2ConformerFeedForward",
     forward=models.wav2vec2_feed_forward,
-    structure=_feed_forward_structure,
+    structure=holds(*_DENSE, intermediate_act_fn=SILU),
     known={"a7e579c30f41d605b3484748": _TRANSFORMERS},
 )
 
@@ -103,13 +103,10 @@ def seamless_convolution_structure(module: Upstream, norm: str = "batch_norm") -
     return _wav2vec2_convolution_structure(module, norm)
 
 
-_FROM_5_18 = Known("transformers 5.18 to 5.24")
-
-SEAMLESS_ATTENTION = dataclasses.replace(
-    WAV2VEC2_ATTENTION,
-    name="transformers.seamless_m4t_attention",
-    class_name="SeamlessM4TConformerSelfAttention",
-    known={"30f4f4dfea92885aac1cbe3f": _FROM_5_18},
+SEAMLESS_ATTENTION = WAV2VEC2_ATTENTION.like(
+    "transformers.seamless_m4t_attention",
+    "SeamlessM4TConformerSelfAttention",
+    {"30f4f4dfea92885aac1cbe3f": FROM_5_18},
 )
 
 SEAMLESS_CONVOLUTION = convolution_rule(
@@ -117,14 +114,14 @@ SEAMLESS_CONVOLUTION = convolution_rule(
     class_name="SeamlessM4TConformerConvolutionModule",
     forward=models.seamless_convolution,
     structure=seamless_convolution_structure,
-    known={"d01c2bcc9da4dfcbfefc8604": _FROM_5_18},
+    known={"d01c2bcc9da4dfcbfefc8604": FROM_5_18},
 )
 
 SEAMLESS_LAYER = layer_rule(
     "transformers.seamless_m4t_layer",
     "SeamlessM4TConformerEncoderLayer",
-    models.seamless_layer,
-    {"32a2d50d48a0b71aeeb02221": _FROM_5_18},
+    layers.seamless_layer,
+    {"32a2d50d48a0b71aeeb02221": FROM_5_18},
 )
 
 # Class -> the fingerprint of its forward, the code of which is Wav2Vec2Conformer's
@@ -134,9 +131,7 @@ _FEED_FORWARDS = {
     "Wav2Vec2BertFeedForward": "7c259bd1671ef63e28af4104",
 }
 FEED_FORWARDS = tuple(
-    dataclasses.replace(
-        WAV2VEC2_FEED_FORWARD, name=f"transformers.{name}", class_name=name, known={value: _FROM_5_18}
-    )
+    WAV2VEC2_FEED_FORWARD.like(f"transformers.{name}", name, {value: FROM_5_18})
     for name, value in _FEED_FORWARDS.items()
 )
 

@@ -4,9 +4,9 @@
 from collections.abc import Callable
 from operator import attrgetter
 
-from fastasr.swap import forwards as models
+from fastasr.swap.forwards import gemma as models
 from fastasr.swap.rule import Known, Rule, Upstream, check_child_names, check_parameters, unread_child
-from fastasr.swap.rules.conformer import attention_rule, norm_convolution_rule
+from fastasr.swap.rules.conformer import FROM_5_18, attention_rule, norm_convolution_rule
 from fastasr.swap.rules.transformers_parakeet import CAPTURING, SILU
 
 _POSITIONS = "Gemma3nAudioRelativePositionEmbedding"
@@ -16,8 +16,9 @@ _LINEARS = ("q_proj", "k_proj", "v_proj")
 
 
 def _structure(module: Upstream, children: tuple[str, ...], buffers: tuple[str, ...]) -> str | None:
-    reason = check_parameters(module, {"per_dim_scale": (module.head_dim,)}, allowed_buffers=buffers)
-    reason = reason or check_child_names(module, (*_LINEARS, *children))
+    reason = check_parameters(
+        module, {"per_dim_scale": (module.head_dim,)}, allowed_buffers=buffers
+    ) or check_child_names(module, (*_LINEARS, *children))
     if reason is None and module.max_future_horizon:
         return f"the queries see {module.max_future_horizon} frames behind them, expected 0"
     return reason
@@ -52,7 +53,6 @@ _READ = {
     "Gemma3nAudioConformerLightConv1d": "e45de22b99364eb516f7fe53",
     "Gemma3nAudioConformerAttention": "07316afe71e02f0f58160d54",
 }
-_FROM_5_18 = Known("transformers 5.18 to 5.24")
 _BOUNDS = ("input_min", "input_max", "output_min", "output_max")
 _FEED_FORWARD = ("ffw_layer_1", "ffw_layer_2", "pre_layer_norm", "post_layer_norm")
 _CONVOLUTION = ("linear_start", "linear_end", "depthwise_conv1d", "pre_layer_norm", "conv_norm")
@@ -65,7 +65,7 @@ def _part(*children: str) -> Callable:
         reason = check_parameters(module, {}, allowed_buffers=("gradient_clipping",))  # Gemma 3n's have it.
         reason = reason or check_child_names(module, children)
         for name in children:
-            reason = reason or unread_child(module, name, "SiLUActivation", SILU)
+            reason = reason or unread_child(module, name, *SILU)
             for class_name, code in _READ.items():
                 reason = reason or unread_child(module, name, class_name, {code})
         return reason or (_plain_conv(module.conv) if "conv" in children else _clipped(module))
@@ -120,14 +120,14 @@ RULES = (
         class_name="Gemma3nAudioAttention",
         forward=models.gemma3n_attention,
         structure=_gemma3n_structure,
-        known={"5ac717dcc31659ded0171e82": _FROM_5_18},
+        known={"5ac717dcc31659ded0171e82": FROM_5_18},
     ),
     Rule(
         name="transformers.gemma4_clippable_linear",
         class_name="Gemma4ClippableLinear",
         forward=models.gemma4_clippable_linear,
         structure=_clippable_structure,
-        known={_READ["Gemma4ClippableLinear"]: _FROM_5_18},
+        known={_READ["Gemma4ClippableLinear"]: FROM_5_18},
         kernels=("clamped_linear",),
     ),
     Rule(
@@ -135,7 +135,7 @@ RULES = (
         class_name="Gemma4AudioFeedForward",
         forward=models.gemma_feed_forward,
         structure=_part(*_FEED_FORWARD, "act_fn"),
-        known={_READ["Gemma4AudioFeedForward"]: _FROM_5_18},
+        known={_READ["Gemma4AudioFeedForward"]: FROM_5_18},
         kernels=("norm_activation", "clamped_linear"),
     ),
     norm_convolution_rule(
@@ -143,7 +143,7 @@ RULES = (
         class_name="Gemma4AudioLightConv1d",
         forward=models.gemma_light_convolution,
         structure=_part(*_CONVOLUTION, "act_fn"),
-        known={_READ["Gemma4AudioLightConv1d"]: _FROM_5_18},
+        known={_READ["Gemma4AudioLightConv1d"]: FROM_5_18},
         kernels=("clamped_linear", "gated_depthwise_conv", "norm_activation"),
     ),
     Rule(
@@ -154,7 +154,7 @@ RULES = (
             ("feed_forward1", "self_attn", "lconv1d", "feed_forward2"),
             ("norm_pre_attn", "norm_post_attn", "norm_out"),
         ),
-        known={"6ee3d804dff2937eab4cf172": _FROM_5_18},
+        known={"6ee3d804dff2937eab4cf172": FROM_5_18},
         kernels=("add_norm", "norm_activation", "clamped_linear", "gated_depthwise_conv"),
         hooks=CAPTURING,
     ),
@@ -163,7 +163,7 @@ RULES = (
         class_name="Gemma4AudioSubSampleConvProjectionLayer",
         forward=models.gemma4_subsampling,
         structure=_part("conv", "norm", "act"),
-        known={"6d64ca24b69deb79f81d6692": _FROM_5_18},
+        known={"6d64ca24b69deb79f81d6692": FROM_5_18},
         kernels=("linear", "norm_activation"),
     ),
     Rule(
@@ -171,7 +171,7 @@ RULES = (
         class_name="Gemma3nAudioConformerFeedForward",
         forward=models.gemma_feed_forward,
         structure=_part(*_FEED_FORWARD),
-        known={_READ["Gemma3nAudioConformerFeedForward"]: _FROM_5_18},
+        known={_READ["Gemma3nAudioConformerFeedForward"]: FROM_5_18},
         kernels=("norm_activation", "linear_activation", "linear"),
     ),
     norm_convolution_rule(
@@ -179,7 +179,7 @@ RULES = (
         class_name="Gemma3nAudioConformerLightConv1d",
         forward=models.gemma_light_convolution,
         structure=_part(*_CONVOLUTION),
-        known={_READ["Gemma3nAudioConformerLightConv1d"]: _FROM_5_18},
+        known={_READ["Gemma3nAudioConformerLightConv1d"]: FROM_5_18},
     ),
     Rule(
         name="transformers.gemma3n_layer",
@@ -189,7 +189,7 @@ RULES = (
             ("ffw_layer_start", "attention", "lconv1d", "ffw_layer_end"),
             ("attention.pre_attn_norm", "attention.post_norm", "norm"),
         ),
-        known={"3485656f30d238fd876dada4": _FROM_5_18},
+        known={"3485656f30d238fd876dada4": FROM_5_18},
         kernels=("add_norm", "norm_activation", "linear_activation", "linear", "gated_depthwise_conv"),
         hooks=CAPTURING,
     ),
@@ -198,7 +198,7 @@ RULES = (
         class_name="Gemma3nAudioSSCPConvBlock",
         forward=models.gemma3n_subsampling,
         structure=_part("conv", "norm", "activation"),
-        known={"2ac1ab5d366a7ce6dc45da70": _FROM_5_18},
+        known={"2ac1ab5d366a7ce6dc45da70": FROM_5_18},
         kernels=("linear",),
     ),
 )

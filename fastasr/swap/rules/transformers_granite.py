@@ -1,16 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rules for the Conformers of transformers' Granite Speech 3.3 to 4.1, their Plus, and Granite Speech 5."""
 
-import dataclasses
-from collections.abc import Callable
-from typing import Any
-
-from fastasr.swap import forwards as models
-from fastasr.swap.rule import Known, Rule, Upstream, check_child_names, check_parameters, unread_child
+from fastasr.swap.forwards import granite as models
+from fastasr.swap.rule import Rule, Upstream, holds, unread_child
 from fastasr.swap.rules import transformers_parakeet as parakeet
-from fastasr.swap.rules.conformer import attention_rule, convolution_rule, feed_forward_rule
+from fastasr.swap.rules.conformer import FROM_5_18, attention_rule, convolution_rule, feed_forward_rule
 
-_FROM_5_18 = Known("transformers 5.18 to 5.24")
 # Name -> the fingerprints of its attention, convolution, feed-forward, and of the depthwise convolution inside
 _PRINTS = {
     "GraniteSpeech": (
@@ -24,13 +19,9 @@ _PRINTS = {
 }  # fmt: skip
 
 
-def _children(*names: Any) -> Callable[[Upstream], str | None]:
-    return lambda module: check_parameters(module, {}) or check_child_names(module, names)
-
-
 def _convolution_structure(module: Upstream) -> str | None:
     children = ("norm", "up_conv", "glu", "depth_conv", "silu", "batch_norm", "down_conv", "dropout")
-    reason = _children(*children)(module)
+    reason = holds(*children)(module)
     for name, prints in _PRINTS.items():
         reason = reason or unread_child(module, "depth_conv", f"{name}ConformerDepthWiseConv1d", {prints[-1]})
     if reason is None and module.glu.dim != 1:
@@ -41,7 +32,7 @@ def _convolution_structure(module: Upstream) -> str | None:
 def _attention5_structure(module: Upstream) -> str | None:
     if module.num_key_value_groups != 1:
         return f"num_key_value_groups is {module.num_key_value_groups}, expected 1"
-    return _children("q_proj", "k_proj", "v_proj", "o_proj", "rel_pos_emb")(module)
+    return holds("q_proj", "k_proj", "v_proj", "o_proj", "rel_pos_emb")(module)
 
 
 def _rules(name: str, attention: str, convolution: str, feed_forward: str, _: object) -> tuple[Rule, ...]:
@@ -50,8 +41,8 @@ def _rules(name: str, attention: str, convolution: str, feed_forward: str, _: ob
             name=f"transformers.{name}_attention",
             class_name=f"{name}ConformerAttention",
             forward=models.granite_speech_attention,
-            structure=_children("pre_norm", "to_q", "to_kv", "to_out", "rel_pos_emb", "dropout"),
-            known={attention: _FROM_5_18},
+            structure=holds("pre_norm", "to_q", "to_kv", "to_out", "rel_pos_emb", "dropout"),
+            known={attention: FROM_5_18},
             hooks=parakeet.CAPTURING,
         ),
         convolution_rule(
@@ -59,14 +50,14 @@ def _rules(name: str, attention: str, convolution: str, feed_forward: str, _: ob
             class_name=f"{name}ConformerConvModule",
             forward=models.granite_speech_convolution,
             structure=_convolution_structure,
-            known={convolution: _FROM_5_18},
+            known={convolution: FROM_5_18},
         ),
         feed_forward_rule(
             name=f"transformers.{name}_feed_forward",
             class_name=f"{name}ConformerFeedForward",
             forward=models.granite_speech_feed_forward,
-            structure=_children("pre_norm", "up_proj", "silu", "dropout", "down_proj"),
-            known={feed_forward: _FROM_5_18},
+            structure=holds("pre_norm", "up_proj", "silu", "dropout", "down_proj"),
+            known={feed_forward: FROM_5_18},
         ),
     )
 
@@ -76,7 +67,7 @@ ATTENTION5 = attention_rule(
     class_name="GraniteSpeech5EncoderAttention",
     forward=models.granite_speech5_attention,
     structure=_attention5_structure,
-    known={"738ec6ae78e0667af6c0f0f0": _FROM_5_18},
+    known={"738ec6ae78e0667af6c0f0f0": FROM_5_18},
     shared=lambda result: result[0],
     note="in training the kernel draws the weights' dropout itself, see upstream_draws",
 )
@@ -84,14 +75,13 @@ CONVOLUTION5 = convolution_rule(
     name="transformers.granite_speech5_convolution",
     class_name="GraniteSpeech5EncoderConvolutionModule",
     forward=models.granite_speech5_convolution,
-    structure=_children("pointwise_lin1", "depthwise_conv", "norm", "pointwise_lin2"),
-    known={"dc7857452d902eb170a9092f": _FROM_5_18},
+    structure=holds("pointwise_lin1", "depthwise_conv", "norm", "pointwise_lin2"),
+    known={"dc7857452d902eb170a9092f": FROM_5_18},
 )
-FEED_FORWARD5 = dataclasses.replace(
-    parakeet.FEED_FORWARD,
-    name="transformers.granite_speech5_feed_forward",
-    class_name="GraniteSpeech5EncoderFeedForward",
-    known={"0b2fd325bffc6a1fb93811be": _FROM_5_18},
+FEED_FORWARD5 = parakeet.FEED_FORWARD.like(
+    "transformers.granite_speech5_feed_forward",
+    "GraniteSpeech5EncoderFeedForward",
+    {"0b2fd325bffc6a1fb93811be": FROM_5_18},
 )
 
 RULES = (

@@ -1,23 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rules for modules of transformers' LASR (google/medasr), which have Parakeet's code."""
 
-import dataclasses
-
-from fastasr.swap.rule import Known
 from fastasr.swap.rules import transformers_parakeet as parakeet
+from fastasr.swap.rules.conformer import FROM_5_18
 
-_FROM_5_18 = Known("transformers 5.18 to 5.24")
-
-FEED_FORWARD = dataclasses.replace(
-    parakeet.FEED_FORWARD,
-    name="transformers.lasr_feed_forward",
-    class_name="LasrEncoderFeedForward",
-    known={"d5c81f0c3302c856dd2cc3f5": _FROM_5_18},
+RULES = (
+    parakeet.FEED_FORWARD.like(
+        "transformers.lasr_feed_forward",
+        "LasrEncoderFeedForward",
+        {"d5c81f0c3302c856dd2cc3f5": FROM_5_18},
+    ),
+    parakeet.CONVOLUTION.like(
+        "transformers.lasr_convolution",
+        "LasrEncoderConvolutionModule",
+        {"36080375278d33620e96213f": FROM_5_18},
+    ),
 )
-CONVOLUTION = dataclasses.replace(
-    parakeet.CONVOLUTION,
-    name="transformers.lasr_convolution",
-    class_name="LasrEncoderConvolutionModule",
-    known={"36080375278d33620e96213f": _FROM_5_18},
-)
-RULES = (FEED_FORWARD, CONVOLUTION)

@@ -19,16 +19,7 @@ from fastasr.models.fast_conformer import (
     stream_state,
 )
 from fastasr.swap import binding
-from fastasr.swap.rule import (
-    Graphed,
-    Known,
-    Rule,
-    Upstream,
-    check_child_names,
-    check_parameters,
-    unread_child,
-    upstream_class,
-)
+from fastasr.swap.rule import Graphed, Known, Rule, Upstream, check_parts, unread_child, upstream_class
 from fastasr.swap.rules import transformers_parakeet as parakeet
 
 _CAUSAL_1D, _CAUSAL_2D = {"490bda47555e4ff32663f51b"}, {"729bfd53b68871a0ce46be64"}
@@ -64,9 +55,7 @@ def _convolution_structure(module: Upstream) -> str | None:
 
 
 def _subsampling_structure(module: Upstream) -> str | None:
-    reason = check_parameters(module, {}) or check_child_names(
-        module, ("conv_in", "layers", "act_fn", "linear")
-    )
+    reason = check_parts(module, ("conv_in", "layers", "act_fn", "linear"))
     if reason:
         return reason
     stages = module.layers

@@ -21,10 +21,9 @@ from fastasr.swap.rule import (
     Ragged,
     Rule,
     Upstream,
-    check_child_names,
-    check_parameters,
+    check_parts,
+    holds,
     own_forward,
-    unread_child,
     unread_code,
     upstream_class,
 )
@@ -34,54 +33,38 @@ _FROM_5_6 = Known("transformers 5.6 to 5.24")
 CAPTURING = (
     "transformers.utils.output_capturing.install_output_capuring_hook.<locals>.output_capturing_hook",
 )
-SILU = {"bbb3a89cc2c8993670072487"}
+SILU = "SiLUActivation", {"bbb3a89cc2c8993670072487"}
 _BLOCK = "c6cc6c4c6c123d55235c5852"
+_CONVOLUTIONS = ("pointwise_conv1", "depthwise_conv", "norm", "activation", "pointwise_conv2")
+_NORMS = ("norm_feed_forward1", "norm_self_att", "norm_conv", "norm_feed_forward2", "norm_out")
+
+feed_forward_structure = holds("linear1", "activation", "linear2", activation=SILU)
+convolution_structure = holds(*_CONVOLUTIONS, activation=SILU)
+encoder_structure = holds("subsampling", "encode_positions", "layers")
 
 
 def _before_5_18(module: Upstream) -> str | None:
     return "transformers 5.6 to 5.17 hides keys by -inf: queries of padding give 0 or NaN; expected 5.18 or newer"
 
 
-def _activation(module: Upstream) -> str | None:
-    return unread_child(module, "activation", "SiLUActivation", SILU)
-
-
 def attention_structure(module: Upstream) -> str | None:
     if module.num_key_value_groups != 1:
         return f"num_key_value_groups is {module.num_key_value_groups}, expected 1"
-    heads = module.config.num_attention_heads
-    return check_parameters(
-        module, dict.fromkeys(("bias_u", "bias_v"), (heads, module.head_dim))
-    ) or check_child_names(module, ("q_proj", "k_proj", "v_proj", "o_proj", "relative_k_proj"))
-
-
-def feed_forward_structure(module: Upstream) -> str | None:
-    reason = check_parameters(module, {}) or check_child_names(module, ("linear1", "activation", "linear2"))
-    return reason or _activation(module)
-
-
-def convolution_structure(module: Upstream) -> str | None:
-    children = ("pointwise_conv1", "depthwise_conv", "norm", "activation", "pointwise_conv2")
-    return check_parameters(module, {}) or check_child_names(module, children) or _activation(module)
-
-
-def _block_structure(module: Upstream) -> str | None:
-    branches = ("feed_forward1", "self_attn", "conv", "feed_forward2")
-    norms = ("norm_feed_forward1", "norm_self_att", "norm_conv", "norm_feed_forward2", "norm_out")
-    return check_parameters(module, {}) or check_child_names(module, (*branches, *norms))
+    biases = dict.fromkeys(("bias_u", "bias_v"), (module.config.num_attention_heads, module.head_dim))
+    return check_parts(module, ("q_proj", "k_proj", "v_proj", "o_proj", "relative_k_proj"), biases)
 
 
 def _subsampling_structure(module: Upstream) -> str | None:
     count = 2 + 3 * (module.num_layers - 1)
     if len(module.layers) != count:
         return f"has {len(module.layers)} layers, expected {count}"
-    return check_parameters(module, {}) or check_child_names(module, ("layers", "linear"))
+    return check_parts(module, ("layers", "linear"))
 
 
 def positions_structure(module: Upstream) -> str | None:
     if module.inv_freq.dtype != torch.float32:
         return f"inv_freq is {module.inv_freq.dtype}, expected float32"
-    return check_parameters(module, {}, allowed_buffers=("inv_freq",)) or check_child_names(module, ())
+    return check_parts(module, (), buffers=("inv_freq",))
 
 
 def encoder(
@@ -205,12 +188,6 @@ def _row_obstacle(module: Upstream) -> str | None:
     return _ragged_obstacle(module) or row.why_not(module)
 
 
-def encoder_structure(module: Upstream) -> str | None:
-    return check_parameters(module, {}) or check_child_names(
-        module, ("subsampling", "encode_positions", "layers")
-    )
-
-
 ATTENTION = attention_rule(
     name="transformers.parakeet_attention",
     class_name="ParakeetEncoderAttention",
@@ -248,7 +225,7 @@ BLOCK = Rule(
     class_name="ParakeetEncoderBlock",
     forward=models.FastConformerBlock.forward,
     kernels=("add_norm",),
-    structure=_block_structure,
+    structure=holds("feed_forward1", "self_attn", "conv", "feed_forward2", *_NORMS),
     known={_BLOCK: _FROM_5_6},
     shallow=True,
     companion=True,

@@ -19,15 +19,7 @@ from fastasr import _left
 from fastasr.models.common.plain import any_watched
 from fastasr.models.transducer.parakeet_steps import generate_steps, no_duration_wins
 from fastasr.models.transducer.predictors import ParakeetPredictor, release
-from fastasr.swap.rule import (
-    Known,
-    Rule,
-    Upstream,
-    check_child_names,
-    check_parameters,
-    unread_child,
-    upstream_class,
-)
+from fastasr.swap.rule import Known, Rule, Upstream, check_parts, unread_child, upstream_class
 from fastasr.swap.rules.transformers_parakeet_loss import (
     shared,
     why_with_logits,
@@ -195,8 +187,7 @@ def _functions(module: Upstream) -> list[Callable]:
 def _structure(module: Upstream) -> str | None:
     kind = "TDT" if hasattr(module.config, "durations") else "RNNT"
     return (
-        check_parameters(module, {})
-        or check_child_names(module, ("encoder", "encoder_projector", "decoder", "joint"))
+        check_parts(module, ("encoder", "encoder_projector", "decoder", "joint"))
         or unread_child(module, "decoder", "ParakeetRNNTDecoder", _DECODER)
         or unread_child(module, "joint", f"Parakeet{kind}JointNetwork", _JOINT)
     )

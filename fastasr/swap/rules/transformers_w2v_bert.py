@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rules for the attention and the causal convolution of transformers' SeamlessM4T v2 and w2v-BERT 2.0."""
 
-from fastasr.swap import forwards as models
-from fastasr.swap.rule import Known, Rule, Upstream, check_child_names, check_parameters
+from fastasr.swap.forwards import layers
+from fastasr.swap.forwards import transformers_conformer as models
+from fastasr.swap.rule import Rule, Upstream, check_parts
 from fastasr.swap.rules import transformers_conformer as conformer
-from fastasr.swap.rules.conformer import attention_rule, layer_rule, norm_convolution_rule
+from fastasr.swap.rules.conformer import FROM_5_18, attention_rule, layer_rule, norm_convolution_rule
 from fastasr.swap.rules.transformers_parakeet import CAPTURING
 
-_FROM_5_18 = Known("transformers 5.18 to 5.24")
 _LINEARS = ("linear_q", "linear_k", "linear_v", "linear_out", "dropout")
 
 
@@ -17,7 +17,7 @@ def _attention_structure(module: Upstream) -> str | None:
         return conformer.attention_structure(module)
     if kind != "relative_key":
         return f"position_embeddings_type is {kind!r}, expected 'relative_key' or 'relative'"
-    reason = check_parameters(module, {}) or check_child_names(module, (*_LINEARS, "distance_embedding"))
+    reason = check_parts(module, (*_LINEARS, "distance_embedding"))
     if reason is not None:
         return reason
     rows = module.left_max_position_embeddings + module.right_max_position_embeddings + 1
@@ -38,7 +38,7 @@ def _attention(class_name: str, name: str, fingerprint: str) -> Rule:
         class_name=class_name,
         forward=models.relative_key_attention,
         structure=_attention_structure,
-        known={fingerprint: _FROM_5_18},
+        known={fingerprint: FROM_5_18},
         shared=lambda result: result[0],
         hooks=CAPTURING,
         note=conformer.NOTE,
@@ -51,13 +51,13 @@ def _convolution(class_name: str, name: str, fingerprint: str) -> Rule:
         class_name=class_name,
         forward=models.causal_seamless_convolution,
         structure=_convolution_structure,
-        known={fingerprint: _FROM_5_18},
+        known={fingerprint: FROM_5_18},
     )
 
 
 def _layer(class_name: str, name: str, fingerprint: str) -> Rule:
     return layer_rule(
-        f"transformers.{name}_layer", class_name, models.seamless_layer, {fingerprint: _FROM_5_18}
+        f"transformers.{name}_layer", class_name, layers.seamless_layer, {fingerprint: FROM_5_18}
     )
 
 

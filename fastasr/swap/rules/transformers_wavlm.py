@@ -1,22 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rules for the attention of transformers' WavLM, and for its encoders, which hand on the bias of the positions."""
 
-from fastasr.swap import forwards as models
-from fastasr.swap.rule import Graphed, Known, Rule, Upstream, check_child_names, check_parameters
+from fastasr.swap.forwards import wavlm as models
+from fastasr.swap.rule import Graphed, Known, Rule, Upstream, check_parameters, check_parts
 from fastasr.swap.rules import recorded
 from fastasr.swap.rules import transformers_conformer as conformer
-from fastasr.swap.rules.conformer import attention_rule
+from fastasr.swap.rules.conformer import FROM_5_18, attention_rule
 from fastasr.swap.rules.transformers_parakeet import CAPTURING
 
-_FROM_5_18 = Known("transformers 5.18 to 5.24")
 _LINEARS = ("q_proj", "k_proj", "v_proj", "out_proj", "gru_rel_pos_linear")
 
 
 def _attention_structure(module: Upstream) -> str | None:
     shape = (1, module.num_heads, 1, 1)
-    return check_parameters(module, {"gru_rel_pos_const": shape}) or check_child_names(
-        module, _LINEARS, ("rel_attn_embed",)
-    )
+    return check_parts(module, _LINEARS, {"gru_rel_pos_const": shape}, ("rel_attn_embed",))
 
 
 def _encoder(class_name: str, before: str, since: str) -> Rule:
@@ -39,7 +36,7 @@ RULES = (
         class_name="WavLMAttention",
         forward=models.wavlm_attention,
         structure=_attention_structure,
-        known={"290e82d442e78478b7f73df7": _FROM_5_18},
+        known={"290e82d442e78478b7f73df7": FROM_5_18},
         shared=lambda result: result[0],
         hooks=CAPTURING,
         note=conformer.NOTE,

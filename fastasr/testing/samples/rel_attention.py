@@ -7,6 +7,7 @@ which takes the scores of positions and the padding as one additive mask.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,23 +49,43 @@ def _call(
         "pos": make.normal(frames and frames + keys - 1, heads, width),
         "bias_u": make.normal(heads, width, scale=0.5),
         "bias_v": make.normal(heads, width, scale=0.5),
-    } | {name: m(make) if callable(m) else m for name, m in more.items()}
+    } | _given(make, more)
 
 
-def _padding(frames: int, *lengths: int) -> Tensor:
-    return torch.arange(frames)[None, :] >= torch.tensor(lengths)[:, None]
+def _given(make: Make, arguments: dict) -> dict:
+    """Returns the arguments, of which some are functions of ``make``."""
+    return {name: value(make) if callable(value) else value for name, value in arguments.items()}
+
+
+def _sample(
+    name: str,
+    sizes: tuple[int, ...],
+    thorough: bool = False,
+    large: bool = False,
+    draws: int = 1,
+    **more: Any,
+) -> Sample:
+    """Returns the sample ``_call(make, *sizes, **more)``."""
+    return Sample(name, lambda make: _call(make, *sizes, **more), True, thorough, large, draws)
+
+
+_small = partial(_sample, draws=8)  # a few hundred numbers, whose errors are compared over several draws
+
+
+def _padding(frames: int, *lengths: int) -> Callable[[Make], Tensor]:
+    return lambda make: make.padding(frames, lengths)
 
 
 def _random_mask(*shape: int, hidden: float = 0.3) -> Callable[[Make], Tensor]:
     return lambda make: make.uniform(*shape) < hidden
 
 
-def _window(frames: int, left: int, right: int) -> Tensor:
+def _window(make: Make, frames: int, left: int, right: int) -> Tensor:
     offset = torch.arange(frames)[None, :] - torch.arange(frames)[:, None]
     return (offset < -left) | (offset > right)
 
 
-def _empty_rows(frames: int) -> Tensor:
+def _empty_rows(make: Make, frames: int) -> Tensor:
     """Makes a mask in which two queries see nothing: the first and one in the middle."""
     mask = torch.ones(frames, frames, dtype=torch.bool).triu(1)
     mask[0], mask[frames // 2] = True, True
@@ -72,7 +93,7 @@ def _empty_rows(frames: int) -> Tensor:
 
 
 def _dropout(p: float, seed: int) -> dict:
-    return {"dropout_p": p, "dropout_seed": torch.tensor([seed])}
+    return {"dropout_p": p, "dropout_seed": lambda make: torch.tensor([seed])}
 
 
 def _context(left: int, right: int, chunk_size: int = 1) -> dict:
@@ -90,7 +111,7 @@ def _by_offset(frames: int, heads: int, batch: int = 0, cached: int = 0) -> dict
 
 
 def _recordings(*starts: int) -> dict:
-    return {"starts": torch.tensor(starts, dtype=torch.int64)}
+    return {"starts": lambda make: torch.tensor(starts, dtype=torch.int64)}
 
 
 def _span(left: int, right: int, heads: int, width: int) -> dict:
@@ -115,7 +136,8 @@ def _random(make: Make, shape: Shape) -> dict:
     if shape.choice((True, False)):
         call |= _context(shape.size() % 60 - 1, shape.size() % 40 - 1, 1 + shape.size() % 20)
     elif not cached and shape.choice((True, False)):
-        call |= _recordings(*(shape.size() % (frames + 3) - 1 for _ in range(1 + shape.size() % 5)))
+        starts = (shape.size() % (frames + 3) - 1 for _ in range(1 + shape.size() % 5))
+        call |= _given(make, _recordings(*starts))
     if shape.choice((True, False)):
         call |= {"offset_bias": make.normal(frames and frames + keys - 1, heads)}
         if shape.choice((True, False)):
@@ -138,382 +160,267 @@ def _random(make: Make, shape: Shape) -> dict:
         call.pop("pos_span", None)
     if shape.choice((True, False)):
         lengths = [shape.size() % (keys + 1) for _ in range(batch)]
-        call["key_padding_mask"] = _padding(keys, *lengths) if batch else torch.zeros(0, keys) > 0
+        call["key_padding_mask"] = make.padding(keys, lengths) if batch else torch.zeros(0, keys) > 0
     if shape.choice((True, False)):
-        call |= _dropout(shape.size() % 10 / 10, shape.size())
+        call |= _given(make, _dropout(shape.size() % 10 / 10, shape.size()))
     if shape.choice((True, False)):
         sizes = shape.choice(((frames, keys), (batch, frames, keys)))
         call["attn_mask"] = make.uniform(*sizes) < 0.4
     return call
 
 
-def _small(name: str, arguments: Any, **more: Any) -> Sample:
-    """Makes a sample of a few hundred numbers, whose errors are compared over several draws."""
-    return Sample(name, arguments, draws=8, **more)
-
-
 TABLE = OpTable(
     op="rel_attention",
     samples=(
-        _small("plain", lambda m: _call(m, 1, 7, 2, 8), thorough=True),
-        _small("padding", lambda m: _call(m, 3, 9, 2, 4, key_padding_mask=_padding(9, 9, 5, 1))),
+        _small("plain", (1, 7, 2, 8), thorough=True),
+        _small("padding", (3, 9, 2, 4), key_padding_mask=_padding(9, 9, 5, 1)),
         _small(
             "a mask and padding",
-            lambda m: _call(m, 2, 9, 1, 8, key_padding_mask=_padding(9, 9, 6), attn_mask=_random_mask(9, 9)),
+            (2, 9, 1, 8),
+            key_padding_mask=_padding(9, 9, 6),
+            attn_mask=_random_mask(9, 9),
             thorough=True,
         ),
-        _small("a mask of each sequence", lambda m: _call(m, 2, 8, 1, 5, attn_mask=_random_mask(2, 8, 8))),
-        _small("values of another width", lambda m: _call(m, 1, 6, 2, 4, 7), thorough=True),
-        _small("queries that see nothing", lambda m: _call(m, 1, 11, 2, 8, attn_mask=_empty_rows(11))),
-        _small(
-            "a sequence of padding alone",
-            lambda m: _call(m, 2, 6, 2, 8, key_padding_mask=_padding(6, 6, 0)),
-        ),
-        Sample(
+        _small("a mask of each sequence", (2, 8, 1, 5), attn_mask=_random_mask(2, 8, 8)),
+        _small("values of another width", (1, 6, 2, 4, 7), thorough=True),
+        _small("queries that see nothing", (1, 11, 2, 8), attn_mask=partial(_empty_rows, frames=11)),
+        _small("a sequence of padding alone", (2, 6, 2, 8), key_padding_mask=_padding(6, 6, 0)),
+        _sample(
             "padding in front and within",
-            lambda m: _call(m, 1, 35, 1, 16, key_padding_mask=_random_mask(1, 35, hidden=0.5)),
+            (1, 35, 1, 16),
+            key_padding_mask=_random_mask(1, 35, hidden=0.5),
             draws=2,
         ),
-        _small("dropout", lambda m: _call(m, 2, 9, 2, 8, **_dropout(0.3, -7)), thorough=True),
-        Sample(
+        _small("dropout", (2, 9, 2, 8), thorough=True, **_dropout(0.3, -7)),
+        _sample(
             "dropout, masks, wide values, several tiles",
-            lambda m: _call(
-                m,
-                2,
-                67,
-                2,
-                20,
-                24,
-                key_padding_mask=_padding(67, 67, 40),
-                attn_mask=_random_mask(67, 67),
-                **_dropout(0.1, 2**45 + 11),
-            ),
+            (2, 67, 2, 20, 24),
+            key_padding_mask=_padding(67, 67, 40),
+            attn_mask=_random_mask(67, 67),
             large=True,
+            **_dropout(0.1, 2**45 + 11),
         ),
-        Sample(
-            "dropout, several blocks of keys",
-            lambda m: _call(m, 1, 600, 1, 16, **_dropout(0.5, 3)),
-            large=True,
-        ),
-        _small("one frame", lambda m: _call(m, 2, 1, 1, 8)),
-        _small("two frames", lambda m: _call(m, 2, 2, 2, 8)),
-        _small("a head of one channel", lambda m: _call(m, 2, 19, 2, 1)),
-        Sample("an odd width", lambda m: _call(m, 1, 9, 1, 37), draws=4),
+        _sample("dropout, several blocks of keys", (1, 600, 1, 16), large=True, **_dropout(0.5, 3)),
+        _small("one frame", (2, 1, 1, 8)),
+        _small("two frames", (2, 2, 2, 8)),
+        _small("a head of one channel", (2, 19, 2, 1)),
+        _sample("an odd width", (1, 9, 1, 37), draws=4),
         _small(
             "several tiles, masks, wide values",
-            lambda m: _call(
-                m,
-                1,
-                37,
-                1,
-                20,
-                24,
-                key_padding_mask=_padding(37, 30),
-                attn_mask=_random_mask(37, 37, hidden=0.4),
-            ),
+            (1, 37, 1, 20, 24),
+            key_padding_mask=_padding(37, 30),
+            attn_mask=_random_mask(37, 37, hidden=0.4),
         ),
-        _small("an odd width, several tiles", lambda m: _call(m, 1, 35, 2, 37), large=True),
-        Sample("heads of 64, several tiles", lambda m: _call(m, 1, 67, 2, 64), draws=2, large=True),
-        Sample(
-            "wide heads",
-            lambda m: _call(m, 1, 33, 1, 144, key_padding_mask=_padding(33, 30)),
-            draws=2,
-            large=True,
+        _small("an odd width, several tiles", (1, 35, 2, 37), large=True),
+        _sample("heads of 64, several tiles", (1, 67, 2, 64), draws=2, large=True),
+        _sample("wide heads", (1, 33, 1, 144), key_padding_mask=_padding(33, 30), draws=2, large=True),
+        _sample("base", (2, 150, 2, 64), key_padding_mask=_padding(150, 150, 101), large=True),
+        _sample(
+            "a window", (1, 140, 2, 64), attn_mask=partial(_window, frames=140, left=20, right=9), large=True
         ),
-        Sample(
-            "base",
-            lambda m: _call(m, 2, 150, 2, 64, key_padding_mask=_padding(150, 150, 101)),
-            large=True,
-        ),
-        Sample("a window", lambda m: _call(m, 1, 140, 2, 64, attn_mask=_window(140, 20, 9)), large=True),
-        Sample(
+        _sample(
             "several blocks of keys",
-            lambda m: _call(m, 1, 600, 1, 16, key_padding_mask=_padding(600, 580)),
+            (1, 600, 1, 16),
+            key_padding_mask=_padding(600, 580),
             large=True,
             draws=4,
         ),
-        _small("keys of a cache", lambda m: _call(m, 2, 3, 2, 8, cached=5), thorough=True),
-        _small("one query and a cache", lambda m: _call(m, 2, 1, 2, 4, cached=9, **_context(9, 0))),
-        _small("a limited context", lambda m: _call(m, 2, 13, 2, 8, **_context(3, 1)), thorough=True),
-        _small(
-            "recordings one after the other",
-            lambda m: _call(m, 1, 17, 2, 8, **_recordings(0, 5, 6, 6, 15)),
-            thorough=True,
-        ),
+        _small("keys of a cache", (2, 3, 2, 8), cached=5, thorough=True),
+        _small("one query and a cache", (2, 1, 2, 4), cached=9, **_context(9, 0)),
+        _small("a limited context", (2, 13, 2, 8), thorough=True, **_context(3, 1)),
+        _small("recordings one after the other", (1, 17, 2, 8), thorough=True, **_recordings(0, 5, 6, 6, 15)),
         _small(
             "recordings in any order, frames of none in front, a context",
-            lambda m: _call(m, 2, 19, 1, 8, **_recordings(16, 3, 9), **_context(4, 2)),
+            (2, 19, 1, 8),
+            **_recordings(16, 3, 9),
+            **_context(4, 2),
         ),
-        Sample(
+        _sample(
             "recordings and the positions of the longest",
-            lambda m: _call(
-                m, 1, 90, 2, 8, **_span(39, 39, 2, 8), **_recordings(0, 40, 75), **_context(39, 39)
-            ),
+            (1, 90, 2, 8),
             draws=2,
+            **_span(39, 39, 2, 8),
+            **_recordings(0, 40, 75),
+            **_context(39, 39),
         ),
-        _small("starts outside of the frames", lambda m: _call(m, 1, 9, 2, 4, **_recordings(-3, 4, 2**40))),
-        _small("no recording", lambda m: _call(m, 1, 5, 1, 4, **_recordings(3))),
-        Sample(
+        _small("starts outside of the frames", (1, 9, 2, 4), **_recordings(-3, 4, 2**40)),
+        _small("no recording", (1, 5, 1, 4), **_recordings(3)),
+        _sample(
             "recordings of several tiles, padding, dropout",
-            lambda m: _call(
-                m,
-                1,
-                163,
-                1,
-                16,
-                key_padding_mask=_random_mask(1, 163, hidden=0.2),
-                **_dropout(0.3, 5),
-                **_recordings(0, 70, 71, 150, 158),
-            ),
+            (1, 163, 1, 16),
+            key_padding_mask=_random_mask(1, 163, hidden=0.2),
             draws=2,
+            **_dropout(0.3, 5),
+            **_recordings(0, 70, 71, 150, 158),
         ),
-        Sample(
+        _sample(
             "more recordings than are read at a time, a bias by offset with a gate",
-            lambda m: _call(m, 1, 131, 2, 8, **_by_offset(131, 2, 1), **_recordings(*range(0, 126, 3))),
+            (1, 131, 2, 8),
             draws=2,
+            **_by_offset(131, 2, 1),
+            **_recordings(*range(0, 126, 3)),
         ),
-        _small("the past alone", lambda m: _call(m, 1, 9, 1, 8, **_context(-1, 0))),
+        _small("the past alone", (1, 9, 1, 8), **_context(-1, 0)),
         _small(
             "chunks, a cache, padding within the context",
-            lambda m: _call(
-                m, 2, 7, 1, 8, cached=6, key_padding_mask=_random_mask(2, 13, hidden=0.6), **_context(4, 0, 4)
-            ),
+            (2, 7, 1, 8),
+            cached=6,
+            key_padding_mask=_random_mask(2, 13, hidden=0.6),
+            **_context(4, 0, 4),
         ),
-        Sample(
+        _sample(
             "chunks, several tiles, masks, a cache, dropout",
-            lambda m: _call(
-                m,
-                1,
-                40,
-                1,
-                20,
-                24,
-                21,
-                key_padding_mask=_padding(61, 50),
-                attn_mask=_random_mask(40, 61, hidden=0.2),
-                **_context(21, 2, 7),
-                **_dropout(0.2, 9),
-            ),
+            (1, 40, 1, 20, 24, 21),
+            key_padding_mask=_padding(61, 50),
+            attn_mask=_random_mask(40, 61, hidden=0.2),
+            **_context(21, 2, 7),
+            **_dropout(0.2, 9),
         ),
-        Sample(
-            "a limited context, several tiles", lambda m: _call(m, 1, 67, 1, 16, **_context(20, 9)), draws=2
-        ),
-        Sample(
+        _sample("a limited context, several tiles", (1, 67, 1, 16), draws=2, **_context(20, 9)),
+        _sample(
             "a limited context, several blocks of keys",
-            lambda m: _call(m, 1, 700, 1, 16, **_context(70, 13)),
+            (1, 700, 1, 16),
             draws=2,
             large=True,
+            **_context(70, 13),
         ),
-        _small(
-            "no positions",
-            lambda m: _call(m, 2, 9, 2, 8, **_without("pos", "bias_u", "bias_v")),
-            thorough=True,
-        ),
-        _small("no biases", lambda m: _call(m, 2, 19, 2, 8, **_without("bias_u", "bias_v"))),
-        _small(
-            "no bias of content, a context", lambda m: _call(m, 1, 9, 2, 8, bias_u=None, **_context(3, 1))
-        ),
+        _small("no positions", (2, 9, 2, 8), thorough=True, **_without("pos", "bias_u", "bias_v")),
+        _small("no biases", (2, 19, 2, 8), **_without("bias_u", "bias_v")),
+        _small("no bias of content, a context", (1, 9, 2, 8), bias_u=None, **_context(3, 1)),
         _small(
             "a bias by offset, no positions",
-            lambda m: _call(m, 2, 19, 2, 8, **_by_offset(19, 2), **_without("pos", "bias_v")),
+            (2, 19, 2, 8),
             thorough=True,
+            **_by_offset(19, 2),
+            **_without("pos", "bias_v"),
         ),
         _small(
             "a bias by offset with a gate, no positions, padding",
-            lambda m: _call(
-                m,
-                2,
-                19,
-                3,
-                8,
-                key_padding_mask=_padding(19, 19, 7),
-                **_by_offset(19, 3, 2),
-                **_without("pos", "bias_u", "bias_v"),
-            ),
+            (2, 19, 3, 8),
+            key_padding_mask=_padding(19, 19, 7),
             thorough=True,
+            **_by_offset(19, 3, 2),
+            **_without("pos", "bias_u", "bias_v"),
         ),
         _small(
             "a bias by offset with a gate, positions, a cache, a context",
-            lambda m: _call(m, 2, 7, 2, 8, cached=6, **_by_offset(7, 2, 2, 6), **_context(4, 0, 3)),
+            (2, 7, 2, 8),
+            cached=6,
+            **_by_offset(7, 2, 2, 6),
+            **_context(4, 0, 3),
         ),
-        Sample(
+        _sample(
             "a bias by offset with a gate, several tiles, masks, dropout",
-            lambda m: _call(
-                m,
-                3,
-                67,
-                2,
-                20,
-                24,
-                attn_mask=_random_mask(3, 67, 67),
-                **_by_offset(67, 2, 3),
-                **_dropout(0.2, 5),
-            ),
+            (3, 67, 2, 20, 24),
+            attn_mask=_random_mask(3, 67, 67),
             large=True,
+            **_by_offset(67, 2, 3),
+            **_dropout(0.2, 5),
         ),
-        Sample(
+        _sample(
             "a bias by offset with a gate, several blocks of keys",
-            lambda m: _call(m, 1, 600, 2, 16, **_by_offset(600, 2, 1), **_without("pos", "bias_u", "bias_v")),
+            (1, 600, 2, 16),
             large=True,
             draws=2,
+            **_by_offset(600, 2, 1),
+            **_without("pos", "bias_u", "bias_v"),
         ),
-        Sample(
-            "a bias by offset, no frames",
-            lambda m: _call(m, 2, 0, 2, 8, **_by_offset(0, 2), pos=None, bias_v=None),
-        ),
-        _small(
-            "a bias by key",
-            lambda m: _call(m, 3, 9, 2, 8, key_bias=lambda make: make.normal(3, 2, 9)),
-            thorough=True,
-        ),
+        _sample("a bias by offset, no frames", (2, 0, 2, 8), pos=None, bias_v=None, **_by_offset(0, 2)),
+        _small("a bias by key", (3, 9, 2, 8), key_bias=lambda make: make.normal(3, 2, 9), thorough=True),
         _small(
             "a bias by key for all heads, a mask, dropout",
-            lambda m: _call(
-                m,
-                3,
-                19,
-                2,
-                8,
-                attn_mask=_random_mask(19, 19),
-                key_bias=lambda make: make.normal(3, 1, 19),
-                **_dropout(0.2, 5),
-            ),
+            (3, 19, 2, 8),
+            attn_mask=_random_mask(19, 19),
+            key_bias=lambda make: make.normal(3, 1, 19),
+            **_dropout(0.2, 5),
         ),
         _small(
             "a bias by key for all sequences, no positions, a context",
-            lambda m: _call(
-                m,
-                3,
-                19,
-                2,
-                8,
-                key_bias=lambda make: make.normal(1, 2, 19),
-                **_context(7, 2),
-                **_without("pos", "bias_v"),
-            ),
+            (3, 19, 2, 8),
+            key_bias=lambda make: make.normal(1, 2, 19),
+            **_context(7, 2),
+            **_without("pos", "bias_v"),
         ),
-        Sample(
+        _sample(
             "a bias by key for all, a bias by offset, a soft cap, a cache, several tiles",
-            lambda m: _call(
-                m,
-                2,
-                45,
-                2,
-                20,
-                24,
-                21,
-                key_bias=lambda make: make.normal(1, 1, 66),
-                soft_cap=2.0,
-                **_by_offset(45, 2, cached=21),
-            ),
+            (2, 45, 2, 20, 24, 21),
+            key_bias=lambda make: make.normal(1, 1, 66),
+            soft_cap=2.0,
             draws=2,
+            **_by_offset(45, 2, cached=21),
         ),
-        Sample(
+        _sample(
             "a bias by key, several blocks of keys",
-            lambda m: _call(m, 1, 600, 2, 16, key_bias=lambda make: make.normal(1, 2, 600)),
+            (1, 600, 2, 16),
+            key_bias=lambda make: make.normal(1, 2, 600),
             large=True,
             draws=2,
         ),
-        _small("a soft cap", lambda m: _call(m, 2, 9, 2, 8, soft_cap=2.0), thorough=True),
+        _small("a soft cap", (2, 9, 2, 8), soft_cap=2.0, thorough=True),
         _small(
             "a soft cap that hardly acts, a context, padding",
-            lambda m: _call(
-                m, 2, 27, 2, 8, key_padding_mask=_padding(27, 27, 15), soft_cap=50.0, **_context(11, 0)
-            ),
+            (2, 27, 2, 8),
+            key_padding_mask=_padding(27, 27, 15),
+            soft_cap=50.0,
+            **_context(11, 0),
         ),
-        Sample(
+        _sample(
             "a soft cap, a bias by offset, masks, dropout, several tiles",
-            lambda m: _call(
-                m,
-                2,
-                67,
-                2,
-                20,
-                24,
-                attn_mask=_random_mask(67, 67),
-                soft_cap=1.5,
-                **_by_offset(67, 2, 2),
-                **_dropout(0.2, 5),
-            ),
+            (2, 67, 2, 20, 24),
+            attn_mask=_random_mask(67, 67),
+            soft_cap=1.5,
             draws=2,
+            **_by_offset(67, 2, 2),
+            **_dropout(0.2, 5),
         ),
-        _small(
-            "positions that heads share", lambda m: _call(m, 2, 9, 2, 8, pos=lambda m: m.normal(17, 1, 8))
-        ),
-        _small("a span of positions", lambda m: _call(m, 2, 19, 2, 8, **_span(3, 2, 2, 8)), thorough=True),
+        _small("positions that heads share", (2, 9, 2, 8), pos=lambda m: m.normal(17, 1, 8)),
+        _small("a span of positions", (2, 19, 2, 8), thorough=True, **_span(3, 2, 2, 8)),
         _small(
             "a span that heads share, no biases, padding, dropout",
-            lambda m: _call(
-                m,
-                3,
-                29,
-                3,
-                8,
-                key_padding_mask=_padding(29, 29, 7, 0),
-                **_span(5, 1, 1, 8),
-                **_dropout(0.2, 5),
-                **_without("bias_u", "bias_v"),
-            ),
+            (3, 29, 3, 8),
+            key_padding_mask=_padding(29, 29, 7, 0),
+            **_span(5, 1, 1, 8),
+            **_dropout(0.2, 5),
+            **_without("bias_u", "bias_v"),
         ),
         # without the cap its gradient would be 0: a softmax does not see one number added to all scores
-        _small(
-            "a span of one row, a soft cap", lambda m: _call(m, 2, 9, 2, 8, soft_cap=2.0, **_span(0, 0, 2, 8))
-        ),
-        _small(
-            "a span on the left alone, a cache", lambda m: _call(m, 2, 7, 2, 8, cached=9, **_span(6, 0, 1, 8))
-        ),
-        _small("a span beyond the keys", lambda m: _call(m, 2, 9, 2, 8, **_span(20, 11, 2, 8))),
-        _small("a span beyond the keys on the left", lambda m: _call(m, 1, 9, 2, 8, **_span(20, 1, 1, 8))),
-        _small(
-            "a span, one query and a cache", lambda m: _call(m, 2, 1, 2, 8, cached=9, **_span(4, 1, 2, 8))
-        ),
+        _small("a span of one row, a soft cap", (2, 9, 2, 8), soft_cap=2.0, **_span(0, 0, 2, 8)),
+        _small("a span on the left alone, a cache", (2, 7, 2, 8), cached=9, **_span(6, 0, 1, 8)),
+        _small("a span beyond the keys", (2, 9, 2, 8), **_span(20, 11, 2, 8)),
+        _small("a span beyond the keys on the left", (1, 9, 2, 8), **_span(20, 1, 1, 8)),
+        _small("a span, one query and a cache", (2, 1, 2, 8), cached=9, **_span(4, 1, 2, 8)),
         _small(
             "a span, chunks, masks, a soft cap",
-            lambda m: _call(
-                m,
-                2,
-                25,
-                2,
-                8,
-                attn_mask=_random_mask(25, 25),
-                soft_cap=2.0,
-                **_span(2, 3, 1, 8),
-                **_context(6, 0, 6),
-            ),
+            (2, 25, 2, 8),
+            attn_mask=_random_mask(25, 25),
+            soft_cap=2.0,
+            **_span(2, 3, 1, 8),
+            **_context(6, 0, 6),
         ),
-        Sample(
+        _sample(
             "a span, a bias by offset, several tiles, a cache",
-            lambda m: _call(
-                m,
-                2,
-                140,
-                2,
-                20,
-                24,
-                21,
-                **_span(30, 7, 1, 20),
-                **_by_offset(140, 2, 2, 21),
-                **_context(90, 60),
-            ),
+            (2, 140, 2, 20, 24, 21),
             draws=2,
             large=True,
+            **_span(30, 7, 1, 20),
+            **_by_offset(140, 2, 2, 21),
+            **_context(90, 60),
         ),
-        Sample(
+        _sample(
             "a span, several tiles",
-            lambda m: _call(m, 1, 150, 2, 16, key_padding_mask=_padding(150, 140), **_span(20, 8, 1, 16)),
+            (1, 150, 2, 16),
+            key_padding_mask=_padding(150, 140),
             draws=2,
+            **_span(20, 8, 1, 16),
         ),
-        Sample(
-            "a span, several blocks of keys",
-            lambda m: _call(m, 1, 1200, 1, 16, **_span(64, 8, 1, 16)),
-            draws=2,
-            large=True,
+        _sample(
+            "a span, several blocks of keys", (1, 1200, 1, 16), draws=2, large=True, **_span(64, 8, 1, 16)
         ),
-        Sample("a span, no frames", lambda m: _call(m, 2, 0, 2, 8, **_span(4, 2, 1, 8))),
+        _sample("a span, no frames", (2, 0, 2, 8), **_span(4, 2, 1, 8)),
         Sample("an infinite query", _infinite, exact=False),
-        Sample("no frames", lambda m: _call(m, 2, 0, 2, 8)),
-        Sample("no frames, keys of a cache", lambda m: _call(m, 2, 0, 2, 8, cached=3)),
-        Sample("no sequences", lambda m: _call(m, 0, 5, 2, 8)),
+        _sample("no frames", (2, 0, 2, 8)),
+        _sample("no frames, keys of a cache", (2, 0, 2, 8), cached=3),
+        _sample("no sequences", (0, 5, 2, 8)),
     ),
     invalid=(
         Invalid(
@@ -641,8 +548,7 @@ def flex(device: str) -> Callable:
 def _case(frames: int, batch: int, heads: int = HEADS, width: int = WIDTH) -> Case:
     def arguments(make: Make) -> dict:
         lengths = torch.linspace(frames, frames * 0.8, batch).long()
-        padding = _padding(frames, *lengths).to(make.device)
-        return _call(make, batch, frames, heads, width, key_padding_mask=padding)
+        return _call(make, batch, frames, heads, width, key_padding_mask=_padding(frames, *lengths))
 
     others = {
         "additive mask": lambda **call: computed(additive, call),

@@ -21,7 +21,7 @@ from fastasr.testing.speed import (
     simple,
     upstream_member,
 )
-from fastasr.testing.table import Invalid, Make, OpTable, Sample
+from fastasr.testing.table import Invalid, Make, OpTable, Sample, sampler
 
 
 def _lattice(
@@ -40,7 +40,8 @@ def _lattice(
     y = make.normal(batch, symbols + 1, frames, scale=scale, mean=mean / 2)
     arguments = {"symbol_logprobs": x, "blank_logprobs": y}
     if boundary is not None:
-        arguments["boundary"] = torch.tensor(boundary, device=make.device).reshape(batch, 4)
+        rows = torch.tensor(boundary, dtype=torch.int64, device=make.device)
+        arguments["boundary"] = rows.reshape(batch, 4)
     return arguments | rest
 
 
@@ -63,67 +64,62 @@ def _special(value: float, modified: bool = False, **rest: Any) -> Callable[[Mak
     return arguments
 
 
+def random_boundary(shape: Shape, batch: int, symbols: int, frames: int) -> list | None:
+    """Draws whether there is a boundary, and its rows."""
+    if not shape.choice((False, True)):
+        return None
+    rows = []
+    for _ in range(batch):
+        s, t = (sorted(shape.choice(range(n + 1)) for _ in "12") for n in (symbols, frames))
+        rows.append([s[0], t[0], s[1], t[1]])
+    return rows
+
+
 def _random(make: Make, shape: Shape) -> dict:
-    batch, symbols, frames = shape.choice((0, 1, 2, 3)), min(shape.size(), 40), min(shape.size(), 40)
-    arguments = _lattice(make, batch, symbols, frames, modified=shape.choice((False, True)))
-    if shape.choice((False, True)):
-        rows = []
-        for _ in range(batch):
-            s, t = (
-                sorted(shape.choice(range(symbols + 1)) for _ in "12"),
-                sorted(shape.choice(range(frames + 1)) for _ in "12"),
-            )
-            rows.append([s[0], t[0], s[1], t[1]])
-        arguments["boundary"] = torch.tensor(rows, dtype=torch.int64, device=make.device).reshape(batch, 4)
-    return arguments
+    sizes = shape.choice((0, 1, 2, 3)), min(shape.size(), 40), min(shape.size(), 40)
+    modified = shape.choice((False, True))
+    return _lattice(make, *sizes, modified=modified, boundary=random_boundary(shape, *sizes))
 
 
 _RAGGED = [[0, 0, 4, 7], [1, 2, 3, 6], [0, 0, 0, 4]]
 
+_sample = sampler(_lattice)
 TABLE = OpTable(
     op="rnnt_lattice",
     samples=(
-        Sample("regular", lambda m: _lattice(m, 2, 3, 5), thorough=True),
-        Sample("ragged", lambda m: _lattice(m, 3, 4, 7, boundary=_RAGGED), thorough=True),
-        Sample("modified", lambda m: _lattice(m, 3, 4, 7, modified=True, boundary=_RAGGED), thorough=True),
+        _sample("regular", (2, 3, 5), thorough=True),
+        _sample("ragged", (3, 4, 7), boundary=_RAGGED, thorough=True),
+        _sample("modified", (3, 4, 7), modified=True, boundary=_RAGGED, thorough=True),
         Sample("no symbol after the last frame", lambda m: _last_column(m, 2, 4, 7)),
-        Sample("one sequence, occupations", lambda m: _lattice(m, 1, 7, 11, return_occupation=True)),
-        Sample(
+        _sample("one sequence, occupations", (1, 7, 11), return_occupation=True),
+        _sample(
             "one modified sequence, occupations",
-            lambda m: _lattice(m, 1, 7, 11, modified=True, boundary=[[1, 2, 6, 10]], return_occupation=True),
+            (1, 7, 11),
+            modified=True,
+            boundary=[[1, 2, 6, 10]],
+            return_occupation=True,
         ),
-        Sample("no symbols", lambda m: _lattice(m, 2, 0, 5)),
-        Sample("no frames", lambda m: _lattice(m, 2, 3, 0)),
-        Sample("no frames and no symbols", lambda m: _lattice(m, 2, 0, 0, modified=True)),
-        Sample("no sequences", lambda m: _lattice(m, 0, 3, 4)),
-        Sample("one symbol, one frame", lambda m: _lattice(m, 2, 1, 1, modified=True)),
-        Sample("unreachable: more symbols than frames", lambda m: _lattice(m, 2, 6, 4, modified=True)),
-        Sample(
-            "empty boundaries",
-            lambda m: _lattice(m, 3, 2, 3, boundary=[[0, 0, 0, 0], [1, 2, 1, 2], [2, 3, 2, 3]]),
-        ),
-        Sample("sixteen rows", lambda m: _lattice(m, 2, 15, 40), large=True),
-        Sample("seventeen rows", lambda m: _lattice(m, 2, 16, 33), large=True),
-        Sample(
-            "long",
-            lambda m: _lattice(m, 3, 37, 110, boundary=[[0, 0, 37, 110], [0, 0, 20, 61], [3, 5, 36, 99]]),
-            large=True,
-        ),
-        Sample("long, modified", lambda m: _lattice(m, 2, 37, 110, modified=True), large=True),
-        Sample("steep", lambda m: _lattice(m, 2, 90, 7, mean=0.0), large=True),
-        Sample("improbable", lambda m: _lattice(m, 2, 5, 7, mean=-20.0, scale=10.0)),
-        Sample("probable", lambda m: _lattice(m, 2, 5, 7, mean=1.0)),
+        _sample("no symbols", (2, 0, 5)),
+        _sample("no frames", (2, 3, 0)),
+        _sample("no frames and no symbols", (2, 0, 0), modified=True),
+        _sample("no sequences", (0, 3, 4)),
+        _sample("one symbol, one frame", (2, 1, 1), modified=True),
+        _sample("unreachable: more symbols than frames", (2, 6, 4), modified=True),
+        _sample("empty boundaries", (3, 2, 3), boundary=[[0, 0, 0, 0], [1, 2, 1, 2], [2, 3, 2, 3]]),
+        _sample("sixteen rows", (2, 15, 40), large=True),
+        _sample("seventeen rows", (2, 16, 33), large=True),
+        _sample("long", (3, 37, 110), boundary=[[0, 0, 37, 110], [0, 0, 20, 61], [3, 5, 36, 99]], large=True),
+        _sample("long, modified", (2, 37, 110), modified=True, large=True),
+        _sample("steep", (2, 90, 7), mean=0.0, large=True),
+        _sample("improbable", (2, 5, 7), mean=-20.0, scale=10.0),
+        _sample("probable", (2, 5, 7), mean=1.0),
         Sample("NaN", _special(float("nan")), exact=False),
         Sample("NaN, modified", _special(float("nan"), modified=True), exact=False),
         Sample("inf", _special(float("inf")), exact=False),
         Sample("-inf", _special(-float("inf")), exact=False),
         Sample("NaN, occupations", _special(float("nan"), return_occupation=True), exact=False),
         Sample("-inf, occupations", _special(-float("inf"), return_occupation=True), exact=False),
-        Sample(
-            "unreachable, occupations",
-            lambda m: _lattice(m, 1, 6, 4, modified=True, return_occupation=True),
-            exact=False,
-        ),
+        _sample("unreachable, occupations", (1, 6, 4), modified=True, return_occupation=True, exact=False),
     ),
     invalid=(
         Invalid(

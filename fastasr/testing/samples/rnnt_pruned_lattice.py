@@ -12,7 +12,7 @@ from torch import Tensor
 from fastasr.testing.fuzz import Shape
 from fastasr.testing.samples.rnnt_lattice import PEER, lattice_costs
 from fastasr.testing.speed import Case, Implementation, case, simple, upstream_member
-from fastasr.testing.table import Invalid, Make, OpTable, Sample
+from fastasr.testing.table import Invalid, Make, OpTable, Sample, sampler
 
 
 def _band(
@@ -71,20 +71,20 @@ def _random(make: Make, shape: Shape) -> dict:
     return arguments
 
 
+_sample = sampler(_band)
 TABLE = OpTable(
     op="rnnt_pruned_lattice",
     samples=(
-        Sample("regular", lambda m: _band(m, 2, 6, 3), thorough=True),
-        Sample("ragged", lambda m: _band(m, 3, 7, 3, step=2, ends=[7, 5, 1]), thorough=True),
-        Sample("modified", lambda m: _band(m, 3, 7, 3, step=1, ends=[7, 5, 4], modified=True), thorough=True),
-        Sample("one sequence, occupations", lambda m: _band(m, 1, 9, 5, step=1, return_occupation=True)),
-        Sample(
-            "one modified sequence, occupations",
-            lambda m: _band(m, 1, 12, 5, step=1, modified=True, return_occupation=True),
+        _sample("regular", (2, 6, 3), thorough=True),
+        _sample("ragged", (3, 7, 3), step=2, ends=[7, 5, 1], thorough=True),
+        _sample("modified", (3, 7, 3), step=1, ends=[7, 5, 4], modified=True, thorough=True),
+        _sample("one sequence, occupations", (1, 9, 5), step=1, return_occupation=True),
+        _sample(
+            "one modified sequence, occupations", (1, 12, 5), step=1, modified=True, return_occupation=True
         ),
-        Sample("one cell", lambda m: _band(m, 2, 7, 1)),
-        Sample("one cell, moving", lambda m: _band(m, 2, 7, 1, step=1, modified=True)),
-        Sample("windows that jump over each other", lambda m: _band(m, 3, 6, 3, step=5, modified=True)),
+        _sample("one cell", (2, 7, 1)),
+        _sample("one cell, moving", (2, 7, 1), step=1, modified=True),
+        _sample("windows that jump over each other", (3, 6, 3), step=5, modified=True),
         Sample(
             "begins and ends within",
             lambda m: (
@@ -92,26 +92,17 @@ TABLE = OpTable(
                 | {"boundary": torch.tensor([[0, 1, 2, 5], [1, 0, 3, 4], [2, 3, 2, 3]])}
             ),
         ),
-        Sample("no frames", lambda m: _band(m, 2, 0, 3)),
-        Sample("no sequences", lambda m: _band(m, 0, 4, 3)),
-        Sample("standing windows", lambda m: _band(m, 2, 4, 6, step=0), large=True),
-        Sample(
-            "many sequences",
-            lambda m: _band(m, 19, 21, 5, step=1, ends=[21 - b for b in range(19)]),
-            large=True,
-        ),
-        Sample("wide", lambda m: _band(m, 2, 30, 17, step=2, ends=[30, 11]), large=True),
-        Sample("wide, modified", lambda m: _band(m, 2, 30, 17, step=1, modified=True), large=True),
-        Sample("long", lambda m: _band(m, 2, 150, 5, step=1), large=True),
+        _sample("no frames", (2, 0, 3)),
+        _sample("no sequences", (0, 4, 3)),
+        _sample("standing windows", (2, 4, 6), step=0, large=True),
+        _sample("many sequences", (19, 21, 5), step=1, ends=[21 - b for b in range(19)], large=True),
+        _sample("wide", (2, 30, 17), step=2, ends=[30, 11], large=True),
+        _sample("wide, modified", (2, 30, 17), step=1, modified=True, large=True),
+        _sample("long", (2, 150, 5), step=1, large=True),
         # The mantissa of a probability of 0.68 is 1.37, and a product of 300 of them is beyond float32. Gradients have
         # the rounding errors of as many factors, in float64 too, where eager's error counts as 0.
-        Sample(
-            "very wide",
-            lambda m: _band(m, 2, 3, 400, step=0, mean=-0.38, scale=0.01),
-            exact=False,
-            large=True,
-        ),
-        Sample("improbable", lambda m: _band(m, 2, 6, 3, step=1, mean=-20.0, scale=10.0), large=True),
+        _sample("very wide", (2, 3, 400), step=0, mean=-0.38, scale=0.01, exact=False, large=True),
+        _sample("improbable", (2, 6, 3), step=1, mean=-20.0, scale=10.0, large=True),
         Sample("NaN", _special(float("nan")), exact=False),
         Sample("inf, modified", _special(float("inf"), modified=True), exact=False),
         Sample("-inf", _special(-float("inf")), exact=False),

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastasr.ops._segments import rows_of
 from fastasr.testing.fuzz import Shape
 from fastasr.testing.speed import Case, case, computed, costs, upstream_member
-from fastasr.testing.table import Invalid, Make, OpTable, Sample, changed
+from fastasr.testing.table import Invalid, Make, OpTable, Sample, changed, sampler
 
 _NAMES = ("frames", "segment_length", "left_context_length", "right_context_length", "max_memory_size")
 
@@ -80,62 +80,53 @@ def _random(make: Make, shape: Shape) -> dict:
     return call
 
 
-def _small(name: str, arguments: Any, **more: Any) -> Sample:
-    """Makes a sample of a few hundred numbers, whose errors are compared over several draws."""
-    return Sample(name, arguments, draws=8, **more)
+_sample = sampler(_call)
+_small = sampler(_call, draws=8)  # a few hundred numbers, whose errors are compared over several draws
 
 
 TABLE = OpTable(
     op="segment_attention",
     samples=(
         Sample("an infinite query", _infinite, exact=False),
-        _small("left and right context", lambda m: _call(m, 2, 2, 8, 11, 4, 5, 2, 0), thorough=True),
-        _small("memory", lambda m: _call(m, 2, 2, 8, 10, 3, 2, 1, 2), thorough=True),
+        _small("left and right context", (2, 2, 8, 11, 4, 5, 2, 0), thorough=True),
+        _small("memory", (2, 2, 8, 10, 3, 2, 1, 2), thorough=True),
         _small(
-            "ragged with memory",
-            lambda m: _call(m, 3, 1, 5, 9, 2, 3, 1, 1, lengths=_lengths(9, 4, 1)),
-            thorough=True,
+            "ragged with memory", (3, 1, 5, 9, 2, 3, 1, 1), lengths=lambda _: _lengths(9, 4, 1), thorough=True
         ),
-        _small(
+        Sample(
             "dropout",
             lambda m: _dropout(m, 2, 2, 4, 7, 3, 2, 1, 2, lengths=_lengths(7, 5)),
             thorough=True,
+            draws=8,
         ),
         _small(
             "a step of a stream",
-            lambda m: _call(
-                m, 2, 2, 8, 4, 4, 6, 2, 3, past_frames=6, past_memory=3, history=torch.tensor([5, 2])
-            ),
+            (2, 2, 8, 4, 4, 6, 2, 3),
+            past_frames=6,
+            past_memory=3,
+            history=lambda _: torch.tensor([5, 2]),
             thorough=True,
         ),
-        _small("halves of a projection", lambda m: _slices(m, 2, 2, 24, 21, 4, 6, 1, 2)),
-        _small(
-            "windows that hold nothing",
-            lambda m: _call(m, 2, 2, 8, 9, 3, 0, 0, 1, lengths=_lengths(9, 2)),
-        ),
-        _small("a segment longer than a tile", lambda m: _call(m, 1, 2, 16, 90, 70, 9, 3, 1), large=True),
-        _small("a segment of two blocks", lambda m: _call(m, 1, 1, 16, 25, 21, 9, 3, 1)),
-        _small("segments per block", lambda m: _call(m, 1, 2, 16, 30, 4, 18, 1, 4, lengths=_lengths(27))),
-        _small("blocks of channels, dropout", lambda m: _dropout(m, 1, 1, 37, 14, 9, 6, 2, 1)),
-        _small("one segment", lambda m: _call(m, 2, 2, 16, 5, 8, 4, 2, 3)),
-        _small("no right context", lambda m: _call(m, 2, 2, 8, 12, 4, 3, 0, 0)),
-        _small("no context", lambda m: _call(m, 2, 2, 8, 12, 4, 0, 0, 0)),
+        Sample("halves of a projection", lambda m: _slices(m, 2, 2, 24, 21, 4, 6, 1, 2), draws=8),
+        _small("windows that hold nothing", (2, 2, 8, 9, 3, 0, 0, 1), lengths=lambda _: _lengths(9, 2)),
+        _small("a segment longer than a tile", (1, 2, 16, 90, 70, 9, 3, 1), large=True),
+        _small("a segment of two blocks", (1, 1, 16, 25, 21, 9, 3, 1)),
+        _small("segments per block", (1, 2, 16, 30, 4, 18, 1, 4), lengths=lambda _: _lengths(27)),
+        Sample("blocks of channels, dropout", lambda m: _dropout(m, 1, 1, 37, 14, 9, 6, 2, 1), draws=8),
+        _small("one segment", (2, 2, 16, 5, 8, 4, 2, 3)),
+        _small("no right context", (2, 2, 8, 12, 4, 3, 0, 0)),
+        _small("no context", (2, 2, 8, 12, 4, 0, 0, 0)),
         Sample("scores of minus infinity", _minus_infinite, exact=False),
-        _small(
-            "a stream of several segments",
-            lambda m: _call(m, 2, 2, 8, 9, 4, 6, 2, 3, past_frames=9, past_memory=2),
-        ),
-        _small("an odd width", lambda m: _call(m, 1, 2, 37, 20, 4, 6, 1, 0)),
-        Sample("base, segment 16", lambda m: _call(m, 2, 8, 64, 120, 16, 30, 4, 0), large=True),
-        Sample(
-            "base, segment 4",
-            lambda m: _call(m, 2, 8, 64, 100, 4, 30, 1, 0, lengths=_lengths(100, 71)),
-            large=True,
+        _small("a stream of several segments", (2, 2, 8, 9, 4, 6, 2, 3), past_frames=9, past_memory=2),
+        _small("an odd width", (1, 2, 37, 20, 4, 6, 1, 0)),
+        _sample("base, segment 16", (2, 8, 64, 120, 16, 30, 4, 0), large=True),
+        _sample(
+            "base, segment 4", (2, 8, 64, 100, 4, 30, 1, 0), lengths=lambda _: _lengths(100, 71), large=True
         ),
         Sample("base, memory", lambda m: _slices(m, 2, 8, 64, 100, 4, 30, 1, 4), large=True),
         Sample("base, dropout", lambda m: _dropout(m, 2, 8, 64, 80, 16, 30, 4, 2), large=True),
-        Sample("no frames", lambda m: _call(m, 2, 2, 8, 0, 4, 6, 1, 2)),
-        Sample("no sequences", lambda m: _call(m, 0, 2, 8, 7, 4, 6, 1, 2)),
+        _sample("no frames", (2, 2, 8, 0, 4, 6, 1, 2)),
+        _sample("no sequences", (0, 2, 8, 7, 4, 6, 1, 2)),
     ),
     invalid=(
         Invalid("query without summaries", _with(query=lambda m: m.normal(10, 2, 8)), ValueError, "query"),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastasr.testing.fuzz import Shape
+from fastasr.testing.samples.rnnt_lattice import random_boundary
 from fastasr.testing.speed import (
     BACKWARD,
     BOTH,
@@ -61,14 +62,10 @@ def _special(name: str, value: float) -> Callable[[Make], dict]:
 
 def _random(make: Make, shape: Shape) -> dict:
     batch, frames, symbols = shape.choice((0, 1, 2, 3)), min(shape.size(), 40), min(shape.size() - 1, 40)
+    symbols = max(symbols, 0)
     durations = shape.choice(((0, 1, 2, 3, 4), (1,), (0, 1), (2, 0, 5), (4, 2, 1), (0, 100), (0,)))
-    rows = None
-    if shape.choice((False, True)):
-        rows = []
-        for _ in range(batch):
-            s, t = (sorted(shape.choice(range(n + 1)) for _ in "12") for n in (max(symbols, 0), frames))
-            rows.append([s[0], t[0], s[1], t[1]])
-    return _lattice(make, batch, frames, max(symbols, 0), durations, boundary=rows)
+    rows = random_boundary(shape, batch, symbols, frames)
+    return _lattice(make, batch, frames, symbols, durations, boundary=rows)
 
 
 def _invalid(name: str, argument: str, **changed: Any) -> Invalid:

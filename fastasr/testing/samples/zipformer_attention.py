@@ -2,6 +2,7 @@
 """Samples of zipformer_attention, the samples of zipformer_attention_weights with values, and its benchmark: one
 self-attention of Zipformer-M's stack 0 with 16 s of four utterances, and 60 s of one."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from fastasr.testing.fuzz import Shape
 from fastasr.testing.samples import zipformer_attention_weights as weights
 from fastasr.testing.speed import BATCH, FRAMES, Case
-from fastasr.testing.table import Invalid, Make, OpTable, Sample, changed
+from fastasr.testing.table import Invalid, Make, OpTable, Sample, changed, sampler
 
 
 def _valued(make: Make, arguments: dict, heads: int | None = None, dim: int = 3) -> dict:
@@ -28,13 +29,8 @@ _VALUE_DIM = {"wide heads": 12, "stack 3": 12}
 
 
 def _sample(sample: Sample) -> Sample:
-    return Sample(
-        sample.name,
-        lambda m: _valued(m, sample.arguments(m), dim=_VALUE_DIM.get(sample.name, 3)),
-        exact=sample.exact,
-        thorough=sample.thorough,
-        large=sample.large,
-    )
+    dim = _VALUE_DIM.get(sample.name, 3)
+    return replace(sample, arguments=lambda m: _valued(m, sample.arguments(m), dim=dim))
 
 
 _with = partial(changed, lambda m: _valued(m, weights._call(m, 5, 2)))
@@ -58,32 +54,31 @@ def _random(make: Make, shape: Shape) -> dict:
     return _valued(make, arguments, heads, min(max(shape.size(), 1), 40))
 
 
-def _trained(
-    name: str, decisions: tuple[bool | None, bool | None], sizes: tuple[int, ...], **rest: Any
-) -> Sample:
-    """Returns a sample of training, with the decisions on the penalty and on equal weights."""
-    thorough = rest.pop("thorough", False)
-
-    def arguments(make: Make) -> dict:
-        act, equal = map(_decision, decisions)
-        given = {key: value(make) if callable(value) else value for key, value in rest.items()}
-        heads = given.pop("value_heads", None)
-        call = weights._call(make, *sizes, scale=0.5, **given) | {"act": act, "equal": equal}
-        return _valued(make, call, heads)
-
-    return Sample(name, arguments, thorough=thorough)
+def _training(
+    make: Make,
+    *sizes: int,
+    act: bool | None = None,
+    equal: bool | None = None,
+    value_heads: int | None = None,
+    **rest: Any,
+) -> dict:
+    """Makes a call of training, with the decisions on the penalty and on equal weights."""
+    call = weights._call(make, *sizes, scale=0.5, **rest) | {"act": _decision(act), "equal": _decision(equal)}
+    return _valued(make, call, value_heads)
 
 
+_trained = sampler(_training)
 _PENALTY = {"score_penalty": 0.02, "score_limit": 1.0}
 _ROW = {"starts": (4, 31, 31, 47), "longest": 27}
 _TRAINED = (
-    _trained("equal weights", (None, True), (20, 2, 3, 5, 2), value_heads=1, thorough=True),
-    _trained("weights that are not equal", (None, False), (17, 2, 2, 4, 2)),
-    _trained("no penalty", (False, None), (17, 2, 2, 4, 2), **_PENALTY),
+    _trained("equal weights", (20, 2, 3, 5, 2), equal=True, value_heads=1, thorough=True),
+    _trained("weights that are not equal", (17, 2, 2, 4, 2), equal=False),
+    _trained("no penalty", (17, 2, 2, 4, 2), act=False, **_PENALTY),
     _trained(
         "equal weights and a penalty under masks",
-        (True, True),
         (45, 3),
+        act=True,
+        equal=True,
         chunk_size=7,
         left_context_chunks=1,
         key_padding_mask=lambda m: m.padding(45, [45, 20, 3]),
@@ -92,29 +87,37 @@ _TRAINED = (
     ),
     _trained(
         "a penalty behind a cache",
-        (True, False),
         (24, 2),
+        act=True,
+        equal=False,
         left=19,
         chunk_size=8,
         left_context_chunks=1,
         **_PENALTY,
     ),
-    _trained("recordings, equal weights", (None, True), (50, 2), chunk_size=8, left_context_chunks=1, **_ROW),
+    _trained("recordings, equal weights", (50, 2), equal=True, chunk_size=8, left_context_chunks=1, **_ROW),
     _trained(
         "recordings, equal weights and a penalty under masks",
-        (True, True),
         (50, 2),
+        act=True,
+        equal=True,
         key_padding_mask=lambda m: weights._random_mask(m, 2, 50),
         **_ROW,
         **_PENALTY,
     ),
     _trained(
-        "recordings, a penalty outside of chunks", (True, False), (50, 2), chunk_size=4, **_ROW, **_PENALTY
+        "recordings, a penalty outside of chunks",
+        (50, 2),
+        act=True,
+        equal=False,
+        chunk_size=4,
+        **_ROW,
+        **_PENALTY,
     ),
     _trained(
         "recordings, two of three heads",
-        (True, None),
         (23, 2, 3, 4, 3),
+        act=True,
         starts=(0, 9, 13, 20),
         longest=9,
         pos_batch=2,

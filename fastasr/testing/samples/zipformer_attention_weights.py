@@ -20,7 +20,7 @@ from fastasr.testing.speed import (
     simple,
     upstream_member,
 )
-from fastasr.testing.table import Invalid, Make, OpTable, Sample
+from fastasr.testing.table import Invalid, Make, OpTable, Sample, sampler
 
 
 def _call(
@@ -96,144 +96,124 @@ def _random(make: Make, shape: Shape) -> dict:
     return arguments
 
 
+_sample = sampler(_call)
 TABLE = OpTable(
     op="zipformer_attention_weights",
     samples=(
-        Sample("tbc", lambda m: _call(m, 7, 3, scale=0.3), thorough=True),
-        Sample(
+        _sample("tbc", (7, 3), scale=0.3, thorough=True),
+        _sample(
             "padded",
-            lambda m: _call(m, 17, 3, 2, 3, 1, scale=0.3, key_padding_mask=m.padding(17, [17, 8, 0])),
+            (17, 3, 2, 3, 1),
+            scale=0.3,
+            key_padding_mask=lambda m: m.padding(17, [17, 8, 0]),
             thorough=True,
         ),
-        Sample(
+        _sample(
             "streaming",
-            lambda m: _call(
-                m, 8, 2, 2, 4, 2, left=11, scale=0.3, key_padding_mask=m.padding(19, [19, 12]).flip(1)
-            ),
+            (8, 2, 2, 4, 2),
+            left=11,
+            scale=0.3,
+            key_padding_mask=lambda m: m.padding(19, [19, 12]).flip(1),
             thorough=True,
         ),
-        Sample(
+        _sample(
             "masked, positions of each sequence",
-            lambda m: _call(m, 16, 2, 2, 2, 1, pos_batch=2, scale=0.3, attn_mask=_random_mask(m, 16, 16)),
+            (16, 2, 2, 2, 1),
+            pos_batch=2,
+            scale=0.3,
+            attn_mask=lambda m: _random_mask(m, 16, 16),
             thorough=True,
         ),
-        Sample("chunks", lambda m: _call(m, 50, 2, chunk_size=8, left_context_chunks=2)),
-        Sample("chunks, all before", lambda m: _call(m, 37, 2, chunk_size=16)),
-        Sample(
+        _sample("chunks", (50, 2), chunk_size=8, left_context_chunks=2),
+        _sample("chunks, all before", (37, 2), chunk_size=16),
+        _sample(
             "chunks, padding and a mask of each sequence",
-            lambda m: _call(
-                m,
-                45,
-                3,
-                chunk_size=7,
-                left_context_chunks=1,
-                key_padding_mask=m.padding(45, [45, 20, 3]),
-                attn_mask=_random_mask(m, 3, 45, 45),
-            ),
+            (45, 3),
+            chunk_size=7,
+            left_context_chunks=1,
+            key_padding_mask=lambda m: m.padding(45, [45, 20, 3]),
+            attn_mask=lambda m: _random_mask(m, 3, 45, 45),
         ),
-        Sample(
-            "chunks and a cache",
-            lambda m: _call(m, 24, 2, left=19, chunk_size=8, left_context_chunks=1),
-        ),
-        Sample("no positions", lambda m: _call(m, 33, 2, position=False)),
-        Sample("no position channels", lambda m: _call(m, 12, 2, pos_dim=0, position=False)),
-        Sample("odd sizes", lambda m: _call(m, 35, 1, 3, 5, 3)),
-        Sample("wide heads", lambda m: _call(m, 21, 2, 1, 48, 8, scale=0.4)),
-        Sample("stack 3", lambda m: _call(m, 100, 2, 8, 32, 4, scale=0.5), large=True),
-        Sample(
+        _sample("chunks and a cache", (24, 2), left=19, chunk_size=8, left_context_chunks=1),
+        _sample("no positions", (33, 2), position=False),
+        _sample("no position channels", (12, 2), pos_dim=0, position=False),
+        _sample("odd sizes", (35, 1, 3, 5, 3)),
+        _sample("wide heads", (21, 2, 1, 48, 8), scale=0.4),
+        _sample("stack 3", (100, 2, 8, 32, 4), scale=0.5, large=True),
+        _sample(
             "stack 0, padded",
-            lambda m: _call(m, 199, 3, 4, 32, 4, key_padding_mask=m.padding(199, [199, 150, 33])),
+            (199, 3, 4, 32, 4),
+            key_padding_mask=lambda m: m.padding(199, [199, 150, 33]),
             large=True,
         ),
         # from 256 frames on, the CPU adds gradients of keys and positions over parts of the queries
-        Sample("queries in two parts", lambda m: _call(m, 300, 1, 1, 8, 4), large=True),
-        Sample("several blocks of keys", lambda m: _call(m, 70, 1, 1, 32, 4, scale=0.5)),
-        Sample("penalty", lambda m: _call(m, 40, 2, 2, 16, score_penalty=1e-2, score_limit=2.5)),
-        Sample(
+        _sample("queries in two parts", (300, 1, 1, 8, 4), large=True),
+        _sample("several blocks of keys", (70, 1, 1, 32, 4), scale=0.5),
+        _sample("penalty", (40, 2, 2, 16), score_penalty=0.01, score_limit=2.5),
+        _sample(
             "penalty under masks",
-            lambda m: _call(
-                m,
-                40,
-                2,
-                score_penalty=0.02,
-                score_limit=1.5,
-                chunk_size=8,
-                key_padding_mask=m.padding(40, [40, 17]),
-            ),
+            (40, 2),
+            score_penalty=0.02,
+            score_limit=1.5,
+            chunk_size=8,
+            key_padding_mask=lambda m: m.padding(40, [40, 17]),
         ),
-        Sample("large scores", lambda m: _call(m, 30, 2, scale=3.0)),
+        _sample("large scores", (30, 2), scale=3.0),
         Sample("scores below the masked ones", lambda m: _below_the_masked(m, slice(20, None), -1)),
         Sample(
             "scores below the masked ones, keys hidden before alone",
             lambda m: _below_the_masked(m, slice(20), 1),
         ),
-        Sample(
-            "recordings in a row",
-            lambda m: _call(m, 19, 2, 2, 4, 2, scale=0.3, starts=(16, 2, 5, 5, 12)),
-            thorough=True,
-        ),
-        Sample(
+        _sample("recordings in a row", (19, 2, 2, 4, 2), scale=0.3, starts=(16, 2, 5, 5, 12), thorough=True),
+        _sample(
             "recordings, positions of the longest",
-            lambda m: _call(m, 23, 2, 2, 4, 3, pos_batch=2, scale=0.3, starts=(0, 9, 13, 20), longest=9),
+            (23, 2, 2, 4, 3),
+            pos_batch=2,
+            scale=0.3,
+            starts=(0, 9, 13, 20),
+            longest=9,
             thorough=True,
         ),
-        Sample(
-            "recordings longer than their positions",
-            lambda m: _call(m, 40, 1, starts=(0, 32, 36), longest=6),
-        ),
-        Sample("recordings without positions", lambda m: _call(m, 45, 1, position=False, starts=(3, 20, 41))),
-        Sample("starts outside of the frames", lambda m: _call(m, 9, 2, 2, 4, starts=(-3, 4, 2**40))),
-        Sample("no recording", lambda m: _call(m, 5, 1, 1, 4, starts=(3,))),
-        Sample(
+        _sample("recordings longer than their positions", (40, 1), starts=(0, 32, 36), longest=6),
+        _sample("recordings without positions", (45, 1), position=False, starts=(3, 20, 41)),
+        _sample("starts outside of the frames", (9, 2, 2, 4), starts=(-3, 4, 2**40)),
+        _sample("no recording", (5, 1, 1, 4), starts=(3,)),
+        _sample(
             "recordings of several tiles, padding",
-            lambda m: _call(
-                m,
-                163,
-                1,
-                1,
-                16,
-                starts=(5, 70, 71, 150, 158),
-                longest=79,
-                key_padding_mask=_random_mask(m, 1, 163),
-            ),
+            (163, 1, 1, 16),
+            starts=(5, 70, 71, 150, 158),
+            longest=79,
+            key_padding_mask=lambda m: _random_mask(m, 1, 163),
         ),
-        Sample(
+        _sample(
             "recordings, chunks and masks",
-            lambda m: _call(
-                m,
-                75,
-                2,
-                starts=(3, 40, 70),
-                longest=40,
-                chunk_size=7,
-                left_context_chunks=1,
-                key_padding_mask=_random_mask(m, 2, 75),
-                attn_mask=_random_mask(m, 2, 75, 75),
-            ),
+            (75, 2),
+            starts=(3, 40, 70),
+            longest=40,
+            chunk_size=7,
+            left_context_chunks=1,
+            key_padding_mask=lambda m: _random_mask(m, 2, 75),
+            attn_mask=lambda m: _random_mask(m, 2, 75, 75),
         ),
-        Sample("recordings, chunks", lambda m: _call(m, 90, 2, starts=(0, 33, 80), chunk_size=8)),
-        Sample(
+        _sample("recordings, chunks", (90, 2), starts=(0, 33, 80), chunk_size=8),
+        _sample(
             "recordings, penalty under masks",
-            lambda m: _call(
-                m,
-                50,
-                2,
-                starts=(4, 31, 47),
-                longest=27,
-                score_penalty=0.02,
-                score_limit=1.5,
-                chunk_size=8,
-                key_padding_mask=_random_mask(m, 2, 50),
-            ),
+            (50, 2),
+            starts=(4, 31, 47),
+            longest=27,
+            score_penalty=0.02,
+            score_limit=1.5,
+            chunk_size=8,
+            key_padding_mask=lambda m: _random_mask(m, 2, 50),
         ),
         Sample(
             "recordings, scores below the masked ones",
             lambda m: _below_the_masked(m, slice(20), 1, (2, 12, 38)),
         ),
-        Sample("no frames of recordings", lambda m: _call(m, 0, 2, starts=(0, 0))),
-        Sample("one frame", lambda m: _call(m, 1, 2)),
-        Sample("no frames", lambda m: _call(m, 0, 2)),
-        Sample("no sequences", lambda m: _call(m, 5, 0)),
+        _sample("no frames of recordings", (0, 2), starts=(0, 0)),
+        _sample("one frame", (1, 2)),
+        _sample("no frames", (0, 2)),
+        _sample("no sequences", (5, 0)),
     ),
     invalid=(
         Invalid(

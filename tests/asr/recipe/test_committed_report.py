@@ -13,7 +13,7 @@ pytest.importorskip("matplotlib")
 from tiny_runs import TINY, trainer
 
 from fastasr.asr.recipe import checkpoints
-from fastasr.benchmarks.markdown import END, START
+from fastasr.benchmarks.markdown import marks
 from fastasr.benchmarks.studies import recipe
 
 
@@ -69,7 +69,7 @@ def test_the_page_and_the_picture(found, tmp_path, capsys):
     page, data, plot = tmp_path / "page.md", tmp_path / "recipe.json", tmp_path / "plots" / "curves.png"
     arguments = ["--json", str(data), "--page", str(page), "--plot", str(plot)]
     assert recipe.main(arguments) == 2
-    page.write_text(f"# title\n{START}\nold\n{END}\nafter\n")
+    page.write_text("# title\n{}\nold\n{}\nafter\n".format(*marks()))
     assert recipe.main(arguments) == 0
     assert "No run is committed yet." in page.read_text()
     assert not plot.exists()
@@ -100,7 +100,7 @@ def test_a_run_that_has_not_ended(tmp_path, speech_sets):
 
 def test_runs_of_other_encoders_stand_beside_it(found, trained, tmp_path, speech_sets, capsys):
     page, data = tmp_path / "page.md", tmp_path / "recipe.json"
-    page.write_text(f"{START}\n{END}\n")
+    page.write_text("\n".join(marks()) + "\n")
     data.write_text(json.dumps(found))
     arguments = ["--json", str(data), "--page", str(page), "--plot", str(tmp_path / "curves.png")]
     trainer(tmp_path / "emformer", speech_sets, steps=2, evaluate_every=1, encoder="emformer").run()
@@ -109,9 +109,10 @@ def test_runs_of_other_encoders_stand_beside_it(found, trained, tmp_path, speech
     assert (made["run"]["step"], made["size"], made["commit"], made["threads"]) == (2, "tiny", "abc", 1)
     assert [step for step, _ in made["loss"]] == [1, 2]
     assert recipe.main([*arguments, "--check"]) == 0
-    text, held = page.read_text(), made["run"]["held_out"]
-    assert f"| Emformer | {made['run']['parameters'] / 1e6:.2f} M | 2 | 0 | {held['cer']:.1%} | " in text
-    assert f"| 2 |  | {made['run']['scores'][-1][1]:.1%} |" in text
+    text, run = page.read_text(), made["run"]
+    parameters, wrong = f"{run['parameters'] / 1e6:.2f} M", f"{run['held_out']['cer']:.1%}"
+    assert f"| Emformer | abc | {parameters} | 2 | 0 | {wrong} | " in text
+    assert f"| 2 | | {made['run']['scores'][-1][1]:.1%} |" in text
     assert recipe.main([*arguments, "--encoder-run", str(tmp_path)]) == 2
     assert "is no finished run" in capsys.readouterr().err
     assert recipe.main([*arguments, "--encoder-run", str(trained)]) == 2

@@ -8,7 +8,15 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from fastasr.models import zipformer as models
-from fastasr.swap.rule import Known, Rule, Upstream, check_children, check_parameters, is_rate, own_forward
+from fastasr.swap.rule import (
+    Known,
+    Rule,
+    Upstream,
+    check_children,
+    check_parameters,
+    check_rates,
+    own_forward,
+)
 from fastasr.swap.rules.zipformer.versions import ICEFALL, PACKAGE, ZIPVOICE
 
 
@@ -42,8 +50,8 @@ def _adl_structure(module: Upstream) -> str | None:
         expected = f"_{module.activation.lower()}{suffix}"
         if function is not None and _name(function) != expected:
             return f"{name} is {_name(function)}, expected {expected}"
-    if not is_rate(module.dropout_p):
-        return f"dropout_p is a {type(module.dropout_p).__name__}, expected a number or a schedule"
+    if reason := check_rates(module, ("dropout_p",)):
+        return reason
     shared = module.dropout_shared_dim
     if shared is not None and not isinstance(shared, int):
         return f"dropout_shared_dim is {shared!r}, expected an int or None"

@@ -9,8 +9,8 @@ from fastasr.swap.rule import (
     Known,
     Rule,
     Upstream,
-    check_child_names,
-    check_parameters,
+    check_ints,
+    check_parts,
     is_rate,
     own_forward,
     unread_code,
@@ -37,11 +37,8 @@ _ATTENTION_WEIGHTS_CHILDREN = (
 
 def _attention_weights_structure(module: Upstream) -> str | None:
     """Our forward calls every submodule as upstream's does, so submodules may have any class."""
-    reason = check_parameters(module, {})
-    reason = reason or check_child_names(module, _ATTENTION_WEIGHTS_CHILDREN, optional=("pos_emb_skip_rate",))
-    for name in ("num_heads", "query_head_dim", "pos_head_dim"):
-        if not isinstance(getattr(module, name, None), int):
-            reason = reason or f"{name} is {getattr(module, name, None)!r}, expected an int"
+    reason = check_parts(module, _ATTENTION_WEIGHTS_CHILDREN, optional=("pos_emb_skip_rate",))
+    reason = reason or check_ints(module, ("num_heads", "query_head_dim", "pos_head_dim"))
     for name in ("dropout", "pos_emb_skip_rate"):
         if not is_rate(getattr(module, name, None)):
             reason = reason or f"{name} is {getattr(module, name, None)!r}, expected a number or a schedule"
@@ -56,7 +53,7 @@ def _attention_weights_structure(module: Upstream) -> str | None:
 
 def _self_attention_structure(module: Upstream) -> str | None:
     """Our forward calls every submodule as upstream's does, so submodules may have any class."""
-    return check_parameters(module, {}) or check_child_names(module, ("in_proj", "out_proj", "whiten"))
+    return check_parts(module, ("in_proj", "out_proj", "whiten"))
 
 
 _NONLIN_IDENTITIES = ("identity1", "identity2", "identity3")
@@ -68,7 +65,7 @@ def _nonlin_attention_structure(module: Upstream) -> str | None:
     """Our forward does not call the hyperbolic tangent and the identities. It calls the other submodules as upstream's
     does, so these may have any class.
     """
-    reason = check_parameters(module, {}) or check_child_names(module, _NONLIN_CHILDREN)
+    reason = check_parts(module, _NONLIN_CHILDREN)
     if reason is not None:
         return reason
     if upstream_class(module.tanh) is not torch.nn.Tanh or foreign_forward(module.tanh) is not None:

@@ -14,7 +14,7 @@ from fastasr.swap.rule import (
     Upstream,
     check_children,
     check_parameters,
-    is_rate,
+    check_rates,
     own_forward,
     unread_code,
     upstream_class,
@@ -40,8 +40,8 @@ def _convnext_structure(module: Upstream) -> str | None:
     missing = sorted(set(_CONVNEXT_CHILDREN) - {"layerdrop_rate"} - set(module._modules))
     if reason or missing:
         return reason or f"lacks the submodules {', '.join(missing)}"
-    if not is_rate(module.layerdrop_rate):
-        return f"layerdrop_rate is a {type(module.layerdrop_rate).__name__}, expected a number or a schedule"
+    if reason := check_rates(module, ("layerdrop_rate",)):
+        return reason
     depthwise, expand, contract = module.depthwise_conv, module.pointwise_conv1, module.pointwise_conv2
     channels, hidden = depthwise.in_channels, expand.out_channels
     expected = {

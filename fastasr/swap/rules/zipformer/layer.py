@@ -11,10 +11,11 @@ from fastasr.swap.rule import (
     Known,
     Rule,
     Upstream,
-    check_child_names,
     check_children,
+    check_ints,
     check_parameters,
-    is_rate,
+    check_parts,
+    check_rates,
 )
 from fastasr.swap.rules.zipformer.versions import BOTH, PACKAGE, ZIPVOICE, forward_and_streaming
 
@@ -23,9 +24,7 @@ def _bias_norm_structure(module: Upstream) -> str | None:
     shapes = {"bias": (module.num_channels,), "log_scale": ()}
     allowed = {"log_scale_min": "ScheduledFloat", "log_scale_max": "ScheduledFloat"}
     reason = check_parameters(module, shapes) or check_children(module, allowed)
-    if reason is None and not isinstance(module.channel_dim, int):
-        reason = f"channel_dim is {module.channel_dim!r}, expected an int"
-    return reason
+    return reason or check_ints(module, ("channel_dim",))
 
 
 _BYPASS_RATES = ("skip_rate", "straight_through_rate", "scale_min", "scale_max")
@@ -37,10 +36,7 @@ def _bypass_structure(module: Upstream) -> str | None:
         return "lacks a one-dimensional bypass_scale"
     reason = check_parameters(module, {"bypass_scale": scale.shape})
     reason = reason or check_children(module, dict.fromkeys(_BYPASS_RATES, "ScheduledFloat"))
-    for name in _BYPASS_RATES:
-        if reason is None and not is_rate(getattr(module, name)):
-            reason = f"{name} is a {type(getattr(module, name)).__name__}, expected a number or a schedule"
-    return reason
+    return reason or check_rates(module, _BYPASS_RATES)
 
 
 _LAYER_PARTS = (
@@ -66,11 +62,8 @@ def _encoder_layer_structure(module: Upstream) -> str | None:
     }
     without = () if getattr(module, "use_conv", True) else ("conv_module1", "conv_module2")  # ZipVoice's
     parts = [name for name in _LAYER_PARTS if name not in without]
-    reason = check_parameters(module, shapes) or check_child_names(module, parts, optional=_LAYER_RATES)
-    for name in _LAYER_RATES:
-        if reason is None and not is_rate(getattr(module, name)):
-            reason = f"{name} is a {type(getattr(module, name)).__name__}, expected a number or a schedule"
-    return reason
+    reason = check_parts(module, parts, shapes, optional=_LAYER_RATES)
+    return reason or check_rates(module, _LAYER_RATES)
 
 
 def _no_adapters(module: Upstream) -> str | None:

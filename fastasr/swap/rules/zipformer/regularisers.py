@@ -4,7 +4,7 @@
 from dataclasses import replace
 
 from fastasr.models import zipformer as models
-from fastasr.swap.rule import Known, Rule, Upstream, check_children, check_parameters, is_rate
+from fastasr.swap.rule import Known, Rule, Upstream, check_children, check_ints, check_parameters, check_rates
 from fastasr.swap.rules.zipformer.versions import ICEFALL, PACKAGE, ZIPVOICE
 
 # Inference leaves the balancers out, because these versions return their input if it needs no gradient.
@@ -22,24 +22,15 @@ _BALANCER_LIMITS = ("prob", "min_positive", "max_positive", "min_abs", "max_abs"
 def _balancer_structure(module: Upstream) -> str | None:
     reason = check_parameters(module, {})
     reason = reason or check_children(module, dict.fromkeys(_BALANCER_LIMITS, "ScheduledFloat"))
-    for name in _BALANCER_LIMITS:
-        if reason is None and not is_rate(getattr(module, name)):
-            reason = f"{name} is a {type(getattr(module, name)).__name__}, expected a number or a schedule"
-    for name in ("num_channels", "channel_dim"):
-        if reason is None and not isinstance(getattr(module, name), int):
-            reason = f"{name} is {getattr(module, name)!r}, expected an int"
-    return reason
+    reason = reason or check_rates(module, _BALANCER_LIMITS)
+    return reason or check_ints(module, ("num_channels", "channel_dim"))
 
 
 def _whiten_structure(module: Upstream) -> str | None:
     limits = ("whitening_limit", "grad_scale")
     reason = check_parameters(module, {}) or check_children(module, dict.fromkeys(limits, "ScheduledFloat"))
-    for name in (*limits, "prob", "min_prob", "max_prob"):
-        if reason is None and not is_rate(getattr(module, name)):
-            reason = f"{name} is a {type(getattr(module, name)).__name__}, expected a number or a schedule"
-    if reason is None and not isinstance(module.num_groups, int):
-        reason = f"num_groups is {module.num_groups!r}, expected an int"
-    return reason
+    reason = reason or check_rates(module, (*limits, "prob", "min_prob", "max_prob"))
+    return reason or check_ints(module, ("num_groups",))
 
 
 def _grad_scale_is_a_number(module: Upstream) -> str | None:

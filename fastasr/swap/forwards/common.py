@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the forwards of several packages share: attention with relative positions, which
+:func:`fastasr.ops.rel_attention` computes without its weights, and the order in which upstream draws dropout.
+
+An attention runs upstream's code if the op cannot serve a call: if weights are asked for, the mask is of another kind,
+dropout is drawn as upstream draws it, or each sequence has its own position embeddings.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastasr import _left, ops
+from fastasr._recording import recording
+from fastasr.models.common import activations, attention_dropout, plumbing
+from fastasr.models.common.ragged import Packing
+from fastasr.models.common.row import Row
+from fastasr.models.fast_conformer import masks
+from fastasr.models.fast_conformer.attention import first_rows, of_recordings, projected
+from fastasr.models.fast_conformer.masks import OTHER, seen
+from fastasr.ops._relative_positions import relative_shift
+from fastasr.swap.rule import Upstream
+
+
+# --------------------------------------------------------------------------- attention
+def dropout_of(
+    module: Upstream, share: float | None, device: torch.device, reason: str | None = None
+) -> dict[str, Any] | None:
+    """Returns the kernel's arguments for dropout of this share of the weights, or None where upstream's code serves the
+    call, for ``reason`` or because it must draw the dropout. It notes why."""
+    if reason is not None:
+        _left.note(module, reason)
+        return None
+    arguments = attention_dropout.of_kernel(share, device)
+    if arguments is None:
+        attention_dropout.note_formed(module)
+    return arguments
+
+
+def drops(module: Upstream, x: Tensor, fits: bool = True, reason: str = OTHER) -> dict[str, Any] | None:
+    """Returns the same for the module's own dropout, with ``reason`` unless the call ``fits``."""
+    return dropout_of(module, share_of_dropout(module), x.device, None if fits else reason)
+
+
+def share_of_dropout(module: Upstream) -> float | None:
+    """Returns the share of its weights that an attention module of a served framework drops now, None if the dropout is
+    no plain one."""
+    if getattr(module, "use_pytorch_sdpa", False):
+        return module.dropout_rate if module.training else 0.0
+    dropout = getattr(getattr(module, "attention", module), "dropout", None)
+    return 0.0 if dropout is None else plumbing.dropped_share(dropout)
+
+
+def projections(x: Tensor, heads: tuple[int, ...], *layers: Upstream) -> list[Tensor]:
+    """Returns x (B, T, width) through each layer, (B, T, H, d), with ``heads`` (H, d), one of which may be -1."""
+    return [plumbing.linear(layer, x).unflatten(-1, heads) for layer in layers]
+
+
+def attention(
+    module: Upstream,
+    x: Tensor,
+    positions: Any,
+    hidden: dict[str, Any],
+    empty_rows: Tensor | None = None,
+    keys: Tensor | None = None,
+    rows: Tensor | None = None,
+) -> Tensor:
+    """Returns the attention of modules with ESPnet's names, without the values of ``empty_rows``, bool (B, T).
+    ``hidden``: the kernel's arguments for hidden keys and dropout. ``keys`` (B, K, width) are x unless given, ``rows``
+    the projected positions those of ``positions``."""
+    heads, keys = module.pos_bias_u.shape, x if keys is None else keys
+    (q,), (k, v) = (
+        projections(x, heads, module.linear_q),
+        projections(keys, heads, module.linear_k, module.linear_v),
+    )
+    if rows is None:
+        needed = max(0, x.shape[1] + keys.shape[1] - 1)
+        rows = first_rows(projected(module, module.linear_pos, positions[0]), needed)
+    y = ops.rel_attention(q, k, v, rows.view(-1, *heads), module.pos_bias_u, module.pos_bias_v, **hidden)
+    if empty_rows is not None:
+        y = y.masked_fill(empty_rows[:, :, None, None], 0.0)
+    return plumbing.linear(module.linear_out, y.flatten(2))
+
+
+def packed_attention(module: Upstream, x: Tensor, positions: Any, packing: Packing | Row) -> Tensor:
+    """Returns the attention of modules with ESPnet's names to packed frames x (1, N, width)."""
+    heads = module.pos_bias_u.shape
+    q, k, v = projections(x, heads, module.linear_q, module.linear_k, module.linear_v)
+    rows = projected(module, module.linear_pos, positions[0]).view(-1, *heads)
+    return plumbing.linear(module.linear_out, by_recording(module, packing, q, k, v, rows).flatten(2))
+
+
+def by_recording(module: Upstream, packing: Any, q: Tensor, k: Tensor, v: Tensor, rows: Tensor) -> Tensor:
+    """Returns (1, N, H, d), where each recording sees itself, of q, k and v (1, N, H, d) and rows (2T − 1, H, d)."""
+    share: Any = share_of_dropout(module)
+    biases = module.pos_bias_u, module.pos_bias_v
+    return of_recordings(packing, q[0], k[0], v[0], rows, *biases, share).unsqueeze(0)
+
+
+def shaw(
+    q: Tensor, k: Tensor, v: Tensor, rows: Tensor, span: tuple[int, int], hidden: Mapping[str, Any]
+) -> Tensor:
+    """Returns softmax_j(q_i·(k_j + rows[clamp(j − i, −l, r) + l]) / √d) v, (B, T, H, d), of rows (l + r + 1, d) for all
+    heads and ``span`` (l, r)."""
+    return ops.rel_attention(q, k, v, rows.to(q.dtype).unsqueeze(1), pos_span=span, **hidden)
+
+
+def is_one_table(positions: Tensor | None, frames: int) -> bool:
+    return positions is not None and positions.ndim == 3 and positions.shape[:2] == (1, 2 * frames - 1)
+
+
+def is_mask(mask: Tensor | None, *shape: int) -> bool:
+    return mask is None or (mask.dtype == torch.bool and mask.shape == shape)
+
+
+def hidden_pairs(mask: Tensor | None) -> tuple[dict[str, Any], Tensor | None]:
+    """Returns the kernel's arguments for NeMo's mask (B, T, K), True at hidden keys, or None, and the queries that see
+    no key. Where the mask does not stand for lengths the kernel itself gives 0 at these."""
+    by = None if mask is None else seen(mask, hides=True)
+    return masks.of_kernel(mask, by, hides=True), by.empty_rows if by is not None and by.by_length else None
+
+
+def bias_of_pairs(rows: Tensor, batch: int = 1) -> Tensor:
+    """Returns the bias (B H, T, T) of every pair of frames, from (2T − 1, H) by offset."""
+    frames = (rows.shape[0] + 1) // 2
+    pairs = relative_shift(rows.t().unsqueeze(1).expand(-1, frames, -1))
+    return pairs.repeat(batch, 1, 1)
+
+
+def may_read() -> bool:
+    """Says whether a call may depend on values of tensors, and keep what it reads: not while it is compiled or
+    recorded, because the same code then serves other values."""
+    return not torch.compiler.is_compiling() and recording() is None
+
+
+# --------------------------------------------------------------------------- convolution and feed-forward
+def by_mask(mask: Packing | Row | Tensor | None) -> dict[str, Any]:
+    """Returns the arguments of ``convolved`` for a mask, True at padding, or a ``Packing`` or ``Row`` in its place."""
+    return {"packing" if isinstance(mask, (Packing, Row)) else "hidden": mask}
+
+
+def channels_first(module: Upstream, y: Tensor) -> Tensor:
+    """Returns y (B, T, width), in training channels first in memory: upstream's next dropout draws in that order."""
+    return y.transpose(1, 2).contiguous().transpose(1, 2) if module.training else y
+
+
+def dropped(dropout: Upstream, y: Tensor) -> Tensor:
+    """Returns the dropout of y (B, T, width). Upstream draws it channels first."""
+    if plumbing.is_idle(dropout):
+        return y
+    return dropout(y.transpose(1, 2).contiguous()).transpose(1, 2)
+
+
+def in_sequence(layers: Upstream, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    """Returns dropout(W2 dropout(activation(W1 x + b1)) + b2) of the five layers, plus the residual."""
+    first, activation, middle, last, dropout = layers
+    hidden = plumbing.dropout(middle, activations.activated(first, activation, x))
+    return plumbing.dropout(dropout, plumbing.linear(last, hidden), residual)
