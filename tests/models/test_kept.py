@@ -142,18 +142,16 @@ class Search:
 
     @classmethod
     def kept(cls, model):
-        search = decoding.GreedySearch(model)
-        assert not search.reason
-        found = search.result(search.advance(search.start(2), cls.frames(model)))
-        return [torch.tensor(found.scores), *map(torch.tensor, found.tokens)]
+        assert not decoding.GreedySearch(model).reason
+        return cls.found(model)
 
     @classmethod
     def truth(cls, model):
         with fastasr.backend("eager"):
-            return cls.kept_without(copy.deepcopy(model))
+            return cls.found(copy.deepcopy(model))
 
     @classmethod
-    def kept_without(cls, model):
+    def found(cls, model):
         search = decoding.GreedySearch(model)
         found = search.result(search.advance(search.start(2), cls.frames(model)))
         return [torch.tensor(found.scores), *map(torch.tensor, found.tokens)]
