@@ -46,8 +46,10 @@ def _channels_first(call: dict) -> dict:
 
 def _few_visible(call: dict) -> dict:
     """Shows a frame in 35, which is behind those that a kernel shifts float32 by at first."""
-    mask = (torch.arange(math.prod(call["x"].shape[:-1])) % 35 != 33).view(call["x"].shape[:-1])
-    return call | {"x": call["x"].masked_fill(mask.unsqueeze(-1), math.nan), "padding_mask": mask}
+    x = call["x"]
+    frame = torch.arange(x[..., 0].numel(), device=x.device).view(x.shape[:-1])
+    mask = frame % 35 != 33
+    return call | {"x": x.masked_fill(mask.unsqueeze(-1), math.nan), "padding_mask": mask}
 
 
 def _in_tensors(call: dict, act: float | None) -> dict:
