@@ -85,7 +85,7 @@ def _step(table: OpTable, arguments: dict) -> Callable[[], tuple[Tensor, ...]]:
         leaves = with_tensors(arguments, lambda _, t: t.clone().requires_grad_(wanted))
         y = flat(table.function(**leaves))
         inputs = tuple(floating(leaves).values()) if wanted else ()
-        return y.detach(), *(torch.autograd.grad(y, inputs, cotangent) if inputs else ())
+        return y.detach(), *(torch.autograd.grad(y, inputs, cotangent.clone()) if inputs else ())
 
     return step
 
