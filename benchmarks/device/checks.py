@@ -9,8 +9,17 @@ from torch import Tensor
 
 from fastasr.benchmarks.device.machine import GPU, Skipped
 from fastasr.testing import recorded_steps
-from fastasr.testing.checks import _same, compared, is_gradient, parity, poisoned, values_and_gradients
-from fastasr.testing.table import Make, OpTable, flat, floating, forward_and_backward, table, with_tensors
+from fastasr.testing.checks import _same, compared, parity, poisoned, values_and_gradients
+from fastasr.testing.table import (
+    Make,
+    OpTable,
+    flat,
+    floating,
+    forward_and_backward,
+    is_gradient,
+    table,
+    with_tensors,
+)
 from fastasr.testing.tolerance import Comparison, judged
 
 DTYPES = (torch.float32, torch.bfloat16)

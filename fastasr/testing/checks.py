@@ -19,7 +19,7 @@ from fastasr.ops import _dispatch
 from fastasr.testing.declared import declared
 from fastasr.testing.refusals import Refusal, refusals
 from fastasr.testing.seeds import seed_torch, seeded
-from fastasr.testing.table import Make, OpTable, Sample, flat, floating, table, with_tensors
+from fastasr.testing.table import Make, OpTable, Sample, flat, floating, is_gradient, table, with_tensors
 from fastasr.testing.tolerance import Comparison, compare, judged
 from fastasr.testing.transforms import transforms
 
@@ -40,11 +40,6 @@ Layout = Callable[[str, Tensor], Tensor]  # (name of an argument or "cotangent",
 
 def _contiguous(name: str, t: Tensor) -> Tensor:
     return t.clone()
-
-
-def is_gradient(f: Callable) -> bool:
-    """Says whether f is an op that is a gradient itself."""
-    return hasattr(f, "op") and not f.op.written.differentiable
 
 
 def _leaves(table: OpTable, arguments: dict) -> dict:

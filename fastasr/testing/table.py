@@ -229,11 +229,16 @@ def floating(arguments: dict) -> dict[str, Tensor]:
     return {k: v for k, v in arguments.items() if isinstance(v, Tensor) and v.is_floating_point()}
 
 
+def is_gradient(f: Callable) -> bool:
+    """Says whether f is an op that is a gradient itself."""
+    return hasattr(f, "op") and not f.op.written.differentiable
+
+
 def forward_and_backward(table: "OpTable", sample: Sample, dtype: torch.dtype, device: str = "cpu") -> None:
     """Runs every kernel of a call: the op, and its gradients for a cotangent of ones if it has any."""
     arguments = sample.arguments(Make(dtype, device))
-    leaves = {name: t.requires_grad_() for name, t in floating(arguments).items()}
-    y = flat(table.function(**arguments | leaves))
+    wanted = not is_gradient(table.function)
+    y = flat(table.function(**with_tensors(arguments, lambda _, t: t.requires_grad_(wanted))))
     if y.requires_grad:
         y.backward(torch.ones_like(y))
 
