@@ -9,7 +9,8 @@ the keys that it meets, and only the device knows how many these are. So a secon
 where a block's rows lie, and which blocks are a piece. The host counts pieces as if all recordings were of the longest
 kind: if they are shorter, the last pieces are empty, and their programs end at once.
 
-A kernel that keeps recordings apart by rows of zeros has a table of the frames of its rows, which ``apart`` makes.
+Convolutions cut recordings, or the chunks of each, into groups of frames, which a thread computes together: only the
+device knows where these begin. A table that ``groups`` makes says so.
 """
 
 import torch
@@ -64,33 +65,86 @@ def bounds(starts: torch.Tensor, frames: int) -> torch.Tensor:
     return table(starts, ("bounds", frames), made)
 
 
-@triton.jit(do_not_specialize=["frames", "count", "gap"], do_not_specialize_on_alignment=["STARTS", "OUT"])
-def apart_kernel(STARTS, OUT, frames, count, gap, BLOCK: tl.constexpr):
-    """Writes the numbers of a block of frames to their rows: ``gap`` rows more for every start up to the frame."""
+@triton.jit
+def _start(STARTS, r, count, frames):
+    """Returns starts r, each a frame or the end of all; 0 behind the last one."""
+    return tl.minimum(tl.maximum(tl.load(STARTS + r, mask=r < count, other=0), 0), frames).to(tl.int32)
+
+
+@triton.jit
+def _count(frames, chunk, group):
+    """Returns the groups of a recording of so many frames."""
+    return frames // chunk * tl.cdiv(chunk, group) + tl.cdiv(frames % chunk, group)
+
+
+@triton.jit(
+    do_not_specialize=["frames", "count", "chunk", "group", "groups"],
+    do_not_specialize_on_alignment=["STARTS", "OUT"],
+)
+def groups_kernel(STARTS, OUT, frames, count, chunk, group, groups, BLOCK: tl.constexpr):
+    """Writes the groups that begin in a block of frames: three rows of ``groups`` numbers."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    begun = tl.zeros([BLOCK], tl.int32)
+    begin, before = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32)
+    end = begin + frames
     for n in range(0, count, RECORDINGS):
         r = n + tl.arange(0, RECORDINGS)
-        start = tl.load(STARTS + r, mask=r < count, other=0)
-        before = (start[None, :] <= i[:, None]) & (r < count)[None, :]  # [BLOCK, RECORDINGS]
-        begun += tl.sum(before.to(tl.int32), axis=1)
-    tl.store(OUT + i + begun * gap, i, mask=i < frames)
+        start = _start(STARTS, r, count, frames)
+        previous, again = tl.zeros([RECORDINGS], tl.int32), tl.zeros([RECORDINGS], tl.int32)
+        for m in range(0, count, RECORDINGS):
+            q = m + tl.arange(0, RECORDINGS)
+            other = _start(STARTS, q, count, frames)[None, :]  # [RECORDINGS, RECORDINGS]
+            previous = tl.maximum(previous, tl.max(tl.where(other < start[:, None], other, 0), axis=1))
+            same = (other == start[:, None]) & (q[None, :] < r[:, None])
+            again = tl.maximum(again, tl.max(same.to(tl.int32), axis=1))
+        own = tl.where(
+            again == 0, _count(start - previous, chunk, group), 0
+        )  # of the recording that ends there
+        begun = start[None, :] <= i[:, None]  # [BLOCK, RECORDINGS]
+        begin = tl.maximum(begin, tl.max(tl.where(begun, start[None, :], 0), axis=1))
+        end = tl.minimum(end, tl.min(tl.where(begun, frames, start[None, :]), axis=1))
+        before += tl.sum(tl.where(begun, own[None, :], 0), axis=1)
+    place = (i - begin) % chunk
+    number = before + _count(i - begin - place, chunk, group) + place // group
+    first = (i < frames) & (place % group == 0)
+    tl.store(OUT + number, i, mask=first)
+    tl.store(OUT + groups + number, begin, mask=first)
+    tl.store(OUT + 2 * groups + number, end, mask=first)
 
 
-def apart(starts: torch.Tensor, frames: int, gap: int) -> torch.Tensor:
-    """Returns the frames of rows, int32 (frames + gap len(starts)), with at least ``gap`` rows of no frame, -1, between
-    two recordings.
+def groups(starts: torch.Tensor, frames: int, chunk: int, group: int) -> torch.Tensor:
+    """Returns int32 (3, groups): the first frame of each group and [begin, end) of its recording, and ``frames`` for
+    groups that do not exist. Recordings lie between neighbouring starts, and before and behind all of them. Each is cut
+    into chunks, and each chunk into groups of up to ``group`` frames.
     """
+    most = frames * cdiv(chunk, group) // chunk + (len(starts) + 1) * (group - 1) // group
 
     def made() -> torch.Tensor:
-        rows = frames + gap * len(starts)
-        found = torch.full((rows,), -1, dtype=torch.int32, device=starts.device)
+        found = torch.full((3, min(frames, most)), frames, dtype=torch.int32, device=starts.device)
+        blocks = cdiv(frames, TABLE["BLOCK"])
         launch(
-            apart_kernel, (cdiv(frames, TABLE["BLOCK"]),), starts, found, frames, len(starts), gap, **TABLE
+            groups_kernel,
+            (blocks,),
+            starts,
+            found,
+            frames,
+            len(starts),
+            chunk,
+            group,
+            found.shape[1],
+            **TABLE,
         )
         return found
 
-    return table(starts, ("apart", frames, gap), made)
+    return table(starts, ("groups", frames, chunk, group), made)
+
+
+@triton.jit
+def group_at(GROUPS, groups, number, frames):
+    """Returns the first frame and the recording of groups, see ``groups``."""
+    there = number < groups
+    t = tl.load(GROUPS + number, mask=there, other=frames)
+    begin = tl.load(GROUPS + groups + number, mask=there, other=frames)
+    return t, begin, tl.load(GROUPS + 2 * groups + number, mask=there, other=frames)
 
 
 @triton.jit(do_not_specialize=["frames", "blocks", "left", "right", "size", "count"])

@@ -24,6 +24,8 @@ import triton.language as tl
 
 from fastasr.kernels._launch import cdiv, launch, next_power_of_2
 from fastasr.kernels._parts import sum_parts
+from fastasr.kernels._recordings import group_at
+from fastasr.kernels._recordings import groups as groups_of
 
 MOST_FRAMES = 8  # A group has at most this many: the compiler takes three times as long for 16.
 # Keyed by the bytes of an element: in a program that computes gradients, its taps and a thread's sums per channel.
@@ -155,12 +157,12 @@ def _add_products(g, sums, windows, x, COLUMN: tl.constexpr, TAPS: tl.constexpr)
 @triton.jit(
     do_not_specialize=[
         *("frames", "batch", "chunk", "pad", "shift", "width", "x_width", "columns", "pad_f"),
-        *("length", "per_part", "count", "row", "sum_row", "rows"),
+        *("length", "groups", "per_part", "count", "row", "sum_row", "rows"),
     ]
 )
 def gradient_kernel(
-    G, X, PARTS, g_tile, g_batch, g_time, x_tile, x_batch, x_time, frames, batch, C, chunk, pad, shift, width,
-    x_width, columns, pad_f, length, per_part, count, row, sum_row, rows,
+    G, X, PARTS, GROUPS, g_tile, g_batch, g_time, x_tile, x_batch, x_time, frames, batch, C, chunk, pad, shift, width,
+    x_width, columns, pad_f, length, groups, per_part, count, row, sum_row, rows,
     G_STEP: tl.constexpr, X_STEP: tl.constexpr, CHUNKED: tl.constexpr, TAPS: tl.constexpr, COLUMNS: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -170,7 +172,8 @@ def gradient_kernel(
     of channels, sequence and frame; that of a frame is G_STEP or X_STEP where that is not 0.
 
     A part is of ``per_part`` segments. A segment is ``length`` frames of one pixel of a chunk of a sequence. CHUNKED:
-    taps meet frames of the chunk alone, else all that X has.
+    taps meet frames of the chunk alone, else all that X has. With GROUPS (see _recordings.py) these are the segments,
+    and taps meet frames of the recording alone.
     """
     c_tiles = tl.cdiv(C, BLOCK_C)
     tap_groups, column_groups = tl.cdiv(count, TAPS), tl.cdiv(columns, COLUMNS)
@@ -193,14 +196,19 @@ def gradient_kernel(
     g_first = G + tl.cast(tile, tl.int64) * g_tile
     x_first = X + tl.cast(tile, tl.int64) * x_tile
     per_chunk = tl.cdiv(chunk, length)
-    per_sequence = tl.cdiv(frames, chunk) * per_chunk
+    per_sequence = tl.cdiv(frames, chunk) * per_chunk if GROUPS is None else groups
     for block in range(0, per_part, BLOCK_G):
         segment = part * per_part + block + tl.arange(0, BLOCK_G)
         f, here = segment % width, segment // width
         b, here = here // per_sequence, here % per_sequence
-        first = here // per_chunk * chunk
-        t = first + here % per_chunk * length
-        last = tl.minimum(first + chunk, frames)
+        if GROUPS is None:
+            first = here // per_chunk * chunk
+            t = first + here % per_chunk * length
+            begin, end = -shift, frames
+        else:
+            t, begin, end = group_at(GROUPS, groups, here, frames)
+            first = begin + (t - begin) // chunk * chunk
+        last = tl.minimum(first + chunk, end)
         there = b < batch
         left = tl.where(there, tl.minimum(length, last - t), 0)
         here = b.to(tl.int64) * g_batch + t.to(tl.int64) * g_step + f.to(tl.int64) * C
@@ -208,8 +216,8 @@ def gradient_kernel(
         pixel = f + j - pad_f
         here = b.to(tl.int64) * x_batch + (t + k + shift - pad).to(tl.int64) * x_step + pixel.to(tl.int64) * C
         x_at = x_first + (here[:, None] + lane[None, :])
-        offset = t + k - pad - first if CHUNKED else t + k - pad + shift
-        span = tl.where(there, last - first if CHUNKED else frames + shift, 0)
+        offset = t + k - pad - (first if CHUNKED else begin)
+        span = tl.where(there, last - first if CHUNKED else end - begin, 0)
         windows = ()
         for m in tl.static_range(COLUMNS):
             seen = tl.where((pixel + m).to(tl.uint32) < x_width.to(tl.uint32), span, 0)
@@ -261,11 +269,19 @@ LINE = Map()  # frames of one pixel
 
 class Segments:
     """How the frames of sequences in chunks are shared among at most ``most`` parts, for gradients of ``count`` taps of
-    ``others`` tiles of channels or groups of columns.
+    ``others`` tiles of channels or groups of columns. With ``starts`` chunks begin with recordings.
     """
 
     def __init__(
-        self, frames: int, sequences: int, chunk: int, count: int, others: int, most: int, dtype: torch.dtype
+        self,
+        frames: int,
+        sequences: int,
+        chunk: int,
+        count: int,
+        others: int,
+        most: int,
+        dtype: torch.dtype,
+        starts: torch.Tensor | None = None,
     ):
         self.frames, self.chunk, self.count = frames, chunk, count
         self.bytes = dtype.itemsize
@@ -276,6 +292,11 @@ class Segments:
         length = max(min(LEAST_FRAMES, chunk), min(GOOD_FRAMES, cdiv(chunk, wanted)))
         self.length = cdiv(length, self.taps) * self.taps
         segments = chunks * cdiv(chunk, self.length)
+        self.groups, self.per_sequence = None, 0
+        if starts is not None:
+            self.groups = groups_of(starts, frames, chunk, self.length)
+            self.per_sequence = self.groups.shape[1]
+            segments = sequences * self.per_sequence
         self.per_part = cdiv(cdiv(segments, self.block), most) * self.block
         self.parts = cdiv(segments, self.per_part)
 
@@ -308,8 +329,9 @@ def gradients(
     form = segments.form(shape)
     programs = cdiv(segments.count, segments.taps) * cdiv(shape.columns, form["COLUMNS"])
     launch(gradient_kernel, (segments.parts * programs * cdiv(channels, BLOCK_C),),
-        g, x, table, *g_steps[:3], *x_steps[:3], segments.frames, batch, channels, segments.chunk, pad, shift, *shape,
-        segments.length, segments.per_part, segments.count, row, sum_row, table.shape[1],
+        g, x, table, segments.groups, *g_steps[:3], *x_steps[:3], segments.frames, batch, channels, segments.chunk,
+        pad, shift, *shape, segments.length, segments.per_sequence, segments.per_part, segments.count, row, sum_row,
+        table.shape[1],
         G_STEP=g_steps.FRAME, X_STEP=x_steps.FRAME, CHUNKED=chunked, **form, num_warps=NUM_WARPS,
     )  # fmt: skip
 

@@ -13,11 +13,10 @@
 The first kernel of a pass writes u, after P rows of the cache or of zeros, and the weights as rows of channels, both in
 tiles of channels. In the others a thread has groups of at most eight frames, which share each row of u and each tap's
 weights from registers (_sliding_taps.py). A group lies in one chunk, so that sums within the chunk mask whole rows.
-Recordings that lie one after the other in a sequence are kept apart in these tiles by as many rows of zeros as the taps
-reach: the other kernels convolve all rows, and a table has the frame of each.
+Where recordings lie one after the other in a sequence, a table says where groups begin, and which recording each is of.
 Applying the gate in every tap would cost ten times the arithmetic; two Toeplitz products per channel need channel-major
-memory, which h does not have. Launches: forward 2; backward 5 (4 without an activation), 7 in chunk-causal form. With
-recordings 4 and 7.
+memory, which h does not have. Launches: forward 2; backward 5 (4 without an activation), 7 in chunk-causal form. Calls
+that share their starts share the tables of recordings, of two launches each.
 
 Bytes per element of u, of e bytes: forward 3e and 2e for u; backward 5e, 2e for u and 2e for q (chunk-causal: 6e for
 q, r and q e). A 1500x20x192 bf16 tensor at 2.9 TB/s: 20 us forward, 35 us backward. The weights' gradients are
@@ -31,7 +30,7 @@ import triton.language as tl
 
 from fastasr.kernels import _sliding_taps as sliding
 from fastasr.kernels._launch import as_bytes, cdiv, launch
-from fastasr.kernels._recordings import apart
+from fastasr.kernels._recordings import group_at, groups
 from fastasr.kernels._swoosh import exp_minus_abs, swoosh, swoosh_slope
 
 SWOOSH_R, SILU = tl.constexpr(1), tl.constexpr(2)  # activations; 0: none
@@ -58,14 +57,13 @@ def _logistic(x, SHORT: tl.constexpr):
     return tl.where(x > 0.0, 1.0, u) * r
 
 
-@triton.jit(do_not_specialize=["length", "frames", "batch", "past", "gate_programs"])
+@triton.jit(do_not_specialize=["frames", "batch", "past", "gate_programs"])
 def gate_kernel(
-    H, MASK, CACHE, FRAMES, WEIGHT, CAUSAL_WEIGHT, CHUNK_SCALE, U, TABLE,
-    time_stride, batch_stride, length, frames, batch, C, taps, past, gate_programs,
+    H, MASK, CACHE, WEIGHT, CAUSAL_WEIGHT, CHUNK_SCALE, U, TABLE,
+    time_stride, batch_stride, frames, batch, C, taps, past, gate_programs,
     GATE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     # U, tiles of P + T frames: P of the cache, or zeros, then u. TABLE: rows of w (K), v (P + 1), L (K), R (K).
-    # With FRAMES, here as in the other kernels, ``frames`` are rows: FRAMES has the frame of ``length`` of each, or -1.
     pid = tl.program_id(0)
     if pid < gate_programs:
         SHORT: tl.constexpr = U.dtype.element_ty.primitive_bitwidth == 16
@@ -75,14 +73,10 @@ def gate_kernel(
         c = tile * BLOCK_C + lane
         t, b = row // batch - past, row % batch
         valid = (t >= 0) & (t < frames)
-        frame = t
-        if FRAMES is not None:
-            frame = tl.load(FRAMES + t, mask=valid, other=-1)
-            valid = frame >= 0
         if MASK is not None:
-            valid = valid & (tl.load(MASK + b * length + frame, mask=valid, other=1) == 0)
+            valid = valid & (tl.load(MASK + b * frames + t, mask=valid, other=1) == 0)
         keep = valid[:, None] & (c < C)[None, :]
-        at = frame[:, None].to(tl.int64) * time_stride + b[:, None].to(tl.int64) * batch_stride + c[None, :]
+        at = t[:, None].to(tl.int64) * time_stride + b[:, None].to(tl.int64) * batch_stride + c[None, :]
         x = tl.load(H + at, mask=keep, other=0.0).to(tl.float32)  # [BLOCK_T, BLOCK_C]
         s = tl.load(H + at + C, mask=keep, other=0.0).to(tl.float32)
         gate = _logistic(s, SHORT)
@@ -119,30 +113,26 @@ def gate_kernel(
 
 @triton.jit
 def _place(
-    batch, frames, C, chunk, before, GROUP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr
-):
-    """Returns (first frames of groups, their chunks' first and end, sequence, tile of channels) of this program: tiles
-    vary fastest, then sequences.
+    GROUPS, groups, batch, frames, C, chunk, before, lead,
+    GROUP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Returns (first frames of groups, their chunks' first and end, their recordings' first and end, sequence, tile of
+    channels) of this program: tiles vary fastest, then sequences. Without GROUPS, see _recordings.py, the recording is
+    the sequence and ``lead`` frames before it.
     """
     c_tiles = tl.cdiv(C, BLOCK_C)
     pid = tl.program_id(0)
-    b, t, first = sliding.groups(pid // c_tiles, batch, chunk, before, GROUP, BLOCK_G)
-    last = tl.maximum(tl.minimum(first + chunk, frames), first)
+    if GROUPS is None:
+        b, t, first = sliding.groups(pid // c_tiles, batch, chunk, before, GROUP, BLOCK_G)
+        begin = tl.zeros_like(t) - lead
+        end = tl.zeros_like(t) + frames
+    else:
+        b, block = pid // c_tiles % batch, pid // c_tiles // batch
+        t, begin, end = group_at(GROUPS, groups, block * BLOCK_G + tl.arange(0, BLOCK_G), frames)
+        first = begin + (t - begin) // chunk * chunk
+    last = tl.maximum(tl.minimum(first + chunk, end), first)
     last = tl.where(t < 0, first, last)
-    return t, first, last, b, pid % c_tiles
-
-
-@triton.jit
-def _frame(FRAMES, at, t, n, last, step):
-    """Returns the frame of row t + n, whether there is one, and where it lies if frame t lies at ``at``."""
-    frame = t + n
-    there = frame < last
-    here = at + n * step
-    if FRAMES is not None:
-        frame = tl.load(FRAMES + frame, mask=there, other=-1)
-        there = frame >= 0
-        here = at + (frame - t)[:, None] * step
-    return frame, there, here
+    return t, first, last, begin, end, b, pid % c_tiles
 
 
 @triton.jit
@@ -151,30 +141,31 @@ def _row(POINTER, c, C):
 
 
 @triton.jit
-def _edge_scale(TABLE, position, lane, chunk, taps, BLOCK_C: tl.constexpr):
-    """Returns the scale of rows at these positions of a chunk, [BLOCK_G, BLOCK_C]."""
+def _edge_scale(TABLE, position, lane, size, taps, BLOCK_C: tl.constexpr):
+    """Returns the scale of rows at these positions of a chunk of ``size`` frames, [BLOCK_G, BLOCK_C]."""
     left = taps + taps // 2 + 1 + position
-    right = left + taps - (chunk - taps)
+    right = left + taps - (size - taps)
     near = tl.broadcast_to((position < taps)[:, None], [position.shape[0], BLOCK_C])
-    far = ((position >= chunk - taps) & (position < chunk))[:, None]
+    far = ((position >= size - taps) & (position < size))[:, None]
     scale = tl.load(TABLE + left[:, None] * BLOCK_C + lane[None, :], mask=near, other=0.0)
     return 1.0 + (scale + tl.load(TABLE + right[:, None] * BLOCK_C + lane[None, :], mask=far, other=0.0))
 
 
 @triton.jit
 def _convolve(
-    U, TABLE, t, first, last, b, tile, frames, batch, taps, past,
+    U, TABLE, t, first, last, begin, end, b, tile, frames, batch, taps, past,
     CHUNKED: tl.constexpr, TAPS: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
     CAUSAL_TAPS: tl.constexpr,
 ):  # fmt: skip
-    """Returns the sums of groups over all frames, and over those of their chunks, without biases. In plain form the
-    first are with w; else with v, and the others with w.
+    """Returns the sums of groups over all frames of their recordings, and over those of their chunks, without biases.
+    In plain form the first are with w; else with v, and the others with w.
     """
     at = U + sliding.in_tiles(tile, batch, b, past + frames, t, tl.arange(0, BLOCK_C), BLOCK_C)
-    every = tl.full([BLOCK_G], 0, tl.int32) + (frames + past)
     zero = sliding.zeros(GROUP, BLOCK_G, BLOCK_C)
     row = sliding.taps_at(TABLE, taps if CHUNKED else 0, BLOCK_G, BLOCK_C)
-    z = sliding.sums(zero, at, t, every, row, None, BLOCK_C, BLOCK_C, CAUSAL_TAPS if CHUNKED else TAPS, GROUP)
+    z = sliding.sums(
+        zero, at, t - past - begin, end - begin, row, None, BLOCK_C, BLOCK_C, CAUSAL_TAPS if CHUNKED else TAPS, GROUP,
+    )  # fmt: skip
     e = z
     if CHUNKED:
         skip = (taps - TAPS) // 2
@@ -187,17 +178,17 @@ def _convolve(
 
 @triton.jit
 def _finish(
-    z, e, TABLE, BIAS, CAUSAL_BIAS, position, lane, c, C, chunk, taps,
+    z, e, TABLE, BIAS, CAUSAL_BIAS, position, lane, c, C, size, taps,
     CHUNKED: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Returns (z, e, scale) of frames at positions of a chunk; e and scale in chunk-causal form alone."""
+    """Returns (z, e, scale) of frames at positions of a chunk of ``size``; e and scale in chunk-causal form alone."""
     scale = z
     if CHUNKED:
         if BIAS is not None:
             e += _row(BIAS, c, C)
         if CAUSAL_BIAS is not None:
             z += _row(CAUSAL_BIAS, c, C)
-        scale = _edge_scale(TABLE, position, lane, chunk, taps, BLOCK_C)
+        scale = _edge_scale(TABLE, position, lane, size, taps, BLOCK_C)
         z = tl.fma(e, scale, z)
     else:
         if BIAS is not None:
@@ -205,20 +196,23 @@ def _finish(
     return z, e, scale
 
 
-@triton.jit(do_not_specialize=["frames", "batch", "chunk", "taps", "past"])
+@triton.jit(do_not_specialize=["groups", "frames", "batch", "chunk", "taps", "past"])
 def forward_kernel(
-    U, TABLE, BIAS, CAUSAL_BIAS, FRAMES, Y, y_time_stride, y_batch_stride, frames, batch, C, chunk, taps, past,
+    U, TABLE, BIAS, CAUSAL_BIAS, GROUPS, Y, y_time_stride, y_batch_stride, groups, frames, batch, C, chunk, taps, past,
     CHUNKED: tl.constexpr, ACTIVATION: tl.constexpr, TAPS: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr,
     BLOCK_C: tl.constexpr, CAUSAL_TAPS: tl.constexpr,
 ):  # fmt: skip
     SHORT: tl.constexpr = Y.dtype.element_ty.primitive_bitwidth == 16
-    t, first, last, b, tile = _place(batch, frames, C, chunk, 0, GROUP, BLOCK_G, BLOCK_C)
+    t, first, last, begin, end, b, tile = _place(
+        GROUPS, groups, batch, frames, C, chunk, 0, past, GROUP, BLOCK_G, BLOCK_C
+    )
+    size = tl.minimum(chunk, end - begin)
     lane = tl.arange(0, BLOCK_C)
     c = tile * BLOCK_C + lane
     TABLE += tile * (4 * taps + 1 if CHUNKED else taps) * BLOCK_C
     of_all, of_chunk = _convolve(
-        U, TABLE, t, first, last, b, tile, frames, batch, taps, past, CHUNKED, TAPS, GROUP, BLOCK_G, BLOCK_C,
-        CAUSAL_TAPS,
+        U, TABLE, t, first, last, begin, end, b, tile, frames, batch, taps, past, CHUNKED, TAPS, GROUP, BLOCK_G,
+        BLOCK_C, CAUSAL_TAPS,
     )  # fmt: skip
     at = Y + (t[:, None].to(tl.int64) * y_time_stride + (b.to(tl.int64) * y_batch_stride + c)[None, :])
     step = tl.cast(y_time_stride, tl.int64)
@@ -226,7 +220,7 @@ def forward_kernel(
         results = ()
         for n in tl.static_range(min(GROUP, BATCH)):
             z, _, _ = _finish(
-                of_all[r + n], of_chunk[r + n], TABLE, BIAS, CAUSAL_BIAS, t + (r + n) - first, lane, c, C, chunk,
+                of_all[r + n], of_chunk[r + n], TABLE, BIAS, CAUSAL_BIAS, t + (r + n) - first, lane, c, C, size,
                 taps, CHUNKED, BLOCK_C,
             )  # fmt: skip
             if ACTIVATION == SWOOSH_R:
@@ -236,25 +230,28 @@ def forward_kernel(
                 z *= _logistic(z, SHORT)
             results += (z.to(Y.dtype.element_ty),)
         for n in tl.static_range(min(GROUP, BATCH)):
-            _, there, here = _frame(FRAMES, at, t, r + n, last, step)
-            tl.store(here, results[n], mask=there[:, None] & (c < C)[None, :])
+            keep = (t + (r + n) < last)[:, None] & (c < C)[None, :]
+            tl.store(at + (r + n) * step, results[n], mask=keep)
 
 
-@triton.jit(do_not_specialize=["frames", "batch", "chunk", "taps", "past"])
+@triton.jit(do_not_specialize=["groups", "frames", "batch", "chunk", "taps", "past"])
 def output_gradient_kernel(
-    GRAD, U, TABLE, BIAS, CAUSAL_BIAS, FRAMES, Q, R, V, grad_time_stride, grad_batch_stride, frames, batch, C, chunk,
-    taps, past, CHUNKED: tl.constexpr, ACTIVATION: tl.constexpr, TAPS: tl.constexpr, GROUP: tl.constexpr,
+    GRAD, U, TABLE, BIAS, CAUSAL_BIAS, GROUPS, Q, R, V, grad_time_stride, grad_batch_stride, groups, frames, batch, C,
+    chunk, taps, past, CHUNKED: tl.constexpr, ACTIVATION: tl.constexpr, TAPS: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr, CAUSAL_TAPS: tl.constexpr,
 ):  # fmt: skip
     # Tiles of Q = q; in chunk-causal form of R = q scale and V = q e.
     SHORT: tl.constexpr = Q.dtype.element_ty.primitive_bitwidth == 16
-    t, first, last, b, tile = _place(batch, frames, C, chunk, 0, GROUP, BLOCK_G, BLOCK_C)
+    t, first, last, begin, end, b, tile = _place(
+        GROUPS, groups, batch, frames, C, chunk, 0, past, GROUP, BLOCK_G, BLOCK_C
+    )
+    size = tl.minimum(chunk, end - begin)
     lane = tl.arange(0, BLOCK_C)
     c = tile * BLOCK_C + lane
     TABLE += tile * (4 * taps + 1 if CHUNKED else taps) * BLOCK_C
     of_all, of_chunk = _convolve(
-        U, TABLE, t, first, last, b, tile, frames, batch, taps, past, CHUNKED, TAPS, GROUP, BLOCK_G, BLOCK_C,
-        CAUSAL_TAPS,
+        U, TABLE, t, first, last, begin, end, b, tile, frames, batch, taps, past, CHUNKED, TAPS, GROUP, BLOCK_G,
+        BLOCK_C, CAUSAL_TAPS,
     )  # fmt: skip
     at = GRAD + (
         t[:, None].to(tl.int64) * grad_time_stride + (b.to(tl.int64) * grad_batch_stride + c)[None, :]
@@ -265,20 +262,17 @@ def output_gradient_kernel(
         results = ()
         for n in tl.static_range(min(GROUP, BATCH)):
             z, e, scale = _finish(
-                of_all[r + n], of_chunk[r + n], TABLE, BIAS, CAUSAL_BIAS, t + (r + n) - first, lane, c, C, chunk,
+                of_all[r + n], of_chunk[r + n], TABLE, BIAS, CAUSAL_BIAS, t + (r + n) - first, lane, c, C, size,
                 taps, CHUNKED, BLOCK_C,
             )  # fmt: skip
-            _, there, here = _frame(FRAMES, at, t, r + n, last, step)
-            keep = there[:, None] & (c < C)[None, :]
-            q = tl.load(here, mask=keep, other=0.0).to(tl.float32)  # [BLOCK_G, BLOCK_C]
+            keep = (t + (r + n) < last)[:, None] & (c < C)[None, :]
+            q = tl.load(at + (r + n) * step, mask=keep, other=0.0).to(tl.float32)  # [BLOCK_G, BLOCK_C]
             if ACTIVATION == SWOOSH_R:
                 shifted, u = exp_minus_abs(z, True, SHORT)
                 q *= swoosh_slope(shifted, u, SHORT)
             elif ACTIVATION == SILU:
                 s = _logistic(z, SHORT)
                 q *= s * tl.fma(z, 1.0 - s, 1.0)
-            if FRAMES is not None:
-                q = tl.where(keep, q, 0.0)  # z of rows between recordings may be NaN
             results += (q.to(Q.dtype.element_ty),)
             if CHUNKED:
                 results += ((q * scale).to(R.dtype.element_ty), (q * e).to(V.dtype.element_ty))
@@ -292,18 +286,19 @@ def output_gradient_kernel(
                 tl.store(Q + out + (r + n) * BLOCK_C, results[n], mask=keep)
 
 
-@triton.jit(do_not_specialize=["length", "frames", "batch", "chunk", "taps", "past"])
+@triton.jit(do_not_specialize=["groups", "frames", "batch", "chunk", "taps", "past"])
 def input_gradient_kernel(
-    Q, R, H, MASK, TABLE, FRAMES, DH, DCACHE, q_time_stride, q_batch_stride, time_stride, batch_stride, dh_time_stride,
-    dh_batch_stride, length, frames, batch, C, chunk, taps, past,
+    Q, R, H, MASK, TABLE, GROUPS, DH, DCACHE, q_time_stride, q_batch_stride, time_stride, batch_stride, dh_time_stride,
+    dh_batch_stride, groups, frames, batch, C, chunk, taps, past,
     GATE: tl.constexpr, CHUNKED: tl.constexpr, TILED: tl.constexpr, TAPS: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr, CAUSAL_TAPS: tl.constexpr,
 ):  # fmt: skip
     # Plain form: R is Q, in tiles where TILED, else (T, B, C) with strides. With DCACHE the first groups are of the P
     # frames before the first.
     SHORT: tl.constexpr = DH.dtype.element_ty.primitive_bitwidth == 16
-    t, first, last, b, tile = _place(
-        batch, frames, C, chunk, past if DCACHE is not None else 0, GROUP, BLOCK_G, BLOCK_C
+    before = past if DCACHE is not None else 0
+    t, first, last, begin, end, b, tile = _place(
+        GROUPS, groups, batch, frames, C, chunk, before, 0, GROUP, BLOCK_G, BLOCK_C
     )
     lane = tl.arange(0, BLOCK_C)
     c = tile * BLOCK_C + lane
@@ -312,26 +307,25 @@ def input_gradient_kernel(
     TABLE += tile * (4 * taps + 1 if CHUNKED else taps) * BLOCK_C
     skip = (taps - TAPS) // 2 if CHUNKED else 0
     start = t + (past - taps + 1 + skip)  # w and v are read from their last tap on
-    every = tl.full([BLOCK_G], 0, tl.int32) + frames
     row = sliding.taps_at(TABLE, taps - 1 - skip, BLOCK_G, BLOCK_C)
     zero = sliding.zeros(GROUP, BLOCK_G, BLOCK_C)
     if TILED:
         of_chunk = sliding.sums(
             zero, R + sliding.in_tiles(tile, batch, b, frames, start, lane, BLOCK_C),
-            start - first if CHUNKED else start, last - first if CHUNKED else every,
+            start - (first if CHUNKED else begin), (last - first) if CHUNKED else (end - begin),
             row, None, BLOCK_C, -BLOCK_C, TAPS, GROUP,
         )  # fmt: skip
     else:
         step = tl.cast(q_time_stride, tl.int64)
         of_sequence = (b.to(tl.int64) * q_batch_stride + c)[None, :]
         of_chunk = sliding.sums(
-            zero, R + (start[:, None].to(tl.int64) * step + of_sequence), start, every, row, in_row, step, -BLOCK_C,
-            TAPS, GROUP,
+            zero, R + (start[:, None].to(tl.int64) * step + of_sequence), start - begin, end - begin, row, in_row, step,
+            -BLOCK_C, TAPS, GROUP,
         )  # fmt: skip
     of_all = of_chunk
     if CHUNKED:
         of_all = sliding.sums(
-            zero, Q + sliding.in_tiles(tile, batch, b, frames, t, lane, BLOCK_C), t, every,
+            zero, Q + sliding.in_tiles(tile, batch, b, frames, t, lane, BLOCK_C), t - begin, end - begin,
             sliding.taps_at(TABLE, taps + past, BLOCK_G, BLOCK_C), None, BLOCK_C, -BLOCK_C, CAUSAL_TAPS, GROUP,
         )  # fmt: skip
     at = H + (t[:, None].to(tl.int64) * time_stride + (b.to(tl.int64) * batch_stride + c)[None, :])
@@ -348,11 +342,11 @@ def input_gradient_kernel(
                 tl.store(
                     DCACHE + column * past + past + now[:, None], du.to(DCACHE.dtype.element_ty), mask=before
                 )
-            frame, there, here = _frame(FRAMES, at, t, r + n, last, step)
-            valid = (now >= 0) & there
+            valid = (now >= 0) & (now < last)
             if MASK is not None:
-                valid = valid & (tl.load(MASK + b.to(tl.int64) * length + frame, mask=valid, other=1) == 0)
+                valid = valid & (tl.load(MASK + b.to(tl.int64) * frames + now, mask=valid, other=1) == 0)
             keep = valid[:, None] & in_row[None, :]
+            here = at + (r + n) * step
             x = tl.load(here, mask=keep, other=0.0).to(tl.float32)
             s = tl.load(here + C, mask=keep, other=0.0).to(tl.float32)
             gate = _logistic(s, SHORT)
@@ -365,17 +359,28 @@ def input_gradient_kernel(
                 ds *= 1.0 - gate
             results += ((du * gate).to(DH.dtype.element_ty), ds.to(DH.dtype.element_ty))
         for n in tl.static_range(min(GROUP, BATCH)):
-            _, there, here = _frame(FRAMES, out, t, r + n, last, out_step)
-            keep = ((t + (r + n) >= 0) & there)[:, None] & in_row[None, :]
+            now, here = t + (r + n), out + (r + n) * out_step
+            keep = ((now >= 0) & (now < last))[:, None] & in_row[None, :]
             tl.store(here, results[2 * n], mask=keep)
             tl.store(here + C, results[2 * n + 1], mask=keep)
 
 
-@triton.jit(do_not_specialize=["frames", "batch", "chunk", "taps"])
+@triton.jit(do_not_specialize=["groups", "frames", "batch", "chunk", "taps"])
 def edge_gradient_kernel(
-    V, DCHUNK_SCALE, frames, batch, C, chunk, taps, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+    V,
+    GROUPS,
+    DCHUNK_SCALE,
+    groups,
+    frames,
+    batch,
+    C,
+    chunk,
+    taps,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):
-    # One column of (dL, dR): the sum of V over the frames at its position, chunk by chunk, sequence by sequence.
+    # One column of (dL, dR): the sum of V over the frames at its position, chunk by chunk, sequence by sequence. With
+    # GROUPS these are the chunks.
     pid = tl.program_id(0)
     c_tiles = tl.cdiv(C, BLOCK_C)
     tile, lane = pid % c_tiles, tl.arange(0, BLOCK_C)
@@ -385,12 +390,19 @@ def edge_gradient_kernel(
     position = tl.where(right, chunk - 2 * taps + column, column)
     total = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     if (position >= 0) & (position < chunk):
-        here = tl.cdiv(frames, chunk) * batch
+        here = (tl.cdiv(frames, chunk) if GROUPS is None else groups) * batch
         start = 0
         while start < here:
             i = start + tl.arange(0, BLOCK_R)
             t = i // batch * chunk + position
-            keep = tl.broadcast_to(((i < here) & (t < frames))[:, None], [BLOCK_R, BLOCK_C])
+            keep = (i < here) & (t < frames)
+            if GROUPS is not None:
+                t, begin, end = group_at(GROUPS, groups, i // batch, frames)
+                size = tl.minimum(chunk, end - begin)
+                place = tl.where(right, size - chunk + position, position)
+                t += place
+                keep = (i < here) & (place >= 0) & (place < size) & (t < end)
+            keep = tl.broadcast_to(keep[:, None], [BLOCK_R, BLOCK_C])
             at = sliding.in_tiles(tile, batch, i % batch, frames, t, lane, BLOCK_C)
             total += tl.load(V + at, mask=keep, other=0.0).to(tl.float32)  # [BLOCK_R, BLOCK_C]
             start += BLOCK_R
@@ -417,13 +429,9 @@ class _Call:
     """The sizes of a call, u and the weights' table, which forward and backward share."""
 
     def __init__(self, h, weight, causal_weight, chunk_scale, mask, cache, starts, chunk_size, delay, gate):
-        self.length, self.batch, self.channels = h.shape[0], h.shape[1], h.shape[2] // 2
-        self.taps = weight.shape[-1]
+        self.frames, self.batch, self.channels = h.shape[0], h.shape[1], h.shape[2] // 2
+        self.taps, self.starts = weight.shape[-1], starts
         self.past = self.taps // 2 + delay
-        self.rows, self.frames = None, self.length
-        if starts is not None:
-            self.rows = apart(starts, self.length, max(self.past, self.taps - 1 - self.past))
-            self.frames = len(self.rows)
         self.chunked = causal_weight is not None
         whole = self.chunked and 0 < chunk_size < self.frames
         self.chunk = chunk_size if whole else self.frames
@@ -436,25 +444,32 @@ class _Call:
         dtype = h.dtype if chunk_scale is None else torch.promote_types(h.dtype, chunk_scale.dtype)
         self.like = h.new_empty(0, dtype=dtype)
         self.form = convolving(self.taps, self.chunk, self.chunked) | {"num_warps": NUM_WARPS}
+        self.groups = self.table_of_groups(self.form["GROUP"])
         self.u, self.u_steps = self.tiles(self.past + self.frames)
         table_rows = 4 * self.taps + 1 if self.chunked else self.taps
         self.table = torch.empty(self.c_tiles, table_rows, BLOCK_C, dtype=torch.float32, device=h.device)
         gates = cdiv((self.frames + self.past) * self.batch, BLOCK_T) * self.c_tiles
         tables = cdiv(self.taps, BLOCK_K) * self.c_tiles * (4 if self.chunked else 1)
         launch(gate_kernel, (gates + tables,),
-            h, as_bytes(mask), cache, self.rows, weight, causal_weight, chunk_scale, self.u, self.table,
-            h.stride(0), h.stride(1), self.length, self.frames, self.batch, self.channels, self.taps, self.past, gates,
+            h, as_bytes(mask), cache, weight, causal_weight, chunk_scale, self.u, self.table,
+            h.stride(0), h.stride(1), self.frames, self.batch, self.channels, self.taps, self.past, gates,
             GATE=gate, BLOCK_T=BLOCK_T, BLOCK_C=BLOCK_C, BLOCK_K=BLOCK_K, num_warps=NUM_WARPS,
         )  # fmt: skip
 
+    def table_of_groups(self, group: int) -> torch.Tensor | None:
+        return None if self.starts is None else groups(self.starts, self.frames, self.chunk, group)
+
     def grid(self, before: int = 0) -> tuple[int]:
-        blocks = sliding.group_blocks(
-            self.frames, self.chunk, before, self.form["GROUP"], self.form["BLOCK_G"]
-        )
+        group, block = self.form["GROUP"], self.form["BLOCK_G"]
+        if self.groups is None:
+            blocks = sliding.group_blocks(self.frames, self.chunk, before, group, block)
+        else:
+            blocks = cdiv(self.groups.shape[1], block)
         return (blocks * self.batch * self.c_tiles,)
 
-    def sizes(self) -> tuple[int, int, int, int, int, int]:
-        return self.frames, self.batch, self.channels, self.chunk, self.taps, self.past
+    def sizes(self) -> tuple[int, int, int, int, int, int, int]:
+        count = 0 if self.groups is None else self.groups.shape[1]
+        return count, self.frames, self.batch, self.channels, self.chunk, self.taps, self.past
 
     def tiles(self, frames: int) -> tuple[torch.Tensor, sliding.Steps]:
         return sliding.tiles(self.batch, frames, self.channels, self.like)
@@ -500,7 +515,7 @@ def gated_depthwise_conv_forward(
     call = _Call(h, weight, causal_weight, chunk_scale, mask, cache, starts, chunk_size, delay, gate)
     y = _as_laid(h, call.channels, call.like.dtype)
     launch(forward_kernel, call.grid(),
-        call.u, call.table, bias, causal_bias, call.rows, y, y.stride(0), y.stride(1), *call.sizes(),
+        call.u, call.table, bias, causal_bias, call.groups, y, y.stride(0), y.stride(1), *call.sizes(),
         ACTIVATION=activation, **call.form,
     )  # fmt: skip
     return y, call.cache() if need_cache else h.new_empty(0)
@@ -534,15 +549,15 @@ def gated_depthwise_conv_backward(
     if dcache is not None and not dcache.shape[-1]:
         dcache = None  # a cache of no frames has no gradient
     call = _Call(h, weight, causal_weight, chunk_scale, mask, cache, starts, chunk_size, delay, gate)
-    frames, batch, channels, _, taps, past = call.sizes()
+    _, frames, batch, channels, chunk, taps, past = call.sizes()
     q = r = v = None
-    tiled = call.chunked or activation != 0 or starts is not None
+    tiled = call.chunked or activation != 0
     if tiled:
         q, q_steps = call.tiles(frames)
         if call.chunked:
             r, v = torch.empty_like(q), torch.empty_like(q)
         launch(output_gradient_kernel, call.grid(),
-            grad, call.u, call.table, bias, causal_bias, call.rows, q, r, v, grad.stride(0), grad.stride(1),
+            grad, call.u, call.table, bias, causal_bias, call.groups, q, r, v, grad.stride(0), grad.stride(1),
             *call.sizes(), ACTIVATION=activation, **call.form,
         )  # fmt: skip
     else:
@@ -550,19 +565,16 @@ def gated_depthwise_conv_backward(
     if r is None:
         r = q
     launch(input_gradient_kernel, call.grid(0 if dcache is None else past),
-        q, r, h, as_bytes(mask), call.table, call.rows, dh, dcache, grad.stride(0), grad.stride(1),
-        h.stride(0), h.stride(1), dh.stride(0), dh.stride(1), call.length, *call.sizes(),
+        q, r, h, as_bytes(mask), call.table, call.groups, dh, dcache, grad.stride(0), grad.stride(1),
+        h.stride(0), h.stride(1), dh.stride(0), dh.stride(1), *call.sizes(),
         GATE=gate, TILED=tiled, **call.form,
     )  # fmt: skip
     count = call.form["TAPS"]
     skip = (taps - count) // 2
-    segments = of_causal = sliding.Segments(
-        frames, batch, call.chunk, count, call.c_tiles, sliding.MAX_PARTS, q.dtype
-    )
+    shared = call.c_tiles, sliding.MAX_PARTS, q.dtype, starts
+    segments = of_causal = sliding.Segments(frames, batch, chunk, count, *shared)
     if call.chunked:
-        of_causal = sliding.Segments(
-            frames, batch, frames, past + 1, call.c_tiles, sliding.MAX_PARTS, q.dtype
-        )
+        of_causal = sliding.Segments(frames, batch, frames, past + 1, *shared)
     rows = 1 + taps + (2 + past if call.chunked else 0)
     parts = max(segments.parts, of_causal.parts)
     table = torch.empty(parts, rows, channels, dtype=torch.float32, device=h.device)
@@ -570,8 +582,10 @@ def gated_depthwise_conv_backward(
     sliding.gradients(r, call.u, table, segments, *steps, past - skip, past, 1 + skip, 0, call.chunked)
     if call.chunked:
         sliding.gradients(q, call.u, table, of_causal, *steps, past, past, taps + 2, taps + 1, False)
+        chunks = call.table_of_groups(chunk)
         launch(edge_gradient_kernel, (2 * taps * call.c_tiles,),
-            v, dchunk_scale, *call.sizes()[:5], BLOCK_R=BLOCK_R, BLOCK_C=BLOCK_C, num_warps=EDGE_WARPS,
+            v, chunks, dchunk_scale, 0 if chunks is None else chunks.shape[1], frames, batch, channels, chunk, taps,
+            BLOCK_R=BLOCK_R, BLOCK_C=BLOCK_C, num_warps=EDGE_WARPS,
         )  # fmt: skip
     launch(sliding.add_taps_kernel, (rows * call.c_tiles,),
         table, dweight, dbias, dcausal_weight, dcausal_bias, segments.parts, of_causal.parts, channels, taps, skip,

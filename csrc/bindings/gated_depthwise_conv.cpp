@@ -31,7 +31,7 @@ GatedDepthwiseConv<T> problem(const auto& a, const std::vector<int64_t>& starts)
         "chunk-causal form needs causal_weight and chunk_scale, plain form takes neither");
   check(!chunked || (a.K % 2 == 1 && a.delay == 0), a.kName,
         "chunk-causal form needs an odd number of taps and no delay");
-  check(!a.starts || (!chunked && !a.cache), a.kName, "starts in chunk-causal form or with a cache");
+  check(!a.starts || !a.cache, a.kName, "starts with a cache");
   const int64_t past = a.K / 2 + a.delay, whole = std::max<int64_t>(1, a.T);
   check(past >= 0 && past < a.K, a.kName, "delay");
   GatedDepthwiseConv<T> p{};

@@ -223,15 +223,9 @@ struct Layer {
     const Optional bias = at(1), causal = at(2), causal_bias = at(3), scale = at(4);
     constexpr auto kSwooshR = static_cast<int64_t>(cpu::GatedActivation::swoosh_r);
     constexpr auto kSigmoid = static_cast<int64_t>(cpu::Gate::sigmoid);
-    const auto of = [&](const Tensor& rows, const Optional& bounds) {
-      GatedDepthwiseConvForward a{rows, tables[first], bias,       causal,   causal_bias, scale, padding,
-                                  {},   bounds,        conv_chunk, kSwooshR, false,       0,     kSigmoid};
-      return std::get<0>(gated_depthwise_conv_forward(checked(a)));
-    };
-    if (lengths.empty() || !causal) return of(h, starts);
-    const Tensor y = new_pooled(h, {h.size(0), 1, sizes.dim});
-    each_recording(h, y, [&](const Tensor& rows, size_t) { return of(rows, {}); });
-    return y;
+    GatedDepthwiseConvForward a{h,  tables[first], bias,       causal,   causal_bias, scale, padding,
+                                {}, starts,        conv_chunk, kSwooshR, false,       0,     kSigmoid};
+    return std::get<0>(gated_depthwise_conv_forward(checked(a)));
   }
 };
 

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/conv/gated_depthwise_conv.h"
 
+#include <algorithm>
+
 #include "tests/check.h"
 
 namespace fastasr::test {
@@ -106,7 +108,8 @@ struct Reference {
         if (seen(t, t + j - P)) add_product(e[t], weight(j), u[t + j]);
       if (k.chunked) {
         if (k.s.biases) add(z[t], exactly(k.causal_bias(c)));
-        for (int64_t j = 0; j <= P; j++) add_product(z[t], causal(j), u[t + j]);
+        for (int64_t j = 0; j <= P; j++)
+          if (remembered(t, t + j - P)) add_product(z[t], causal(j), u[t + j]);
         add_product(z[t], e[t], scale(t));
       } else {
         z[t] = e[t];
@@ -119,17 +122,30 @@ struct Reference {
     for (int64_t t = 0; t < L; t++) {
       for (int64_t j = 0; j < K; j++)
         if (seen(t, t + j - P)) add_product(du[t + j], weight(j), r[t]);
-      for (int64_t j = 0; k.chunked && j <= P; j++) add_product(du[t + j], causal(j), q[t]);
+      for (int64_t j = 0; k.chunked && j <= P; j++)
+        if (remembered(t, t + j - P)) add_product(du[t + j], causal(j), q[t]);
     }
   }
 
   int64_t at(int64_t t) const { return (t * k.s.batch + b) * 2 * k.s.channels + c; }
   bool padded(int64_t t) const { return k.s.mask && k.mask[b * L + t]; }
-  bool within(int64_t t, int64_t other) const {
-    for (const int64_t start : k.s.starts)
-      if ((t < start) != (other < start)) return false;
-    return other >= 0 && other < L && other / S == t / S;
+  // The recording of frame t, its chunks and the frame's place in its chunk.
+  int64_t begin(int64_t t) const {
+    const auto next = std::ranges::upper_bound(k.s.starts, t);
+    return next == k.s.starts.begin() ? 0 : next[-1];
   }
+  int64_t end(int64_t t) const {
+    const auto next = std::ranges::upper_bound(k.s.starts, t);
+    return next == k.s.starts.end() ? L : *next;
+  }
+  int64_t chunk(int64_t t) const { return std::min(S, end(t) - begin(t)); }
+  int64_t position(int64_t t) const { return (t - begin(t)) % chunk(t); }
+  bool within(int64_t t, int64_t other) const {
+    const int64_t first = t - position(t);
+    return other >= first && other < std::min(first + chunk(t), end(t));
+  }
+  // The causal convolution sees the cache too.
+  bool remembered(int64_t t, int64_t other) const { return k.s.starts.empty() || other >= begin(t); }
   // Plain form: the convolution sees the cache too.
   bool seen(int64_t t, int64_t other) const { return within(t, other) || (!k.chunked && other < 0); }
   long double slope(long double z_) const {
@@ -140,10 +156,10 @@ struct Reference {
   Sum weight(int64_t j) { return exactly(k.weight(c * K + j)); }
   Sum causal(int64_t j) { return exactly(k.causal(c * (P + 1) + j)); }
   Sum scale(int64_t t) {
-    const int64_t p = t % S;
+    const int64_t p = position(t), missing = chunk(t) - K;
     Sum sum{1, 1};
     if (p < K) add(sum, exactly(k.scale(c * K + p)));
-    if (p >= S - K) add(sum, exactly(k.scale((k.s.channels + c) * K + p - S + K)));
+    if (p >= missing) add(sum, exactly(k.scale((k.s.channels + c) * K + p - missing)));
     return sum;
   }
 };
@@ -154,7 +170,7 @@ void values(const Shape& s) {
   Case<T> k{s}, other{s};
   k.run(3), other.run(1);
 #define EXPECT_SUM(out, i, sum) EXPECT(out, i, (sum).value, 4 * (sum).size)
-  const int64_t K = s.taps, P = k.P, S = k.chunk;
+  const int64_t K = s.taps, P = k.P;
   for (int64_t c = 0; c < s.channels; c++) {
     Sum db, dcb;
     std::vector<Sum> dw(static_cast<size_t>(K)), dv(static_cast<size_t>(P + 1)), dl(dw), dr(dw);
@@ -175,10 +191,11 @@ void values(const Shape& s) {
         add(db, s.chunk ? r : q), add(dcb, q);
         for (int64_t j = 0; j < K; j++)
           if (ref.seen(t, t + j - P)) add_product(dw[j], r, ref.u[t + j]);
-        for (int64_t j = 0; s.chunk && j <= P; j++) add_product(dv[j], q, ref.u[t + j]);
-        const int64_t p = t % S;
+        for (int64_t j = 0; s.chunk && j <= P; j++)
+          if (ref.remembered(t, t + j - P)) add_product(dv[j], q, ref.u[t + j]);
+        const int64_t p = ref.position(t), missing = ref.chunk(t) - K;
         if (p < K) add_product(dl[p], q, ref.e[t]);
-        if (p >= S - K) add_product(dr[p - S + K], q, ref.e[t]);
+        if (p >= missing) add_product(dr[p - missing], q, ref.e[t]);
       }
       for (int64_t p = 0; p < P && s.starts.empty(); p++) {
         const int64_t i = (b * s.channels + c) * P + p;
@@ -214,6 +231,9 @@ TEST_CASE("gated_depthwise_conv") {
     values<T>({70, 1, 17, 4, 0, silu, false, false, false, -1, cpu::Gate::silu, {0, 64, 70}});
     for (const int64_t chunk : {1, 2, 5, 8, 40, 64, 65, 100, 200})
       values<T>({133, 2, 18, 15, chunk, swoosh_r, true, true, true});
+    for (const int64_t chunk : {1, 6, 40, 200})
+      values<T>(
+          {133, 2, 18, 9, chunk, swoosh_r, true, false, true, 0, cpu::Gate::sigmoid, {0, 1, 4, 30, 60, 130, 133}});
     for (const int64_t frames : {1, 3, 63, 64, 65}) {
       values<T>({frames, 2, 17, 31, 0, identity, false, false, false});
       values<T>({frames, 2, 17, 31, 16, identity, true, true, false});

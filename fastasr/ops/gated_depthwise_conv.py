@@ -11,8 +11,8 @@ function or SiLU; per channel, with P = K // 2 + delay frames of the past (delay
 where the last sum is over the frames of t's chunk of S frames alone, and scale[p] = 1 + L[p] (p < K) + R[p − (S − K)]
 (p ≥ S − K) for chunk_scale = (L, R). y = z, SiLU(z) or SwooshR(z). Upstream: ``ConvolutionModule`` in
 ``zipformer.modules.zipformer``, ``ChunkCausalDepthwiseConv1d`` in ``zipformer.modules.scaling``. Recordings may lie one
-after the other in one sequence: in plain form, a frame then sees u of its own recording alone. Kernels read the
-boundaries where they lie.
+after the other in one sequence: a frame then sees u of its own recording alone, and chunks begin with each recording,
+which is one chunk of its own length if it has fewer frames than S. Kernels read the boundaries where they lie.
 
 With q = dy · act'(z), r = q · scale: du[t] = Σ_k w[k] r[t − k + P] (within chunks) + Σ_j v[j] q[t − j + P],
 dx = du · gate(s), ds = du · x · gate'(s), and the weights' gradients are sums of q and r against u.
@@ -49,9 +49,8 @@ def _check(op: Op, a: Arguments) -> None:
     check_delay(op, taps, a.delay)
     if a.causal_weight is not None and a.delay:
         op.fail("delay", "0 in chunk-causal form", a.delay)
-    for name in ("causal_weight", "cache"):
-        if a.starts is not None and getattr(a, name) is not None:
-            op.fail(name, "None with starts", tuple(getattr(a, name).shape))
+    if a.starts is not None and a.cache is not None:
+        op.fail("cache", "None with starts", tuple(a.cache.shape))
     if a.starts is not None and a.return_cache:
         op.fail("return_cache", "False with starts", a.return_cache)
 
@@ -132,23 +131,41 @@ def _add_gradients_of_cache(grad: Tensor, dh: Tensor, dcache: Tensor, saved: Sav
     dh[frames - taken :] += torch.cat([du * factor, du * x * gate * rest], dim=-1).to(dh.dtype)
 
 
-def _spread(u: Tensor, starts: Tensor, taps: int) -> tuple[Tensor, Tensor]:
-    """Returns u (B, C, T) with at least taps − 1 zeros between recordings, and the places (T,) of its frames there."""
+def _recordings(starts: Tensor, frames: int) -> tuple[Tensor, Tensor]:
+    """Returns [begin, end) of the recording of each frame, both (T,)."""
+    begun = starts <= torch.arange(frames, device=starts.device, dtype=torch.int64)[:, None]
+    begin = torch.where(begun, starts, 0).amax(1).clamp(min=0)
+    return begin, torch.where(begun, frames, starts).amin(1).clamp(max=frames)
+
+
+def _spread(u: Tensor, first: Tensor, taps: int, most: int) -> tuple[Tensor, Tensor]:
+    """Returns u (B, C, T) with taps − 1 zeros before each frame where ``first`` (T,) is True, which are at most
+    ``most``, and the places (T,) of its frames there."""
     batch, channels, frames = u.shape
-    frame = torch.arange(frames, device=u.device, dtype=torch.int64)
-    places = frame + (starts <= frame[:, None]).sum(1) * (taps - 1)
-    return u.new_zeros(batch, channels, frames + len(starts) * (taps - 1)).index_copy(2, places, u), places
+    places = torch.arange(frames, device=u.device, dtype=torch.int64) + first.cumsum(0) * (taps - 1)
+    return u.new_zeros(batch, channels, frames + most * (taps - 1)).index_copy(2, places, u), places
 
 
 def _within_chunks(
-    u: Tensor, weight: Tensor, bias: Tensor | None, chunk_scale: Tensor, chunk_size: int
+    u: Tensor, weight: Tensor, bias: Tensor | None, chunk_scale: Tensor, size: int, starts: Tensor | None
 ) -> Tensor:
     batch, channels, frames = u.shape
-    pad = weight.shape[-1] // 2
-    size = max(1, frames) if chunk_size < 0 or chunk_size > frames else chunk_size
+    taps = weight.shape[-1]
+    reach = taps // 2, taps // 2
+    size = max(1, frames) if size < 0 or size > frames else size
+    if starts is not None:
+        begin, end = _recordings(starts, frames)
+        sizes = (end - begin).clamp(max=size)
+        place = (torch.arange(frames, device=u.device, dtype=torch.int64) - begin) % sizes
+        u, places = _spread(u, place == 0, taps, frames // size + len(starts) + 1)
+        left, right = F.pad(chunk_scale, (0, 1)).unbind(0)  # tap K is that of frames away from the edge
+        to_right = place - sizes + taps
+        scale = left.index_select(1, place.clamp(max=taps))
+        scale = scale + right.index_select(1, torch.where(to_right < 0, taps, to_right))
+        return depthwise_conv(F.pad(u, reach), weight, bias).index_select(2, places) * (1.0 + scale)
     count = -(-frames // size)
     chunks = F.pad(u, (0, count * size - frames)).reshape(batch, channels, count, size).transpose(1, 2)
-    chunks = F.pad(chunks.reshape(batch * count, channels, size), (pad, pad))
+    chunks = F.pad(chunks.reshape(batch * count, channels, size), reach)
     z = depthwise_conv(chunks, weight, bias) * edge_scale(chunk_scale, size)
     z = z.reshape(batch, count, channels, size).transpose(1, 2)
     return z.reshape(batch, channels, count * size)[..., :frames]
@@ -215,10 +232,11 @@ def gated_depthwise_conv(
             from the chunk's first frame, and to its last.
         padding_mask: (B, T), bool; True where a frame is padding, which counts as 0.
         cache: (B, C, K // 2 + delay): x · gate(s) of the frames before the first; None: zeros.
-        starts: plain form without caches: int64 (N,): where recordings begin and end in every sequence. The convolution
-            of a frame sees none beyond these bounds. Their order does not matter, and equal numbers are recordings
-            without frames. On a GPU nothing waits for them.
-        chunk_size: frames of a chunk; -1, or more than T: one chunk holds the whole sequence.
+        starts: int64 (N,), without caches: where recordings begin and end in every sequence. The convolution of a frame
+            sees none beyond these bounds. Their order does not matter, and equal numbers are recordings without frames.
+            On a GPU nothing waits for them.
+        chunk_size: frames of a chunk; -1, or more than T: one chunk holds the whole sequence. With ``starts`` chunks
+            count from the first frame of the recording, and a shorter recording is one chunk of its own length.
         activation: "swoosh_r", "silu" or "identity".
         return_cache: return (y, cache for the frames that follow).
         delay: plain form: the convolution sees K // 2 + delay frames of the past; (K − 1) // 2 makes it causal.
@@ -230,25 +248,29 @@ def gated_depthwise_conv(
         TypeError: an argument is of the wrong type, or a tensor not floating (padding_mask: not bool).
         ValueError: shapes, dtypes or devices do not match; chunk_size is 0 or less than -1; a tap would not reach the
             frame itself because of delay; an argument of the chunk-causal form is given without the others; starts are
-            given in that form or with a cache.
+            given with a cache.
     """
     x, s = h.chunk(2, dim=-1)
     u = (x * (torch.sigmoid(s) if gate == "sigmoid" else F.silu(s))).permute(1, 2, 0)  # [B, C, T]
     if padding_mask is not None:
         u = u.masked_fill(padding_mask.unsqueeze(1), 0.0)
-    places, taps = None, weight.shape[-1]
+    places, taps, alone = None, weight.shape[-1], u
     if starts is not None:
-        u, places = _spread(u, starts, taps)
+        begin, _ = _recordings(starts, len(h))
+        frame = torch.arange(len(h), device=h.device, dtype=torch.int64)
+        u, places = _spread(u, frame == begin, taps, len(starts) + 1)
     frames, past = u.shape[2], taps // 2 + delay
     context = F.pad(u, (past, 0)) if cache is None else torch.cat([cache, u], dim=2)
     new_cache = context[..., frames:]
     context = context.to(u.dtype)
-    if causal_weight is None or chunk_scale is None:  # the check has them together
+    if causal_weight is None:
         z = depthwise_conv(F.pad(context, (0, taps - 1 - past)), weight, bias)
     else:
         z = depthwise_conv(context, causal_weight, causal_bias)
-        z = z + _within_chunks(u, weight, bias, chunk_scale, chunk_size)
-    y = (z if places is None else z.index_select(2, places)).permute(2, 0, 1)  # [T, B, C]
+    z = z if places is None else z.index_select(2, places)
+    if chunk_scale is not None:
+        z = z + _within_chunks(alone, weight, bias, chunk_scale, chunk_size, starts)
+    y = z.permute(2, 0, 1)  # [T, B, C]
     if activation == "swoosh_r":
         y = _swoosh.definition(y, "SwooshR")
     elif activation == "silu":

@@ -113,10 +113,11 @@ def nodes(root):
     return found
 
 
-def model_and_inputs(name):
+def model_and_inputs(name, **changes):
     seeded(0)
     if name == "zipformer":
-        return upstream.steady(upstream.Encoder(ZIPFORMER, zipformer)), upstream.example(2, 48)
+        sizes = ZIPFORMER | changes
+        return upstream.steady(upstream.Encoder(sizes, zipformer)), upstream.example(2, 48)
     sizes = {"width": 64, "layers": 17, "heads": 2, "hidden": 128, "channels": 16, "layer_drop": 0.0}
     valid = torch.arange(64) < torch.tensor([[64], [48]])
     return FastConformerEncoder(**sizes), (torch.randn(2, 64, 80), valid)
@@ -175,9 +176,11 @@ def kernels_of(tapes):
     return {"torch": calls.total(), "fastasr": tapes.launches}, calls
 
 
-def test_a_zipformer_on_a_row(monkeypatch):
+@pytest.mark.parametrize("chunk_size", [None, 32, -1])
+def test_a_zipformer_on_a_row(chunk_size, monkeypatch):
     monkeypatch.setattr(_linear, "MANY_ROWS", 0)
-    model, inputs = model_and_inputs("zipformer")
+    chunks = {"causal": True, "chunk_size": (chunk_size,), "left_context_frames": (128,)}
+    model, inputs = model_and_inputs("zipformer", **({} if chunk_size is None else chunks))
     model = model.train().encoder
     x, lengths = torch.randn(64, 2, 32), torch.tensor([64, 48])
     inputs = x, lengths, torch.arange(64) >= lengths[:, None]

@@ -34,6 +34,20 @@ SIZES = {
     "warmup_batches": 10.0,
 }
 KINDS = "ours", "swapped"
+# Frames of chunks and of the left context, -1: all. Recordings are shorter and longer than the chunks.
+WINDOWS = (4, 4), (8, -1), (16, 32), (64, 16), (-1, -1)
+
+
+def chunks(size, left):
+    return {"causal": True, "chunk_size": (size,), "left_context_frames": (left,)}
+
+
+FORMS = {
+    "ours": {},
+    "swapped": {},
+    "ours, chunks": chunks(8, 16),
+    "swapped, chunks of a recording": chunks(-1, -1),
+}
 recorded = partial(on_rows, **ROOM, after=1)
 ROUNDED = 1e-6  # numbers of the host are float32 on the device
 
@@ -105,9 +119,9 @@ def step(model, x, lengths, mask, packed=False):
     return y.detach(), dict(zip(leaves, found, strict=True))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_one_recording_serves_fifty_batches(kind):
-    model = encoder(kind).eval()
+@pytest.mark.parametrize("form", FORMS)
+def test_one_recording_serves_fifty_batches(form):
+    model = encoder(form.partition(",")[0], **FORMS[form]).eval()
     theirs = without_padding(copy.deepcopy(model))
     ours, graphs = recorded(model)
     for seed, lengths in enumerate(drawn(50)):
@@ -156,10 +170,10 @@ def same_steps(ours, theirs, count, packed=False):
 
 
 @pytest.mark.parametrize("batch_count", [6000.0, 60000.0])
-@pytest.mark.parametrize("kind", KINDS)
-def test_training_steps_as_without_padding(kind, batch_count):
+@pytest.mark.parametrize("form", FORMS)
+def test_training_steps_as_without_padding(form, batch_count):
     """Values, gradients, every draw and what Whiten keeps, in one recording for all batches."""
-    model = encoder(kind, batch_count).train()
+    model = encoder(form.partition(",")[0], batch_count, **FORMS[form]).train()
     theirs = without_padding(copy.deepcopy(model))
     ours, graphs = recorded(model)
     same_steps(ours, theirs, 12)
@@ -286,11 +300,17 @@ def test_what_no_row_can_hold(what):
         assert torch.equal(model(*inputs)[0], theirs(*inputs)[0])
 
 
-def test_a_causal_encoder_is_recorded_by_shape():
-    model = encoder("ours", causal=True, chunk_size=(8,), left_context_frames=(32,)).eval()
-    model.ragged = True
-    report = fastasr.accelerate(model, ragged=True, graphs=fastasr.Graphs(**ROOM, recorder=TapeRecorder))
-    assert "not on a row: it is causal" in f"{report.graphs['']} {report.rows[0].reason}"
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_choice_of_chunks_is_recorded_once(kind):
+    choices = {"chunk_size": (4, 16, -1), "left_context_frames": (16, -1)}
+    model = encoder(kind, 60000.0, causal=True, **choices).train()
+    theirs = without_padding(copy.deepcopy(model))
+    ours, _ = recorded(model)
+    same_steps(ours, theirs, 16)
+    kinds = fastasr.graph_state(ours)[""]
+    assert len(kinds) == 5  # no left context is drawn for whole recordings
+    assert sum(kind.recorded for kind in kinds) > 1
+    assert all((kind.recorded, kind.replayed) == (kind.seen > 1, kind.seen - 1) for kind in kinds)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -344,6 +364,46 @@ def still(model):
     kept = [1.0] * len(SIZES["encoder_dim"])
     model.get_feature_masks = lambda x: kept
     return model
+
+
+def each_alone(model):
+    """Returns the model, whose forward runs each recording alone."""
+    forward = model.forward
+
+    def of_batch(x, lengths, mask):
+        y = []
+        for i, n in enumerate(lengths.tolist()):
+            one = x[:n, i : i + 1]
+            found = forward(one, lengths[i : i + 1], mask[i : i + 1, :n])[0][:, 0] if n else None
+            y.append(x.new_zeros(0, max(SIZES["encoder_dim"])) if found is None else found)
+        rows = [torch.nn.functional.pad(one, (0, 0, 0, (len(x) + 1) // 2 - len(one))) for one in y]
+        return torch.stack(rows, 1), (lengths + 1) // 2
+
+    model.forward = of_batch
+    return model
+
+
+@pytest.mark.parametrize("window", WINDOWS, ids=str)
+@pytest.mark.parametrize("way", ["recorded", "without padding"])
+@pytest.mark.parametrize("train", [True, False])
+def test_chunks_as_of_each_recording_alone(window, way, train, monkeypatch):
+    """The other model is upstream's own code, unswapped, on one recording at a time."""
+    import sys
+
+    monkeypatch.setattr(sys.modules["fastasr.models.zipformer.attention"], "PENALISED_CALLS", 0.0)
+    model = still(encoder("swapped", 60000.0, **chunks(*window))).train(train)
+    theirs = each_alone(copy.deepcopy(model))
+    ours = recorded(model)[0] if way == "recorded" else without_padding(model)
+    for seed, lengths in enumerate(drawn(9, RECORDINGS if train else None)):
+        inputs = batch(lengths, seed=seed)
+        y, gradients = step(ours, *inputs)
+        expected, wanted = step(theirs, *inputs)
+        close(y * existing(y, inputs[1]), expected, 1e-9)
+        if train:
+            same_gradients(gradients, wanted, ROUNDED)
+    if way == "recorded":
+        (found,) = fastasr.graph_state(ours)[""]
+        assert (found.recorded, found.replayed, found.reason) == (1, 8, None)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -33,7 +33,7 @@ struct GatedDepthwiseConv {
   GatedActivation activation;
   Gate gate = Gate::sigmoid;
   // Recordings in every sequence, which do not see each other: frames [starts[r], starts[r + 1]). Null: one of all
-  // frames. With more than one: plain form alone, without cache.
+  // frames. With more than one: no cache; each begins a chunk, and is one of its own length if it is shorter than S.
   int64_t recordings = 1;
   const int64_t* starts = nullptr;
 

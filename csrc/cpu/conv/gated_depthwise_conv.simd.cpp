@@ -67,10 +67,10 @@ class Forward : Convolution<T> {
     const auto write = writes[static_cast<int>(conv_.activation)];
     stage<false>(stripe, -pad_, reach, ring_[0], none, none);
     for (int64_t t = 0; t < frames;) {  // row r of the ring: frame t - pad + r
-      const int64_t end = block_end(t, kBlock, frames, conv_.chunk, conv_.chunked()), n = end - t;
+      const int64_t end = block_end(t, kBlock, frames, stripe.chunk, conv_.chunked()), n = end - t;
       stage<false>(stripe, t + future, n, ring_[reach], none, none);
       T* to = y + stripe.row(t) * conv_.channels + stripe.first;
-      this->convolve_block(ring_[0], t, end, [&](int64_t i) {
+      this->convolve_block(stripe, ring_[0], t, end, [&](int64_t i) {
         stripe.prefetch(end + future + i, kTile);
         for (int64_t j = i; j < std::min(i + kTile, n); j++) prefetch_row(to + j * y_row);
       });

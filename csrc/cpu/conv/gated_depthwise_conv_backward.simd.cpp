@@ -126,16 +126,16 @@ class Backward : Convolution<T> {
     for (int64_t t = 0; t < frames + pad_;) {
       const bool within = t < frames;
       const int64_t end =
-          within ? block_end(t, kBlock, frames, conv_.chunk, conv_.chunked()) : std::min(t + kBlock, frames + pad_);
+          within ? block_end(t, kBlock, frames, stripe.chunk, conv_.chunked()) : std::min(t + kBlock, frames + pad_);
       const int64_t n = end - t;
       stage<true>(stripe, t + future, n, u_[reach], gate_[reach], slopes(reach));
       if (within) {
         if (conv_.activation != GatedActivation::identity || conv_.chunked()) {
-          this->convolve_block(u_[0], t, end, [&](int64_t i) { stripe.prefetch(end + future + i, kTile); });
+          this->convolve_block(stripe, u_[0], t, end, [&](int64_t i) { stripe.prefetch(end + future + i, kTile); });
         }
         output_gradients(stripe, g, t, end);
-        tap_gradients(t, end);
-        chained += n / conv_.chunk + 1;
+        tap_gradients(stripe, t, end);
+        chained += n / stripe.chunk + 1;
         if (conv_.chunked() && chained > kChain)  // chunks whose edges are one chain
           sums_.carry(edge_row_, 2 * conv_.taps), chained = 0;
       } else {
@@ -175,16 +175,16 @@ class Backward : Convolution<T> {
     sums_.add(conv_.chunked() ? causal_bias_row_ : 0, q_[reach], n);
     if (!conv_.chunked()) return;
     for (int64_t i = t; i < end; i++) {
-      const int64_t p = i % conv_.chunk;
+      const int64_t chunk = stripe.chunk, p = i % chunk;
       const C* row = q_[reach + i - t];
-      scaled(row, this->left(p), this->right(p), r_[reach + i - t]);
+      scaled(row, this->left(p), this->right(p, chunk), r_[reach + i - t]);
       if (this->has_left(p)) add_product(row, e_[i - t], sums_.part(edge_row_ + p));
-      if (this->has_right(p)) add_product(row, e_[i - t], sums_.part(edge_row_ + 2 * conv_.taps + p - conv_.chunk));
+      if (this->has_right(p, chunk)) add_product(row, e_[i - t], sums_.part(edge_row_ + 2 * conv_.taps + p - chunk));
     }
     sums_.add(0, r_[reach], n);
   }
 
-  void tap_gradients(int64_t t, int64_t end) {
+  void tap_gradients(const Stripe<T>& stripe, int64_t t, int64_t end) {
     const int64_t reach = reach_, K = conv_.taps;
     if (!conv_.chunked()) {
       add_tap_gradients(u_[0], q_[reach], end - t, K, sums_.part(weight_row_));
@@ -192,7 +192,7 @@ class Backward : Convolution<T> {
     }
     add_tap_gradients(u_[0], q_[reach], end - t, pad_ + 1, sums_.part(causal_row_));
     sums_.carry(causal_row_, pad_ + 1);
-    for_each_chunk(t, end, conv_.chunk, conv_.frames, [&](int64_t begin, int64_t stop, int64_t first, int64_t last) {
+    for_each_chunk(t, end, stripe.chunk, stripe.frames, [&](int64_t begin, int64_t stop, int64_t first, int64_t last) {
       const C* seen = window(u_[begin - t], begin, stop, first, last, pad_, copy_[0]);
       for (int64_t k = 0; k < K; k += kTile) {  // the frames from which one of these taps reaches into the chunk
         const int64_t low = std::max(begin, first - (k + kTile - 1) + pad_), high = std::min(stop, last - k + pad_);
@@ -219,7 +219,7 @@ class Backward : Convolution<T> {
     } else {
       convolve_reversed(q_[pad_], causal_[0], pad_ + 1, n, z_[0], ahead);
       for_each_chunk(
-          low, high, conv_.chunk, conv_.frames, [&](int64_t begin, int64_t stop, int64_t first, int64_t last) {
+          low, high, stripe.chunk, stripe.frames, [&](int64_t begin, int64_t stop, int64_t first, int64_t last) {
             const C* seen = window(r_[begin - pad_ - t + 2 * pad_], begin, stop, first, last, pad_, copy_[0]);
             convolve_chunk(seen, begin, stop, first, last, taps_[conv_.taps - 1], -kStripe, conv_.taps,
                            e_[begin - start]);

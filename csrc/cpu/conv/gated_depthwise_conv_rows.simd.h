@@ -20,6 +20,7 @@ template <typename T>
 struct Stripe {
   const GatedDepthwiseConv<T>& conv;
   int64_t batch, begin, frames;  // begin: of the recording in its sequence
+  int64_t chunk;                 // of the frames: the whole recording if it is shorter
   int64_t first, channels;       // channels [first, first + channels), at most kStripe
   const T* origin;               // of the inputs
 
@@ -28,6 +29,7 @@ struct Stripe {
         batch(recording / conv_.recordings),
         begin(conv_.starts ? conv_.starts[recording % conv_.recordings] : 0),
         frames(conv_.starts ? conv_.starts[recording % conv_.recordings + 1] - begin : conv_.frames),
+        chunk(std::min(conv_.chunk, std::max<int64_t>(1, frames))),
         first(stripe * kStripe),
         channels(std::min(kStripe, conv_.channels - first)),
         origin(conv_.h + offset(0, conv_.h_time, conv_.h_batch) + first) {}
@@ -215,22 +217,22 @@ class Convolution {
 
   // Computes z_ of frames [t, stop), and e_ in chunk-causal form; rows of u begin with frame t - P.
   template <typename F>
-  void convolve_block(C* u, int64_t t, int64_t stop, const F& ahead) {
+  void convolve_block(const Stripe<T>& stripe, C* u, int64_t t, int64_t stop, const F& ahead) {
     if (!conv_.chunked()) return convolve(u, taps_[0], conv_.taps, stop - t, z_[0], ahead);
     convolve(u, causal_[0], pad_ + 1, stop - t, z_[0], ahead);
-    for_each_chunk(t, stop, conv_.chunk, conv_.frames, [&](int64_t begin, int64_t end, int64_t first, int64_t last) {
+    for_each_chunk(t, stop, stripe.chunk, stripe.frames, [&](int64_t begin, int64_t end, int64_t first, int64_t last) {
       const C* seen = window(u + (begin - t) * kStripe, begin, end, first, last, pad_, copy_[0]);
       convolve_chunk(seen, begin, end, first, last, taps_[0], kStripe, conv_.taps, e_[begin - t]);
       for (int64_t i = begin; i < end; i++)
-        add_scaled(z_[i - t], e_[i - t], bias_[1], left(i - first), right(i - first));
+        add_scaled(z_[i - t], e_[i - t], bias_[1], left(i - first), right(i - first, stripe.chunk));
     });
   }
 
   // Returns rows of the scale at position p of a chunk, zeros where they do not reach.
   bool has_left(int64_t p) const { return p < conv_.taps; }
-  bool has_right(int64_t p) const { return p >= conv_.chunk - conv_.taps; }
+  bool has_right(int64_t p, int64_t chunk) const { return p >= chunk - conv_.taps; }
   const C* left(int64_t p) { return edges_[has_left(p) ? p : 2 * conv_.taps]; }
-  const C* right(int64_t p) { return edges_[2 * conv_.taps + (has_right(p) ? p - conv_.chunk : 0)]; }
+  const C* right(int64_t p, int64_t chunk) { return edges_[2 * conv_.taps + (has_right(p, chunk) ? p - chunk : 0)]; }
 
   const GatedDepthwiseConv<T>& conv_;
   const int64_t pad_;

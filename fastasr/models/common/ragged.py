@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastasr import _left
+from fastasr._tables import share
 from fastasr._transforms import Function, is_transformed
 from fastasr.models.common.plain import hooks_of
 from fastasr.models.common.row import RowFrames
@@ -298,7 +299,9 @@ class Packing:
     @functools.cached_property
     def starts(self) -> Tensor:
         """Returns where recordings begin, and where the last one ends, (B + 1,)."""
-        return torch.tensor([0, *accumulate(self.lengths)], device=self.device, dtype=torch.int64)
+        starts = torch.tensor([0, *accumulate(self.lengths)], device=self.device, dtype=torch.int64)
+        share(starts)
+        return starts
 
     @functools.cached_property
     def recording(self) -> Tensor:

@@ -86,19 +86,23 @@ class ConvolutionModule(torch.nn.Module):
     def forward(self, x: Tensor, src_key_padding_mask: Tensor | None = None, chunk_size: int = -1) -> Tensor:
         h = self.in_proj(x)
         weights = kernel_weights(self, h, src_key_padding_mask, chunk_size)
+        packing = current()
         if weights is None:
-            packing = current()
             if isinstance(packing, Packing):
                 y = packing.over_time(lambda h, hidden: _by_submodules(self, h, hidden, chunk_size), h)
             else:
                 y = _by_submodules(self, h, src_key_padding_mask, chunk_size)
             return self.out_proj(y)
-        options: Any = {"padding_mask": _of_batch(src_key_padding_mask, h), "chunk_size": chunk_size}
+        options: dict[str, Any] = {"chunk_size": chunk_size}
+        if packing is None:
+            options["padding_mask"] = _of_batch(src_key_padding_mask, h)
+        else:
+            options["starts"] = packing.starts
         if not _needs_gradients(h, *weights) and _is_swoosh_r_and_linear(self.out_proj):
-            y = _convolved(h, weights, **options)
+            y = ops.gated_depthwise_conv(h, *weights, **options)
             return ops.linear(y, self.out_proj.weight, self.out_proj.bias)
         h = _with_balanced_gate(self, h)
-        y = _convolved(h, weights, **options, activation="identity")
+        y = ops.gated_depthwise_conv(h, *weights, **options, activation="identity")
         if y.requires_grad:
             y = y.permute(1, 2, 0)
             if y.dtype is torch.float64:  # upstream's regularisers sum it in float32 in the order of memory
@@ -128,17 +132,6 @@ class ConvolutionModule(torch.nn.Module):
         if fused:
             return ops.linear(y, self.out_proj.weight, self.out_proj.bias), cache
         return self.out_proj(y), cache
-
-
-def _convolved(h: Tensor, weights: Sequence[Any], padding_mask: Tensor | None, **options: Any) -> Tensor:
-    packing = current()
-    if packing is None:
-        return ops.gated_depthwise_conv(h, *weights, padding_mask=padding_mask, **options)
-    if len(weights) == 2 or not isinstance(packing, Packing):
-        return ops.gated_depthwise_conv(h, *weights, starts=packing.starts, **options)
-    return packing.over_time(
-        lambda h, hidden: ops.gated_depthwise_conv(h, *weights, padding_mask=hidden, **options), h
-    )
 
 
 def kernel_weights(

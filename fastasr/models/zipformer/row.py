@@ -3,9 +3,9 @@
 
 A recording's output is the same as if it were alone. Recordings begin at frames that every rate of the encoder has, so
 that downsampling is a sum over neighbours. Convolutions and attention read on the device where recordings begin and
-end. Attention computes its weights where it needs them, because those of all frames of the row would not fit into
-memory. In training each draw for sequences is made for as many recordings as the row has room for, and balancers and
-whitening see the frames that exist.
+end; the chunks of a causal encoder begin with each recording. Attention computes its weights where it needs them,
+because those of all frames of the row would not fit into memory. In training each draw for sequences is made for as
+many recordings as the row has room for, and balancers and whitening see the frames that exist.
 """
 
 import math
@@ -17,6 +17,7 @@ from fastasr.models.common.plain import runs
 from fastasr.models.common.row import Capacity, RowCall, RowFrames, Spans, all_frames, why_beyond
 from fastasr.models.zipformer import ragged
 from fastasr.models.zipformer.convolution import ConvolutionModule, fused_weights
+from fastasr.models.zipformer.stack import check_chunks
 from fastasr.packed_frames import PackedFrames
 
 if TYPE_CHECKING:
@@ -28,8 +29,6 @@ MULTIPLE = 16  # At every rate rows have a multiple of so many frames, as tensor
 
 def why_not(encoder: "Zipformer") -> str | None:
     """Returns why this encoder cannot run on a row, or None."""
-    if encoder.causal:
-        return "it is causal: its chunks begin with each recording"
     reason = ragged.why_not(encoder)
     if reason is not None:
         return reason
@@ -97,7 +96,9 @@ def encoded(encoder: "Zipformer", x: Tensor, begins: Tensor, ends: Tensor, longe
     frames -> (N / 2, 1, width)."""
     row = RowFrames(Spans(begins, ends), len(x), longest)
     feature_masks = encoder.get_feature_masks(x.expand(-1, row.count, -1))
-    return ragged.through_stacks(encoder, x, row, *encoder.get_chunk_info(), feature_masks)
+    chunks = encoder.get_chunk_info()
+    check_chunks(encoder, *chunks)
+    return ragged.through_stacks(encoder, x, row, *chunks, feature_masks)
 
 
 def _extend_positions(encoder: "Zipformer", longest: int) -> None:

@@ -161,10 +161,11 @@ def gated_depthwise_conv(
             from the chunk's first frame, and to its last.
         padding_mask: (B, T), bool; True where a frame is padding, which counts as 0.
         cache: (B, C, K // 2 + delay): x · gate(s) of the frames before the first; None: zeros.
-        starts: plain form without caches: int64 (N,): where recordings begin and end in every sequence. The convolution
-            of a frame sees none beyond these bounds. Their order does not matter, and equal numbers are recordings
-            without frames. On a GPU nothing waits for them.
-        chunk_size: frames of a chunk; -1, or more than T: one chunk holds the whole sequence.
+        starts: int64 (N,), without caches: where recordings begin and end in every sequence. The convolution of a frame
+            sees none beyond these bounds. Their order does not matter, and equal numbers are recordings without frames.
+            On a GPU nothing waits for them.
+        chunk_size: frames of a chunk; -1, or more than T: one chunk holds the whole sequence. With ``starts`` chunks
+            count from the first frame of the recording, and a shorter recording is one chunk of its own length.
         activation: "swoosh_r", "silu" or "identity".
         return_cache: return (y, cache for the frames that follow).
         delay: plain form: the convolution sees K // 2 + delay frames of the past; (K − 1) // 2 makes it causal.
@@ -176,7 +177,7 @@ def gated_depthwise_conv(
         TypeError: an argument is of the wrong type, or a tensor not floating (padding_mask: not bool).
         ValueError: shapes, dtypes or devices do not match; chunk_size is 0 or less than -1; a tap would not reach the
             frame itself because of delay; an argument of the chunk-causal form is given without the others; starts are
-            given in that form or with a cache.
+            given with a cache.
     """
     kernels = family.native
     if (

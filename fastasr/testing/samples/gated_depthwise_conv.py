@@ -50,9 +50,10 @@ def _past(make: Make, frames: int, batch: int, channels: int, taps: int, delay: 
 def _recordings(
     make: Make, frames: int, batch: int, channels: int, taps: int, *starts: int, **options: Any
 ) -> dict:
-    """Returns a call on recordings that lie one after the other in every sequence."""
+    """Returns a call on recordings that lie one after the other in every sequence, chunk-causal with a ``chunk``."""
+    form = _causal if "chunk" in options else _plain
     bounds = torch.tensor(starts, dtype=torch.int64)
-    return _plain(make, frames, batch, channels, taps, starts=bounds, **options)
+    return form(make, frames, batch, channels, taps, starts=bounds, **options)
 
 
 def _causal(
@@ -96,7 +97,9 @@ def _random(make: Make, shape: Shape) -> dict:
         return _plain(make, frames, batch, channels, taps) | options
     if form == "recordings":
         starts = [shape.choice(range(-2, frames + 3)) for _ in range(shape.choice((1, 2, 5)))]
-        return _recordings(make, frames, batch, channels, taps, *starts) | options
+        size = shape.choice((None, -1, 1, 6, 40))
+        chunks = {} if size is None else {"chunk": size}
+        return _recordings(make, frames, batch, channels, taps, *starts, **chunks) | options
     if form == "past":
         taps = shape.choice((1, 2, 4, 9, 15, 32))
         delay = shape.choice((-(taps // 2), 0, (taps - 1) // 2))
@@ -186,9 +189,26 @@ TABLE = OpTable(
             "starts outside of the frames",
             lambda m: _recordings(m, 20, 3, 66, 5, 2**40, -3, 9, delay=-2, activation="identity"),
         ),
+        Sample(
+            "recordings, chunks, some of them shorter",
+            lambda m: _recordings(m, 30, 2, 12, 5, 3, 0, 11, 11, 13, 28, chunk=4),
+            thorough=True,
+        ),
+        Sample(
+            "recordings, whole ones are chunks",
+            lambda m: _recordings(m, 31, 2, 12, 7, 25, 2, 20, 4, chunk=-1, activation="identity"),
+            thorough=True,
+        ),
+        Sample("recordings, chunks of 12", lambda m: _recordings(m, 90, 3, 66, 9, 1, 40, 55, 90, chunk=12)),
+        Sample("recordings, chunks of 1", lambda m: _recordings(m, 20, 2, 33, 3, 7, 12, chunk=1)),
         Sample("no frames, recordings", lambda m: _recordings(m, 0, 3, 8, 5, 0, 0)),
         Sample("one tap, recordings", lambda m: _recordings(m, 12, 2, 24, 1, 4, 7)),
         Sample("encoder, recordings", lambda m: _recordings(m, 600, 1, 96, 31, 0, 250, 420, 600), large=True),
+        Sample(
+            "encoder, recordings, chunks of 32",
+            lambda m: _recordings(m, 400, 1, 96, 31, 0, 250, 256, 300, chunk=32),
+            large=True,
+        ),
         Sample("encoder", lambda m: _plain(m, 150, 4, 192, 31), large=True),
         Sample("encoder, identity", lambda m: _plain(m, 100, 5, 96, 15, activation="identity"), large=True),
         Sample("encoder, chunks of 32", lambda m: _causal(m, 150, 3, 64, 31, 32), large=True),
@@ -220,6 +240,11 @@ TABLE = OpTable(
             lambda m: _one_bad_frame(m, _recordings(m, 20, 2, 8, 5, 10), float("nan")),
             exact=False,
         ),
+        Sample(
+            "NaN in one frame, recordings in chunks",
+            lambda m: _one_bad_frame(m, _recordings(m, 24, 2, 8, 5, 10, chunk=8), float("nan")),
+            exact=False,
+        ),
     ),
     unread=("weight", "causal_weight"),  # some taps reach no frame of a short sequence
     random=_random,
@@ -238,7 +263,6 @@ TABLE = OpTable(
             f"{name}: expected {expected}",
         )
         for name, form, options, expected in (
-            ("causal_weight", _causal, {}, "None with starts"),
             ("cache", partial(_past, delay=1), {}, "None with starts"),
             ("return_cache", _plain, {"return_cache": True}, "False with starts"),
         )

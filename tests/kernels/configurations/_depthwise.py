@@ -18,10 +18,18 @@ def depthwise(op: str, dtype: str, types: dict, taps: int, residual: bool):
 
 
 def taps_gradients(
-    name, types, taps: int, shape: sliding.Map, divisible, tiled=(False, False), chunked: bool = False
+    name,
+    types,
+    taps: int,
+    shape: sliding.Map,
+    divisible,
+    tiled=(False, False),
+    chunked: bool = False,
+    recordings: bool = False,
 ):
     steps = {name: sliding.BLOCK_C * here for name, here in zip(("G_STEP", "X_STEP"), tiled, strict=True)}
     segments = sliding.Segments(1500, 20, 1500, taps, 1, 64, DTYPES[types["G"]])
     constants = segments.form(shape) | steps | {"CHUNKED": chunked}
+    constants |= {} if recordings else {"GROUPS": None}
     divisible = (*divisible, "g_tile", "x_tile")
     return Configuration(name, sliding.gradient_kernel, types, constants, sliding.NUM_WARPS, divisible)

@@ -14,16 +14,21 @@ def configurations():
     between = ("U", "Q", "R", "V", "G", "X")
     outputs = ("Y", "DH", "DCACHE", "DWEIGHT", "DBIAS", "DCAUSAL_WEIGHT", "DCAUSAL_BIAS", "DCHUNK_SCALE")
     chunk_causal = ("CACHE", "CAUSAL_WEIGHT", "CHUNK_SCALE", "CAUSAL_BIAS", "DCACHE", "DCAUSAL_WEIGHT")
-    absent = dict.fromkeys((*chunk_causal, "DCAUSAL_BIAS", "FRAMES"))
+    absent = dict.fromkeys((*chunk_causal, "DCAUSAL_BIAS", "GROUPS"))
     strides = (f"{of}{by}_stride" for of in ("", "grad_", "y_", "q_", "dh_") for by in ("time", "batch"))
     divisible = ("C", *strides)
     block_c = {"BLOCK_C": conv.BLOCK_C}
     for dtype in ("fp32", "bf16"):
         types = dict.fromkeys((*inputs, *between, *outputs), dtype)
-        types |= {"MASK": "u8", "TABLE": "fp32", "PARTS": "fp32", "FRAMES": "i32"}
-        of_rows = {name: None for name in absent if name != "FRAMES"}
-        for form, none in (("plain", absent), ("recordings", of_rows), ("chunks", {"FRAMES": None})):
-            chunked = form == "chunks"
+        types |= {"MASK": "u8", "TABLE": "fp32", "PARTS": "fp32", "GROUPS": "i32"}
+        for form in ("plain", "chunks", "recordings", "recordings in chunks"):
+            chunked, recordings = "chunks" in form, "recordings" in form
+            none = {} if chunked else dict(absent)
+            if recordings:
+                none |= {"CACHE": None, "DCACHE": None}
+                none.pop("GROUPS", None)
+            else:
+                none["GROUPS"] = None
             outer = none | conv.convolving(31, 32 if chunked else 1500, chunked)
             only_q = {} if chunked else dict.fromkeys(("R", "V"))
             for kernel, constants in (
@@ -33,16 +38,20 @@ def configurations():
                 ("input_gradient", outer | {"GATE": 0, "TILED": True}),
                 ("add_taps", block_c | none | {"BLOCK_P": sliding.MAX_PARTS}),
             ):
-                if form == "recordings" and kernel == "add_taps":
-                    continue  # the same as in plain form
+                if recordings and kernel in ("gate", "add_taps"):
+                    continue  # the same as without recordings
                 name = f"gated_depthwise_conv {kernel.replace('_', ' ')}, {form}, {dtype}"
                 function = getattr(sliding if kernel == "add_taps" else conv, f"{kernel}_kernel")
                 yield Configuration(name, function, types, constants, conv.NUM_WARPS, divisible)
-            if form == "recordings":
-                continue
             name = f"gated_depthwise_conv weight gradient, {form}, {dtype}"
             strides = ("C", "g_batch", "g_time", "x_batch", "x_time")
-            yield taps_gradients(name, types, 31, sliding.LINE, strides, (True, True), chunked)
+            yield taps_gradients(name, types, 31, sliding.LINE, strides, (True, True), chunked, recordings)
+            if chunked:
+                name = f"gated_depthwise_conv edge gradient, {form}, {dtype}"
+                constants = block_c | none | {"BLOCK_R": conv.BLOCK_R}
+                yield Configuration(
+                    name, conv.edge_gradient_kernel, types, constants, conv.EDGE_WARPS, divisible
+                )
         name = f"gated_depthwise_conv weight gradient, no activation, {dtype}"
         yield taps_gradients(name, types, 31, sliding.LINE, strides, (False, True))
         rows = absent | conv.convolving(31, 1500, False) | {"GATE": 0, "TILED": False}
@@ -59,10 +68,7 @@ def configurations():
             name = f"gated_depthwise_conv {kernel.replace('_', ' ')}, SiLU, {dtype}"
             function = getattr(conv, f"{kernel}_kernel")
             yield Configuration(name, function, types, constants, conv.NUM_WARPS, divisible)
-        name = f"gated_depthwise_conv edge gradient, chunks, {dtype}"
-        constants = block_c | {"BLOCK_R": conv.BLOCK_R}
-        yield Configuration(name, conv.edge_gradient_kernel, types, constants, conv.EDGE_WARPS, divisible)
     table = dict(_recordings.TABLE)
     warps = table.pop("num_warps")
     types = {"STARTS": "i64", "OUT": "i32"}
-    yield Configuration("gated_depthwise_conv places", _recordings.apart_kernel, types, table, warps)
+    yield Configuration("gated_depthwise_conv groups", _recordings.groups_kernel, types, table, warps)
