@@ -212,8 +212,8 @@ class _Call:
         return _Results([y.detach() for y in outputs], graded, cotangents, named)
 
     def differences(self) -> dict[str, float]:
-        """Returns the error of each gradient of the formula in float64 beside the slope in a random direction, relative
-        to the gradient's norm, the scale on which such slopes vary. A gradient has none if an option adds to
+        """Returns the error of each gradient of the formula in float64 beside the slope in a direction, relative to the
+        gradient's norm, the scale on which such slopes vary. A gradient has none if an option adds to
         gradients alone, or if values are not finite.
         """
         if any(self.arguments.get(name) for name in self.table.penalties):
@@ -238,6 +238,8 @@ class _Call:
         """Returns the error of the gradient of one argument, by a central difference with this step."""
         grad: Any = exact.gradients[name]
         direction = _normal(wide[name], f"direction {name}")
+        # It leads up the gradient too: straight across, a gradient of any length has the right slope.
+        direction = direction * (grad * direction).sum().sign() + grad / (grad.norm().item() or 1.0)
         ahead, behind = (
             _outputs(self.table.definition, wide | {name: wide[name] + s * direction}) for s in (step, -step)
         )
