@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastasr import _left
+from fastasr.models.common import plumbing
 from fastasr.models.common.attention_dropout import as_upstream
 from fastasr.models.common.plain import is_plain, is_plain_named, is_upstreams
 from fastasr.rnnt import lengths, tdt_joiner_loss, tdt_loss
@@ -109,7 +110,8 @@ def why_with_logits(joint: Upstream) -> str | None:
 
 
 def _dropout(joint: Upstream) -> float:
-    return joint.joint_net[1].p if joint.training and len(joint.joint_net) == 3 else 0.0
+    dropouts = joint.joint_net[1:-1]
+    return (plumbing.dropped_share(dropouts[0]) or 0.0) if dropouts else 0.0
 
 
 def _of_part(
