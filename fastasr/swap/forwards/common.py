@@ -15,6 +15,7 @@ from torch import Tensor
 from fastasr import _left, ops
 from fastasr._recording import recording
 from fastasr.models.common import activations, attention_dropout, plumbing
+from fastasr.models.common.plain import is_plain
 from fastasr.models.common.ragged import Packing
 from fastasr.models.common.row import Row
 from fastasr.models.fast_conformer import masks
@@ -155,6 +156,12 @@ def dropped(dropout: Upstream, y: Tensor) -> Tensor:
     if plumbing.is_idle(dropout):
         return y
     return dropout(y.transpose(1, 2).contiguous()).transpose(1, 2)
+
+
+def in_sequential(module: Upstream, count: int) -> list[Any] | None:
+    """Returns the modules of a plain Sequential of this many, None of anything else."""
+    fits = is_plain(module, torch.nn.Sequential) and len(module) == count
+    return list(module) if fits else None
 
 
 def in_sequence(layers: Upstream, x: Tensor, residual: Tensor | None = None) -> Tensor:
