@@ -52,10 +52,11 @@ def firered_convolution(self: Upstream, x: Tensor, mask: Any = None) -> Tensor:
     packed = mask is None or isinstance(mask, Packing)
     first, hidden = self.pointwise_conv1, None if packed else mask[:, 0].ne(1)
     n = self.pre_layer_norm(x)
-    if hidden is not None and not (is_plain(first, torch.nn.Conv1d) and first.bias is None):
+    by_frame = plumbing.is_pointwise_conv1d(first) and first.bias is None
+    if hidden is not None and not by_frame:
         n = n.masked_fill(hidden.unsqueeze(-1), 0.0)
     layers = self.depthwise_conv, self.batch_norm, self.swish, self.pointwise_conv2
-    by = by_mask(mask if packed else hidden)
+    by = by_mask(mask if packed else hidden if by_frame else None)
     y = dropped(self.dropout, after_gate(pointwise(first, n), *layers, **by, by_frame=True))
     return x + (y if hidden is None else y.masked_fill(hidden.unsqueeze(-1), 0.0))
 

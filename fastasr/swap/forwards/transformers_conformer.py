@@ -176,7 +176,8 @@ def _seamless(
     self: Upstream, hidden_states: Tensor, attention_mask: Any, norm: Upstream, **options: Any
 ) -> Tensor:
     first = self.pointwise_conv1
-    if not is_plain(self.glu, torch.nn.GLU) or not is_plain(first, torch.nn.Conv1d) or first.bias is not None:
+    by_frame = plumbing.is_pointwise_conv1d(first) and first.bias is None
+    if not is_plain(self.glu, torch.nn.GLU) or not by_frame:
         _left.note(self, "glu or pointwise_conv1 is no plain one, or has a bias")
         return type(self).forward(self, hidden_states, attention_mask)
     h = pointwise(first, self.layer_norm(hidden_states))
