@@ -57,11 +57,11 @@ def nemo_fused_joint(
     given = self.wer, self.loss, encoder_lengths, transcript_lengths
     if decoder_outputs is None or transcripts is None or any(value is None for value in given):
         return upstream(decoder_outputs)  # It computes no loss, or names the missing argument.
-    if as_upstream() and _dropout(self) > 0:
-        _left.note(self, "upstream_draws is on: upstream draws the dropout of the joint", level=logging.INFO)
-        return upstream(decoder_outputs)
     if (reason := why_with_logits(self)) is not None:
         _left.note(self, f"upstream computes the loss from logits: {reason}")
+        return upstream(decoder_outputs)
+    if as_upstream() and _dropout(self) > 0:
+        _left.note(self, "upstream_draws is on: upstream draws the dropout of the joint", level=logging.INFO)
         return upstream(decoder_outputs)
     lm = self.project_prednet(decoder_outputs.mT)
     symbols = min(transcripts.shape[1], lm.shape[1] - 1)
