@@ -15,10 +15,11 @@ from torch import Tensor
 from fastasr import _left, ops
 from fastasr._recording import recording
 from fastasr.models.common import activations, attention_dropout, plumbing
+from fastasr.models.common.attention_of_recordings import of_recordings
 from fastasr.models.common.ragged import Packing
 from fastasr.models.common.row import Row
 from fastasr.models.fast_conformer import masks
-from fastasr.models.fast_conformer.attention import first_rows, of_recordings, projected
+from fastasr.models.fast_conformer.attention import first_rows, projected
 from fastasr.models.fast_conformer.masks import OTHER, seen
 from fastasr.ops._relative_positions import relative_shift
 from fastasr.swap.rule import Upstream

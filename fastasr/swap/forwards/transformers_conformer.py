@@ -9,10 +9,11 @@ from torch import Tensor
 from fastasr import _left
 from fastasr._recording import recording
 from fastasr.models.common import activations, plumbing
+from fastasr.models.common.attention_of_recordings import of_recordings
 from fastasr.models.common.plain import is_plain, is_watched
 from fastasr.models.common.ragged import Packing
 from fastasr.models.fast_conformer import masks
-from fastasr.models.fast_conformer.attention import STANDARD, of_recordings
+from fastasr.models.fast_conformer.attention import STANDARD
 from fastasr.models.fast_conformer.convolution import (
     FastConformerConvolution,
     after_gate,
