@@ -78,8 +78,10 @@ def nemo_fused_joint(
 def why_with_logits(joint: Upstream) -> str | None:
     """Returns why upstream's code must compute this joint's loss; None if it need not."""
     net = joint.joint_net
+    if not is_plain(net, nn.Sequential) or len(net) not in (2, 3):
+        return f"joint_net is {type(net).__name__}, expected a plain Sequential of 2 or 3 modules"
     classes = tuple(ACTIVATIONS), *[(nn.Dropout,)] * (len(net) - 2), (nn.Linear,)
-    for part, kinds in ((net, (nn.Sequential,)), *zip(net, classes, strict=True)):
+    for part, kinds in zip(net, classes, strict=True):
         if not is_plain(part, *kinds):
             return f"joint_net holds a {type(part).__name__} that is not a plain {kinds[0].__name__}"
     if not joint.fuse_loss_wer:
@@ -109,7 +111,8 @@ def why_with_logits(joint: Upstream) -> str | None:
 
 
 def _dropout(joint: Upstream) -> float:
-    return joint.joint_net[1].p if joint.training and len(joint.joint_net) == 3 else 0.0
+    dropout = joint.joint_net[1]
+    return dropout.p if dropout.training and len(joint.joint_net) == 3 else 0.0
 
 
 def _of_part(
