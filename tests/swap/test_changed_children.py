@@ -150,6 +150,10 @@ def another_activation(model, path, seen):
     _replace(model, path, nn.Hardtanh(-0.5, 0.25))
 
 
+def longer(model, path, seen):
+    model.get_submodule(path).append(nn.Hardtanh(-0.5, 0.25))
+
+
 def frozen(model, path, seen):
     model.get_submodule(path).requires_grad_(False)
 
@@ -252,6 +256,8 @@ def changes(module):
         yield from (frozen, other_dtype)
     if kind is nn.Dropout or kind.__name__ in ("SwooshL", "SwooshR", "Identity", "Balancer", "Whiten"):
         yield identity
+    if kind is nn.Sequential:
+        yield longer
     if kind in ACTIVATIONS or kind.__name__ in ("Swish", "SiLUActivation"):
         yield from (identity, another_activation)
 
@@ -397,6 +403,15 @@ def check(name, count=None):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_changed_children(name):
     check(name, DRAWN)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_longer_sequences(name):
+    model, run = families.make(name)
+    swap = families.SWAP.get(name, {})
+    for path in [path for path, module in places(model) if type(module) is nn.Sequential]:
+        problem = changed_both_ways(lambda: (copy.deepcopy(model), run), path, longer, True, False, swap)
+        assert not problem, f"{path}: {problem}"
 
 
 @pytest.mark.long

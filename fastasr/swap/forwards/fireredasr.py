@@ -12,7 +12,15 @@ from fastasr.models.common.plain import is_plain
 from fastasr.models.common.ragged import Packing
 from fastasr.models.fast_conformer.attention import projected
 from fastasr.models.fast_conformer.convolution import after_gate, pointwise
-from fastasr.swap.forwards.common import by_mask, by_recording, dropped, drops, in_sequence, is_one_table
+from fastasr.swap.forwards.common import (
+    by_mask,
+    by_recording,
+    dropped,
+    drops,
+    in_sequence,
+    in_sequential,
+    is_one_table,
+)
 from fastasr.swap.rule import Upstream
 
 
@@ -63,8 +71,8 @@ def firered_convolution(self: Upstream, x: Tensor, mask: Any = None) -> Tensor:
 
 def firered_feed_forward(self: Upstream, x: Tensor) -> Tensor:
     """Serves FireRedASR's Conformer, whose LayerNorm comes first: x (..., width) -> same shape."""
-    if not is_plain(self.net, torch.nn.Sequential):
-        _left.note(self, "net is not a plain Sequential")
+    layers = in_sequential(self.net, 6)
+    if layers is None:
+        _left.note(self, "net is not a plain Sequential of 6 modules")
         return type(self).forward(self, x)
-    norm, *layers = self.net
-    return in_sequence(layers, norm(x), residual=x)
+    return in_sequence(layers[1:], layers[0](x), residual=x)
