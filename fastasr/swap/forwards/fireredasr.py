@@ -3,12 +3,10 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastasr import _left, ops
 from fastasr.models.common import plumbing
-from fastasr.models.common.plain import is_plain
 from fastasr.models.common.ragged import Packing
 from fastasr.models.fast_conformer.attention import projected
 from fastasr.models.fast_conformer.convolution import after_gate, pointwise
