@@ -158,7 +158,7 @@ def _leave_padding_out(plan: Plan, report: SwapReport) -> None:
     for (_, module, decision), row in zip(plan, report.rows, strict=True):
         made = decision.later or decision
         rule = made.rule
-        if rule is None or rule.ragged is None:
+        if rule is None or rule.ragged is None or _is_own(module):
             continue
         swapped = binding.bound_forward(module) is not None or (made is decision.later and made.apply)
         reason = rule.ragged.why_not(module) if swapped else made.reason
@@ -209,7 +209,7 @@ def _record(plan: Plan, report: SwapReport, options: Graphs) -> None:
         if reason == RAGGED and rule.graphs.on_row_of(module) is not None:
             reason += ON_ROWS if no_row is None else f", and not on a row: {no_row}"
         whole = (f"{other}." if other else "" for other, why in report.graphs.items() if why is None)
-        if reason is not None and path.startswith(tuple(whole)):
+        if path.startswith(tuple(whole)):
             continue  # It is a part of a recorded encoder.
         if reason is None:
             _bind_recorded(module, rule, rule.graphs, options, on_row)

@@ -189,10 +189,13 @@ class Rule:
                 vars(module)[name] = copy.copy(empty)
 
 
-def recorded(name: str, class_name: str, padded: str = "", **graphs: Any) -> Rule:
+def recorded(
+    name: str, class_name: str, padded: str = "", ragged: Ragged | None = None, **graphs: Any
+) -> Rule:
     """Returns the rule for a class whose code stays upstream's, in any version: its calls are recorded with the
     swapped modules inside."""
-    return Rule(name, class_name, None, _not_of_torch, known={}, padded=padded, graphs=Graphed(**graphs))
+    graphed = Graphed(**graphs)
+    return Rule(name, class_name, None, _not_of_torch, known={}, padded=padded, ragged=ragged, graphs=graphed)
 
 
 def _not_of_torch(module: nn.Module) -> str | None:

@@ -15,7 +15,8 @@ from fastasr import PackedFrames
 from fastasr._recording import recorded_by
 from fastasr.graphs import Graphs
 from fastasr.graphs.recording import Recording
-from fastasr.models import fast_conformer, zipformer
+from fastasr.models import e_branchformer, fast_conformer, zipformer
+from fastasr.models.e_branchformer import EBranchformerEncoder
 from fastasr.models.fast_conformer import FastConformerEncoder
 from fastasr.models.zipformer import Conv2dSubsampling, Zipformer
 
@@ -70,6 +71,11 @@ def _front_end_on_row(packed):
     return OnRow(model, zipformer.subsampling, packed), inputs
 
 
+def _e_branchformer_on_row(packed):
+    model = EBranchformerEncoder(80, 24, cgmlp_linear_units=32, num_blocks=2, use_ffn=True, macaron_ffn=True)
+    return OnRow(model, e_branchformer.row, packed), (torch.randn(2, 40, 80), torch.tensor([40, 33]))
+
+
 def _no(*_):
     return False
 
@@ -97,7 +103,7 @@ BUILDS = (
     *(lambda: _fast_conformer(layer_drop=0.0), _zipformer, _front_end),
     *(
         functools.partial(build, packed)
-        for build in (_fast_conformer_on_row, _zipformer_on_row, _front_end_on_row)
+        for build in (_fast_conformer_on_row, _zipformer_on_row, _front_end_on_row, _e_branchformer_on_row)
         for packed in (0, 1)
     ),
 )

@@ -19,7 +19,6 @@ WEIGHTS_DROPOUT = "the dropout of attention weights has hooks"
 # family, the block that leaves, the part of it that has a hook, the reason
 HOOKED = (
     ("wav2vec2 conformer", "layers.0.conv_module", "glu", "glu is not a plain GLU"),
-    ("wav2vec2 conformer", "layers.0.self_attn", "dropout", WEIGHTS_DROPOUT),
     ("fastspeech2 conformer", "conformer_layers.0.self_attn", "dropout", WEIGHTS_DROPOUT),
     (
         "torchaudio conformer",

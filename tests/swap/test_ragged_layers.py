@@ -126,7 +126,7 @@ class _Other(torch.nn.Linear):
         return self.inner[0](*args, **kwargs) * 1.5
 
 
-@pytest.mark.parametrize("change", ["hook", "adapter"])
+@pytest.mark.parametrize("change", ["hook", "adapter", "taps"])
 @pytest.mark.parametrize("name", ["w2v-bert", "seamless m4t", "fireredasr", "gigaam", "nemo conformer"])
 def test_changed_parts(name, change):
     """A change of any part after the swap holds: the layer calls the part, or runs on padding."""
@@ -137,19 +137,27 @@ def test_changed_parts(name, change):
         fastasr.accelerate(ours, ragged=True)
         for model in (ours, changed):
             layer = layers(model)[0]
+            part = layer.get_submodule(path)
             if change == "hook":
-                layer.get_submodule(path).register_forward_hook(
+                part.register_forward_hook(
                     lambda part, args, y: (
                         tuple(t if t is None else 1.1 * t for t in y) if isinstance(y, tuple) else 1.1 * y
                     )
                 )
-            elif isinstance(layer.get_submodule(path), torch.nn.Linear | torch.nn.Conv1d):
-                parent, _, child = path.rpartition(".")
-                owner = layer.get_submodule(parent)
-                setattr(owner, child, _Other(getattr(owner, child)))
+            elif change == "adapter" and isinstance(part, torch.nn.Linear | torch.nn.Conv1d):
+                layer.set_submodule(path, _Other(part))
+            elif change == "taps" and isinstance(part, torch.nn.Conv1d) and part.kernel_size == (1,):
+                seeded(path)
+                layer.set_submodule(path, _wider(part))
         with torch.no_grad():
             found, expected = run(ours)[valid], run(changed)[valid]
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5, msg=path)
+
+
+def _wider(conv):
+    """Returns a convolution of the same sizes that sees the frames around its own."""
+    bias = conv.bias is not None
+    return torch.nn.Conv1d(conv.in_channels, conv.out_channels, 3, padding=1, bias=bias)
 
 
 def test_reasons():

@@ -173,12 +173,11 @@ def world(model):
 def test_ctrl_c_at_any_line_leaves_no_trace(model, inputs):
     fastasr.accelerate(model, only="layers*")
     model.train()
+    draw, ended = random.Random(int(torch.randint(1 << 30, (1,)))), 0
     counter = Interrupter(-1)
-    before = world(model)
+    before = world(model)  # From the same random numbers each run has the same lines.
     counter.run(lambda: fastasr.verify(model, inputs))
     assert world(model) == before
-    draw, ended = random.Random(int(torch.randint(1 << 30, (1,)))), 0
-    before = world(model)
     for at in sorted(draw.sample(range(100, counter.lines), 12)):
         interrupter = Interrupter(at)
         try:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastasr.asr.decoding.results import Decoded, frames_of
+from fastasr.asr.decoding.results import Decoded, check_blank, frames_of
 
 
 @dataclass
@@ -43,6 +43,7 @@ class CtcGreedySearch:
     ) -> CtcGreedyState:
         """Updates ``state`` in place by these frames, of which ``lengths`` (batch,) are valid, and returns it."""
         frames = frames_of("CtcGreedySearch", log_probs, lengths, len(state.tokens))
+        check_blank("CtcGreedySearch", self.blank_id, log_probs.shape[2])
         scores, best = (t.tolist() for t in log_probs.max(dim=-1))
         for n, count in enumerate(frames):
             last = state.last[n]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastasr.asr.decoding.modified_beam_search import log_add
-from fastasr.asr.decoding.results import Decoded, check_beam, frames_of
+from fastasr.asr.decoding.results import Decoded, check_beam, check_blank, frames_of
 
 NEVER = -math.inf
 
@@ -62,6 +62,7 @@ class CtcPrefixBeamSearch:
     def advance(self, state: CtcBeamState, log_probs: Tensor, lengths: Tensor | None = None) -> CtcBeamState:
         """Updates ``state`` in place by these frames, of which ``lengths`` (batch,) are valid, and returns it."""
         frames = frames_of("CtcPrefixBeamSearch", log_probs, lengths, len(state.beams))
+        check_blank("CtcPrefixBeamSearch", self.blank_id, log_probs.shape[2])
         found = log_probs.float().topk(min(self.beam, log_probs.shape[2]), dim=-1)
         best, tokens = (t.tolist() for t in found)
         for n, count in enumerate(frames):
@@ -90,7 +91,10 @@ class CtcPrefixBeamSearch:
                 longer = reach((*prefix.tokens, token), (*prefix.timestamps, frame))
                 longer.other = log_add(longer.other, (prefix.blank if repeated else prefix.log_prob) + p)
         possible = [prefix for prefix in found.values() if prefix.log_prob > NEVER]
-        return sorted(possible, key=lambda prefix: prefix.log_prob, reverse=True)[: self.beam]
+        possible.sort(key=lambda prefix: prefix.log_prob, reverse=True)
+        return (
+            possible[: self.beam] or beam
+        )  # A frame of NaN, or in which nothing is possible, decides nothing.
 
     def result(self, state: CtcBeamState) -> Decoded:
         best = [beam[0] for beam in state.beams]

@@ -214,11 +214,16 @@ class StreamingRecogniser:
         return results
 
     def finish(self, stream: int) -> list[Result]:
-        """Ends a stream and recognises its waiting chunks. Returns their Results, of which the last is final."""
+        """Ends a stream and recognises its waiting chunks. Returns their Results, of which the last is final: the
+        segment so far if no chunk waits. It is empty if every segment is already final.
+        """
         self.end(stream)
         results = []
         while stream in self.encoder.ready:
             results += self.advance([stream])
+        one = self._of("finish", stream)
+        if not results and (one.frames > one.first_frame or not one.finals):
+            results.append(self._result(stream, one, last=True))
         return results
 
     def result(self, stream: int) -> Result:

@@ -104,6 +104,17 @@ def is_pointwise_conv2d(module: torch.nn.Module) -> TypeGuard[torch.nn.Conv2d]:
     )
 
 
+def is_dense_conv2d(module: torch.nn.Module) -> TypeGuard[torch.nn.Conv2d]:
+    """Says whether this is torch's convolution in one group without dilation, padded by numbers of zeros, without
+    hooks."""
+    return (
+        is_plain(module, torch.nn.Conv2d)
+        and "_conv_forward" not in vars(module)
+        and (module.groups, module.dilation, module.padding_mode) == (1, (1, 1), "zeros")
+        and isinstance(module.padding, tuple)
+    )
+
+
 def is_depthwise_conv2d(module: torch.nn.Module) -> TypeGuard[torch.nn.Conv2d]:
     """Says whether this is torch's depthwise convolution of odd taps that keeps both lengths, without hooks."""
     return (

@@ -62,7 +62,10 @@ def on_gpu(device: torch.device) -> bool:
 
 
 def lengths(
-    encoder: torch.nn.Module, valid: Tensor, why_not: Callable[[], str | None], least_on_gpu: int = 0
+    encoder: torch.nn.Module,
+    valid: Tensor,
+    why_not: Callable[[], str | None],
+    least_on_gpu: int | None = 0,
 ) -> list[int] | None:
     """Returns the frames of each recording, or None where the batch has no padding to leave out or the padding must
     stay, which this function notes.
@@ -71,7 +74,7 @@ def lengths(
     the encoder cannot leave padding out now, or None. Inside ``padded``, under torch.compile and tracing, which would
     take the lengths for constants, and under transforms, batches stay padded. A GPU computes the padding sooner than
     its host makes the calls without it: there inference stays padded, and so do training batches with less than
-    ``least_on_gpu`` frames of padding.
+    ``least_on_gpu`` frames of padding. None: padding changes the values, so it never stays for the time.
     """
     if _all_padded or torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed():
         return None
@@ -83,7 +86,9 @@ def lengths(
         valid, torch.arange(valid.shape[1], device=valid.device, dtype=torch.int64) < counts[:, None]
     ):
         reason = why_not_hooked(encoder) or why_not()
-        few = not torch.is_grad_enabled() or valid.numel() - sum(found) < least_on_gpu
+        few = least_on_gpu is not None and (
+            not torch.is_grad_enabled() or valid.numel() - sum(found) < least_on_gpu
+        )
         if reason is None and few and on_gpu(valid.device):
             reason = "on a GPU that takes less time"
     else:

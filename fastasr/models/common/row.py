@@ -9,14 +9,18 @@ and the gate before it sets them to 0: so its convolutions need not know.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastasr._tables import share
+from fastasr.models.common import plumbing
 from fastasr.packed_frames import PackedFrames, begins_in_batch, moved
+
+MULTIPLE = 16  # Rows have a multiple of so many frames, as tensor cores like them.
 
 
 class Row(NamedTuple):
@@ -218,3 +222,52 @@ def why_beyond(
         torch._assert_async((lengths <= longest).all(), f"a recording has more than {longest} frames")
     used = int(lengths.sum()) if frames * (1 if packed else batch) > most else 0
     return f"it has {used} frames, and Graphs allows {capacity.frames}{per}" if used > most else None
+
+
+def laid_out(
+    capacity: Capacity,
+    features: Tensor | PackedFrames,
+    lengths: Tensor,
+    finish: Callable[[Any], Any],
+    factor: int,
+    subsampled: Callable[[Any], Any],
+    between: int,
+    more: int = 0,
+) -> RowCall | str:
+    """Returns the call on a row of features (B, T₀, ...) of these lengths (B,), or of PackedFrames (N₀, ...), or what
+    of them is too large. Its arguments are the row (1, N₀, ...), the begins and ends (R,) in it, and the frames that
+    the longest recording may have.
+
+    The front end makes ``subsampled(n)`` frames of n, one for each ``factor`` of them, the last of which sees ``more``.
+    Behind it ``between`` frames of nobody lie between recordings. ``finish`` gets the hidden states (B, T, ...), 0
+    behind each recording's end, or PackedFrames (N, ...).
+    """
+    reason = why_beyond(capacity, features, lengths)
+    if reason is not None:
+        return reason
+    device = features.frames.device if isinstance(features, PackedFrames) else features.device
+    lengths = lengths.to(device, non_blocking=True)  # they may be on the CPU
+    if isinstance(features, PackedFrames):
+        features = features._replace(lengths=lengths)
+    batch, recordings = len(lengths), capacity.recordings or 0
+    most = -(-(capacity.frames or 0) // factor) + recordings  # frames that exist
+    rows = -(-(most + recordings * between) // MULTIPLE) * MULTIPLE
+    out_lengths = subsampled(lengths)
+    after = Spans.laid_out(out_lengths, out_lengths + between, recordings)
+    begins = after.begins * factor
+    before = Spans(begins, begins + F.pad(lengths, (0, recordings - batch)))
+
+    def unpack(hidden: Tensor) -> Any:
+        if isinstance(features, PackedFrames):
+            return finish(after.without_gaps(hidden, batch, most))
+        return finish(after.unpacked(hidden, batch, subsampled(features.shape[1])))
+
+    arguments = before.packed(features, rows * factor + more), *before, capacity.longest
+    return RowCall(arguments, lengths.sum(), unpack)
+
+
+def gap(convs: Iterable[Any], least: int = 1) -> int:
+    """Returns how many frames of nobody must lie between recordings for these convolutions over time: as many as one
+    sees on one side, and at ``least`` these."""
+    sides = (conv.weight.shape[-1] // 2 + abs(plumbing.conv_delay(conv) or 0) for conv in convs)
+    return max([least, *sides])

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from fastasr import ops
 from fastasr.models.common import attention_dropout, plumbing
+from fastasr.models.common.attention_of_recordings import of_recordings
 from fastasr.models.common.plain import is_plain
+from fastasr.models.common.row import Row
 from fastasr.ops._relative_positions import relative_shift
 
 
@@ -19,7 +21,8 @@ class RelPositionMultiHeadedAttention(torch.nn.Module):
     """query (B, T, D), pos_emb (1, 2T − 1, D), mask -> (B, T, D).
 
     Row T − 1 + o of pos_emb belongs to the keys o frames after the query. mask is (B, 1, T) or (B, T, T), True at keys
-    that the query sees, or None. The attention of a query that sees no key is 0 before the last projection. The module
+    that the query sees, or None. With a ``Row`` as the mask, query is (1, N, D), and pos_emb is that of the
+    longest recording. The attention of a query that sees no key is 0 before the last projection. The module
     does not keep the weights, and forms them only for ``zero_triu`` or, with dropout, inside
     :func:`fastasr.upstream_draws`. See :func:`fastasr.ops.rel_attention`.
     """
@@ -43,7 +46,7 @@ class RelPositionMultiHeadedAttention(torch.nn.Module):
         torch.nn.init.xavier_uniform_(self.pos_bias_v)
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, pos_emb: Tensor, mask: Tensor | None
+        self, query: Tensor, key: Tensor, value: Tensor, pos_emb: Tensor, mask: Row | Tensor | None
     ) -> Tensor:
         batch, frames = query.shape[:2]
         q = plumbing.linear(self.linear_q, query).view(batch, frames, self.h, self.d_k)
@@ -51,6 +54,10 @@ class RelPositionMultiHeadedAttention(torch.nn.Module):
         q, k = _normed(self, "q_norm", q), _normed(self, "k_norm", k)
         v = plumbing.linear(self.linear_v, value).view(batch, -1, self.h, self.d_k)
         p = plumbing.linear(self.linear_pos, pos_emb).view(pos_emb.shape[0], -1, self.h, self.d_k)
+        if isinstance(mask, Row):
+            dropped: Any = plumbing.dropped_share(self.dropout)
+            out = of_recordings(mask, q[0], k[0], v[0], p[0], self.pos_bias_u, self.pos_bias_v, dropped)
+            return plumbing.linear(self.linear_out, out.flatten(1).unsqueeze(0))
         hidden = None if mask is None else mask.eq(0)  # (B, 1 or T, T)
         dropout = None
         if not self.zero_triu and len(p) == 1:

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastasr import ops
 from fastasr.models.common import activations, plumbing
 from fastasr.models.common.plain import is_plain, is_plain_named
+from fastasr.models.common.row import Row
 
 
 def _is_layer_norm(owner: torch.nn.Module, norm: torch.nn.Module) -> TypeGuard[torch.nn.LayerNorm]:
@@ -65,7 +66,8 @@ class ConvolutionalSpatialGatingUnit(torch.nn.Module):
                 if module.bias is not None:
                     torch.nn.init.ones_(module.bias)
 
-    def forward(self, x: Tensor, gate_add: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, gate_add: Tensor | None = None, hidden: Tensor | None = None) -> Tensor:
+        """``hidden`` (B, T): True at frames that the convolution reads as 0."""
         norm, conv = self.norm, self.conv
         name = activations.fused_name(self.act)
         if (
@@ -76,10 +78,11 @@ class ConvolutionalSpatialGatingUnit(torch.nn.Module):
             and name
         ):
             parameters = norm.weight, norm.bias, conv.weight, conv.bias
-            y = ops.conv_spatial_gate(x, *parameters, norm.eps, activation=name)
+            y = ops.conv_spatial_gate(x, *parameters, norm.eps, padding_mask=hidden, activation=name)
             return plumbing.dropout(self.dropout, y)
         r, g = x.chunk(2, dim=-1)
-        g = conv(norm(g).transpose(1, 2)).transpose(1, 2)
+        g = norm(g) if hidden is None else norm(g).masked_fill(hidden.unsqueeze(-1), 0.0)
+        g = conv(g.transpose(1, 2)).transpose(1, 2)
         if self.linear is not None:
             g = plumbing.linear(self.linear, g)
         if gate_add is not None:
@@ -133,16 +136,18 @@ class FeedForwardConvGated(torch.nn.Module):
         self.channel_proj2 = torch.nn.Linear(ff_dim, out_dim, bias=with_bias)
 
     def forward(
-        self, x: tuple[Tensor, Tensor] | Tensor, mask: Tensor | None = None
+        self, x: tuple[Tensor, Tensor] | Tensor, mask: Row | Tensor | None = None
     ) -> tuple[Tensor, Tensor] | Tensor:
-        """Takes x, or ESPnet's pair of x and the positional encoding, which is returned as a pair too."""
+        """Takes x, or ESPnet's pair of x and the positional encoding, which is returned as a pair too. Of masks it
+        reads a ``Row`` alone: in a padded batch the gate sees padding."""
         x, positions = x if isinstance(x, tuple) else (x, None)
         first = self.channel_proj1
         if _is_two_steps(first):
             x = activations.activated(first[0], first[1], x)
         else:
             x = first(x)
-        x = plumbing.linear(self.channel_proj2, self.csgu(x))
+        gated = self.csgu(x, hidden=mask.hidden) if isinstance(mask, Row) else self.csgu(x)
+        x = plumbing.linear(self.channel_proj2, gated)
         return x if positions is None else (x, positions)
 
 

@@ -8,9 +8,11 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor
 
+from fastasr.models.e_branchformer import row
 from fastasr.models.e_branchformer.layer import EBranchformerLayer
 from fastasr.models.e_branchformer.positional_encoding import RelPositionalEncoding
 from fastasr.models.e_branchformer.subsampling import CONVOLUTIONS, Conv2dSubsampling
+from fastasr.packed_frames import PackedFrames
 
 
 class EBranchformerEncoder(torch.nn.Module):
@@ -18,7 +20,11 @@ class EBranchformerEncoder(torch.nn.Module):
 
     It takes ESPnet's arguments and loads its state dicts. ``input_layer`` is "conv2d", "conv2d1", "conv2d2",
     "conv2d6", "conv2d8", "linear", "embed", a module, or None. Raises ValueError for any other value of these options.
+
+    With ``encoder.ragged = True`` it computes nothing for padding, see ``row``.
     """
+
+    ragged = False
 
     def __init__(
         self,
@@ -113,6 +119,30 @@ class EBranchformerEncoder(torch.nn.Module):
 
     def forward(
         self,
+        xs_pad: Tensor | PackedFrames,
+        ilens: Tensor,
+        prev_states: object = None,
+        masks: Tensor | None = None,
+        ctc: Any = None,
+        max_layer: int | None = None,
+        return_all_hs: bool = False,
+    ) -> tuple[Tensor | tuple[Tensor, list[Any]], Tensor, None] | PackedFrames:
+        """xs_pad (B, L, input_size), ilens (B,) -> (encoded (B, T, output_size), lengths (B,), None).
+
+        masks (B, L), True at padding, may replace ilens. If intermediate outputs are asked for, the first result is a
+        pair of the encoding and these.
+
+        With ``ragged`` a recording's frames and their number are those of the recording alone. Then it also takes
+        PackedFrames (N, input_size) and their lengths, and returns PackedFrames (N', output_size).
+        """
+        call = {"prev_states": prev_states, "masks": masks, "ctc": ctc}
+        call |= {"max_layer": max_layer, "return_all_hs": return_all_hs}
+        if self.ragged or isinstance(xs_pad, PackedFrames):
+            return row.without_padding(self, self._padded, xs_pad, ilens, **call)
+        return self._padded(xs_pad, ilens, **call)
+
+    def _padded(
+        self,
         xs_pad: Tensor,
         ilens: Tensor,
         prev_states: object = None,
@@ -121,11 +151,6 @@ class EBranchformerEncoder(torch.nn.Module):
         max_layer: int | None = None,
         return_all_hs: bool = False,
     ) -> tuple[Tensor | tuple[Tensor, list[Any]], Tensor, None]:
-        """xs_pad (B, L, input_size), ilens (B,) -> (encoded (B, T, output_size), lengths (B,), None).
-
-        masks (B, L), True at padding, may replace ilens. If intermediate outputs are asked for, the first result is a
-        pair of the encoding and these.
-        """
         if masks is None:
             frames = torch.arange(
                 xs_pad.shape[1] if xs_pad.dim() > 1 else 0, device=xs_pad.device, dtype=torch.int64

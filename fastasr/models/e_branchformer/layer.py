@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastasr.models.common import plumbing
+from fastasr.models.common.row import Row
 from fastasr.models.e_branchformer import merge as merging
 from fastasr.models.e_branchformer.attention import RelPositionMultiHeadedAttention
 from fastasr.models.e_branchformer.cgmlp import FeedForwardConvGated
@@ -93,16 +94,17 @@ class EBranchformerLayer(torch.nn.Module):
         merging.add_to(self, 2 * out_dim, out_dim, merge_conv_kernel)
 
     def forward(
-        self, x_input: Tensor | tuple[Tensor, Tensor], mask: Tensor | None = None, cache: None = None
-    ) -> tuple[Tensor | tuple[Tensor, Tensor], Tensor | None]:
+        self, x_input: Tensor | tuple[Tensor, Tensor], mask: Row | Tensor | None = None, cache: None = None
+    ) -> tuple[Tensor | tuple[Tensor, Tensor], Row | Tensor | None]:
         """x_input, mask (B, 1, T), True at valid frames -> (x_input's replacement, mask).
 
         x_input is x (B, T, out_dim), or a pair of x and the positional encoding (1, 2T − 1, out_dim) that relative
-        attention needs; the result has the same form.
+        attention needs; the result has the same form. With a ``Row`` as the mask, x is (1, N, out_dim).
         """
         if cache is not None:
             raise NotImplementedError("EBranchformerLayer: cache: expected None, as upstream")
         x, positions = x_input if isinstance(x_input, tuple) else (x_input, None)
+        hidden = mask.hidden if isinstance(mask, Row) else None
         if self.feed_forward_macaron is not None:
             y = self.feed_forward_macaron(self.norm_ff_macaron(x))
             x = torch.add(x, plumbing.dropout(self.dropout, y), alpha=self.ff_scale)  # one pass
@@ -116,7 +118,7 @@ class EBranchformerLayer(torch.nn.Module):
         x1 = plumbing.dropout(self.dropout, x1)
         x2 = self.cgmlp(self.norm_mlp(x), mask)
         x2 = plumbing.dropout(self.dropout, x2)
-        x = x + plumbing.dropout(self.dropout, merging.merge(self, x1, x2))
+        x = x + plumbing.dropout(self.dropout, merging.merge(self, x1, x2, hidden))
         if self.feed_forward is not None:
             y = self.feed_forward(self.norm_ff(x))
             x = torch.add(x, plumbing.dropout(self.dropout, y), alpha=self.ff_scale)  # one pass

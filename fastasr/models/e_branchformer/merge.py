@@ -37,10 +37,13 @@ def add_to(module: "Merge | EBranchformerLayer", width: int, out_dim: int, kerne
     module.merge_proj = torch.nn.Linear(width, out_dim)
 
 
-def merge(module: "Merge | EBranchformerLayer", x1: Tensor, x2: Tensor) -> Tensor:
+def merge(
+    module: "Merge | EBranchformerLayer", x1: Tensor, x2: Tensor, hidden: Tensor | None = None
+) -> Tensor:
+    """Returns y. Where ``hidden`` (B, T) is True, frames count as 0; then the convolution must be torch's own."""
     both, conv = torch.cat([x1, x2], dim=-1), module.depthwise_conv_fusion
     if plumbing.is_depthwise_conv(conv):
-        both = ops.depthwise_conv_residual(both, conv.weight, conv.bias)
+        both = ops.depthwise_conv_residual(both, conv.weight, conv.bias, padding_mask=hidden)
     else:
         both = both + conv(both.transpose(1, 2)).transpose(1, 2)
     return plumbing.linear(module.merge_proj, both)

@@ -18,13 +18,14 @@ from fastasr import _left, ops
 from fastasr._recording import recording
 from fastasr._transforms import is_transformed
 from fastasr.models.common import attention_dropout, plumbing
+from fastasr.models.common.attention_of_recordings import of_recordings
 from fastasr.models.common.plain import is_watched
 from fastasr.models.common.ragged import Packing
 from fastasr.models.common.row import Row
 from fastasr.models.fast_conformer import masks
 from fastasr.models.fast_conformer.masks import WATCHED, is_readable, seen
 from fastasr.models.fast_conformer.positions import KEPT_FRAMES
-from fastasr.ops import _dispatch, _kept, _reduced_weights
+from fastasr.ops import _kept, _reduced_weights
 from fastasr.ops._relative_positions import relative_shift
 
 if TYPE_CHECKING:
@@ -114,34 +115,6 @@ def _of_recordings(
     positions = projected(module, module.relative_k_proj, table).unflatten(-1, module.bias_u.shape)
     q, k, v = (t.squeeze(0) for t in (q, k, v))
     return of_recordings(packing, q, k, v, positions, module.bias_u, module.bias_v, dropout)
-
-
-def of_recordings(
-    packing: Packing | Row,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    positions: Tensor,
-    bias_u: Tensor | None,
-    bias_v: Tensor | None,
-    dropout: float,
-    span: tuple[int, int] | None = None,
-) -> Tensor:
-    """Returns y (N, H, d) of queries, keys and values (N, H, d): each recording sees itself. The positions (2T − 1, H,
-    d) are those of T frames, as many as the longest recording has or more, or those of the op's ``pos_span``."""
-    half = len(positions) // 2
-    reach = half if isinstance(packing, Row) else max(packing.lengths) - 1
-
-    def one(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, **recordings: Any) -> Tensor:
-        drops: Any = attention_dropout.of_kernel(dropout, q.device)
-        given = {"key_padding_mask": hidden, "pos_span": span or (half, half), **recordings, **drops}
-        return ops.rel_attention(q, k, v, positions, bias_u, bias_v, **given)
-
-    if isinstance(packing, Packing) and not _dispatch.served("rel_attention", q):
-        # The definition would form the scores of all pairs of rows.
-        return packing.by_group(one, q, k, v)
-    y = one(q[None], k[None], v[None], None, starts=packing.starts, context=(reach, reach))
-    return y.squeeze(0)
 
 
 def attended(

@@ -6,6 +6,7 @@ and each dropout draws numbers for all frames of the row.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastasr.models.common import plumbing
+from fastasr.models.common import row as rows
 from fastasr.models.common.plain import is_watched, runs
-from fastasr.models.common.row import Capacity, RowCall, Spans, all_frames, why_beyond
+from fastasr.models.common.row import Capacity, RowCall, Spans, all_frames
 from fastasr.models.fast_conformer import ragged
 from fastasr.models.fast_conformer.block import through_blocks
 from fastasr.models.fast_conformer.convolution import is_batch_norm
@@ -30,8 +32,6 @@ from fastasr.packed_frames import PackedFrames
 
 if TYPE_CHECKING:
     from fastasr.models.fast_conformer.encoder import FastConformerEncoder
-
-MULTIPLE = 16  # Rows have a multiple of so many frames, as tensor cores like them.
 
 
 def why_not(encoder: "FastConformerEncoder") -> str | None:
@@ -76,30 +76,9 @@ def laid_out(
     convs: Sequence[Any],
     finish: Callable[[Any], Any],
 ) -> RowCall | str:
-    """Returns the call on a row of features (B, T₀, mel_bins) of these lengths (B,), or of PackedFrames (N₀, mel_bins),
-    for a front end of ``layers`` and blocks with these convolutions over time, or what of them is too large."""
-    reason = why_beyond(capacity, features, lengths)
-    if reason is not None:
-        return reason
-    if isinstance(features, PackedFrames):
-        features = features.to(features.frames.device, non_blocking=True)  # the lengths may be on the CPU
-        lengths = features.lengths
-    batch = len(lengths)
-    recordings, factor, between = capacity.recordings or 0, frames_per_output(layers), _between(convs)
-    most = -(-(capacity.frames or 0) // factor) + recordings  # frames that exist
-    rows = -(-(most + recordings * between) // MULTIPLE) * MULTIPLE
-    out_lengths = subsampled(layers, lengths)
-    after = Spans.laid_out(out_lengths, out_lengths + between, recordings)
-    begins = after.begins * factor
-    before = Spans(begins, begins + F.pad(lengths, (0, recordings - batch)))
-
-    def unpack(hidden: Tensor) -> Any:
-        if isinstance(features, PackedFrames):
-            return finish(after.without_gaps(hidden, batch, most))
-        return finish(after.unpacked(hidden, batch, subsampled(layers, features.shape[1])))
-
-    arguments = before.packed(features, rows * factor), *before, capacity.longest
-    return RowCall(arguments, lengths.sum(), unpack)
+    """Does as ``common.row.laid_out`` for a front end of ``layers`` and blocks with these convolutions over time."""
+    front: Any = {"factor": frames_per_output(layers), "subsampled": partial(subsampled, layers)}
+    return rows.laid_out(capacity, features, lengths, finish, between=rows.gap(convs), **front)
 
 
 def encoded(
@@ -114,8 +93,3 @@ def encoded(
     positions = encoder.encode_positions(x[:, : subsampled(layers, longest)])
     x = F.dropout(x, encoder.dropout, encoder.training)
     return through_blocks(encoder, x, row, positions)
-
-
-def _between(convs: Sequence[Any]) -> int:
-    """Returns how many frames of nobody must lie between recordings: those that a convolution sees on one side."""
-    return max([1, *(conv.weight.shape[-1] // 2 + abs(plumbing.conv_delay(conv) or 0) for conv in convs)])

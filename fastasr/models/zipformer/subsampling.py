@@ -15,7 +15,7 @@ least 4 are left for the zeros. In training balancers and whitening see the fram
 convolution before them, and layerdrop and dropout draw for as many recordings as the row has room for.
 """
 
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 from fastasr import ops
 from fastasr._recording import recording
 from fastasr._transforms import Function, is_transformed
+from fastasr.models.common import plumbing
 from fastasr.models.common.linear import Linear
 from fastasr.models.common.plain import any_watched, is_plain, is_plain_named, runs
 from fastasr.models.common.ragged import REFUSED, current, in_use
@@ -163,21 +164,11 @@ def _convolved(modules: torch.nn.Module, x: Tensor) -> Tensor:
     if cast or not x.is_cpu or not torch.is_grad_enabled() or not is_plain(modules, torch.nn.Sequential):
         return modules(x)
     for module in modules:
-        if x.requires_grad and _is_simple(module):
+        if x.requires_grad and plumbing.is_dense_conv2d(module):
             x = _Convolution.apply(x, module.weight, module.bias, module.stride, module.padding)
         else:
             x = module(x)
     return x
-
-
-def _is_simple(module: torch.nn.Module) -> TypeGuard[torch.nn.Conv2d]:
-    """Says whether the module is a plain Conv2d in one group without dilation."""
-    return (
-        is_plain(module, torch.nn.Conv2d)
-        and "_conv_forward" not in vars(module)
-        and (module.groups, module.dilation, module.padding_mode) == (1, (1, 1), "zeros")
-        and isinstance(module.padding, tuple)
-    )
 
 
 def _frames(x: Tensor) -> Tensor:
@@ -237,9 +228,9 @@ def why_no_row(front_end: Any) -> str | None:
         return "conv is not a Sequential, or has hooks"
     for i, part in enumerate(conv):
         of_one_frame = is_plain_named(part, ("ScaleGrad", "SwooshR", "Identity"), front_end)
-        if not (_is_simple(part) or of_one_frame or _is_ours(part, Balancer)):
+        if not (plumbing.is_dense_conv2d(part) or of_one_frame or _is_ours(part, Balancer)):
             return f"conv.{i} is not swapped or not upstream's, or has hooks"
-    convs = [part for part in conv if _is_simple(part)]
+    convs = [part for part in conv if plumbing.is_dense_conv2d(part)]
     if [(c.kernel_size[0], c.stride[0], c.padding[0]) for c in convs] != OVER_TIME:
         return "its convolutions see other frames than upstream's"
     if not runs(convnext, ConvNeXt.forward) or not has_plain_parts(convnext):

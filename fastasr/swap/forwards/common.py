@@ -15,10 +15,12 @@ from torch import Tensor
 from fastasr import _left, ops
 from fastasr._recording import recording
 from fastasr.models.common import activations, attention_dropout, plumbing
+from fastasr.models.common.attention_of_recordings import of_recordings
+from fastasr.models.common.plain import is_plain
 from fastasr.models.common.ragged import Packing
 from fastasr.models.common.row import Row
 from fastasr.models.fast_conformer import masks
-from fastasr.models.fast_conformer.attention import first_rows, of_recordings, projected
+from fastasr.models.fast_conformer.attention import first_rows, projected
 from fastasr.models.fast_conformer.masks import OTHER, seen
 from fastasr.ops._relative_positions import relative_shift
 from fastasr.swap.rule import Upstream
@@ -49,6 +51,10 @@ def share_of_dropout(module: Upstream) -> float | None:
     no plain one."""
     if getattr(module, "use_pytorch_sdpa", False):
         return module.dropout_rate if module.training else 0.0
+    if hasattr(
+        module, "position_embeddings_type"
+    ):  # transformers reads the rate and does not call the dropout
+        return module.dropout.p if module.training else 0.0
     dropout = getattr(getattr(module, "attention", module), "dropout", None)
     return 0.0 if dropout is None else plumbing.dropped_share(dropout)
 
@@ -151,6 +157,12 @@ def dropped(dropout: Upstream, y: Tensor) -> Tensor:
     if plumbing.is_idle(dropout):
         return y
     return dropout(y.transpose(1, 2).contiguous()).transpose(1, 2)
+
+
+def in_sequential(module: Upstream, count: int) -> list[Any] | None:
+    """Returns the modules of a plain Sequential of this many, None of anything else."""
+    fits = is_plain(module, torch.nn.Sequential) and len(module) == count
+    return list(module) if fits else None
 
 
 def in_sequence(layers: Upstream, x: Tensor, residual: Tensor | None = None) -> Tensor:

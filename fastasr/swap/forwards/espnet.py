@@ -7,7 +7,7 @@ from torch import Tensor
 from fastasr import _left
 from fastasr.models.common.plain import is_plain
 from fastasr.models.fast_conformer.convolution import gated_convolution
-from fastasr.swap.forwards.common import channels_first, dropped, in_sequence
+from fastasr.swap.forwards.common import channels_first, dropped, in_sequence, in_sequential
 from fastasr.swap.rule import Upstream
 
 
@@ -21,17 +21,18 @@ def espnet_convolution(self: Upstream, x: Tensor) -> Tensor:
 
 def torchaudio_convolution(self: Upstream, input: Tensor) -> Tensor:
     """Serves torchaudio's Conformer: input (B, T, width) -> same shape."""
-    first, gate, *rest, dropout = self.sequential
-    if not is_plain(self.sequential, torch.nn.Sequential) or not is_plain(gate, torch.nn.GLU):
+    layers = in_sequential(self.sequential, 7)
+    if layers is None or not is_plain(layers[1], torch.nn.GLU):
         _left.note(self, "sequential or its glu is not a plain one")
         return type(self).forward(self, input)
+    first, _, *rest, dropout = layers
     return dropped(dropout, gated_convolution(self.layer_norm(input), first, *rest))
 
 
 def torchaudio_feed_forward(self: Upstream, input: Tensor) -> Tensor:
     """Serves torchaudio's Conformer, whose LayerNorm comes first: input (..., width) -> same shape."""
-    if not is_plain(self.sequential, torch.nn.Sequential):
-        _left.note(self, "sequential is not a plain Sequential")
+    layers = in_sequential(self.sequential, 6)
+    if layers is None:
+        _left.note(self, "sequential is not a plain Sequential of 6 modules")
         return type(self).forward(self, input)
-    norm, *layers = self.sequential
-    return in_sequence(layers, norm(input))
+    return in_sequence(layers[1:], layers[0](input))

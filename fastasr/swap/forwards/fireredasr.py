@@ -3,16 +3,22 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastasr import _left, ops
 from fastasr.models.common import plumbing
-from fastasr.models.common.plain import is_plain
 from fastasr.models.common.ragged import Packing
 from fastasr.models.fast_conformer.attention import projected
 from fastasr.models.fast_conformer.convolution import after_gate, pointwise
-from fastasr.swap.forwards.common import by_mask, by_recording, dropped, drops, in_sequence, is_one_table
+from fastasr.swap.forwards.common import (
+    by_mask,
+    by_recording,
+    dropped,
+    drops,
+    in_sequence,
+    in_sequential,
+    is_one_table,
+)
 from fastasr.swap.rule import Upstream
 
 
@@ -52,18 +58,19 @@ def firered_convolution(self: Upstream, x: Tensor, mask: Any = None) -> Tensor:
     packed = mask is None or isinstance(mask, Packing)
     first, hidden = self.pointwise_conv1, None if packed else mask[:, 0].ne(1)
     n = self.pre_layer_norm(x)
-    if hidden is not None and not (is_plain(first, torch.nn.Conv1d) and first.bias is None):
+    by_frame = plumbing.is_pointwise_conv1d(first) and first.bias is None
+    if hidden is not None and not by_frame:
         n = n.masked_fill(hidden.unsqueeze(-1), 0.0)
     layers = self.depthwise_conv, self.batch_norm, self.swish, self.pointwise_conv2
-    by = by_mask(mask if packed else hidden)
+    by = by_mask(mask if packed else hidden if by_frame else None)
     y = dropped(self.dropout, after_gate(pointwise(first, n), *layers, **by, by_frame=True))
     return x + (y if hidden is None else y.masked_fill(hidden.unsqueeze(-1), 0.0))
 
 
 def firered_feed_forward(self: Upstream, x: Tensor) -> Tensor:
     """Serves FireRedASR's Conformer, whose LayerNorm comes first: x (..., width) -> same shape."""
-    if not is_plain(self.net, torch.nn.Sequential):
-        _left.note(self, "net is not a plain Sequential")
+    layers = in_sequential(self.net, 6)
+    if layers is None:
+        _left.note(self, "net is not a plain Sequential of 6 modules")
         return type(self).forward(self, x)
-    norm, *layers = self.net
-    return in_sequence(layers, norm(x), residual=x)
+    return in_sequence(layers[1:], layers[0](x), residual=x)

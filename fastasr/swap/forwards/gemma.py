@@ -333,7 +333,7 @@ def gemma4_subsampling(
     and the mask of these frames."""
     conv, norm, name = self.conv, self.norm, fused_name(self.act)
     layer_norm = is_plain(norm, torch.nn.LayerNorm) and norm.weight is not None
-    if not (is_plain(conv, torch.nn.Conv2d) and layer_norm and name):
+    if not (plumbing.is_dense_conv2d(conv) and layer_norm and name):
         _left.note(self, "conv, norm or act has hooks or is no plain one")
         return type(self).forward(self, hidden_states, mask)
     x = hidden_states
@@ -342,7 +342,7 @@ def gemma4_subsampling(
         if _hides(mask == 0):
             x = x * mask[:, None, :, None]
         mask = mask[:, ::2]
-    y = _channels_last(conv, x.to(conv.weight.dtype), conv.padding)
+    y = _channels_last(conv, x.to(conv.weight.dtype))
     y = ops.norm_activation(y, norm.weight, norm.bias, eps=norm.eps, activation=name)
     return y.permute(0, 3, 1, 2), mask
 
@@ -354,14 +354,14 @@ def gemma3n_subsampling(self: Upstream, audio_encodings: Tensor) -> Tensor:
     conv, norm = self.conv, self.norm
     left, right, top, bottom = self.manual_padding
     if not (
-        is_plain(conv, torch.nn.Conv2d)
+        plumbing.is_dense_conv2d(conv)
         and is_upstreams(norm, self)
         and is_plain(self.activation, torch.nn.ReLU)
     ):
         _left.note(self, "conv, norm or activation has hooks or is no plain one")
         return type(self).forward(self, audio_encodings)
     x = F.pad(audio_encodings, (left, right, top, bottom)).to(conv.weight.dtype)
-    y = _channels_last(conv, x, (0, 0))
+    y = _channels_last(conv, x)
     wide = y.float()
     variance, mean = torch.var_mean(wide, (2, 3), correction=0)  # [B, T]
     count = torch.arange(1, wide.shape[1] + 1, dtype=wide.dtype, device=wide.device)
@@ -376,11 +376,12 @@ def gemma3n_subsampling(self: Upstream, audio_encodings: Tensor) -> Tensor:
     return y.permute(0, 3, 1, 2)
 
 
-def _channels_last(conv: Upstream, x: Tensor, padding: Any) -> Tensor:
+def _channels_last(conv: Upstream, x: Tensor) -> Tensor:
     """Returns the convolution of maps x (B, C, T, F) as (B, T', F', channels), contiguous. With one channel in it is a
     product, which gives the channels last without a copy."""
     if x.shape[1] == 1:
-        x = F.pad(x[:, 0], (padding[1], padding[1], padding[0], padding[0]))
+        rows, columns = conv.padding
+        x = F.pad(x[:, 0], (columns, columns, rows, rows))
         return ops.linear(plumbing.patches(conv, x), conv.weight.flatten(1), conv.bias)
     last = torch.channels_last
     y = F.conv2d(
@@ -388,6 +389,6 @@ def _channels_last(conv: Upstream, x: Tensor, padding: Any) -> Tensor:
         conv.weight.contiguous(memory_format=last),
         conv.bias,
         conv.stride,
-        padding,
+        conv.padding,
     )
     return y.permute(0, 2, 3, 1).contiguous()

@@ -55,10 +55,10 @@ def why_changed(layer: Upstream) -> str | None:
     table = getattr(attends, "distance_embedding", None)
     if table is not None and not is_plain(table, torch.nn.Embedding):
         return "its table of positions is no plain embedding"
-    if hasattr(convolves, "glu") and not (
-        convolves.glu is F.glu  # FireRedASR's
-        or (is_plain(convolves.glu, torch.nn.GLU) and is_plain(convolves.pointwise_conv1, torch.nn.Conv1d))
-    ):
+    glu: Any = getattr(convolves, "glu", F.glu)  # FireRedASR's is the function.
+    products = convolves.pointwise_conv1, convolves.pointwise_conv2
+    plain = glu is F.glu or is_plain(glu, torch.nn.GLU)
+    if not plain or not all(map(plumbing.is_pointwise_conv1d, products)):
         return "its convolution module holds a changed part"
     conv = convolves.depthwise_conv
     causal = runs(convolves, transformers_conformer.causal_seamless_convolution)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastasr import _left, ops
 from fastasr.models.common import activations, plumbing
-from fastasr.models.common.plain import is_plain, is_plain_named
+from fastasr.models.common.plain import is_plain_named
 from fastasr.models.common.ragged import Packing
 from fastasr.models.common.row import Row
 from fastasr.models.fast_conformer import masks
@@ -30,6 +30,7 @@ from fastasr.swap.forwards.common import (
     drops,
     hidden_pairs,
     in_sequence,
+    in_sequential,
     is_mask,
     is_one_table,
     packed_attention,
@@ -168,10 +169,11 @@ def gigaam_feed_forward(self: Upstream, x: Tensor) -> Tensor:
 
 def nemo_transformer_feed_forward(self: Upstream, x: Tensor) -> Tensor:
     """Serves NeMo's TransformerEncoder: x (..., width) -> same shape."""
-    if not is_plain(self.net, torch.nn.Sequential):
-        _left.note(self, "net is not a plain Sequential")
+    layers = in_sequential(self.net, 5)
+    if layers is None:
+        _left.note(self, "net is not a plain Sequential of 5 modules")
         return type(self).forward(self, x)
-    return in_sequence(self.net, x)
+    return in_sequence(layers, x)
 
 
 def nemo_subsampling(self: Upstream, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:

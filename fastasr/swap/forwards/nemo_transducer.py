@@ -57,11 +57,11 @@ def nemo_fused_joint(
     given = self.wer, self.loss, encoder_lengths, transcript_lengths
     if decoder_outputs is None or transcripts is None or any(value is None for value in given):
         return upstream(decoder_outputs)  # It computes no loss, or names the missing argument.
-    if as_upstream() and _dropout(self) > 0:
-        _left.note(self, "upstream_draws is on: upstream draws the dropout of the joint", level=logging.INFO)
-        return upstream(decoder_outputs)
     if (reason := why_with_logits(self)) is not None:
         _left.note(self, f"upstream computes the loss from logits: {reason}")
+        return upstream(decoder_outputs)
+    if as_upstream() and _dropout(self) > 0:
+        _left.note(self, "upstream_draws is on: upstream draws the dropout of the joint", level=logging.INFO)
         return upstream(decoder_outputs)
     lm = self.project_prednet(decoder_outputs.mT)
     symbols = min(transcripts.shape[1], lm.shape[1] - 1)
@@ -78,8 +78,10 @@ def nemo_fused_joint(
 def why_with_logits(joint: Upstream) -> str | None:
     """Returns why upstream's code must compute this joint's loss; None if it need not."""
     net = joint.joint_net
+    if not is_plain(net, nn.Sequential) or len(net) not in (2, 3):
+        return f"joint_net is {type(net).__name__}, expected a plain Sequential of 2 or 3 modules"
     classes = tuple(ACTIVATIONS), *[(nn.Dropout,)] * (len(net) - 2), (nn.Linear,)
-    for part, kinds in ((net, (nn.Sequential,)), *zip(net, classes, strict=True)):
+    for part, kinds in zip(net, classes, strict=True):
         if not is_plain(part, *kinds):
             return f"joint_net holds a {type(part).__name__} that is not a plain {kinds[0].__name__}"
     if not joint.fuse_loss_wer:
@@ -109,7 +111,8 @@ def why_with_logits(joint: Upstream) -> str | None:
 
 
 def _dropout(joint: Upstream) -> float:
-    return joint.joint_net[1].p if joint.training and len(joint.joint_net) == 3 else 0.0
+    dropout = joint.joint_net[1]
+    return dropout.p if dropout.training and len(joint.joint_net) == 3 else 0.0
 
 
 def _of_part(

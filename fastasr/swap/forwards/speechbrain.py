@@ -13,7 +13,7 @@ from fastasr.models.common.plain import is_plain
 from fastasr.models.fast_conformer.attention import projected
 from fastasr.models.fast_conformer.convolution import pointwise
 from fastasr.models.fast_conformer.masks import OTHER
-from fastasr.swap.forwards.common import dropout_of, is_mask, is_one_table
+from fastasr.swap.forwards.common import dropout_of, in_sequential, is_mask, is_one_table
 from fastasr.swap.rule import Upstream
 
 
@@ -57,18 +57,19 @@ def speechbrain_convolution(
     """Serves SpeechBrain's Conformer, with LayerNorm as norm: x (B, T, width), mask (bool (B, T, 1), True where the
     result is 0) or None -> (B, T, width). With dynamic chunks (Li et al., "Dynamic chunk convolution for unified
     streaming and non-streaming Conformer ASR", 2023) the taps on later frames see only the same chunk."""
-    first, gate = self.bottleneck
+    before, after = in_sequential(self.bottleneck, 2), in_sequential(self.after_conv, 4)
     chunk_size = None if dynchunktrain_config is None else dynchunktrain_config.chunk_size
     if (
-        not all(is_plain(part, torch.nn.Sequential) for part in (self.bottleneck, self.after_conv))
-        or not is_plain(gate, torch.nn.GLU)
+        before is None
+        or after is None
+        or not is_plain(before[1], torch.nn.GLU)
         or (delay := plumbing.conv_delay(self.conv, self.causal)) is None
         or (chunk_size is not None and delay)
     ):
         _left.note(self, "a part has hooks, its convolution is no plain one, or is causal within chunks")
         return type(self).forward(self, x, mask, dynchunktrain_config)
-    norm, activation, last, dropout = self.after_conv
-    h = pointwise(first, self.layer_norm(x)).transpose(0, 1)
+    norm, activation, last, dropout = after
+    h = pointwise(before[0], self.layer_norm(x)).transpose(0, 1)
     if chunk_size is None:
         form: dict[str, Any] = {"weight": self.conv.weight, "delay": delay}
     else:
@@ -96,10 +97,11 @@ def _within_chunks(weight: Tensor, chunk_size: int) -> dict[str, Any]:
 
 def speechbrain_feed_forward(self: Upstream, x: Tensor) -> Tensor:
     """Serves SpeechBrain's positionwise feed-forward, without the last dropout: x (B, T, width) -> same shape."""
-    if not is_plain(self.ffn, torch.nn.Sequential):
-        _left.note(self, "ffn is not a plain Sequential")
+    layers = in_sequential(self.ffn, 4)
+    if layers is None:
+        _left.note(self, "ffn is not a plain Sequential of 4 modules")
         return type(self).forward(self, x)
-    first, activation, dropout, last = self.ffn
+    first, activation, dropout, last = layers
     if plumbing.is_idle(dropout):
         return plumbing.linear(last, activations.activated(first, activation, x))
     hidden = activations.activated(first, activation, x.transpose(0, 1))  # upstream draws in this order

@@ -9,10 +9,11 @@ from torch import Tensor
 from fastasr import _left
 from fastasr._recording import recording
 from fastasr.models.common import activations, plumbing
+from fastasr.models.common.attention_of_recordings import of_recordings
 from fastasr.models.common.plain import is_plain, is_watched
 from fastasr.models.common.ragged import Packing
 from fastasr.models.fast_conformer import masks
-from fastasr.models.fast_conformer.attention import STANDARD, of_recordings
+from fastasr.models.fast_conformer.attention import STANDARD
 from fastasr.models.fast_conformer.convolution import (
     FastConformerConvolution,
     after_gate,
@@ -175,7 +176,8 @@ def _seamless(
     self: Upstream, hidden_states: Tensor, attention_mask: Any, norm: Upstream, **options: Any
 ) -> Tensor:
     first = self.pointwise_conv1
-    if not is_plain(self.glu, torch.nn.GLU) or not is_plain(first, torch.nn.Conv1d) or first.bias is not None:
+    by_frame = plumbing.is_pointwise_conv1d(first) and first.bias is None
+    if not is_plain(self.glu, torch.nn.GLU) or not by_frame:
         _left.note(self, "glu or pointwise_conv1 is no plain one, or has a bias")
         return type(self).forward(self, hidden_states, attention_mask)
     h = pointwise(first, self.layer_norm(hidden_states))

@@ -5,9 +5,25 @@ ESPnet's Conformer and Branchformer use the same classes for attention, feed-for
 them there as well.
 """
 
+from functools import partial
+from typing import Any
+
+from fastasr.graphs.module import OnRow
 from fastasr.models import e_branchformer as models
+from fastasr.models.e_branchformer import row
 from fastasr.swap.forwards import espnet
-from fastasr.swap.rule import Known, Rule, Upstream, check_parts, holds, unread_child
+from fastasr.swap.rule import (
+    Known,
+    Ragged,
+    Rule,
+    Upstream,
+    check_parts,
+    holds,
+    own_forward,
+    unread_child,
+    unread_code,
+    upstream_forward,
+)
 from fastasr.swap.rules.conformer import convolution_rule, feed_forward_rule
 
 _ESPNET = Known("espnet 202511")
@@ -15,6 +31,14 @@ _ESPNET = Known("espnet 202511")
 _SWISH = "Swish", {"89208fb66a55805df70fc892"}  # x sigmoid(x)
 _LAYER_NORM = "LayerNorm", {"5405c51d4c0d397a26eb042d"}  # torch's, over the dimension ``dim``
 
+_ENCODER = {"f5a95ea11fcf2729daf156e3"}
+_POSITIONS = {"0d5ecf9134ceab875981e16c"}
+_FRONTS = {
+    "564c87ccbce83f48a7bfb606",  # Conv2dSubsampling
+    "30094f6a8bd4c0724db53f4f",  # Conv2dSubsampling1
+    "8b79634dd32bbed41ab72b02",  # Conv2dSubsampling2
+    "1b9d9f7300d8ae9f7a1d950e",  # Conv2dSubsampling6
+}
 
 _CONVOLUTIONS = ("pointwise_conv1", "depthwise_conv", "norm", "activation", "pointwise_conv2")
 _ATTENTION_LINEARS = ("linear_q", "linear_k", "linear_v", "linear_out", "linear_pos")
@@ -101,5 +125,24 @@ LAYER = Rule(
     structure=_layer_structure,
     known={"bb5379a9603330ac13ff54f3": _ESPNET},
 )
+
+
+def _without_padding(self: Upstream, *args: Any, **kwargs: Any) -> Any:
+    return row.without_padding(self, partial(upstream_forward, self), *args, **kwargs)
+
+
+def _why_no_row(encoder: Upstream) -> str | None:
+    """Returns why ESPnet's encoder, or ours, cannot run on a row, or None."""
+    if isinstance(encoder, models.EBranchformerEncoder):
+        return row.why_not(encoder) if encoder.ragged else "it runs on padding: set its attribute ragged"
+    reason = row.why_not(encoder) or unread_code("EBranchformerEncoder", encoder, own_forward, _ENCODER)
+    front = encoder.embed
+    if reason is None and hasattr(front, "conv"):
+        reason = unread_code("embed", front, own_forward, _FRONTS)
+    return reason or unread_code("positions", row.positions_of(encoder), own_forward, _POSITIONS)
+
+
+RAGGED = Ragged(_without_padding, _why_no_row)
+ON_ROW = OnRow(row.encoded, row.packed, _why_no_row)
 
 RULES = (LAYER, ATTENTION, GATING_MLP, GATE, CONVOLUTION, FEED_FORWARD)

@@ -11,6 +11,7 @@ from fastasr.models.fast_conformer.encoder import masked
 from fastasr.packed_frames import PackedFrames
 from fastasr.swap.forwards import nemo_row
 from fastasr.swap.rule import RAGGED, Upstream, recorded
+from fastasr.swap.rules import espnet_branchformer
 
 _LAYERS = "layers", "encoders", "conformer_layers", "layer_stack", "conformer"
 
@@ -46,6 +47,7 @@ def _packed(
 
 
 _ON_ROWS = {
+    "EBranchformerEncoder": espnet_branchformer.ON_ROW,
     "FastConformerEncoder": OnRow(row.encoded, _packed, _why_no_row),
     "ConformerEncoder": OnRow(
         nemo_row.encoded, nemo_row.packed, nemo_row.why_not, nemo_row.is_nemos, nemo_row.without_padding
@@ -53,13 +55,15 @@ _ON_ROWS = {
 }
 
 
+_RAGGED = {"EBranchformerEncoder": espnet_branchformer.RAGGED}
+
 PADDED = "fastasr has no code that leaves padding out of this encoder"
 
 # Class -> the frameworks that have one of this name, and why it runs on padding ("": the class or its layers know)
 CLASSES = {
     "ConformerEncoder": ("NeMo's, SpeechBrain's, ESPnet's, FireRedASR's and GigaAM's", PADDED),
     "Conformer": ("torchaudio's", PADDED),
-    "EBranchformerEncoder": ("ESPnet's, and fastasr's own", PADDED),
+    "EBranchformerEncoder": ("ESPnet's, and fastasr's own", ""),
     "FastConformerEncoder": ("fastasr's own", ""),
     "FastSpeech2ConformerEncoder": ("transformers'", PADDED),
     "FunAsrNanoEncoder": ("transformers'", PADDED),
@@ -79,6 +83,14 @@ CLASSES = {
 }
 
 RULES = tuple(
-    recorded(f"recorded.{name}", name, padded, why_not=_why_not, parts=layers, on_row=_ON_ROWS.get(name))
+    recorded(
+        f"recorded.{name}",
+        name,
+        padded,
+        _RAGGED.get(name),
+        why_not=_why_not,
+        parts=layers,
+        on_row=_ON_ROWS.get(name),
+    )
     for name, (_, padded) in CLASSES.items()
 )

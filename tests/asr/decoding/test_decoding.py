@@ -155,6 +155,16 @@ def test_nothing_heard():
         assert found.tokens == [[], []]
 
 
+@pytest.mark.parametrize("value", [float("nan"), -float("inf")])
+def test_a_frame_in_which_nothing_is_possible_decides_nothing(value):
+    log_probs = torch.randn(1, 6, 5, generator=numbers(3)).log_softmax(-1)
+    expected = decoding.ctc_prefix_beam_search(torch.cat([log_probs[:, :3], log_probs[:, 4:]], 1))
+    log_probs[:, 3] = value
+    found = decoding.ctc_prefix_beam_search(log_probs)
+    assert found.tokens == expected.tokens
+    assert found.scores == expected.scores
+
+
 def test_a_wider_beam_is_not_less_likely():
     for seed in range(5):
         model = logit_tables.TableTransducer(vocabulary=5, seed=seed)
@@ -228,6 +238,13 @@ def test_a_stream_hears_what_the_whole_utterance_says(model, ctc):
             "at most 23 frames",
         ),
         (lambda m, x: decoding.greedy_search(m, x, torch.tensor([3])), ValueError, "expected 3 lengths"),
+        (
+            lambda m, x: decoding.greedy_search(m, x, torch.tensor([3.0, 1, 1])),
+            TypeError,
+            "expected integers",
+        ),
+        (lambda m, x: decoding.ctc_greedy_search(x, blank_id=-1), ValueError, "from 0 to 23, got -1"),
+        (lambda m, x: decoding.ctc_prefix_beam_search(x, blank_id=24), ValueError, "from 0 to 23, got 24"),
     ],
 )
 def test_bad_arguments(model, encoder_out, call, error, message):

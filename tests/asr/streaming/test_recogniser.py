@@ -143,6 +143,18 @@ def test_segments_end_after_silence(model):
     assert recogniser.result(stream).segment == 0
 
 
+def test_the_last_result_is_final_if_no_chunk_waits(model):
+    recogniser = StreamingRecogniser(model, engine(model), "ctc-greedy")
+    silent, spoken = recogniser.open(), recogniser.open()
+    recogniser.push(silent, torch.zeros(0))
+    _Spoken(recogniser).say(spoken, [0, 3, 0, 0])
+    for stream, tokens in ((silent, []), (spoken, [3])):
+        (final,) = recogniser.finish(stream)
+        assert (final.tokens, final.final) == (tokens, True)
+        assert recogniser.finals(stream) == [final]
+        assert recogniser.finish(stream) == []
+
+
 def test_what_is_refused(model):
     encoder = engine(model)
     for options, match in (

@@ -131,5 +131,12 @@ CONV2D_SUBSAMPLING = Rule(
         "536b01a8fe378cfdf7853b9c": Known("icefall before pull request 1108"),  # nothing of tracing
     },
     note="gives its convolutions channels_last memory",
-    graphs=Graphed(on_row=OnRow(subsampling.encoded, subsampling.packed, subsampling.why_no_row)),
+    graphs=Graphed(
+        on_row=OnRow(
+            subsampling.encoded,
+            subsampling.packed,
+            subsampling.why_no_row,
+            of=lambda module: hasattr(module, "convnext"),  # E-Branchformer has another class of this name
+        )
+    ),
 )

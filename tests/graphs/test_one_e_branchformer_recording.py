@@ -1,0 +1,433 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One recording of an E-Branchformer serves every batch: recordings in a row of fixed length give what they give alone,
+in values, gradients and numbers of frames. So does a row that just fits a batch, without graphs."""
+
+import copy
+import math
+from functools import partial
+
+import pytest
+import torch
+from recorded import lengths_on_a_row, on_rows, without_padding
+from steps import close, cotangent, moved, numbers, same_gradients, seeded
+
+import fastasr
+from fastasr import PackedFrames
+from fastasr.graphs import module as graphs_of
+from fastasr.models.common.row import MULTIPLE, Room
+from fastasr.models.e_branchformer import EBranchformerEncoder, row
+from fastasr.testing.tape import TapeRecorder
+
+BINS, FRAMES, RECORDINGS, LONGEST = 21, 300, 5, 180
+KINDS = "ours", "espnet"
+WIDE = "conv2d1", "conv2d2", "conv2d6", "conv2d8"  # other input layers of convolutions
+NOTHING = torch.zeros(0, 12).double()
+recorded = partial(on_rows, frames=FRAMES, recordings=RECORDINGS, longest=LONGEST, after=1)
+
+
+def encoder(kind="ours", **options):
+    cls = EBranchformerEncoder
+    if kind == "espnet":
+        cls = pytest.importorskip("espnet2.asr.encoder.e_branchformer_encoder").EBranchformerEncoder
+    seeded(0)
+    sizes = {"output_size": 12, "attention_heads": 3, "cgmlp_linear_units": 16, "cgmlp_conv_kernel": 7}
+    sizes |= {"num_blocks": 2, "linear_units": 14, "use_ffn": True, "macaron_ffn": True}
+    still = {"dropout_rate": 0.0, "positional_dropout_rate": 0.0}
+    return moved(cls(BINS, **{**sizes, **still, **options}), 0.1).double()
+
+
+def batch(lengths, frames=None, seed=1):
+    """Returns features with NaN behind each recording's end, and lengths."""
+    lengths = torch.tensor(lengths)
+    x = torch.randn(len(lengths), frames or int(lengths.max()), BINS, generator=numbers(seed)).double()
+    return x.masked_fill((torch.arange(x.shape[1]) >= lengths[:, None])[..., None], math.nan), lengths
+
+
+def packed(x, lengths, frames=None):
+    """Returns PackedFrames with NaN in frames of nobody."""
+    rows = torch.cat([one[:n] for one, n in zip(x, lengths.tolist(), strict=True)])
+    more = 0 if frames is None else frames - len(rows)
+    return PackedFrames(torch.cat([rows, rows.new_full((more, *rows.shape[1:]), math.nan)]), lengths)
+
+
+def gradients(model, hidden, x):
+    """Returns the gradients by name of the hidden states of the recordings, a list of (T, D)."""
+    leaves = dict(model.named_parameters()) | {"features": x}
+    loss = sum((y * cotangent(y, f"recording {i}")).sum() for i, y in enumerate(hidden) if len(y))
+    found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
+    return dict(zip(leaves, found, strict=True))
+
+
+def alone(model, x, lengths):
+    """Returns the hidden states of recordings, a list of (T, D), each of which is a batch of its own, and gradients."""
+    x = x.clone().requires_grad_(model.training)
+    hidden = []
+    for one, n in zip(x, lengths.tolist(), strict=True):
+        try:
+            hidden.append(model(one[None, :n], torch.tensor([n]))[0][0] if n else NOTHING)
+        except Exception as error:  # ESPnet's has a class of its own
+            if "frames" not in str(error):
+                raise
+            hidden.append(NOTHING)
+    return hidden, gradients(model, hidden, x) if model.training else {}
+
+
+def together(model, x, lengths):
+    """Does the same in one padded batch."""
+    x = x.clone().requires_grad_(model.training)
+    y, after, _ = model(x, lengths)
+    for one, n in zip(y, after.tolist(), strict=True):
+        assert not one[n:].any()
+    hidden = [one[:n] for one, n in zip(y, after.tolist(), strict=True)]
+    return hidden, gradients(model, hidden, x) if model.training else {}
+
+
+def in_a_row(model, x, lengths, frames=None):
+    """Does the same with PackedFrames, and returns their number as well."""
+    given = packed(x, lengths, frames)
+    given.frames.requires_grad_(model.training)
+    found = model(given, lengths)
+    assert isinstance(found, PackedFrames)
+    used = int(found.lengths.sum())
+    assert not found.frames[used:].any()
+    hidden = list(found.frames[:used].split(found.lengths.tolist()))
+    if not model.training:
+        return hidden, {}, len(found.frames)
+    leaves = gradients(model, hidden, given.frames)
+    leaves["features"] = PackedFrames(leaves["features"], lengths).unpacked(x.shape[1])
+    return hidden, leaves, len(found.frames)
+
+
+def same(found, expected):
+    for a, b in zip(found[0], expected[0], strict=True):
+        close(a, b, 1e-10)
+    if expected[1]:
+        same_gradients(found[1], expected[1])
+
+
+def drawn(count):
+    """Yields lengths of batches that fit, among them short ones, empty ones, and a row that is exactly full."""
+    first = [100, 60], [7], [180, 120], [60] * 5, [0, 90], [7, 1, 1, 1, 1], [90, 0, 17]
+    return lengths_on_a_row(count, (FRAMES, RECORDINGS, LONGEST), first, least=7)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("train", [True, False])
+def test_one_recording_serves_padded_and_packed_batches(kind, train):
+    model = encoder(kind).train(train)
+    ours, graphs = recorded(copy.deepcopy(model))
+    sizes = set()
+    for seed, lengths in enumerate(drawn(40)):
+        x, lengths = batch(lengths, seed=seed)
+        with torch.set_grad_enabled(train):
+            expected = alone(model, x, lengths)
+            same(together(ours, x, lengths), expected)
+            *found, size = in_a_row(ours, x, lengths, (None, FRAMES, sum(lengths) + 3)[seed % 3])
+            same(found, expected)
+        sizes.add(size)
+    (found,) = fastasr.graph_state(ours)[""]
+    assert (found.seen, found.replayed, found.recorded, found.reason) == (80, 79, 1, None)
+    assert len(graphs.graphs) == 1
+    assert 0.1 < found.filling < 1.0
+    assert sizes == {FRAMES // 4 + RECORDINGS}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("train", [True, False])
+def test_without_graphs(kind, train):
+    model = encoder(kind).train(train)
+    ours = without_padding(copy.deepcopy(model))
+    for lengths, frames in (
+        ([100, 60], None),
+        ([33, 0, 8], None),
+        ([40], None),
+        ([20, 3], None),
+        ([20, 20], 31),
+    ):
+        x, lengths = batch(lengths, frames)
+        with torch.set_grad_enabled(train):
+            expected = alone(model, x, lengths)
+            same(together(ours, x, lengths), expected)
+            *found, size = in_a_row(ours, x, lengths, int(lengths.sum()) + 5)
+            same(found, expected)
+        assert size == sum(map(len, expected[0]))
+
+
+OPTIONS = {
+    **{kind: {"input_layer": kind} for kind in WIDE},
+    "frames": {"input_layer": "linear"},
+    "layers within the gate": {"use_linear_after_conv": True, "gate_activation": "swish"},
+    "no feed-forward blocks": {"use_ffn": False, "merge_conv_kernel": 9, "cgmlp_conv_kernel": 3},
+}
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("case", OPTIONS)
+def test_options(case, train):
+    model = encoder(**OPTIONS[case]).train(train)
+    ours, graphs = recorded(copy.deepcopy(model), after=0)
+    for lengths in ([60, 31, 19], [1, 90, 2], [60] * 5):
+        x, lengths = batch(lengths)
+        with torch.set_grad_enabled(train):
+            expected = alone(model, x, lengths)
+            same(together(ours, x, lengths), expected)
+            same(in_a_row(ours, x, lengths)[:2], expected)
+    assert len(graphs.graphs) == 1
+
+
+def test_tokens():
+    model = encoder(input_layer="embed").eval()
+    ours, graphs = recorded(copy.deepcopy(model), after=0)
+    with torch.no_grad():
+        for lengths in ([9, 30], [1, 0, 4]):
+            lengths = torch.tensor(lengths)
+            x = torch.randint(0, BINS, (len(lengths), int(lengths.max())), generator=numbers(2))
+            same(together(ours, x, lengths), alone(model, x, lengths))
+    assert len(graphs.graphs) == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dropout_draws_for_the_row(kind):
+    """A replay draws the numbers of the unrecorded call on the same row, and others in the next call."""
+    drops = {"dropout_rate": 0.2, "positional_dropout_rate": 0.1, "attention_dropout_rate": 0.2}
+    ours, graphs = recorded(encoder(kind, **drops).train(), after=0)
+    x, lengths = batch([90, 50])
+    together(ours, x, lengths)
+    seeded(4)
+    found = together(ours, x, lengths)
+    kept = {name: g.clone() for name, g in found[1].items()}  # the next step overwrites them
+    other = together(ours, x, lengths)
+    seeded(4)
+    leaf = x.clone().requires_grad_()
+    call = row.packed(ours, Room(FRAMES, RECORDINGS, LONGEST), leaf, lengths)
+    hidden = row.encoded(ours, *call.arguments)
+    assert hidden.shape[1] % MULTIPLE == 0
+    y, after, _ = call.unpack(hidden)
+    hidden = [one[:n] for one, n in zip(y, after.tolist(), strict=True)]
+    same((found[0], kept), (hidden, gradients(ours, hidden, leaf)))
+    assert (found[0][0] - other[0][0]).abs().max() > 0.01
+    assert len(graphs.graphs) == 1
+
+
+def test_positions_are_dropped_too():
+    model, shapes = encoder(positional_dropout_rate=0.5).train(), []
+    model.embed.out[1].dropout.register_forward_hook(lambda module, args, y: shapes.append(y.shape[1:]))
+    call = row.packed(model, Room(FRAMES, RECORDINGS, LONGEST), *batch([90, 50]))
+    hidden = row.encoded(model, *call.arguments)
+    assert shapes == [hidden.shape[1:], (2 * (LONGEST // 4 - 1) - 1, 12)]
+
+
+def test_a_mask_in_place_of_lengths():
+    ours, graphs = recorded(encoder().eval(), after=0)
+    x, lengths = batch([90, 50])
+    with torch.no_grad():
+        mask = torch.arange(90) >= lengths[:, None]
+        found, expected = ours(x, None, masks=mask), ours(x, lengths)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+    assert len(graphs.graphs) == 1
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_under_autocast(train):
+    model = encoder("espnet").float().train(train)
+    ours, graphs = recorded(copy.deepcopy(model), after=0)
+    for lengths in ([100, 60], [33, 9], [90, 0, 40]):
+        x, lengths = batch(lengths)
+        with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(train):
+            y = ours(x.float(), lengths)[0]
+            expected = model(x.float()[:1, : lengths[0]], lengths[:1])[0]
+        close(y[:1, : expected.shape[1]].float(), expected.float(), 0.1)
+    assert len(graphs.graphs) == 1
+
+
+TOO_LARGE = {
+    "recordings": ([20] * 6, "it has 6 recordings, and Graphs allows 5", None),
+    "a recording": (
+        [181, 3],
+        "it is padded to 181 frames, and Graphs allows a recording of 180",
+        "it has a recording of 181 frames, and Graphs allows 180",
+    ),
+    "frames": ([160, 141], "it has 301 frames, and Graphs allows 300", None),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("case", TOO_LARGE)
+def test_a_larger_batch_runs_unrecorded(case, kind):
+    lengths, padded, of_packed = TOO_LARGE[case]
+    model = encoder(kind).train()
+    ours, graphs = recorded(copy.deepcopy(model), after=0)
+    x, lengths = batch(lengths)
+    expected = alone(model, x, lengths)
+    same(together(ours, x, lengths), expected)
+    assert f"not replayed: {padded}" in str(fastasr.why(ours))
+    same(in_a_row(ours, x, lengths)[:2], expected)
+    assert f"not replayed: {of_packed or padded}" in str(fastasr.why(ours))
+    assert not graphs.kinds
+    together(ours, *batch([100, 7]))
+    assert len(graphs.graphs) == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dropped_layers_are_recorded_one_by_one(kind):
+    ours, graphs = recorded(encoder(kind, layer_drop_rate=0.5).train(), after=0)
+    layers = [graphs_of.of(layer) for layer in ours.encoders]
+    for seed, lengths in enumerate(drawn(12)):
+        together(ours, *batch(lengths, seed=seed))
+    (whole,) = graphs.kinds.values()
+    assert (whole.recorded, whole.reason) == (0, "Waits: aten::_local_scalar_dense shows a value to the host")
+    for layer in layers:
+        (kind_of_call,) = layer.kinds.values()
+        assert 0 < kind_of_call.replayed == kind_of_call.seen < 12
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_parts(kind):
+    model = encoder(kind).train()
+    ours, graphs = recorded(copy.deepcopy(model), after=0, parts=True)
+    for lengths in ([100, 60], [33], [90, 0, 40]):
+        x, lengths = batch(lengths)
+        same(together(ours, x, lengths), alone(model, x, lengths))
+    assert not graphs.graphs
+    for layer in ours.encoders:
+        (kind_of_call,) = graphs_of.of(layer).kinds.values()
+        assert (kind_of_call.seen, kind_of_call.replayed, kind_of_call.recorded) == (3, 3, 1)
+
+
+def _exclude(path):
+    return {"exclude": lambda name, module: name == path}
+
+
+class Doubled(torch.nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def _other_forward(model):
+    cls = type(model)
+    body = {"__module__": cls.__module__, "forward": lambda self, *args: cls.forward(self, *args)}
+    model.__class__ = type(cls.__name__, (cls,), body)
+
+
+def _replace(model, path, other):
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, other)
+
+
+NOT_ON_A_ROW = {
+    "inner outputs": ("espnet", {"interctc_layer_idx": [1]}, {}, None, "it gives outputs of inner layers"),
+    "checkpoints": ("ours", {"gradient_checkpoint_layers": [1]}, {}, None, "it checkpoints activations"),
+    "weights": ("ours", {"zero_triu": True}, {}, None, "layer 0: its attention forms the weights"),
+    "no positions": ("espnet", {"input_layer": None}, {}, None, "its positions are not relative ones"),
+    "conv2d8": ("espnet", {"input_layer": "conv2d8"}, {}, None, "its positions are not relative ones"),
+    "conv1d2": ("espnet", {"input_layer": "conv1d2"}, {}, None, "its input layer has modules that are not torch's"),
+    "a layer": ("espnet", {}, _exclude("encoders.1"), None, "layer 1: it is not swapped"),
+    "attention": ("espnet", {}, _exclude("encoders.0.attn"), None, "layer 0: its attention is not swapped"),
+    "cgMLP": ("espnet", {}, _exclude("encoders.0.cgmlp"), None, "layer 0: its cgMLP is not swapped"),
+    "gate": ("espnet", {}, _exclude("encoders.0.cgmlp.csgu"), None, "layer 0: its gate is not swapped"),
+    "another forward": ("espnet", {}, {}, _other_forward, "EBranchformerEncoder runs code that is not upstream's"),
+    "a convolution": (
+        "ours",
+        {},
+        {},
+        lambda model: _replace(model, "encoders.1.depthwise_conv_fusion", torch.nn.Conv1d(24, 24, 3, padding=1)),
+        "layer 1: one of its convolutions is not torch's depthwise convolution",
+    ),
+    "an input layer": (
+        "ours",
+        {"input_layer": "linear"},
+        {},
+        lambda model: _replace(model, "embed.0", Doubled(BINS, 12)),
+        "its input layer has modules that are not torch's, or have hooks",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", NOT_ON_A_ROW)
+def test_what_is_not_on_a_row(case):
+    kind, options, selection, change, reason = NOT_ON_A_ROW[case]
+    model = encoder(kind, **options).eval()
+    if change is not None:
+        change(model.double())
+    if kind == "ours":
+        model.ragged = True
+    options = fastasr.Graphs(frames=FRAMES, recordings=RECORDINGS, recorder=TapeRecorder)
+    report = fastasr.accelerate(model, ragged=True, graphs=options, **selection)
+    assert reason in report.graphs[""] if kind == "ours" else reason in report.ragged[""], str(report)
+    assert reason in report.rows[0].reason
+    x, lengths = batch([60, 20])
+    if case in ("an input layer", "a convolution"):
+        with pytest.raises(ValueError, match=reason):
+            model.double()(packed(x, lengths), lengths)
+
+
+def test_ours_runs_on_padding_unless_it_is_ragged():
+    model = encoder().eval()
+    options = fastasr.Graphs(frames=FRAMES, recordings=RECORDINGS, recorder=TapeRecorder)
+    report = fastasr.accelerate(model, ragged=True, graphs=options)
+    assert "by shape, not on a row: it runs on padding: set its attribute ragged" in report.rows[0].reason
+
+
+def test_calls_that_want_the_padded_batch():
+    model = encoder().eval()
+    ours, graphs = recorded(copy.deepcopy(model), after=0)
+    x, lengths = batch([60, 20])
+    x = x.nan_to_num()
+    with torch.no_grad():
+        for more in ({"max_layer": 1}, {"return_all_hs": True}):
+            found, expected = (m(x, lengths, **more)[0] for m in (ours, model))
+            assert str(found) == str(expected)
+            assert "the call asks for outputs of inner layers" in str(fastasr.why(ours))
+        seen = []
+        handle = ours.encoders[0].cgmlp.register_forward_hook(lambda m, args, y: seen.append(y.shape))
+        ours(x, lengths)
+        handle.remove()
+    assert seen == [(2, 14, 12)]
+    assert not graphs.graphs
+
+
+REFUSED = {
+    "on padding": (lambda: encoder(), {}, "encoder.ragged is False"),
+    "a mask": (
+        lambda: recorded(encoder())[0],
+        {"masks": torch.zeros(2, 60, dtype=torch.bool)},
+        "it has a mask beside its PackedFrames",
+    ),
+    "inner outputs": (
+        lambda: without_padding(encoder("espnet")),
+        {"max_layer": 1},
+        "the call asks for outputs of inner layers",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(case):
+    make, more, reason = REFUSED[case]
+    model = make().eval()
+    x, lengths = batch([60, 20])
+    with torch.no_grad(), pytest.raises(ValueError, match=f"but {reason}: pass the padded batch"):
+        model(packed(x, lengths), lengths, **more)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("train", [True, False])
+def test_on_a_gpu(train):
+    model = encoder().float().cuda().train(train)
+    ours = copy.deepcopy(model)
+    ours.ragged = True
+    options = fastasr.Graphs(frames=FRAMES, recordings=RECORDINGS, longest=LONGEST)
+    fastasr.accelerate(ours, ragged=True, graphs=options)
+    for seed, lengths in enumerate(drawn(12)):
+        x, lengths = batch(lengths, seed=seed)
+        with torch.set_grad_enabled(train):
+            found = together(ours, x.float().cuda(), lengths.cuda() if seed % 2 else lengths)
+            expected = alone(model, x.float().cuda(), lengths)
+        for a, b in zip(found[0], expected[0], strict=True):
+            close(a, b, 1e-4)
+        for name, g in found[1].items():
+            close(g, expected[1][name], 2e-3, name, least=1e-3)
+    (kind_of_call,) = fastasr.graph_state(ours)[""]
+    assert (kind_of_call.recorded, kind_of_call.reason) == (1, None)
+    assert kind_of_call.replayed >= 8
