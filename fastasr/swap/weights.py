@@ -165,12 +165,20 @@ def _as_before_on_error(model: nn.Module) -> Iterator[None]:
 
 def release(model: nn.Module) -> int:
     """Drops the copies of the model's weights. Returns how many there were."""
-    if (
-        vars(model).get("train").__class__ is types.MethodType
-        and getattr(model.train, "__func__", None) is _train
-    ):
+    if _was_reduced(model):
         del vars(model)["train"]
     return sum(_reduced_weights.drop(parameter) for parameter in model.parameters())
+
+
+def why_exact(model: nn.Module) -> str:
+    """Returns why a model whose weights were reduced runs in float32 now, or "" if it does not."""
+    if not _was_reduced(model) or any(map(_reduced_weights.copy_of, model.parameters())):
+        return ""
+    return "other parameters are in the place of the reduced ones: call accelerate with weights= again"
+
+
+def _was_reduced(model: nn.Module) -> bool:
+    return getattr(vars(model).get("train"), "__func__", None) is _train
 
 
 def _train(self: nn.Module, mode: bool = True) -> nn.Module:

@@ -11,7 +11,7 @@ from torch import nn
 from fastasr import _left
 from fastasr.models.common.ragged import why_not_hooked
 from fastasr.ops._dispatch import why_eager
-from fastasr.swap import binding
+from fastasr.swap import binding, weights
 from fastasr.swap.rule import Rule
 from fastasr.swap.rules import rules_by_forward
 
@@ -138,6 +138,8 @@ def _parts(obj: Any, path: str = "", seen: set[int] | None = None) -> Iterator[t
 def _rows(path: str, obj: Any, rules: dict[Any, Rule]) -> Iterator[Method]:
     if isinstance(obj, torch.nn.Module):
         known = _known(obj, rules.get(binding.bound_forward(obj) or type(obj).forward))
+        if exact := weights.why_exact(obj):
+            known |= {"weights": exact}
     else:
         known = obj.leaves() if hasattr(obj, "leaves") else {}
     noted = _left.of(obj)

@@ -217,6 +217,19 @@ def test_saved_loaded_and_copied(model, inputs):
     assert 0 < relative(hidden(model, inputs), hidden(fresh, inputs)) < 0.05
 
 
+def test_exchanged_parameters(model, inputs):
+    exact = hidden(model, inputs)
+    fastasr.accelerate(model, weights="int8")
+    reduced = hidden(model, inputs)
+    assert not fastasr.why(model).to_dict().get("weights")
+    model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+    assert relative(hidden(model, inputs), exact) < 1e-5
+    assert "other parameters" in fastasr.why(model)["weights"]
+    fastasr.accelerate(model, weights="int8")
+    assert torch.equal(hidden(model, inputs), reduced)
+    assert not fastasr.why(model).to_dict().get("weights")
+
+
 def test_from_several_threads(model, inputs):
     fastasr.accelerate(model, weights="int8")
     expected, results = hidden(model, inputs), []
