@@ -172,37 +172,6 @@ def either_kernel(W, ACT, Y, keys, w_row, y_row, BLOCK: tl.constexpr):
         tl.store(Y + j, tl.where(act, equal, w), mask=j < y_row)
 
 
-@triton.jit(do_not_specialize=["rows", "out_rows", "batch"], do_not_specialize_on_alignment=["X"])
-def split_heads_kernel(
-    X, Y, rows, out_rows, batch, heads, dim, WIDE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
-):
-    """Writes rows of a head and sequence, and zeros behind the last row and number."""
-    head, sequence = tl.program_id(1) // batch, tl.program_id(1) % batch
-    r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    c = tl.arange(0, BLOCK_C)
-    keep = (r < rows)[:, None] & (c < dim)[None, :]
-    at = (r.to(tl.int64) * batch + sequence) * heads * dim + head * dim
-    x = tl.load(X + at[:, None] + c[None, :], mask=keep, other=0.0)  # [BLOCK_R, BLOCK_C]
-    out = (tl.program_id(1).to(tl.int64) * out_rows + r) * WIDE
-    tl.store(Y + out[:, None] + c[None, :], x, mask=(r < out_rows)[:, None] & (c < WIDE)[None, :])
-
-
-@triton.jit(do_not_specialize=["rows", "in_rows", "batch"], do_not_specialize_on_alignment=["Y"])
-def join_heads_kernel(
-    X, Y, rows, in_rows, batch, heads, dim, WIDE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
-):
-    """The reverse of split_heads_kernel."""
-    head, sequence = tl.program_id(1) // batch, tl.program_id(1) % batch
-    r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    c = tl.arange(0, BLOCK_C)
-    keep = (r < rows)[:, None] & (c < dim)[None, :]
-    at = (tl.program_id(1).to(tl.int64) * in_rows + r) * WIDE
-    whole = (r < rows)[:, None] & (c < WIDE)[None, :]
-    x = tl.load(X + at[:, None] + c[None, :], mask=whole, other=0.0)  # [BLOCK_R, BLOCK_C]
-    out = (r.to(tl.int64) * batch + sequence) * heads * dim + head * dim
-    tl.store(Y + out[:, None] + c[None, :], x, mask=keep)
-
-
 # --------------------------------------------------------------------------- launchers
 def _tiled(kernel, pointers, like: torch.Tensor) -> None:
     columns = like.shape[-1]
@@ -291,35 +260,4 @@ def either(weights: torch.Tensor, act: torch.Tensor) -> torch.Tensor:
     if out.numel():
         grid = (batch * frames,)
         launch(either_kernel, grid, weights, act, out, keys, row, row, BLOCK=BLOCK, num_warps=WARPS)
-    return out
-
-
-def _by_head(kernel, x, y, rows: int, other_rows: int, batch: int, heads: int, dim: int, wide: int) -> None:
-    block_c = max(16, next_power_of_2(wide))
-    block_r = max(16, 2048 // block_c)
-    launch(kernel, (cdiv(max(rows, other_rows), block_r), heads * batch),
-        x, y, rows, other_rows, batch, heads, dim, WIDE=wide, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=WARPS,
-    )  # fmt: skip
-
-
-def split_heads(x: torch.Tensor, heads: int, rows: int) -> torch.Tensor:
-    """Returns contiguous x (T, B, heads * dim) as (heads * B, rows, dim), with zeros behind T, and behind dim up to a
-    multiple of 8: rows of 16 bytes
-    let the product read and write vectors.
-    """
-    frames, batch, channels = x.shape
-    dim = channels // heads
-    wide = cdiv(dim, 8) * 8
-    out = x.new_empty(heads * batch, rows, wide)
-    if out.numel():
-        _by_head(split_heads_kernel, x, out, frames, rows, batch, heads, dim, wide)
-    return out
-
-
-def join_heads(x: torch.Tensor, heads: int, rows: int, dim: int) -> torch.Tensor:
-    """Returns (rows, B, heads * dim) of contiguous x, as ``split_heads`` returns it."""
-    groups, given, wide = x.shape
-    out = x.new_empty(rows, groups // heads, heads * dim)
-    if out.numel():
-        _by_head(join_heads_kernel, x, out, rows, given, groups // heads, heads, dim, wide)
     return out

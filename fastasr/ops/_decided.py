@@ -134,26 +134,6 @@ def either(weights: Tensor, act: Tensor) -> Tensor:
     return torch.where(act != 0, seen * (1.0 / seen.sum(dim=-1, keepdim=True)), weights)
 
 
-def split_heads(x: Tensor, heads: int, rows: int) -> Tensor:
-    """x (T, B, heads * dim) -> (heads * B, rows, dim) with zeros behind T; kernels pad dim to a multiple of 8 too."""
-    kernels = _kernels(x)
-    if kernels is not None:
-        return kernels.split_heads(x.contiguous(), heads, rows)
-    frames, batch, channels = x.shape
-    x = x.reshape(frames, batch, heads, channels // heads).permute(2, 1, 0, 3)
-    x = x.reshape(heads * batch, frames, channels // heads)
-    return x if rows == frames else torch.nn.functional.pad(x, (0, 0, 0, rows - frames))
-
-
-def join_heads(x: Tensor, heads: int, rows: int, dim: int) -> Tensor:
-    """The reverse: returns (rows, B, heads * dim), contiguous."""
-    kernels = _kernels(x)
-    if kernels is not None:
-        return kernels.join_heads(x, heads, rows, dim)
-    x = x[:, :rows, :dim].unflatten(0, (heads, -1))
-    return x.permute(2, 1, 0, 3).reshape(rows, x.shape[1], heads * dim)
-
-
 def pads(x: Tensor) -> bool:
     """Says whether kernels serve x; they pad the operands of products with zeros."""
     return _kernels(x) is not None

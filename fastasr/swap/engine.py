@@ -4,6 +4,7 @@ undo."""
 
 import contextlib
 import fnmatch
+import weakref
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -54,6 +55,8 @@ class Decision:
 
 
 _CONTAINER = "container: see its submodules"
+# Swapped modules inside ``eager_mode``, and the functions that come back after it
+_paused: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Any]] = weakref.WeakKeyDictionary()
 
 
 def accelerate(
@@ -297,7 +300,7 @@ def restore(model: nn.Module) -> Restored:
     rules, count, left = rules_by_forward(), 0, []
     modules = list(model.named_modules())
     for path, module in modules:
-        guarded, bound = binding.is_guarded(module), binding.unbind(module)
+        guarded, bound = binding.is_guarded(module), binding.unbind(module) or _paused.pop(module, None)
         if bound is not None:
             rules[bound[0]].release(module)
             count += 1
@@ -324,14 +327,16 @@ def refresh(model: nn.Module) -> int:
 
 @contextlib.contextmanager
 def eager_mode(model: nn.Module) -> Iterator[nn.Module]:
-    """Runs upstream's code inside the block and restores the swap after it. TorchScript and ONNX export need this."""
+    """Runs upstream's code inside the block and brings the swap back after it, unless ``restore`` was called inside.
+    TorchScript and ONNX export need this."""
     _check_model("eager_mode", model)
-    swapped = [(module, binding.unbind(module)) for module in list(model.modules())]
+    swapped = [(module, functions) for module in model.modules() if (functions := binding.unbind(module))]
+    _paused.update(swapped)
     try:
         yield model
     finally:
         for module, functions in swapped:
-            if functions is not None and binding.foreign_forward(module) is None:
+            if _paused.pop(module, None) is not None and binding.foreign_forward(module) is None:
                 binding.bind(module, *functions)
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls of the small steps of a recorded pass (``fastasr.ops._decided``), which are no ops and have no samples."""
+"""Calls of kernels inside models, mostly of recorded passes, which are no ops and have no samples."""
 
 import torch
 
-from fastasr.ops import _decided
+from fastasr.ops import _decided, _folded_norm, _weighted_values
 
 
 def launch(device: str) -> None:
@@ -27,8 +27,13 @@ def launch(device: str) -> None:
         _decided.parted(_decided.chosen(branch, row, of_row), row, of_row, (dtype, torch.float32))
         _decided.mask(y, rate, scale)
         _decided.either(uniform(1, 2, 9, 16, dtype=dtype)[..., :9], act)
-        by_head = _decided.split_heads(y, 5, 16)
-        _decided.join_heads(by_head, 5, 9, 14)
+        weights, values = uniform(5, 2, 9, 16, dtype=dtype)[..., :9], y
+        summed = _weighted_values.forward(weights, values)
+        for add in (False, True):
+            _weighted_values.backward(summed, weights, values, torch.zeros_like(weights), add)
+    conv = torch.nn.Conv1d(70, 70, 9, groups=70, device=device).requires_grad_(False)
+    norm = torch.nn.BatchNorm1d(70, device=device).requires_grad_(False)
+    _folded_norm.folded(conv, norm, torch.float32)
     x = uniform(70)
     _decided.limited(x, x, limits)
     _decided.limited(_decided.scaled(x, drawn), x, limits, drawn)

@@ -380,7 +380,7 @@ def test_calls_that_want_the_padded_batch():
             assert str(found) == str(expected)
             assert "the call asks for outputs of inner layers" in str(fastasr.why(ours))
         seen = []
-        handle = ours.encoders[0].cgmlp.register_forward_hook(lambda m, args, y: seen.append(y.shape))
+        handle = ours.encoders[0].cgmlp.register_forward_hook(lambda m, args, y: seen.append(y[0].shape))
         ours(x, lengths)
         handle.remove()
     assert seen == [(2, 14, 12)]

@@ -134,6 +134,14 @@ def test_eager_mode(model, inputs):
     assert len(fastasr.accelerate(model).replaced) == len(report.replaced)
 
 
+def test_restore_inside_eager_mode(model):
+    count = len(fastasr.accelerate(model).replaced)
+    with fastasr.eager_mode(model):
+        assert fastasr.restore(model) == count
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert fastasr.restore(model) == 0
+
+
 def test_hooks_added_after_the_swap_run(model, inputs):
     fastasr.accelerate(model)
     seen = []

@@ -32,7 +32,8 @@ class Row(NamedTuple):
 
 
 class Spans(NamedTuple):
-    """The frames [begins, ends) of recordings that lie one after the other, both (R,). ``begins`` does not decrease."""
+    """The frames [begins, ends) of recordings that lie one after the other, both (R,). The first begins at 0, and the
+    begins do not decrease."""
 
     begins: Tensor
     ends: Tensor
@@ -49,8 +50,9 @@ class Spans(NamedTuple):
     def inside(self, begin: int, count: int, device: torch.device) -> Tensor:
         """Returns which of the frames begin … begin + count − 1 belong to a recording, (1, count)."""
         frame = torch.arange(begin, begin + count, device=device, dtype=torch.int64)
-        before = torch.searchsorted(self.begins, frame, right=True) - 1
-        return ((before >= 0) & (frame < self.ends[before]))[None]
+        before = torch.searchsorted(self.begins[1:], frame, right=True)
+        inside = frame < self.ends[before]
+        return (inside if begin >= 0 else inside & (frame >= 0))[None]
 
     def row(self, frames: int) -> Row:
         """Returns the Row of these frames."""

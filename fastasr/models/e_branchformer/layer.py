@@ -26,7 +26,7 @@ class EBranchformerLayer(torch.nn.Module):
         ff_activation: name or module of the feed-forward blocks' activation.
         dropout: rate of the dropout after every branch and within the feed-forward blocks and the cgMLP.
         num_heads, att_dropout: heads of the attention and the dropout rate of its weights.
-        cgmlp: a module in place of the cgMLP, or None.
+        cgmlp: a module in place of the cgMLP, or None. It takes x, with positions a pair of both, and the mask.
         cgmlp_ff_dim: width of the gated half (half of ESPnet's ``cgmlp_linear_units``); default 3 out_dim.
         cgmlp_conv_kernel, merge_conv_kernel: taps of the convolutions, odd.
         self_att: a module in place of the attention, called as ``self_att(x, x, x, pos_emb, mask)``, or None.
@@ -116,8 +116,9 @@ class EBranchformerLayer(torch.nn.Module):
         else:
             x1 = self.attn(normal, normal, normal, mask)
         x1 = plumbing.dropout(self.dropout, x1)
-        x2 = self.cgmlp(self.norm_mlp(x), mask)
-        x2 = plumbing.dropout(self.dropout, x2)
+        x2 = self.norm_mlp(x)
+        x2 = self.cgmlp(x2 if positions is None else (x2, positions), mask)
+        x2 = plumbing.dropout(self.dropout, x2[0] if isinstance(x2, tuple) else x2)
         x = x + plumbing.dropout(self.dropout, merging.merge(self, x1, x2, hidden))
         if self.feed_forward is not None:
             y = self.feed_forward(self.norm_ff(x))

@@ -20,6 +20,8 @@ from fastasr.models.common.plain import is_plain
 from fastasr.models.common.ragged import Packing
 from fastasr.models.common.row import Row
 from fastasr.models.fast_conformer.masks import is_readable, seen
+from fastasr.ops import _folded_norm
+from fastasr.ops._register import autocast_dtype
 
 
 class FastConformerConvolution(torch.nn.Module):
@@ -107,7 +109,10 @@ def convolved(
     delay: Any = plumbing.conv_delay(conv, around=around, stride=stride)
     if delay is not None and (by_frame or is_batch_norm(norm)):
         folded = not by_frame and not norm.training
-        weight, bias = _fold(conv, norm) if folded else (conv.weight, conv.bias)
+        weight, bias = conv.weight, conv.bias
+        if folded:
+            cast = None if weight.dtype is torch.float64 else autocast_dtype(h)
+            weight, bias = _folded_norm.folded(conv, norm, cast or weight.dtype)
         fused = folded and activations.fused_name(activation) == "silu"
         h = h.transpose(0, 1)
         options: Any = {"delay": delay, "activation": "silu" if fused else "identity"}
@@ -149,15 +154,6 @@ def is_batch_norm(norm: torch.nn.Module) -> TypeGuard[torch.nn.BatchNorm1d]:
         and not any(t is None for t in (norm.running_mean, norm.running_var, norm.num_batches_tracked))
         and not any(t is None for t in (norm.weight, norm.bias))
     )
-
-
-def _fold(conv: Any, norm: Any) -> tuple[Tensor, Tensor]:
-    """Returns the taps and the bias of ``norm(conv(u))`` in eval mode, computed in float32 or better."""
-    wide = torch.promote_types(conv.weight.dtype, torch.float32)
-    scale = norm.weight.to(wide) * torch.rsqrt(norm.running_var.to(wide) + norm.eps)
-    shift = -norm.running_mean.to(wide) if conv.bias is None else conv.bias.to(wide) - norm.running_mean
-    weight, bias = conv.weight * scale[:, None, None], torch.addcmul(norm.bias.to(wide), shift, scale)
-    return weight.to(conv.weight.dtype), bias.to(conv.weight.dtype)
 
 
 def pointwise(conv: torch.nn.Module, x: Tensor) -> Tensor:

@@ -141,37 +141,51 @@ def seen(mask: Tensor, hides: bool = False, left: int | None = None) -> Seen:
     and as many earlier ones as fit into ``left`` frames.
 
     The answer stays with the tensor: a mask of a long recording is large, and an encoder gives it to every layer. On
-    the CPU it holds for this content of the mask; on a GPU writes that torch does not count pass unnoticed.
+    the CPU it holds for this content of the mask; on a GPU writes that torch does not count pass unnoticed. A recorded
+    call, whose masks change from replay to replay, computes it in each.
     """
-    if (
-        torch.compiler.is_compiling() or is_transformed() or recording() is not None
-    ):  # Nothing may depend on values, or be kept.
-        if mask.dim() == 2:
-            hidden = ~mask
-            return Seen(hidden, hidden, True, {})
-        by_query = ~mask if hides else mask[:, 0]
-        return Seen(~by_query.any(1), ~by_query.any(2), False, {})
-    version = _kept.content(mask), torch.is_inference_mode_enabled()  # No gradient may keep its tensors.
+    if torch.compiler.is_compiling() or is_transformed():
+        return _seen_by_any_values(mask, hides)
+    recorded = recording()
+    version: tuple[object, ...]
+    if recorded is not None:
+        version = recorded, None if mask.is_inference() else mask._version
+    else:
+        version = _kept.content(mask), torch.is_inference_mode_enabled()  # No gradient may keep its tensors.
     kept = getattr(mask, "_fastasr_seen", None)
     if kept is None or kept[0] != version:
-        if mask.dim() == 2:
-            rows, keys, by_length = mask, mask, True
-        else:
-            by_query = ~mask if hides else mask[:, 0]
-            rows, keys = by_query.any(2), by_query.any(1)
-            # The mask holds all pairs of seeing queries and seen keys exactly if it holds as many as there are. A sum
-            # would first copy the mask as 64-bit integers.
-            counts = torch.stack([torch.count_nonzero(m) for m in by_query]) if len(mask) else rows.sum(1)
-            by_length = torch.equal(counts, rows.sum(1) * keys.sum(1))
-        empty = ~rows
-        context = {} if by_length or left is None else _chunks(by_query, keys, left)
-        are_some = (mask.dim() == 2 and on_gpu(mask.device)) or bool(
-            empty.any()
-        )  # This waits for the answer of a GPU.
-        kept = version, Seen(~keys, empty if are_some else None, by_length, context)
+        found = _seen_now(mask, hides, left) if recorded is None else _seen_by_any_values(mask, hides)
+        kept = version, found
         owner: Any = mask  # the attribute is ours
         owner._fastasr_seen = kept
     return kept[1]
+
+
+def _seen_by_any_values(mask: Tensor, hides: bool) -> Seen:
+    """Returns what holds whatever the mask's values are."""
+    if mask.dim() == 2:
+        hidden = ~mask
+        return Seen(hidden, hidden, True, {})
+    by_query = ~mask if hides else mask[:, 0]
+    return Seen(~by_query.any(1), ~by_query.any(2), False, {})
+
+
+def _seen_now(mask: Tensor, hides: bool, left: int | None) -> Seen:
+    """Returns what holds for the mask's values."""
+    if mask.dim() == 2:
+        rows, keys, by_length = mask, mask, True
+    else:
+        by_query = ~mask if hides else mask[:, 0]
+        rows, keys = by_query.any(2), by_query.any(1)
+        # The mask holds all pairs of seeing queries and seen keys exactly if it holds as many as there are. A sum would
+        # first copy the mask as 64-bit integers.
+        counts = torch.stack([torch.count_nonzero(m) for m in by_query]) if len(mask) else rows.sum(1)
+        by_length = torch.equal(counts, rows.sum(1) * keys.sum(1))
+    empty = ~rows
+    context = {} if by_length or left is None else _chunks(by_query, keys, left)
+    # This waits for the answer of a GPU.
+    are_some = (mask.dim() == 2 and on_gpu(mask.device)) or bool(empty.any())
+    return Seen(~keys, empty if are_some else None, by_length, context)
 
 
 def _chunks(by_query: Tensor, seen_keys: Tensor, left: int) -> dict:

@@ -11,7 +11,7 @@ Upstream: ``ParakeetEncoderSubsamplingConv2D``.
 
 import math
 from itertools import accumulate
-from typing import Any, TypeAlias, TypeVar, overload
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -112,6 +112,8 @@ def convolved(layers: Layers, x: Tensor, lengths: Tensor | Spans | None, left: i
         _strip(layers, x, valid, begin, min(strip, count - begin), left)
         for begin in range(0, count, max(1, strip))
     ]
+    if len(strips) == 1:
+        return strips[0]
     return torch.cat(strips, 1) if strips else x.new_zeros(batch, 0, layers[0].out_channels * bins_left)
 
 
@@ -123,9 +125,8 @@ def subsampled(
 ) -> N:
     """Returns the front end's length of output for ``frames``, a number, or a list or tensor of numbers, or the spans
     of its output; or that of its first ``stages``."""
-    for _ in range(_stages(layers) if stages is None else stages):
-        frames = _halved(frames, left)
-    return frames
+    found: N = _after(_stages(layers) if stages is None else stages, frames, left)
+    return found
 
 
 def frames_per_output(layers: Layers) -> int:
@@ -151,21 +152,21 @@ def _strip(
         begin, count = 2 * begin - left, 2 * count + 1
         levels.insert(0, (begin, count))
     first, second = layers[0], layers[2] if len(layers) > 2 else None
-    x, lengths = _part(x, *levels[0], left), _halved(lengths, left)
+    x = _part(x, *levels[0], left)
     if second is None:
-        return _within(stem(first, x), levels[1][0], lengths).transpose(2, 3).flatten(2)
-    mask = _inside(lengths, *levels[1], x.device)
+        return _within(stem(first, x), levels[1][0], _after(1, lengths, left)).transpose(2, 3).flatten(2)
+    mask = _inside(_after(1, lengths, left), *levels[1], x.device)
     h = ops.conv_subsampling(x, first.weight, first.bias, second.weight, second.bias, mask, left=left)
     for i, (begin, _) in enumerate(levels[2:]):
         depthwise, pointwise = layers[2 + 3 * i], layers[3 + 3 * i]
-        lengths = _halved(lengths, left)
         if i > 0:
             h = h.permute(0, 3, 1, 2)
             h, padding = (h, (0, 1)) if left == 1 else (F.pad(h, (left, 1)), 0)
             weight, bias, groups = depthwise.weight, depthwise.bias, depthwise.groups
             h = F.conv2d(h, weight, bias, stride=2, padding=padding, groups=groups).permute(0, 2, 3, 1)
         h = ops.linear_activation(h, pointwise.weight.flatten(1), pointwise.bias, "relu")
-        h = _within(h, begin, lengths)  # No other frame sees the depthwise convolution's output there.
+        # No other frame sees the depthwise convolution's output outside.
+        h = _within(h, begin, _after(i + 2, lengths, left))
     return h.transpose(2, 3).flatten(2)  # [B, count, C * F]
 
 
@@ -180,21 +181,15 @@ def stem(conv: Any, x: Tensor) -> Tensor:
     return ops.linear_activation(plumbing.patches(conv, x), conv.weight.flatten(1), conv.bias, "relu")
 
 
-@overload
-def _halved(lengths: int, left: int = 1) -> int: ...
-@overload
-def _halved(lengths: list[int], left: int = 1) -> list[int]: ...
-@overload
-def _halved(lengths: Spans, left: int = 1) -> Spans: ...
-@overload
-def _halved(lengths: Tensor, left: int = 1) -> Tensor: ...
-def _halved(lengths: Any, left: int = 1) -> Any:
-    """Returns the length, or the list or tensor of them, after a convolution of 3 taps and stride 2, with 1 of padding
-    on the right."""
+def _after(stages: int, lengths: Any, left: int = 1) -> Any:
+    """Returns the length, or the list or tensor of them, after convolutions of 3 taps and stride 2, each with 1 of
+    padding on the right. Spans begin at multiples of the factor."""
+    factor, more = 2**stages, left * (2**stages - 1)
     if isinstance(lengths, Spans):
-        begins = lengths.begins // 2
-        return Spans(begins, begins + _halved(lengths.ends - lengths.begins, left))
-    return [_halved(n, left) for n in lengths] if isinstance(lengths, list) else (lengths + left - 2) // 2 + 1
+        return Spans(lengths.begins // factor, (lengths.ends + more) // factor)
+    return (
+        [(n + more) // factor for n in lengths] if isinstance(lengths, list) else (lengths + more) // factor
+    )
 
 
 def _inside(lengths: Lengths, begin: int, count: int, device: torch.device) -> Tensor | None:
@@ -207,7 +202,8 @@ def _inside(lengths: Lengths, begin: int, count: int, device: torch.device) -> T
             return None
         lengths = torch.tensor(lengths, device=device, dtype=torch.int64)
     frame = torch.arange(begin, begin + count, device=device, dtype=torch.int64)
-    return (frame >= 0) & (frame < lengths.unsqueeze(1))
+    inside = frame < lengths.unsqueeze(1)
+    return inside if begin >= 0 else inside & (frame >= 0)
 
 
 def _within(h: Tensor, begin: int, lengths: Lengths) -> Tensor:

@@ -15,7 +15,7 @@ from fastasr.models.common.linear import Linear
 from fastasr.models.zipformer.initial_scale import ScaledLinear
 from fastasr.models.zipformer.schedules import whitening_schedule
 from fastasr.models.zipformer.whitening import Whiten
-from fastasr.ops import _dispatch
+from fastasr.ops import _dispatch, _weighted_values
 
 if TYPE_CHECKING:
     pass
@@ -76,6 +76,8 @@ def weighted(
             return torch.ops.fastasr_cpu.weighted_values.default(attn_weights, values.contiguous())
         if channels <= heads * MOST_COLUMNS:
             return _Weighted.apply(attn_weights, values.contiguous())
+    elif _weighted_values.launchers(attn_weights, values) is not None:
+        return _Launched.apply(attn_weights, values)
     values = values.reshape(sources, batch, heads, channels // heads).permute(2, 1, 0, 3)  # [H, B, S, dv]
     return (attn_weights @ values).permute(2, 1, 0, 3).flatten(2)
 
@@ -92,6 +94,23 @@ class _Weighted(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         return torch.ops.fastasr_cpu.weighted_values_backward.default(grad.contiguous(), *ctx.saved_tensors)
+
+
+class _Launched(Function):
+    """``weighted`` by the kernels for a GPU."""
+
+    @staticmethod
+    def forward(ctx: Any, attn_weights: Tensor, values: Tensor) -> Tensor:
+        ctx.save_for_backward(attn_weights, values)
+        return _weighted_values.forward(attn_weights, values)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        weights, values = ctx.saved_tensors
+        dweights = torch.empty_like(weights)
+        dvalues = _weighted_values.backward(grad, weights, values, dweights, False)
+        return dweights, dvalues
 
 
 def _is_native(weights: Tensor, values: Tensor) -> bool:

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from fastasr._transforms import Function
 from fastasr.models.zipformer.decisions import Numbers
-from fastasr.ops import _decided, _gemm, _layout
+from fastasr.ops import _decided, _gemm, _layout, _weighted_values
 from fastasr.ops._nonlin_attention import passes
 
 
@@ -33,7 +33,7 @@ class SharedWeights:
 
     def weighted(self, values: Tensor) -> Tensor:
         """values (T, batch, heads * dim) -> their weighted sums, same shape."""
-        y, self._weights = _Weighted.apply(self._weights, values, self._padded)
+        y, self._weights = _Weighted.apply(self._weights, values)
         return y
 
     def gated(self, projected: Tensor, constant: Numbers | None) -> Tensor:
@@ -82,39 +82,22 @@ def _room(weights: Tensor) -> Tensor:
     )
 
 
-def _added(total: Tensor | None, weights: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Returns total + a b, in place, or a b in new memory."""
-    sources = b.shape[-1]
-    if total is None:
-        total = _room(weights)
-        torch.bmm(a, b, out=_flat(total, sources))
-    else:
-        _flat(total, sources)[: len(a)].baddbmm_(a, b)
-    return total
-
-
 class _Weighted(Function):
     @staticmethod
-    def forward(ctx: Any, weights: Tensor, values: Tensor, padded: bool) -> tuple[Tensor, Tensor]:
-        heads, targets, sources = len(weights), weights.shape[2], _sources(weights, padded)
-        ctx.dim = values.shape[2] // heads
-        values = _decided.split_heads(values.to(weights.dtype), heads, sources)
+    def forward(ctx: Any, weights: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        values = values.to(weights.dtype)
         ctx.save_for_backward(weights, values)
         ctx.set_materialize_grads(False)
-        y = torch.bmm(_flat(weights, sources), values)
-        return _decided.join_heads(y, heads, targets, ctx.dim), weights.view_as(weights)
+        return _weighted_values.forward(weights, values), weights.view_as(weights)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, total: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return total, None, None
+            return total, None
         weights, values = ctx.saved_tensors
-        heads, _, targets, sources = weights.shape
-        grad = _decided.split_heads(grad, heads, targets)
-        total = _added(total, weights, grad, values.mT)
-        dvalues = torch.bmm(_flat(weights, values.shape[1]).mT, grad)
-        return total, _decided.join_heads(dvalues, heads, sources, ctx.dim), None
+        add, total = total is not None, _room(weights) if total is None else total
+        return total, _weighted_values.backward(grad, weights, values, total, add)
 
 
 class _Gated(Function):
@@ -148,8 +131,9 @@ class _Gated(Function):
         dx = _gemm.batched(first[0].mT, u)
         if total is None:
             total = _room(weights).zero_()
+        _flat(total, ctx.rows)[: len(u)].baddbmm_(u, x.permute(1, 2, 0))
         return (
-            _added(total, weights, u, x.permute(1, 2, 0)),
+            total,
             kernels.gradient(dx, grad, projected, o),
             None,
             None,

@@ -27,6 +27,9 @@ SAMPLES = (
     Sample("scalar", lambda m: {"x": m.normal(mean=4.0)}),
     Sample("single", lambda m: {"x": m.normal(1, mean=-4.0)}),
     Sample("wide range", lambda m: {"x": m.uniform(4099, low=-30.0, high=30.0)}),
+    # where a slope is 0, SwooshL's and SwooshR's: errors of the exponential are a large part of it
+    Sample("small slopes", lambda m: {"x": m.uniform(2000, low=1.4, high=1.7)}),
+    Sample("small slopes to the right", lambda m: {"x": m.uniform(2000, low=-1.6, high=-1.3)}),
     Sample("large values", lambda m: {"x": m.normal(1000, scale=100.0)}),
     Sample("threads", lambda m: {"x": m.normal(33, 4, 257, scale=2.0)}),
     Sample("no elements", lambda m: {"x": m.normal(0)}),

@@ -41,9 +41,6 @@ def decided():
         types = {"DRAWN": dtype, "MASK": dtype}
         yield configuration(f"mask, {dtype}", "mask", types, flat, ("count",))
         yield configuration(f"either, {dtype}", "either", {"W": dtype, "Y": dtype}, flat, ("w_row", "y_row"))
-        split = {"WIDE": 16, "BLOCK_R": 128, "BLOCK_C": 16}
-        for kernel in ("split_heads", "join_heads"):
-            yield configuration(f"{kernel}, {dtype}", kernel, {"X": dtype, "Y": dtype}, split, ())
     types = dict.fromkeys(("X", "Y", "GRAD"), "fp32")
     yield configuration("scale", "scale", types, flat)
     yield configuration("limit", "limit", types, {"BLOCK": 256} | none, ())

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The configurations of kernels/gated_depthwise_conv.py."""
 
-from fastasr.kernels import _recordings
+from fastasr.kernels import _folded_norm, _recordings
 from fastasr.kernels import _sliding_taps as sliding
 from fastasr.kernels import gated_depthwise_conv as conv
 
@@ -72,3 +72,9 @@ def configurations():
     warps = table.pop("num_warps")
     types = {"STARTS": "i64", "OUT": "i32"}
     yield Configuration("gated_depthwise_conv groups", _recordings.groups_kernel, types, table, warps)
+    table = dict(_folded_norm.TILE)
+    warps = table.pop("num_warps")
+    types = dict.fromkeys(("W", "B", "MEAN", "VARIANCE", "NORM_W", "NORM_B"), "fp32")
+    types |= {"OUT_W": "bf16", "OUT_B": "bf16"}
+    name = "gated_depthwise_conv folded norm, bf16"
+    yield Configuration(name, _folded_norm.folded_kernel, types, table, warps, ("channels",), ("eps",))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The configurations of kernels/zipformer_attention_weights.py."""
 
-from fastasr.kernels import _parts
+from fastasr.kernels import _parts, _weighted_values
 from fastasr.kernels import zipformer_attention_weights as module
 
 from .configuration import PRODUCTS, Configuration, element_type, setting
@@ -79,3 +79,15 @@ def configurations(generation: int):
         constants, warps = {"BLOCK": _parts.TABLES["BLOCK"]}, _parts.TABLES["num_warps"]
         name = f"zipformer_attention_weights parts, {dtype}"
         yield Configuration(name, _parts.add_tables_kernel, types, constants, warps, ("size",))
+    strides = tuple(f"{name}_{of}" for name in ("w", "dw") for of in ("head", "batch", "row"))
+    for dtype in PRODUCTS:
+        types = dict.fromkeys(("W", "V", "Y", "G", "DW", "DV"), element_type(dtype))
+        for dim in (12, 32):
+            with setting(dtype) as torch_dtype:
+                shapes = _weighted_values.tiles(dim, torch_dtype)
+            for name, constants in shapes.items():
+                kernel = getattr(_weighted_values, f"{name}_kernel")
+                constants |= {"ADD": True} if name == "backward" else {}
+                warps, stages = constants.pop("num_warps"), constants.pop("num_stages")
+                label = f"zipformer_attention_weights weighted values {name}, {dim} channels, {dtype}"
+                yield Configuration(label, kernel, types, constants, warps, strides, stages=stages)

@@ -145,20 +145,6 @@ def test_gradient_of_attention_weights_with_a_penalty_that_the_device_decides(dt
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("shape", [(7, 3, 24), (40, 2, 60)], ids=str)
-def test_heads(shape):
-    heads, dim = 3, shape[-1] // 3
-    x = torch.randn(shape)
-    for rows in (shape[0], 48):
-        eager, ours = both(lambda rows=rows: _decided.split_heads(x, heads, rows))
-        assert torch.equal(ours[..., :dim], eager)
-        assert not ours[..., dim:].any()
-        assert not ours.shape[-1] % 8
-        for t in (eager, ours):
-            same(lambda t=t: [_decided.join_heads(t, heads, shape[0], dim)])
-        assert torch.equal(both(lambda t=ours: _decided.join_heads(t, heads, shape[0], dim))[1], x)
-
-
 @pytest.mark.parametrize(
     "options", [{}, {"chunk_size": 4}, {"attn_mask": torch.ones(21, 21).triu() > 0}], ids=str
 )

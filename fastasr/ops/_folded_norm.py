@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""BatchNorm in eval mode as part of the depthwise convolution before it: one kernel on CUDA. Not public.
+
+scale = norm_weight / √(variance + eps)      weight' = weight · scale      bias' = norm_bias + (bias − mean) · scale
+"""
+
+import importlib
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastasr.ops._dispatch import KernelFamily, Kernels, direct, triton_kernels
+
+
+def _load() -> Kernels:
+    launchers: Any = importlib.import_module("fastasr.kernels._folded_norm")
+    return Kernels("triton", launchers.folded, None)
+
+
+FAMILY = KernelFamily("folded_norm", (), (replace(triton_kernels("_folded_norm"), load=_load),))
+
+
+def folded(conv: Any, norm: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Returns the taps (C, 1, K) and the bias (C,) of ``norm(conv(u))``, computed in float32 or better and rounded once
+    to ``dtype``."""
+    weight, bias = conv.weight, conv.bias
+    mean, variance = norm.running_mean, norm.running_var
+    tensors = weight, bias, mean, variance, norm.weight, norm.bias
+    given = [t for t in tensors if t is not None]
+    differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in given)
+    if direct(*given) and not differentiated and all(t.is_contiguous() for t in given):
+        kernels = FAMILY.kernels(*given)
+        if kernels is not None:
+            found: tuple[Tensor, Tensor] = kernels.forward(*tensors, norm.eps, dtype)
+            return found
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    scale = norm.weight.to(wide) * torch.rsqrt(variance.to(wide) + norm.eps)
+    shift = -mean.to(wide) if bias is None else bias.to(wide) - mean
+    taps, offset = weight * scale[:, None, None], torch.addcmul(norm.bias.to(wide), shift, scale)
+    return taps.to(dtype), offset.to(dtype)
