@@ -233,7 +233,7 @@ def test_budgets_have_128_bit_accesses(rows, architecture):
     depthwise convolutions have many taps (kernels/_sliding_taps.py), a thread has two or four channels, and 8 to 16
     frames or taps of them in registers: a warp still reads 128 or 256 neighbouring bytes, and few for each product.
     Limits are those of one parameter of any alignment. The second row of a table of bounds begins anywhere, one of
-    pieces is short, and the places of recordings are anywhere.
+    pieces is short, and groups of a recording's frames begin anywhere.
     """
     others = (
         "one column",
@@ -247,13 +247,15 @@ def test_budgets_have_128_bit_accesses(rows, architecture):
         "lattice",
         "bounds",
         "pieces",
-        "places",
+        "gated_depthwise_conv groups",
         "decided limit",
     )
     others += "gated_depthwise_conv weight gradient", "depthwise_conv2d weight gradient"
     others += tuple(f"depthwise_conv2d {name}" for name in ("forward", "input gradient"))
     others += tuple(
-        f"gated_depthwise_conv {name}, chunks" for name in ("forward", "output gradient", "input gradient")
+        f"gated_depthwise_conv {name}, {form}"
+        for name in ("forward", "output gradient", "input gradient")
+        for form in ("chunks", "recordings in chunks")
     )
     for name, row in rows.items():
         if not any(word in name for word in others):
