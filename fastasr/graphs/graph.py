@@ -7,6 +7,7 @@ and the module's parameters.
 """
 
 import contextlib
+import operator
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, Protocol
@@ -20,6 +21,8 @@ from fastasr._recording import recorded_by
 from fastasr._transforms import Function
 from fastasr.graphs.casts import Casts, Uses
 from fastasr.graphs.recording import Recorder, Recording, Unrecordable
+
+_VERSION = operator.attrgetter("_version")
 
 
 class Gradients:
@@ -110,11 +113,14 @@ class Graph:
         self.replay_forward, (outputs, self.form) = recorder.record(self._forward, self.ahead)
         differentiable = [t for t in outputs if isinstance(t, torch.Tensor) and t.requires_grad]
         self.trains = bool(differentiable)
+        self.trained: list[nn.Parameter] = []  # those that have a gradient
         if self.trains:
             self.incoming = [torch.zeros_like(t) for t in differentiable]
             self.replay_backward, (self.inputs, self.found) = recorder.record(
                 lambda: self._backward(differentiable, self.incoming), self.back
             )
+            pairs = zip(gradients.parameters, self.found, strict=True)
+            self.trained = [p for p, has in pairs if has]
         self.wanted = [t.requires_grad for t in outputs if isinstance(t, torch.Tensor)]
         self.outputs = [t.detach() if isinstance(t, torch.Tensor) else t for t in outputs]
 
@@ -199,7 +205,7 @@ class Graph:
     def run(self, leaves: Sequence[Any], owner: Owner) -> Any:
         given = [a for a in leaves if isinstance(a, torch.Tensor)]
         if self.trains:
-            found = iter(_Replayed.apply(self, owner, *given, *self.gradients.parameters))
+            found = iter(_Replayed.apply(self, owner, *given, *self.trained))
         else:
             self._replay(given)
             found = (t.clone() for t in self.outputs if isinstance(t, torch.Tensor))
@@ -221,6 +227,7 @@ class _Replayed(Function):
         graph._replay(tensors[: len(graph.tensors)])
         graph.generation += 1
         ctx.graph, ctx.generation, ctx.node = graph, graph.generation, Node()
+        ctx.versions = [*map(_VERSION, graph.trained)]
         owner.outstanding = weakref.ref(ctx.node)
         found = [t.clone() for t in graph.outputs if isinstance(t, torch.Tensor)]
         ctx.mark_non_differentiable(*(t for t, wanted in zip(found, graph.wanted, strict=True) if not wanted))
@@ -232,6 +239,10 @@ class _Replayed(Function):
         graph = ctx.graph
         if graph.generation != ctx.generation:
             raise RuntimeError("fastasr.graphs: a later call has replaced what this backward pass needs")
+        if ctx.versions != [*map(_VERSION, graph.trained)]:
+            raise RuntimeError(
+                "fastasr.graphs: a parameter has changed since the forward pass of this backward pass"
+            )
         used = (g for g, wanted in zip(grads, graph.wanted, strict=True) if wanted)
         for buffer, g in zip(graph.incoming, used, strict=True):
             buffer.copy_(g)
@@ -242,7 +253,7 @@ class _Replayed(Function):
         ctx.node = None
         inputs = iter(graph.inputs)
         found = [next(inputs) if t.requires_grad else None for t in graph.tensors]
-        ours = graph.gradients.given(graph.found)
+        ours = (g for g in graph.gradients.given(graph.found) if g is not None)
         return None, None, *(g if g is None else g.clone() for g in found), *ours
 
 

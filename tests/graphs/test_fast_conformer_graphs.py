@@ -120,6 +120,32 @@ def test_optimizer_steps():
         same(p, q)
 
 
+def test_hooks_of_parameters_see_gradients_alone():
+    model, called = encoder().train(), {}
+    model.layers[0].unused = torch.nn.Parameter(torch.ones(2))
+    graphs = graphed(model, after=0)
+    for name, p in model.named_parameters():
+        p.register_hook(lambda g, name=name: called.update({name: g.shape}))
+    x, mask = batch(40, [40, 24])
+    _, _, found, _ = step(model, x, mask, 0)
+    assert not reasons(graphs)
+    assert called == {name: g.shape for name, g in found.items() if g is not None}
+    assert "layers.0.unused" not in called
+
+
+def test_a_parameter_that_changes_before_the_backward_pass_is_an_error():
+    model = encoder().train()
+    graphs = graphed(model, after=0)
+    x, mask = batch(40, [40, 24])
+    step(model, x, mask, 0)
+    y, _ = model(x, mask)
+    with torch.no_grad():
+        model.layers[0].norm_out.weight.mul_(2.0)
+    with pytest.raises(RuntimeError, match="a parameter has changed"):
+        y.sum().backward()
+    assert not reasons(graphs)
+
+
 def test_gradient_of_the_features():
     ours, theirs = encoder().train(), encoder().train()
     graphs = graphed(ours, after=0)
