@@ -128,12 +128,15 @@ def backward_kernel(
 def tiles(dim: int, dtype: torch.dtype) -> dict[str, dict]:
     """Returns tiles, warps and stages by kernel for heads of ``dim`` channels: the largest that do not spill
     (tests/kernels/budgets.toml)."""
-    wide = dtype is torch.float32
+    wide, columns = dtype is torch.float32, max(16, next_power_of_2(dim))
     block = 32 if wide else 64
-    common = dot_options(dtype) | {"PRECISE": wide, "BLOCK_V": max(16, next_power_of_2(dim))}
+    common = dot_options(dtype) | {"PRECISE": wide, "BLOCK_V": columns}
     common |= {"BLOCK_M": block, "BLOCK_N": block, "num_warps": 4, "num_stages": 2 if wide else 3}
-    # two warps have 8 columns each of TF32's 16 x 16; four compute all of them twice
-    back = {"num_warps": 2 if rounded(dtype) else 8} if wide else {"BLOCK_M": 32}
+    # Tensor cores have 16 columns of TF32 or of a narrow head for two warps; four would compute them twice.
+    if wide:
+        back = {"num_warps": 2 if rounded(dtype) else 8}
+    else:
+        back = {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 2} if columns == 16 else {"BLOCK_M": 32}
     return {"forward": common, "backward": common | back}
 
 
