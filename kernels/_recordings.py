@@ -116,23 +116,14 @@ def groups(starts: torch.Tensor, frames: int, chunk: int, group: int) -> torch.T
     groups that do not exist. Recordings lie between neighbouring starts, and before and behind all of them. Each is cut
     into chunks, and each chunk into groups of up to ``group`` frames.
     """
-    most = frames * cdiv(chunk, group) // chunk + (len(starts) + 1) * (group - 1) // group
+    whole, rest = frames * cdiv(chunk, group) * group, (len(starts) + 1) * (group - 1) * chunk
+    most = (whole + rest) // (chunk * group)  # a recording's last group may be short of group - 1 frames
 
     def made() -> torch.Tensor:
         found = torch.full((3, min(frames, most)), frames, dtype=torch.int32, device=starts.device)
-        blocks = cdiv(frames, TABLE["BLOCK"])
-        launch(
-            groups_kernel,
-            (blocks,),
-            starts,
-            found,
-            frames,
-            len(starts),
-            chunk,
-            group,
-            found.shape[1],
-            **TABLE,
-        )
+        launch(groups_kernel, (cdiv(frames, TABLE["BLOCK"]),),
+            starts, found, frames, len(starts), chunk, group, found.shape[1], **TABLE,
+        )  # fmt: skip
         return found
 
     return table(starts, ("groups", frames, chunk, group), made)

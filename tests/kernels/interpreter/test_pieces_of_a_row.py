@@ -2,6 +2,8 @@
 """Backward passes on recordings in a row, with as many pieces of the scores' gradients, and shares of a piece, as those
 of long rows."""
 
+import os
+import random
 from itertools import pairwise
 
 import pytest
@@ -111,7 +113,38 @@ def test_tables_are_made_once_for_marked_starts_alone():
     share(marked)
     first = _recordings.bounds(marked, FRAMES)
     assert _recordings.bounds(marked, FRAMES) is first
-    assert _recordings.apart(marked, FRAMES, 3) is not _recordings.apart(marked, FRAMES, 4)
+    assert _recordings.groups(marked, FRAMES, 8, 4) is not _recordings.groups(marked, FRAMES, 8, 2)
+    assert _recordings.groups(marked, FRAMES, 8, 4) is _recordings.groups(marked, FRAMES, 8, 4)
     assert torch.equal(_recordings.bounds(plain, FRAMES), first)
     plain[1] += 1
     assert not torch.equal(_recordings.bounds(plain, FRAMES), first)
+
+
+def groups_of(lengths, chunk, group):
+    """Yields the first frame of each group and [begin, end) of its recording."""
+    begin = 0
+    for length in lengths:
+        for of_chunk in range(begin, begin + length, chunk):
+            for first in range(of_chunk, min(of_chunk + chunk, begin + length), group):
+                yield first, begin, begin + length
+        begin += length
+
+
+def test_groups_are_those_of_each_recording():
+    numbers = random.Random(int(os.environ.get("SEED", "0")))
+    cases = [([9, 30, 9], 27, 2), ([33, 11, 25, 11, 39], 28, 2), ([1, 0, 1, 1], 3, 4)]
+    for _ in range(60):
+        lengths = [numbers.randint(0, 40) for _ in range(numbers.randint(2, 7))]
+        frames = max(1, sum(lengths))
+        cases.append(
+            (lengths, min(frames, numbers.choice([1, 2, 7, 8, 27, frames])), 2 ** numbers.randint(0, 4))
+        )
+    for lengths, chunk, group in cases:
+        frames = sum(lengths)
+        if not frames:
+            continue
+        starts = torch.tensor(lengths[:-1]).cumsum(0)
+        table = _recordings.groups(starts, frames, chunk, group)
+        expected = list(groups_of(lengths, chunk, group))
+        found = [tuple(column) for column in table.T.tolist() if column[0] < frames]
+        assert found == expected, (lengths, chunk, group)
