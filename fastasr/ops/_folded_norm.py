@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastasr.kernels import Unlaunchable
 from fastasr.ops._dispatch import KernelFamily, Kernels, direct, triton_kernels
 
 
@@ -33,8 +34,11 @@ def folded(conv: Any, norm: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     if direct(*given) and not differentiated and all(t.is_contiguous() for t in given):
         kernels = FAMILY.kernels(*given)
         if kernels is not None:
-            found: tuple[Tensor, Tensor] = kernels.forward(*tensors, norm.eps, dtype)
-            return found
+            try:
+                found: tuple[Tensor, Tensor] = kernels.forward(*tensors, norm.eps, dtype)
+                return found
+            except Unlaunchable as error:
+                FAMILY.give_up(error, *given)
     wide = torch.promote_types(weight.dtype, torch.float32)
     scale = norm.weight.to(wide) * torch.rsqrt(variance.to(wide) + norm.eps)
     shift = -mean.to(wide) if bias is None else bias.to(wide) - mean

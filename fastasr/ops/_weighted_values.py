@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fastasr.kernels import Unlaunchable
 from fastasr.ops._dispatch import KernelFamily, Kernels, direct, triton_kernels
 from fastasr.ops._register import autocast_dtype
 
@@ -40,8 +41,11 @@ def forward(weights: Tensor, values: Tensor) -> Tensor:
     """Returns y (T, B, H · dim) of weights (H, B, T, S) and values (S, B, H · dim) of one dtype."""
     kernels = launchers(weights, values)
     if kernels is not None:
-        y: Tensor = kernels.forward(weights, values.contiguous())
-        return y
+        try:
+            y: Tensor = kernels.forward(weights, values.contiguous())
+            return y
+        except Unlaunchable as error:
+            FAMILY.give_up(error, weights)
     return (weights @ _by_head(values, weights)).permute(2, 1, 0, 3).flatten(2)
 
 
@@ -50,8 +54,11 @@ def backward(grad: Tensor, weights: Tensor, values: Tensor, total: Tensor, add: 
     Returns that of the values."""
     kernels = launchers(weights, values)
     if kernels is not None:
-        dvalues: Tensor = kernels.backward(grad.contiguous(), weights, values.contiguous(), total, add)
-        return dvalues
+        try:
+            dvalues: Tensor = kernels.backward(grad.contiguous(), weights, values.contiguous(), total, add)
+            return dvalues
+        except Unlaunchable as error:
+            FAMILY.give_up(error, weights)
     g, v = _by_head(grad, weights), _by_head(values, weights)
     dweights = g @ v.mT
     total.copy_(total + dweights if add else dweights)

@@ -16,7 +16,9 @@ from fastasr.ops._dispatch import FAMILIES, explain_choice
 pytest.importorskip("triton")
 from triton.runtime.errors import OutOfResources
 
-from fastasr.kernels import bypass, rnnt_lattice
+from fastasr.kernels import _folded_norm, _weighted_values, bypass, rnnt_lattice
+from fastasr.models.zipformer.self_attention import weighted
+from fastasr.ops._folded_norm import folded
 from fastasr.testing.fake_gpu import fake_gpu
 
 OLD = "the kernels need compute capability 8.0, and the device has 7.5"
@@ -81,7 +83,7 @@ def test_the_report_of_a_swap_has_the_reason(devices):
 @pytest.fixture
 def gpu(monkeypatch):
     """A fake GPU whose kernels serve CPU tensors like those of a GPU, not because a backend is forced."""
-    for name in ("bypass", "rnnt_lattice"):
+    for name in ("bypass", "rnnt_lattice", "weighted_values", "folded_norm"):
         (triton,) = (i for i in FAMILIES[name].implementations if i.backend == "triton")
         monkeypatch.setattr(FAMILIES[name], "implementations", (replace(triton, device_types=("cpu",)),))
         monkeypatch.setattr(FAMILIES[name], "failed", {})
@@ -114,6 +116,37 @@ def test_a_kernel_that_cannot_be_launched(gpu, caplog, kernel, traced):
     assert [r.message for r in caplog.records] == [f"bypass on cpu, float32 runs in eager: triton: {reason}"]
     assert explain_choice("bypass", "cpu", torch.float32) == ("eager", f"triton: {reason}")
     assert explain_choice("bypass", "cpu", torch.bfloat16) == ("triton", "")
+
+
+@pytest.mark.parametrize("kernel", [_weighted_values.forward_kernel, _weighted_values.backward_kernel])
+def test_weighted_values_that_cannot_be_launched(gpu, kernel):
+    gpu.errors[kernel] = OutOfResources(300_000, 101_376, "shared memory")
+    make = numbers(0)
+    sizes = (2, 3, 5, 5), (5, 3, 8)  # in bfloat16, because on a CPU other kernels serve float32
+    inputs = [torch.randn(*s, generator=make).bfloat16().requires_grad_() for s in sizes]
+
+    def step():
+        y = weighted(*inputs)
+        return y.detach(), *torch.autograd.grad((y * 3).sum(), inputs)
+
+    with fastasr.backend("eager"):
+        expected = step()
+    step()  # what this call launches computes nothing here
+    for a, b in zip(step(), expected, strict=True):
+        torch.testing.assert_close(a, b)
+    assert len(gpu.launches) == (kernel is _weighted_values.backward_kernel)
+    assert "shared memory" in explain_choice("weighted_values", "cpu", torch.bfloat16)[1]
+
+
+def test_a_folded_norm_that_cannot_be_launched(gpu):
+    gpu.errors[_folded_norm.folded_kernel] = OutOfResources(300_000, 101_376, "shared memory")
+    conv, norm = torch.nn.Conv1d(4, 4, 3, groups=4), torch.nn.BatchNorm1d(4).eval()
+    with torch.no_grad():
+        found = folded(conv, norm, torch.float32)
+        with fastasr.backend("eager"):
+            expected = folded(conv, norm, torch.float32)
+    assert all(map(torch.equal, found, expected))
+    assert "shared memory" in explain_choice("folded_norm", "cpu", torch.float32)[1]
 
 
 def test_a_forced_backend_raises(gpu):
