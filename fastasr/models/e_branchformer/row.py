@@ -120,6 +120,7 @@ def packed(
     if isinstance(xs_pad, PackedFrames):
         if masks is not None:
             return "it has a mask beside its PackedFrames"
+        xs_pad = xs_pad.of_features()
         lengths = xs_pad.lengths
     elif masks is None:
         lengths = ilens.to(torch.int64).clamp(max=xs_pad.shape[1])
@@ -218,9 +219,9 @@ def without_padding(
 
     if isinstance(xs_pad, PackedFrames):
         reason = None if getattr(encoder, "ragged", True) else "encoder.ragged is False"
-        given = xs_pad.to(xs_pad.frames.device)
+        given = xs_pad.of_features().to(xs_pad.frames.device)
         found = given.lengths.tolist()
-        room = Room(sum(found), len(found), max([1, *found]))
+        room = Room(sum(found), len(found), max(1, *found))
         call = reason or against() or packed(encoder, room, given, ilens, **more)
         if isinstance(call, str):
             raise ValueError(ragged.REFUSED.format(call))
