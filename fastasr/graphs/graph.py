@@ -18,9 +18,10 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from fastasr._recording import recorded_by
-from fastasr._transforms import Function
+from fastasr._transforms import Function, transforms_active
 from fastasr.graphs.casts import Casts, Uses
 from fastasr.graphs.recording import Recorder, Recording, Unrecordable
+from fastasr.ops._runtime import is_batched
 
 _VERSION = operator.attrgetter("_version")
 
@@ -50,6 +51,13 @@ class Gradients:
 
     def _views(self, buffers: Sequence[Tensor]) -> list[Tensor]:
         return [buffers[k][begin : begin + n].view(shape) for k, begin, n, shape in self.pieces]
+
+    def fits(self, parameters: Sequence[nn.Parameter]) -> bool:
+        """Says whether these are the parameters, and as they were: ``model.to`` keeps a parameter and changes it."""
+        return len(parameters) == len(self.parameters) and all(
+            p is known and (p.shape, p.dtype, p.device) == (view.shape, view.dtype, view.device)
+            for p, known, view in zip(parameters, self.parameters, self.views, strict=True)
+        )
 
     @property
     def bytes(self) -> int:
@@ -237,6 +245,11 @@ class _Replayed(Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         graph = ctx.graph
+        if transforms_active() or any(g is not None and is_batched(g) for g in grads):
+            raise RuntimeError(
+                "fastasr.graphs: a replayed call has one backward pass, and is_grads_batched=True or torch.func.vmap "
+                "asks for several: make the call inside fastasr.eager_mode(model)"
+            )
         if graph.generation != ctx.generation:
             raise RuntimeError("fastasr.graphs: a later call has replaced what this backward pass needs")
         if ctx.versions != [*map(_VERSION, graph.trained)]:

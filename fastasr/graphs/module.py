@@ -392,7 +392,7 @@ class ModuleGraphs:
         """Returns the gradients of these parameters, which all recordings with the same ones share."""
         if not wanted:
             return Gradients(wanted)
-        if self.gradients is None or [*map(id, self.gradients.parameters)] != [*map(id, wanted)]:
+        if self.gradients is None or not self.gradients.fits(wanted):
             self.gradients = Gradients(wanted, self.options.clone_gradients)
         return self.gradients
 

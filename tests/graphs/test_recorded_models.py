@@ -353,6 +353,26 @@ def test_second_derivatives_are_refused():
         grad.sum().backward()
 
 
+def _vmapped(y, x, weights):
+    return torch.func.vmap(lambda w: torch.autograd.grad(y, x, w))(weights)
+
+
+def _batched(y, x, weights):
+    return torch.autograd.grad(y, x, weights, is_grads_batched=True)
+
+
+@pytest.mark.parametrize("several", [_vmapped, _batched])
+def test_several_gradients_at_once_are_refused(several):
+    model = encoder().train()
+    recorded(model)
+    x, mask = batch()
+    y = model(x.requires_grad_(), mask)[0]
+    with pytest.raises(
+        RuntimeError, match=r"fastasr.graphs: a replayed call has one backward pass, .*eager_mode"
+    ):
+        several(y, x, torch.ones(3, *y.shape))
+
+
 def test_loss_scaling():
     ours, theirs = encoder().train(), encoder().train()
     recorded(ours)

@@ -39,7 +39,7 @@ def encoder(batch, train=True, **options):
     return model
 
 
-def inputs(frames, lengths, seed):
+def inputs(frames, lengths, seed, dtype=torch.float32):
     x = (
         torch.randn(
             frames, len(lengths), SIZES["encoder_dim"][0], generator=torch.Generator().manual_seed(seed)
@@ -47,7 +47,7 @@ def inputs(frames, lengths, seed):
         * 3
     )
     lengths = torch.tensor(lengths)
-    return x, lengths, torch.arange(frames) >= lengths[:, None]
+    return x.to(dtype), lengths, torch.arange(frames) >= lengths[:, None]
 
 
 def run(model, arguments, steps, seed=0, wants=True):
@@ -220,6 +220,16 @@ def test_bfloat16():
         assert a[2].keys() == b[2].keys()
         ours, theirs = (torch.cat([g.flatten() for g in grads.values()]) for grads in (a[2], b[2]))
         assert (ours - theirs).norm() < 1e-2 * theirs.norm()
+
+
+def test_gradients_in_another_precision_than_before():
+    """Recordings share the gradients' buffer, which is in the parameters' dtype."""
+    ours, theirs = encoder(20000), encoder(20000)
+    graphs = graphed(ours, after=0)
+    for model in (ours, theirs):
+        run(model.to(torch.bfloat16), lambda step: inputs(20, [20, 14], step, torch.bfloat16), 1)
+    compare(*(run(m.float(), lambda step: inputs(20, [20, 14], step), 2) for m in (ours, theirs)))
+    assert len(graphs.graphs) == 2
 
 
 def test_three_recordings_of_a_shape_in_a_training_run():
