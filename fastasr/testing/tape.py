@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fastasr._recording import Recording, recorded_by
 
@@ -68,20 +68,20 @@ class Tape(TorchDispatchMode):
         written = self._written(function, args, kwargs)
         for t in tensors:
             if _storage(t) not in self.made:
-                self.read.setdefault(_storage(t), t)
+                self.read.setdefault(_storage(t), _same(t))
         for t in written:
             if _storage(t) not in self.made and _storage(t) not in self._before:
-                self._before[_storage(t)] = t, torch.empty(0, dtype=t.dtype).set_(t.untyped_storage()).clone()
+                self._before[_storage(t)] = _same(t), torch.empty(0, dtype=t.dtype).set_(t.untyped_storage()).clone()
         found = function(*args, **kwargs)
         results = [t for t in tree_leaves(found) if isinstance(t, torch.Tensor)]
         taken = {_storage(t) for t in tensors}
         new = [t for t in results if _storage(t) not in taken]
-        self.made |= {_storage(t): t for t in new}
+        self.made |= {_storage(t): _same(t) for t in new}
         short = name.split("::")[1]
         if short in _EMPTY:
             return found
         if new or written:
-            self.calls.append((function, args, kwargs, results))
+            self.calls.append((function, *tree_map_only(torch.Tensor, _same, (args, kwargs, results))))
         return found
 
     def _written(self, function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
@@ -118,6 +118,11 @@ class Tape(TorchDispatchMode):
                 for t, again in zip(results, found, strict=True):
                     if t.numel() and t.data_ptr() != again.data_ptr():
                         t.copy_(again)
+
+
+def _same(t: Tensor) -> Tensor:
+    """Returns a tensor of the same memory. A graph knows addresses alone: it keeps neither views nor their bases."""
+    return torch.ops.aten.detach.default(t)
 
 
 def _to_other_device(t: Tensor, kwargs: dict[str, Any]) -> bool:

@@ -348,7 +348,7 @@ def test_packed_frames_need_an_encoder_without_padding():
     model.ragged = True
     with pytest.raises(ValueError, match="a mask too"):
         model(given, lengths, torch.zeros(2, 30, dtype=torch.bool))
-    with pytest.raises(ValueError, match=r"a sum of at most 300, got \[200, 200\]"):
+    with pytest.raises(ValueError, match=r"a sum of at most 300 frames, got \[200, 200\]"):
         model(given._replace(lengths=torch.tensor([200, 200])), lengths)
     assert model(given._replace(lengths=torch.tensor([0, 0])), lengths)[0].frames.shape == (0, 32)
 

@@ -353,6 +353,25 @@ def test_second_derivatives_are_refused():
         grad.sum().backward()
 
 
+def test_parameters_that_are_swapped_on_conversion():
+    """No recording holds what torch.utils.swap_tensors would refuse, and all are made anew."""
+    ours, theirs = encoder().train(), encoder().train()
+    recorded(ours)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        for model in (ours, theirs):
+            step(model, *batch())
+            model.load_state_dict({key: 2 * t for key, t in model.state_dict().items()})
+            model.double().zero_grad()
+            x, mask = batch()
+            model.found = step(model, x.double(), mask)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    torch.testing.assert_close(ours.found, theirs.found, rtol=0, atol=0)
+    same_gradients(ours, theirs)
+    assert [kind.replayed for kind in kinds(ours)] == [1, 1]
+
+
 def _vmapped(y, x, weights):
     return torch.func.vmap(lambda w: torch.autograd.grad(y, x, w))(weights)
 
