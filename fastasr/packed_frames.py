@@ -45,10 +45,38 @@ class PackedFrames(NamedTuple):
         """The first frame of each recording, (B,)."""
         return self.lengths.cumsum(0) - self.lengths
 
+    def of_features(self) -> "PackedFrames":
+        """Returns these frames for an encoder, with int64 lengths. Their values are checked on the CPU alone.
+
+        Raises TypeError or ValueError unless frames are floating (N, features) and lengths as the class says, of at
+        least one recording.
+        """
+        rows, lengths = self
+        if not isinstance(rows, Tensor) or not rows.is_floating_point():
+            raise TypeError(f"fastasr.PackedFrames: frames: expected a floating tensor, got {_kind(rows)}")
+        if rows.dim() != 2:
+            raise ValueError(
+                f"fastasr.PackedFrames: frames: expected shape (N, features), got {tuple(rows.shape)}"
+            )
+        _check_lengths("PackedFrames", lengths)
+        if not len(lengths):
+            raise ValueError("fastasr.PackedFrames: lengths: expected shape (B,) with B >= 1, got (0,)")
+        if lengths.device.type != "cpu":
+            _check_device("PackedFrames", lengths, rows, "frames")
+        else:
+            require_lengths("PackedFrames", lengths, len(rows), len(rows))
+        return self._replace(lengths=lengths.to(torch.int64))
+
     def unpacked(self, longest: int) -> Tensor:
         """Returns the padded batch (B, longest, ...), 0 behind each recording's end. No length may be above
         ``longest``."""
-        require_lengths("PackedFrames.unpacked", self.lengths, longest, len(self.frames))
+        name = "PackedFrames.unpacked"
+        if not isinstance(self.frames, Tensor):
+            raise TypeError(f"fastasr.{name}: frames: expected a torch.Tensor, got {_kind(self.frames)}")
+        _check_lengths(name, self.lengths)
+        _check_device(name, self.lengths, self.frames, "frames")
+        _check_count(name, "longest", longest)
+        require_lengths(name, self.lengths, longest, len(self.frames))
         batch = len(self.lengths)
         after = begins_in_batch(batch, longest, self.lengths.device)
         return moved(self.frames, self.begins, after, self.lengths, batch * longest).unflatten(
@@ -75,12 +103,16 @@ def packed(batch: Tensor, lengths: Tensor, frames: int | None = None) -> PackedF
         raise TypeError(f"fastasr.packed: batch: expected a torch.Tensor, got {type(batch).__name__}")
     if batch.dim() < 2:
         raise ValueError(f"fastasr.packed: batch: expected shape (B, T, ...), got {tuple(batch.shape)}")
-    _check_lengths(batch, lengths)
+    _check_lengths("packed", lengths)
+    if lengths.shape != batch.shape[:1]:
+        expected = f"({len(batch)},)"
+        raise ValueError(f"fastasr.packed: lengths: expected shape {expected}, got {tuple(lengths.shape)}")
+    _check_device("packed", lengths, batch, "batch")
     lengths = lengths.to(torch.int64)
     if frames is None:
         frames = int(lengths.sum())
-    elif isinstance(frames, bool) or not isinstance(frames, int | torch.SymInt):
-        raise TypeError(f"fastasr.packed: frames: expected an int or None, got {type(frames).__name__}")
+    else:
+        _check_count("packed", "frames", frames, "an int or None")
     require_lengths("packed", lengths, batch.shape[1], frames)
     begins = lengths.cumsum(0) - lengths
     before = begins_in_batch(len(batch), batch.shape[1], lengths.device)
@@ -142,21 +174,33 @@ def _moved(rows: Tensor, places: Tensor, missing: Tensor) -> Tensor:
     return found.masked_fill_(missing.view(-1, *(1,) * (rows.dim() - 1)), 0)
 
 
-def _check_lengths(batch: Tensor, lengths: object) -> None:
-    kind = lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__name__
+def _kind(value: object) -> object:
+    return value.dtype if isinstance(value, Tensor) else type(value).__name__
+
+
+def _check_lengths(name: str, lengths: object) -> None:
     if (
         not isinstance(lengths, Tensor)
-        or lengths.dtype.is_floating_point
-        or lengths.dtype in (torch.bool, torch.complex32, torch.complex64, torch.complex128)
+        or lengths.is_floating_point()
+        or lengths.is_complex()
+        or lengths.dtype is torch.bool
     ):
-        raise TypeError(f"fastasr.packed: lengths: expected an integer tensor, got {kind}")
-    if lengths.shape != batch.shape[:1]:
-        expected = f"({len(batch)},)"
-        raise ValueError(f"fastasr.packed: lengths: expected shape {expected}, got {tuple(lengths.shape)}")
-    if lengths.device != batch.device:
-        raise ValueError(
-            f"fastasr.packed: lengths: expected device {batch.device} (that of batch), got {lengths.device}"
-        )
+        raise TypeError(f"fastasr.{name}: lengths: expected an integer tensor, got {_kind(lengths)}")
+    if lengths.dim() != 1:
+        raise ValueError(f"fastasr.{name}: lengths: expected shape (B,), got {tuple(lengths.shape)}")
+
+
+def _check_device(name: str, lengths: Tensor, like: Tensor, like_name: str) -> None:
+    if lengths.device != like.device:
+        expected = f"device {like.device} (that of {like_name})"
+        raise ValueError(f"fastasr.{name}: lengths: expected {expected}, got {lengths.device}")
+
+
+def _check_count(name: str, argument: str, count: object, expected: str = "an int") -> None:
+    if isinstance(count, bool) or not isinstance(count, int | torch.SymInt):
+        raise TypeError(f"fastasr.{name}: {argument}: expected {expected}, got {type(count).__name__}")
+    if count < 0:
+        raise ValueError(f"fastasr.{name}: {argument}: expected a number of at least 0, got {count}")
 
 
 def require_lengths(name: str, lengths: Tensor, longest: int, frames: int) -> None:

@@ -5,8 +5,13 @@ import math
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 import fastasr
+from fastasr.models.e_branchformer import EBranchformerEncoder
+from fastasr.models.fast_conformer import FastConformerEncoder
+from fastasr.models.zipformer import Conv2dSubsampling, Zipformer
+from fastasr.testing.tape import TapeRecorder
 
 CASES = {
     "ragged": ((2, 5, 3), None),
@@ -116,6 +121,8 @@ REFUSED = {
     "negative": (ValueError, (X, N - 2), r"lengths: expected lengths in \[0, 3\], got \[-1, 1\]"),
     "capacity": (ValueError, (X, N, 3), r"lengths: expected lengths with a sum of at most 3 frames, got \[1, 3\]"),
     "no number": (TypeError, (X, N, 4.0), "frames: expected an int or None, got float"),
+    "negative capacity": (ValueError, (X[:0], N[:0], -1), "frames: expected a number of at least 0, got -1"),
+    "two dimensions": (ValueError, (X, N[:, None]), r"lengths: expected shape \(B,\), got \(2, 1\)"),
 }  # fmt: skip
 
 
@@ -134,6 +141,67 @@ def test_unpacked_refuses():
         ValueError, match=r"PackedFrames.unpacked: lengths: expected lengths with a sum of at most 3"
     ):
         found._replace(frames=found.frames[:3]).unpacked(3)
+    for longest, error in ((3.0, TypeError), (-1, ValueError)):
+        with pytest.raises(error, match=f"PackedFrames.unpacked: longest: expected .*, got {longest}|float"):
+            found.unpacked(longest)
+    with pytest.raises(
+        ValueError, match=r"PackedFrames.unpacked: lengths: expected device cpu \(that of frames\)"
+    ):
+        found._replace(lengths=N.to("meta")).unpacked(3)
+
+
+F = torch.zeros(5, 4)
+NO_FEATURES = {
+    "floating lengths": (TypeError, (F, N.float()), "lengths: expected an integer tensor, got torch.float32"),
+    "list": (TypeError, (F, [1, 3]), "lengths: expected an integer tensor, got list"),
+    "flags": (TypeError, (F, N > 1), "lengths: expected an integer tensor, got torch.bool"),
+    "no lengths": (TypeError, (F, None), "lengths: expected an integer tensor, got NoneType"),
+    "two dimensions": (ValueError, (F, N[:, None]), r"lengths: expected shape \(B,\), got \(2, 1\)"),
+    "one number": (ValueError, (F, N[0]), r"lengths: expected shape \(B,\), got \(\)"),
+    "no recording": (ValueError, (F, N[:0]), r"lengths: expected shape \(B,\) with B >= 1, got \(0,\)"),
+    "device": (ValueError, (F, N.to("meta")), r"lengths: expected device cpu \(that of frames\), got meta"),
+    "too long": (ValueError, (F, N + 1), r"lengths: expected lengths with a sum of at most 5 frames, got \[2, 4\]"),
+    "negative": (ValueError, (F, N - 2), r"lengths: expected lengths in \[0, 5\], got \[-1, 1\]"),
+    "batch": (ValueError, (X, N), r"frames: expected shape \(N, features\), got \(2, 3, 4\)"),
+    "whole numbers": (TypeError, (F.long(), N), "frames: expected a floating tensor, got torch.int64"),
+    "rows of numbers": (TypeError, ([[1.0]], N), "frames: expected a floating tensor, got list"),
+}  # fmt: skip
+
+
+def encoders(features):
+    sizes = {"downsampling_factor": (1, 2), "encoder_dim": (features, 8), "encoder_unmasked_dim": 4}
+    zipformer = Zipformer(**sizes, num_encoder_layers=1, num_heads=1, feedforward_dim=8, cnn_module_kernel=7)
+    yield zipformer, (None,)
+    yield Conv2dSubsampling(features, 8), (None,)
+    yield FastConformerEncoder(features, width=8, layers=1, heads=1, hidden=8, channels=4), ()
+    yield EBranchformerEncoder(features, 8, attention_heads=1, cgmlp_linear_units=8, num_blocks=1), (None,)
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("case", NO_FEATURES)
+def test_encoders_refuse(case, recorded):
+    error, given, message = NO_FEATURES[case]
+    for encoder, more in encoders(16):
+        encoder.ragged = True
+        if recorded:
+            options = fastasr.Graphs(frames=20, recordings=2, recorder=TapeRecorder)
+            fastasr.accelerate(encoder.eval(), ragged=True, graphs=options)
+        with pytest.raises(error, match=f"fastasr.PackedFrames: {message}"):
+            encoder(fastasr.PackedFrames(*given), *more)
+
+
+def test_lengths_of_few_bits():
+    """Bytes, which have no -1: a recording without frames has none behind a front end."""
+    frames = torch.randn(20, 16)
+    lengths = torch.tensor([0, 20, 0])
+    for encoder, more in encoders(16):
+        encoder.eval().ragged = True
+        with torch.no_grad():
+            found = [
+                encoder(fastasr.PackedFrames(frames, n), *more) for n in (lengths, lengths.to(torch.uint8))
+            ]
+        for one, other in zip(*map(tree_leaves, found), strict=True):
+            assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("_", range(4))

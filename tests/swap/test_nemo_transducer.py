@@ -235,6 +235,19 @@ def test_what_is_declined(made):
     assert "has buffers this class does not have upstream: blank_id" in reason(sampled)
 
 
+@pytest.mark.parametrize("kind", LOSSES)
+def test_a_head_that_lost_its_bias(made, kind):
+    theirs, _ = made(kind)
+    ours = copy.deepcopy(theirs)
+    fastasr.accelerate(ours)
+    for joint in (ours, theirs):
+        joint.joint_net[-1].bias = None
+    (found, ours_grads), (expected, their_grads) = of(ours, batch()), of(theirs, batch())
+    close(found, expected, 2e-5)
+    for a, b in zip(ours_grads, their_grads, strict=True):
+        close(a, b, 2e-5, least=1e-3)
+
+
 def test_hooks_and_restore(made):
     """What comes after the swap and needs logits runs upstream's code."""
     joint, _ = made()

@@ -42,6 +42,22 @@ def test_compiled_and_copied():
             torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("layer_norm", [True, False])
+def test_a_dropout_in_place(layer_norm):
+    """It changes what a layer returns: neither the layer's backward pass nor its state may see that."""
+    results = []
+    for swapped in (False, True):
+        net = predictor(layer_norm).train()
+        net.dropout.inplace = True
+        if swapped:
+            fastasr.accelerate(net)
+        y, _, states = net(*inputs())
+        grads = torch.autograd.grad(y.square().sum(), list(net.parameters()))
+        results.append([y, *(t for layer in states for t in layer), *grads])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
 def _with_a_parameter(lstm):
     lstm.extra = torch.nn.Parameter(torch.ones(1))
 

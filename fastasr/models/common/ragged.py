@@ -106,12 +106,12 @@ def of_packed(
     """Returns what ``encode`` of a batch (B, T, ...) and its lengths (B,) -> (hidden states (B, T', ...), lengths (B,))
     makes of PackedFrames: the ragged encoder leaves the padding out again. It waits for the lengths.
 
-    Raises ValueError for ``reason``, if given.
+    Raises ValueError for ``reason``, if given, and for PackedFrames that are none of features.
     """
     if reason is not None:
         raise ValueError(REFUSED.format(reason))
-    given = given.to(given.frames.device)
-    longest = max([1, *given.lengths.tolist()])
+    given = given.of_features().to(given.frames.device)
+    longest = max(1, *given.lengths.tolist())
     return packed(*encode(given.unpacked(longest), given.lengths))
 
 

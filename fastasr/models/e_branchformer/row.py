@@ -123,6 +123,7 @@ def packed(encoder: Any, capacity: Capacity, *args: Any, **kwargs: Any) -> RowCa
     if isinstance(xs_pad, PackedFrames):
         if masks is not None:
             return "it has a mask beside its PackedFrames"
+        xs_pad = xs_pad.of_features()
         lengths = xs_pad.lengths
     elif masks is None:
         lengths = given.ilens.to(torch.int64).clamp(max=xs_pad.shape[1])
@@ -212,9 +213,9 @@ def without_padding(encoder: Any, *args: Any, **kwargs: Any) -> Any:
 
     if isinstance(xs_pad, PackedFrames):
         reason = None if getattr(encoder, "ragged", True) else "encoder.ragged is False"
-        xs_pad = xs_pad.to(xs_pad.frames.device)
+        xs_pad = xs_pad.of_features().to(xs_pad.frames.device)
         found = xs_pad.lengths.tolist()
-        room = Room(sum(found), len(found), max([1, *found]))
+        room = Room(sum(found), len(found), max(1, *found))
         hidden = reason or against() or room.run(encoder, packed, encoded, *given._replace(xs_pad=xs_pad))
         if isinstance(hidden, str):
             raise ValueError(ragged.REFUSED.format(hidden))

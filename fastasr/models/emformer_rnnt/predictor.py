@@ -45,10 +45,12 @@ class CustomLSTM(nn.Module):
             _left.note(self, f"it runs step by step: {reason}")
             return _by_steps(self, input, hidden, cell)
         if type(gates) is nn.Identity:
-            return _plain_lstm(input, x2g, p2g, hidden, cell)
-        norms = gates.weight, gates.bias, cells.weight, cells.bias
-        y, hidden, cell = ops.layer_norm_lstm(input, x2g.weight, p2g.weight, *norms, hidden, cell, gates.eps)
-        return y, [hidden, cell]
+            y, state = _plain_lstm(input, x2g, p2g, hidden, cell)
+        else:
+            norms = gates.weight, gates.bias, cells.weight, cells.bias
+            y, *state = ops.layer_norm_lstm(input, x2g.weight, p2g.weight, *norms, hidden, cell, gates.eps)
+        # The backward pass reads y, and upstream's may be changed: by a dropout in place, for example.
+        return y.clone() if y.requires_grad else y, state
 
 
 def why_by_steps(lstm: "CustomLSTM") -> str:

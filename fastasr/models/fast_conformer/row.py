@@ -56,8 +56,9 @@ def packed(
     for PackedFrames (N₀, mel_bins); or the reason why there is none, beside those of ``why_not``. ``finish`` gets the
     hidden states (B, T, width), 0 behind each recording's end, or PackedFrames (N, width)."""
     if isinstance(features, PackedFrames):
-        if mask is not None or features.frames.dim() != 2:
-            return "it has a mask beside its PackedFrames, or these have another shape"
+        if mask is not None:
+            return "it has a mask beside its PackedFrames"
+        features = features.of_features()
         lengths = features.lengths
     elif features.dim() != 3 or (mask is not None and mask.shape != features.shape[:2]):
         return "its mask is not one of lengths"

@@ -105,11 +105,8 @@ def of_packed(
     reason = reason or ragged.why_not_hooked(encoder) or why_not(encoder)
     if reason is not None:
         raise ValueError(ragged.REFUSED.format(reason))
-    given = given.to(given.frames.device)
+    given = given.of_features().to(given.frames.device)
     lengths = given.lengths.tolist()
-    if min(lengths, default=0) < 0 or sum(lengths) > len(given.frames):
-        expected = f"lengths of 0 or more with a sum of at most {len(given.frames)}"
-        raise ValueError(f"PackedFrames: expected {expected}, got {lengths}")
     used = given.frames[: sum(lengths)]
     if not len(used):
         empty = used.new_zeros(0, max(encoder.encoder_dim))

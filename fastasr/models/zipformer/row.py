@@ -54,8 +54,9 @@ def packed(
         return "its stacks are not recorded one by one on a row"
     mask = src_key_padding_mask
     if isinstance(x, PackedFrames):
-        if mask is not None or x.frames.dim() != 2:
-            return "it has a mask beside its PackedFrames, or these have another shape"
+        if mask is not None:
+            return "it has a mask beside its PackedFrames"
+        x = x.of_features()
         given: Tensor | PackedFrames = x
         lengths = x.lengths
     else:

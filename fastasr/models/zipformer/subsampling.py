@@ -39,7 +39,7 @@ from fastasr.models.zipformer.normalization import BiasNorm
 from fastasr.models.zipformer.schedules import FloatLike, ScheduledFloat
 from fastasr.models.zipformer.whitening import Whiten
 from fastasr.ops import _gemm, _reduced_weights
-from fastasr.packed_frames import PackedFrames, require_lengths
+from fastasr.packed_frames import PackedFrames
 
 MULTIPLE = 16  # The output has a multiple of so many frames, as tensor cores like them.
 OVER_TIME = [(3, 1, 0), (3, 2, 0), (3, 1, 0)]  # taps, stride and padding of the convolutions
@@ -257,9 +257,8 @@ def packed(front_end: Any, capacity: Capacity, x: Tensor | PackedFrames, x_lens:
     features), or the reason why there is none, beside those of ``why_no_row``."""
     lengths = x_lens
     if isinstance(x, PackedFrames):
+        x = x.of_features()
         lengths = x.lengths
-        if x.frames.dim() != 2:
-            return "its PackedFrames have another shape"
     elif x.dim() != 3 or x.shape[1] < 9:
         return "its features have another shape, or too few frames for one of output"
     return why_beyond(capacity, x, lengths) or _laid_out(capacity, x, x_lens)
@@ -318,11 +317,11 @@ def of_packed(front_end: Any, given: PackedFrames) -> tuple[PackedFrames, Tensor
 
     Raises ValueError if the front end cannot run on a row.
     """
-    count = len(given.frames)
-    require_lengths("PackedFrames", given.lengths, count, count)
     reason = why_no_row(front_end)
     if reason is not None:
         raise ValueError(REFUSED.format(reason))
+    given = given.of_features()
+    count = len(given.frames)
     call = _laid_out(Room(count, len(given.lengths), count), given, given.lengths)
     found: tuple[PackedFrames, Tensor] = call.unpack(encoded(front_end, *call.arguments))
     return found

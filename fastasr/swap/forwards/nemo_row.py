@@ -72,9 +72,10 @@ def packed(
         return "the call has caches of a stream, or frames that have passed the front end"
     features: Tensor | PackedFrames = audio_signal
     if isinstance(audio_signal, PackedFrames):
-        given = audio_signal.lengths
-        if length is not None or audio_signal.frames.dim() != 2:
-            return "it has lengths beside its PackedFrames, or these have another shape"
+        if length is not None:
+            return "it has lengths beside its PackedFrames"
+        features = audio_signal.of_features()
+        given = features.lengths
     elif audio_signal.dim() != 3 or audio_signal.shape[1] != encoder._feat_in:
         return "its features have another shape"
     else:

@@ -132,7 +132,7 @@ def _of_part(
         )
     else:
         tokens = slice(core.blank + 1)
-        weight, bias = head.weight[tokens], head.bias[tokens]
+        weight, bias = head.weight[tokens], None if head.bias is None else head.bias[tokens]
         losses = lengths.joiner_losses(am, lm, weight, bias, targets, frames, symbols, core.blank, **options)
     return _scaled(core, losses)
 
