@@ -158,13 +158,14 @@ def backward(
     grad: torch.Tensor,
     weights: torch.Tensor,
     values: torch.Tensor,
-    total: torch.Tensor,
-    add: bool,
-) -> torch.Tensor:
-    """Writes the gradient of the weights to ``total``, whose rows are dense, or with ``add`` adds it. Returns that of
-    the values. ``grad`` and values are contiguous."""
+    total: torch.Tensor | None = None,
+    add: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the gradients of the weights, in ``total``, whose rows are dense, and of the values. With ``add`` the
+    weights' are added to what ``total`` has. ``grad`` and values are contiguous."""
     heads, batch, targets, sources = weights.shape
     dim = values.shape[2] // heads
+    total = torch.empty_like(weights) if total is None else total
     dvalues = torch.empty_like(values)
     if dvalues.numel():
         tile = tiles(dim, weights.dtype)["backward"]
@@ -173,4 +174,4 @@ def backward(
             grad, weights, values, total, dvalues, targets, sources, batch, blocks, heads, dim,
             *weights.stride()[:3], *total.stride()[:3], ADD=add, **tile,
         )  # fmt: skip
-    return dvalues
+    return total, dvalues

@@ -367,18 +367,8 @@ def input_gradient_kernel(
 
 @triton.jit(do_not_specialize=["groups", "frames", "batch", "chunk", "taps"])
 def edge_gradient_kernel(
-    V,
-    GROUPS,
-    DCHUNK_SCALE,
-    groups,
-    frames,
-    batch,
-    C,
-    chunk,
-    taps,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    V, GROUPS, DCHUNK_SCALE, groups, frames, batch, C, chunk, taps, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     # One column of (dL, dR): the sum of V over the frames at its position, chunk by chunk, sequence by sequence. With
     # GROUPS these are the chunks.
     pid = tl.program_id(0)

@@ -2,6 +2,7 @@
 """Weighted sums of values, y[t,b,h] = Σ_s W[h,b,t,s] V[s,b,h], by one kernel each way on CUDA. Not public."""
 
 import importlib
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -13,16 +14,32 @@ from fastasr.ops._register import autocast_dtype
 
 
 def _load() -> Kernels:
-    launchers: Any = importlib.import_module("fastasr.kernels._weighted_values")
-    return Kernels("triton", launchers.forward, launchers.backward)
+    kernels: Any = importlib.import_module("fastasr.kernels._weighted_values")
+    return Kernels(
+        "triton", _or_by_torch(kernels.forward, _forward), _or_by_torch(kernels.backward, _backward)
+    )
+
+
+def _or_by_torch(kernel: Callable[..., Any], by_torch: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a function that calls the kernel, or ``by_torch`` once the device could not launch one."""
+
+    def run(*arguments: Any) -> Any:
+        if FAMILY.kernels(arguments[0]) is not None:
+            try:
+                return kernel(*arguments)
+            except Unlaunchable as error:
+                FAMILY.give_up(error, arguments[0])
+        return by_torch(*arguments)
+
+    return run
 
 
 FAMILY = KernelFamily("weighted_values", (), (replace(triton_kernels("_weighted_values"), load=_load),))
-MOST_CHANNELS = 32  # of a head: torch's products are better for more
+MOST_CHANNELS = 32  # of a head: a BLAS is faster for more, on the CPU too
 
 
 def launchers(weights: Tensor, values: Tensor) -> Kernels | None:
-    """Returns the kernels for weights (H, B, T, S) and values (S, B, H · dim), or None."""
+    """Returns the kernels for weights (H, B, T, S) and values (S, B, H · dim), or None. See ``products``."""
     dtype = weights.dtype
     channels = len(weights) and values.shape[2] / len(weights)
     if (
@@ -37,32 +54,28 @@ def launchers(weights: Tensor, values: Tensor) -> Kernels | None:
     return FAMILY.kernels(weights)
 
 
-def forward(weights: Tensor, values: Tensor) -> Tensor:
-    """Returns y (T, B, H · dim) of weights (H, B, T, S) and values (S, B, H · dim) of one dtype."""
-    kernels = launchers(weights, values)
-    if kernels is not None:
-        try:
-            y: Tensor = kernels.forward(weights, values.contiguous())
-            return y
-        except Unlaunchable as error:
-            FAMILY.give_up(error, weights)
+def products(weights: Tensor, values: Tensor) -> Kernels:
+    """Returns what computes y (T, B, H · dim) = ``forward(weights, values)`` of weights (H, B, T, S) and contiguous
+    values (S, B, H · dim) of one dtype, and the gradients of both, ``backward(grad, weights, values, total, add)``. The
+    weights' are in ``total`` (H, B, T, S), whose rows are dense; with ``add`` they are added to what it has."""
+    return launchers(weights, values) or _BY_TORCH
+
+
+def _forward(weights: Tensor, values: Tensor) -> Tensor:
     return (weights @ _by_head(values, weights)).permute(2, 1, 0, 3).flatten(2)
 
 
-def backward(grad: Tensor, weights: Tensor, values: Tensor, total: Tensor, add: bool) -> Tensor:
-    """Writes the gradient of the weights to ``total`` (H, B, T, S), whose rows are dense, or with ``add`` adds it.
-    Returns that of the values."""
-    kernels = launchers(weights, values)
-    if kernels is not None:
-        try:
-            dvalues: Tensor = kernels.backward(grad.contiguous(), weights, values.contiguous(), total, add)
-            return dvalues
-        except Unlaunchable as error:
-            FAMILY.give_up(error, weights)
+def _backward(
+    grad: Tensor, weights: Tensor, values: Tensor, total: Tensor | None = None, add: bool = False
+) -> tuple[Tensor, Tensor]:
     g, v = _by_head(grad, weights), _by_head(values, weights)
     dweights = g @ v.mT
-    total.copy_(total + dweights if add else dweights)
-    return (weights.mT @ g).permute(2, 1, 0, 3).flatten(2)
+    if total is not None:
+        dweights = total.copy_(total + dweights if add else dweights)
+    return dweights, (weights.mT @ g).permute(2, 1, 0, 3).flatten(2)
+
+
+_BY_TORCH = Kernels("eager", _forward, _backward)
 
 
 def _by_head(x: Tensor, weights: Tensor) -> Tensor:

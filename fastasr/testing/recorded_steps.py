@@ -28,9 +28,10 @@ def launch(device: str) -> None:
         _decided.mask(y, rate, scale)
         _decided.either(uniform(1, 2, 9, 16, dtype=dtype)[..., :9], act)
         weights, values = uniform(5, 2, 9, 16, dtype=dtype)[..., :9], y
-        summed = _weighted_values.forward(weights, values)
+        sums = _weighted_values.products(weights, values)
+        summed = sums.forward(weights, values)
         for add in (False, True):
-            _weighted_values.backward(summed, weights, values, torch.zeros_like(weights), add)
+            sums.backward(summed, weights, values, torch.zeros_like(weights), add)
     conv = torch.nn.Conv1d(70, 70, 9, groups=70, device=device).requires_grad_(False)
     norm = torch.nn.BatchNorm1d(70, device=device).requires_grad_(False)
     _folded_norm.folded(conv, norm, torch.float32)

@@ -15,7 +15,7 @@ DRAWS = {"rand"}  # a swap draws what upstream draws, which is in the default dt
 UPSTREAM_DRAWS = {  # and on the default device
     "through_blocks in fastasr/models/fast_conformer/block.py",
     "encoded in fastasr/swap/forwards/nemo_row.py",
-    "EBranchformerEncoder._padded in fastasr/models/e_branchformer/encoder.py",
+    "EBranchformerEncoder.forward in fastasr/models/e_branchformer/encoder.py",
 }
 DATA = "fastasr.testing", "fastasr.benchmarks"  # make the data of tests and of benchmarks
 

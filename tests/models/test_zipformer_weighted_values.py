@@ -94,7 +94,7 @@ def test_where_it_is_left_out():
         assert not self_attention._is_native(weights, values)
     with fastasr.backend("eager"):
         assert not self_attention._is_native(weights, values)
-    many = torch.randn(4, 1, 2 * self_attention.MOST_COLUMNS + 2, requires_grad=True)
+    many = torch.randn(4, 1, 2 * self_attention.MOST_CHANNELS + 2, requires_grad=True)
     assert type(weighted(weights, many).grad_fn).__name__ != "_WeightedBackward"
     compiled = torch.compile(lambda w, v: weighted(w, v), backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(weights, values), weighted(weights, values))

@@ -189,6 +189,14 @@ class Room(NamedTuple):
     longest: int
     parts: bool = False
 
+    def run(
+        self, encoder: Any, packed: Callable[..., Any], encoded: Callable[..., Any], *args: Any, **more: Any
+    ) -> Any:
+        """Returns the result of the call that ``packed`` lays out in this room for ``encoded``, or as a text why there
+        is none."""
+        call = packed(encoder, self, *args, **more)
+        return call if isinstance(call, str) else call.unpack(encoded(encoder, *call.arguments))
+
 
 class RowCall(NamedTuple):
     """A call on a row: the arguments of the function that takes the row, which have the same shapes for every batch;

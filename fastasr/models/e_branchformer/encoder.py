@@ -135,22 +135,11 @@ class EBranchformerEncoder(torch.nn.Module):
         With ``ragged`` a recording's frames and their number are those of the recording alone. Then it also takes
         PackedFrames (N, input_size) and their lengths, and returns PackedFrames (N', output_size).
         """
-        call = {"prev_states": prev_states, "masks": masks, "ctc": ctc}
-        call |= {"max_layer": max_layer, "return_all_hs": return_all_hs}
         if self.ragged or isinstance(xs_pad, PackedFrames):
-            return row.without_padding(self, self._padded, xs_pad, ilens, **call)
-        return self._padded(xs_pad, ilens, **call)
-
-    def _padded(
-        self,
-        xs_pad: Tensor,
-        ilens: Tensor,
-        prev_states: object = None,
-        masks: Tensor | None = None,
-        ctc: Any = None,
-        max_layer: int | None = None,
-        return_all_hs: bool = False,
-    ) -> tuple[Tensor | tuple[Tensor, list[Any]], Tensor, None]:
+            call = row.Call(xs_pad, ilens, prev_states, masks, ctc, max_layer, return_all_hs)
+            found = row.without_padding(self, *call)
+            if found is not None:
+                return found
         if masks is None:
             frames = torch.arange(
                 xs_pad.shape[1] if xs_pad.dim() > 1 else 0, device=xs_pad.device, dtype=torch.int64

@@ -9,9 +9,8 @@ dropout draws numbers for all frames of the row.
 
 import inspect
 import math
-from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -101,20 +100,24 @@ def _subsampled(steps: list[tuple[int, int]], frames: Any) -> Any:
     return frames.clamp(min=0) if isinstance(frames, Tensor) else max(0, frames)
 
 
-def packed(
-    encoder: Any,
-    capacity: Capacity,
-    xs_pad: Tensor | PackedFrames,
-    ilens: Tensor,
-    prev_states: object = None,
-    masks: Tensor | None = None,
-    ctc: Any = None,
-    max_layer: int | None = None,
-    return_all_hs: bool = False,
-) -> RowCall | str:
-    """Returns a call of ``encoded`` for the arguments of ``EBranchformerEncoder.forward``, or the reason why there is
-    none, beside those of ``why_not``."""
-    reason = _obstacle(encoder, max_layer, return_all_hs)
+class Call(NamedTuple):
+    """The arguments of ``EBranchformerEncoder.forward``, ESPnet's and ours."""
+
+    xs_pad: Tensor | PackedFrames
+    ilens: Tensor
+    prev_states: object = None
+    masks: Tensor | None = None
+    ctc: Any = None
+    max_layer: int | None = None
+    return_all_hs: bool = False
+
+
+def packed(encoder: Any, capacity: Capacity, *args: Any, **kwargs: Any) -> RowCall | str:
+    """Returns a call of ``encoded`` for the arguments of a ``Call``, or the reason why there is none, beside those of
+    ``why_not``."""
+    given = Call(*args, **kwargs)
+    xs_pad, masks = given.xs_pad, given.masks
+    reason = _obstacle(encoder, given)
     if reason is not None:
         return reason
     if isinstance(xs_pad, PackedFrames):
@@ -123,7 +126,7 @@ def packed(
         xs_pad = xs_pad.of_features()
         lengths = xs_pad.lengths
     elif masks is None:
-        lengths = ilens.to(torch.int64).clamp(max=xs_pad.shape[1])
+        lengths = given.ilens.to(torch.int64).clamp(max=xs_pad.shape[1])
     elif masks.shape != xs_pad.shape[:2]:
         return "its mask is not one of lengths"
     else:
@@ -155,9 +158,9 @@ def packed(
     return call._replace(arguments=(*row, table))
 
 
-def _obstacle(encoder: Any, max_layer: int | None, return_all_hs: bool) -> str | None:
+def _obstacle(encoder: Any, given: Call) -> str | None:
     """Returns why a call cannot run on a row now, or None."""
-    if max_layer is not None or return_all_hs:
+    if given.max_layer is not None or given.return_all_hs:
         return "the call asks for outputs of inner layers"
     shares = (plumbing.dropped_share(layer.attn.dropout) for layer in encoder.encoders)
     if any(map(attention_dropout.forms_weights, shares)):
@@ -196,45 +199,33 @@ def encoded(encoder: Any, features: Tensor, begins: Tensor, ends: Tensor, table:
     return hidden
 
 
-def without_padding(
-    encoder: Any,
-    padded: Callable[..., Any],
-    xs_pad: Tensor | PackedFrames,
-    ilens: Tensor,
-    prev_states: object = None,
-    masks: Tensor | None = None,
-    ctc: Any = None,
-    max_layer: int | None = None,
-    return_all_hs: bool = False,
-) -> Any:
-    """Runs a call that is not replayed on a row that just fits it, or ``padded`` of the same arguments where there is
-    no padding or it must stay. It waits for the lengths.
+def without_padding(encoder: Any, *args: Any, **kwargs: Any) -> Any:
+    """Runs a call that is not replayed on a row that just fits it. Returns None where there is no padding or it must
+    stay. It waits for the lengths.
 
     Raises ValueError where PackedFrames cannot be on a row.
     """
-    more: Any = {"masks": masks, "max_layer": max_layer, "return_all_hs": return_all_hs}
+    given = Call(*args, **kwargs)
+    xs_pad, masks = given.xs_pad, given.masks
 
     def against() -> str | None:
-        return why_not(encoder) or _obstacle(encoder, max_layer, return_all_hs)
+        return why_not(encoder) or _obstacle(encoder, given)
 
     if isinstance(xs_pad, PackedFrames):
         reason = None if getattr(encoder, "ragged", True) else "encoder.ragged is False"
-        given = xs_pad.of_features().to(xs_pad.frames.device)
-        found = given.lengths.tolist()
+        xs_pad = xs_pad.of_features().to(xs_pad.frames.device)
+        found = xs_pad.lengths.tolist()
         room = Room(sum(found), len(found), max(1, *found))
-        call = reason or against() or packed(encoder, room, given, ilens, **more)
-        if isinstance(call, str):
-            raise ValueError(ragged.REFUSED.format(call))
-        hidden = call.unpack(encoded(encoder, *call.arguments))
+        hidden = reason or against() or room.run(encoder, packed, encoded, *given._replace(xs_pad=xs_pad))
+        if isinstance(hidden, str):
+            raise ValueError(ragged.REFUSED.format(hidden))
         return hidden._replace(frames=hidden.frames[: int(hidden.lengths.sum())])
     valid = masks if masks is None else ~masks
     if valid is None:
         frame = torch.arange(xs_pad.shape[1], device=xs_pad.device, dtype=torch.int64)
-        valid = frame < ilens.to(xs_pad.device).unsqueeze(1)
+        valid = frame < given.ilens.to(xs_pad.device).unsqueeze(1)
     lengths = ragged.lengths(encoder, valid, against, least_on_gpu=None)
-    if lengths is not None:
-        room = Room(sum(lengths), len(lengths), xs_pad.shape[1])
-        call = packed(encoder, room, xs_pad, ilens, **more)
-        if not isinstance(call, str):
-            return call.unpack(encoded(encoder, *call.arguments))
-    return padded(xs_pad, ilens, prev_states=prev_states, ctc=ctc, **more)
+    if lengths is None:
+        return None
+    found = Room(sum(lengths), len(lengths), xs_pad.shape[1]).run(encoder, packed, encoded, *given)
+    return None if isinstance(found, str) else found

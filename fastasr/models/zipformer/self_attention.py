@@ -4,7 +4,7 @@
 y = out_proj(concat over heads of W_h in_proj(x)_h)
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,14 +15,10 @@ from fastasr.models.common.linear import Linear
 from fastasr.models.zipformer.initial_scale import ScaledLinear
 from fastasr.models.zipformer.schedules import whitening_schedule
 from fastasr.models.zipformer.whitening import Whiten
-from fastasr.ops import _dispatch, _weighted_values
-
-if TYPE_CHECKING:
-    pass
+from fastasr.ops._dispatch import Kernels, registered, serves_floats
+from fastasr.ops._weighted_values import MOST_CHANNELS, launchers
 
 _OPERATORS = "weighted_values", "weighted_values_backward"
-MOST_COLUMNS = 32  # With gradients, the kernels for few columns serve heads of at most this many.
-
 
 # Attention weights are a Tensor, or an object that stands for one and has ``weighted`` or ``gated``.
 Weights = Any
@@ -62,73 +58,53 @@ class SelfAttention(torch.nn.Module):
         return self.out_proj(weighted(attn_weights, values)), cached_val
 
 
-def weighted(
-    attn_weights: Weights,
-    values: Tensor,
-) -> Tensor:
+def weighted(attn_weights: Weights, values: Tensor) -> Tensor:
     """W (heads, batch, T, S), values (S, batch, heads * dim) -> (T, batch, heads * dim)."""
     if not isinstance(attn_weights, Tensor):
         return attn_weights.weighted(values)
     heads = attn_weights.shape[0]
     sources, batch, channels = values.shape
-    if _is_native(attn_weights, values):
+    kernels: Kernels | None
+    if not _is_native(attn_weights, values):
+        kernels = launchers(attn_weights, values)
+    else:
+        kernels = Kernels("cpu", *(registered("cpu", name) for name in _OPERATORS))
         if not torch.is_grad_enabled() or not (attn_weights.requires_grad or values.requires_grad):
-            return torch.ops.fastasr_cpu.weighted_values.default(attn_weights, values.contiguous())
-        if channels <= heads * MOST_COLUMNS:
-            return _Weighted.apply(attn_weights, values.contiguous())
-    elif _weighted_values.launchers(attn_weights, values) is not None:
-        return _Launched.apply(attn_weights, values)
+            return kernels.forward(attn_weights, values.contiguous())
+        if channels > heads * MOST_CHANNELS:
+            kernels = None
+    if kernels is not None:
+        return _Weighted.apply(attn_weights, values.contiguous(), kernels)
     values = values.reshape(sources, batch, heads, channels // heads).permute(2, 1, 0, 3)  # [H, B, S, dv]
     return (attn_weights @ values).permute(2, 1, 0, 3).flatten(2)
 
 
 class _Weighted(Function):
-    """``weighted`` by the kernels for few columns, for which a BLAS is far from its rate."""
+    """``weighted`` by kernels for few columns, for which a BLAS is far from its rate."""
 
     @staticmethod
-    def forward(ctx: Any, attn_weights: Tensor, values: Tensor) -> Tensor:
+    def forward(ctx: Any, attn_weights: Tensor, values: Tensor, kernels: Kernels) -> Tensor:
         ctx.save_for_backward(attn_weights, values)
-        return torch.ops.fastasr_cpu.weighted_values.default(attn_weights, values)
+        ctx.kernels = kernels
+        return kernels.forward(attn_weights, values)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.ops.fastasr_cpu.weighted_values_backward.default(grad.contiguous(), *ctx.saved_tensors)
-
-
-class _Launched(Function):
-    """``weighted`` by the kernels for a GPU."""
-
-    @staticmethod
-    def forward(ctx: Any, attn_weights: Tensor, values: Tensor) -> Tensor:
-        ctx.save_for_backward(attn_weights, values)
-        return _weighted_values.forward(attn_weights, values)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        weights, values = ctx.saved_tensors
-        dweights = torch.empty_like(weights)
-        dvalues = _weighted_values.backward(grad, weights, values, dweights, False)
-        return dweights, dvalues
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *ctx.kernels.backward(grad.contiguous(), *ctx.saved_tensors), None
 
 
 def _is_native(weights: Tensor, values: Tensor) -> bool:
     """Says whether the kernels for few columns can be used: float32 on the CPU."""
     return (
-        _dispatch.serves_floats(_OPERATORS, weights, values)
+        serves_floats(_OPERATORS, weights, values)
         and weights.stride(-1) == 1
         and not torch.is_autocast_enabled("cpu")
         and not torch.jit.is_tracing()
     )
 
 
-def check_weights(
-    name: str,
-    attn_weights: Weights,
-    x: Tensor,
-    sources: int,
-) -> None:
+def check_weights(name: str, attn_weights: Weights, x: Tensor, sources: int) -> None:
     frames, batch, _ = x.shape
     if tuple(attn_weights.shape[1:]) != (batch, frames, sources):
         raise ValueError(

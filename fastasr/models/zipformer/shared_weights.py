@@ -13,8 +13,9 @@ from torch.autograd.function import once_differentiable
 
 from fastasr._transforms import Function
 from fastasr.models.zipformer.decisions import Numbers
-from fastasr.ops import _decided, _gemm, _layout, _weighted_values
+from fastasr.ops import _decided, _gemm, _layout
 from fastasr.ops._nonlin_attention import passes
+from fastasr.ops._weighted_values import products
 
 
 class SharedWeights:
@@ -85,10 +86,10 @@ def _room(weights: Tensor) -> Tensor:
 class _Weighted(Function):
     @staticmethod
     def forward(ctx: Any, weights: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        values = values.to(weights.dtype)
+        values = values.to(weights.dtype).contiguous()
         ctx.save_for_backward(weights, values)
         ctx.set_materialize_grads(False)
-        return _weighted_values.forward(weights, values), weights.view_as(weights)
+        return products(weights, values).forward(weights, values), weights.view_as(weights)
 
     @staticmethod
     @once_differentiable
@@ -97,7 +98,10 @@ class _Weighted(Function):
             return total, None
         weights, values = ctx.saved_tensors
         add, total = total is not None, _room(weights) if total is None else total
-        return total, _weighted_values.backward(grad, weights, values, total, add)
+        gradients: tuple[Tensor, Tensor] = products(weights, values).backward(
+            grad.contiguous(), weights, values, total, add
+        )
+        return gradients
 
 
 class _Gated(Function):

@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastasr.graphs import Graphs
 from fastasr.models.common import attention_dropout, plumbing, ragged
 from fastasr.models.common.plain import is_plain_named, is_watched, runs
-from fastasr.models.common.row import Capacity, RowCall, Spans, all_frames
+from fastasr.models.common.row import Capacity, Room, RowCall, Spans, all_frames
 from fastasr.models.fast_conformer.convolution import is_batch_norm
 from fastasr.models.fast_conformer.row import laid_out
 from fastasr.models.fast_conformer.subsampling import are_plain, convolved, subsampled
@@ -138,8 +137,8 @@ def without_padding(
         batch, _, frames = audio_signal.shape
         used = int(length.sum())
         if 0 < used < batch * frames:
-            fitted = Graphs(frames=used, recordings=batch, longest=frames)
-            call = why_not(encoder) or packed(encoder, fitted, audio_signal, length, **more)
-            if not isinstance(call, str):
-                return call.unpack(encoded(encoder, *call.arguments))
+            room = Room(used, batch, frames)
+            found = why_not(encoder) or room.run(encoder, packed, encoded, audio_signal, length, **more)
+            if not isinstance(found, str):
+                return found
     return upstream_forward(encoder, audio_signal=audio_signal, length=length, **more)

@@ -5,7 +5,6 @@ ESPnet's Conformer and Branchformer use the same classes for attention, feed-for
 them there as well.
 """
 
-from functools import partial
 from typing import Any
 
 from fastasr.graphs.module import OnRow
@@ -128,7 +127,8 @@ LAYER = Rule(
 
 
 def _without_padding(self: Upstream, *args: Any, **kwargs: Any) -> Any:
-    return row.without_padding(self, partial(upstream_forward, self), *args, **kwargs)
+    found = row.without_padding(self, *args, **kwargs)
+    return upstream_forward(self, *args, **kwargs) if found is None else found
 
 
 def _why_no_row(encoder: Upstream) -> str | None:

@@ -57,8 +57,8 @@ def test_gradients_of_consumers_are_added_in_place(dtype):
     before = torch.randn(sizes).to(dtype)
     total, alone = before.clone(), torch.full(sizes, float("nan")).to(dtype)
     with backend("triton"):
-        first = _weighted_values.backward(grad, weights, values, alone, False)
-        again = _weighted_values.backward(grad, weights, values, total, True)
+        _, first = _weighted_values.products(weights, values).backward(grad, weights, values, alone, False)
+        _, again = _weighted_values.products(weights, values).backward(grad, weights, values, total, True)
     assert torch.equal(first, again)
     g, v = (t.unflatten(2, (heads, -1)).permute(2, 1, 0, 3).double() for t in (grad, values))
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 0.05}[dtype]
