@@ -324,12 +324,7 @@ class Operands:
 
     @property
     def constants(self) -> dict:
-        return {
-            "DIM": self.dim,
-            "POS_DIM": self.pos_dim,
-            "PACKED": self.packed,
-            "WINDOW": self.chunk > 0,
-        }
+        return {"DIM": self.dim, "POS_DIM": self.pos_dim, "PACKED": self.packed, "WINDOW": self.chunk > 0}
 
 
 def operands(x, pos, cached_key, starts, heads: int, dim: int, chunk: int, left_chunks: int) -> Operands:

@@ -142,10 +142,7 @@ def nonlin_attention_product(projected: torch.Tensor, o: torch.Tensor) -> torch.
 
 
 def nonlin_attention_operands(
-    grad: torch.Tensor,
-    projected: torch.Tensor,
-    rows: int | None = None,
-    constant: torch.Tensor | None = None,
+    grad: torch.Tensor, projected: torch.Tensor, rows: int | None = None, constant: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns x, as ``nonlin_attention_gate``, and u, (T, B, D). Where the number ``constant`` is not 0, x is 0: the
     weights have no gradient then.

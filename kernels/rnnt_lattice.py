@@ -60,16 +60,10 @@ def forward_kernel(
             # symbols bring mass from the row before; the very first cell gets it from nowhere
             from_x = u + s - 1 if MODIFIED else u
             x = tl.load(
-                x_first + (s - 1) * x_row + from_x,
-                mask=(s > 0) & (from_x < x_end),
-                other=float("-inf"),
+                x_first + (s - 1) * x_row + from_x, mask=(s > 0) & (from_x < x_end), other=float("-inf")
             )
             from_y = u + s - 1 if MODIFIED else u - 1
-            y = tl.load(
-                y_first + s * y_row + from_y,
-                mask=(u > 0) & (from_y < columns),
-                other=float("-inf"),
-            )
+            y = tl.load(y_first + s * y_row + from_y, mask=(u > 0) & (from_y < columns), other=float("-inf"))
             unfit |= is_unfit(x) | is_unfit(y)
             if MODIFIED:  # no path can take these arcs: they are read only because they may make a result NaN
                 early = u < s

@@ -159,11 +159,7 @@ def _launch(flat, tile, before, mask, after, shape, shared_dim: int, mask_row, *
     """
     numel = shape.numel()
     if mask is None or (shared_dim < 0 and mask_row is None):
-        options |= {
-            "KIND": NO_MASK if mask is None else FULL_MASK,
-            "TAIL": numel % 16 != 0,
-            "BLOCK": BLOCK,
-        }
+        options |= {"KIND": NO_MASK if mask is None else FULL_MASK, "TAIL": numel % 16 != 0, "BLOCK": BLOCK}
         grid = (max(1, cdiv(numel // 16 * 16, BLOCK)),)
         launch(flat, grid, *before, mask, *after, numel // 16, numel % 16, num_warps=NUM_WARPS, **options)
         return

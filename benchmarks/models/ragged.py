@@ -88,11 +88,7 @@ def _w2v_bert(size: str, layers: int, lengths: list[float]) -> tuple[torch.nn.Mo
     return ENCODERS["w2v-bert-2"].model(layers), (x, mask), mask.sum().item() / mask.numel()
 
 
-CASES = {
-    "Parakeet's encoder": _parakeet,
-    "Zipformer's encoder": _zipformer,
-    "w2v-BERT's encoder": _w2v_bert,
-}
+CASES = {"Parakeet's encoder": _parakeet, "Zipformer's encoder": _zipformer, "w2v-BERT's encoder": _w2v_bert}
 
 
 @benchmark(NAME)

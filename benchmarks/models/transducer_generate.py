@@ -16,15 +16,7 @@ import torch
 from fastasr.benchmarks import limits, upstream
 from fastasr.benchmarks.harness import Variant
 from fastasr.benchmarks.models import fast_conformer
-from fastasr.benchmarks.models.unit import (
-    FASTASR,
-    FORWARD,
-    UPSTREAM,
-    Run,
-    benchmark,
-    product_limit,
-    swapped,
-)
+from fastasr.benchmarks.models.unit import FASTASR, FORWARD, UPSTREAM, Run, benchmark, product_limit, swapped
 from fastasr.benchmarks.rows import Row
 
 NAME = "transducer_generate"
@@ -42,10 +34,7 @@ def parakeet(kind: str, tokens: int, hidden: int, encoder: dict) -> torch.nn.Mod
     transformers = upstream.module("transformers")
     torch.manual_seed(0)
     config = getattr(transformers, f"Parakeet{kind}Config")(
-        vocab_size=tokens,
-        blank_token_id=tokens - 1,
-        decoder_hidden_size=hidden,
-        encoder_config=encoder,
+        vocab_size=tokens, blank_token_id=tokens - 1, decoder_hidden_size=hidden, encoder_config=encoder
     )
     model = getattr(transformers, f"ParakeetFor{kind}")(config).eval()
     model.generation_config.decoder_start_token_id = tokens - 1

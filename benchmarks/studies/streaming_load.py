@@ -230,11 +230,7 @@ def main(arguments=None):
     code = results.run(
         options,
         lambda _: measure(
-            options.only,
-            *sizes,
-            options.most,
-            options.attempts,
-            report=lambda line: print(line, flush=True),
+            options.only, *sizes, options.most, options.attempts, report=lambda line: print(line, flush=True)
         ),
         lambda found: {"bench": block(found)},
     )

@@ -99,8 +99,7 @@ def bench(
         ),
     ] = None,
     shape: Annotated[
-        str | None,
-        typer.Option(metavar="T=375,B=16,...", help="Measure the named ops at these sizes alone."),
+        str | None, typer.Option(metavar="T=375,B=16,...", help="Measure the named ops at these sizes alone.")
     ] = None,
     out: Annotated[
         Path, typer.Option(help="Folder for results.jsonl, the plots and index.html.", file_okay=False)

@@ -63,9 +63,5 @@ def _slopes(dx: Tensor, grad: Tensor, projected: Tensor, o: Tensor) -> Tensor:
 
 
 _EAGER = Passes(
-    "eager",
-    _gate,
-    _operands,
-    lambda projected, o: o.transpose(0, 1) * projected.chunk(3, dim=-1)[2],
-    _slopes,
+    "eager", _gate, _operands, lambda projected, o: o.transpose(0, 1) * projected.chunk(3, dim=-1)[2], _slopes
 )

@@ -65,11 +65,7 @@ def _gradients(
 
 
 # --------------------------------------------------------------------------- the op
-@op(
-    "cpu triton",
-    launch=_launch,
-    gradients=_gradients,
-)
+@op("cpu triton", launch=_launch, gradients=_gradients)
 def add_norm(
     x: Annotated[Tensor, "*S C, C >= 1"],
     update: Annotated[Tensor, "*S C"],

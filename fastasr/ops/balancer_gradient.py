@@ -92,12 +92,7 @@ def _launch(op: Op, kernels: Kernels, a: Arguments, dtype: torch.dtype, keep: bo
 
 
 # --------------------------------------------------------------------------- the op
-@op(
-    FAMILY,
-    check=_check,
-    launch=_launch,
-    fast=_fast,
-)
+@op(FAMILY, check=_check, launch=_launch, fast=_fast)
 def balancer_gradient(
     grad: Annotated[Tensor, "*S D"],
     x: Annotated[Tensor, "*S D"],

@@ -24,10 +24,7 @@ from fastasr.ops._depthwise_conv import depthwise_conv
 from fastasr.ops._op import op
 
 
-@op(
-    "cpu triton",
-    strides={"x": "channels"},
-)
+@op("cpu triton", strides={"x": "channels"})
 def conv_spatial_gate(
     x: Annotated[Tensor, "B T 2*C, C >= 1"],
     norm_weight: Annotated[Tensor, "C", "wide"],

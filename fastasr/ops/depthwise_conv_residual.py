@@ -27,12 +27,7 @@ def _check(op: Op, a: Arguments) -> None:
     check_delay(op, a.weight.shape[-1], a.delay)
 
 
-@op(
-    "cpu triton",
-    strides={"x": "channels"},
-    backward="grad x weight padding_mask delay",
-    check=_check,
-)
+@op("cpu triton", strides={"x": "channels"}, backward="grad x weight padding_mask delay", check=_check)
 def depthwise_conv_residual(
     x: Annotated[Tensor, "B T C, C >= 1"],
     weight: Annotated[Tensor, "C 1 K | C K, K >= 1", "wide"],

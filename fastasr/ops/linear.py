@@ -123,17 +123,9 @@ def torch_wins(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool | None:
 
 
 # --------------------------------------------------------------------------- the op
-@op(
-    FAMILY,
-    one_dtype="x weight bias",
-    launch=_launch,
-    gradients=_gradients,
-    fast=_product,
-)
+@op(FAMILY, one_dtype="x weight bias", launch=_launch, gradients=_gradients, fast=_product)
 def linear(
-    x: Annotated[Tensor, "*S K"],
-    weight: Annotated[Tensor, "N K"],
-    bias: Annotated[Tensor, "N"] | None = None,
+    x: Annotated[Tensor, "*S K"], weight: Annotated[Tensor, "N K"], bias: Annotated[Tensor, "N"] | None = None
 ) -> Annotated[Tensor, "*S N", "x"]:
     """x weightᵀ + bias: ``torch.nn.functional.linear``, faster where another matrix product is.
 

@@ -71,7 +71,10 @@ class Tape(TorchDispatchMode):
                 self.read.setdefault(_storage(t), _same(t))
         for t in written:
             if _storage(t) not in self.made and _storage(t) not in self._before:
-                self._before[_storage(t)] = _same(t), torch.empty(0, dtype=t.dtype).set_(t.untyped_storage()).clone()
+                self._before[_storage(t)] = (
+                    _same(t),
+                    torch.empty(0, dtype=t.dtype).set_(t.untyped_storage()).clone(),
+                )
         found = function(*args, **kwargs)
         results = [t for t in tree_leaves(found) if isinstance(t, torch.Tensor)]
         taken = {_storage(t) for t in tensors}

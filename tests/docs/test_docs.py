@@ -10,13 +10,7 @@ import pytest
 
 from fastasr import ops
 from fastasr.benchmarks.device import verdict
-from fastasr.benchmarks.studies import (
-    breakdown,
-    int8_peers,
-    recipe,
-    streaming_accuracy,
-    streaming_load,
-)
+from fastasr.benchmarks.studies import breakdown, int8_peers, recipe, streaming_accuracy, streaming_load
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [

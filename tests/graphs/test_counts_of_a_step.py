@@ -64,10 +64,7 @@ CASES = {
 # Kernels of a recorded training step of the encoder and its front end, of torch and of fastasr.
 RECORDED = {"torch": 1348, "fastasr": 2892}
 # The same of a call in inference.
-INFERENCE = {
-    "zipformer": {"torch": 424, "fastasr": 379},
-    "fast_conformer": {"torch": 282, "fastasr": 173},
-}
+INFERENCE = {"zipformer": {"torch": 424, "fastasr": 379}, "fast_conformer": {"torch": 282, "fastasr": 173}}
 # Kernels of a recorded training step of a FastConformer, of which a row has few more than a padded batch.
 PADDED, ROW = {"torch": 1133, "fastasr": 622}, 1.01
 # The same of a Zipformer, each of whose three consumers of attention weights computes them on a row.

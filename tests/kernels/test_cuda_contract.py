@@ -9,9 +9,7 @@ from fastasr.testing.checks import cases
 from tests.kernels import cuda_emulated
 from tests.kernels.cuda_launchers import OPS, serving
 
-pytestmark = [
-    pytest.mark.skipif(cuda_emulated.compiler() is None, reason="there is no C++ compiler"),
-]
+pytestmark = [pytest.mark.skipif(cuda_emulated.compiler() is None, reason="there is no C++ compiler")]
 
 
 @pytest.fixture(scope="module")

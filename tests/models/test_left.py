@@ -22,11 +22,7 @@ def test_a_reason_is_logged_once_per_class_and_method(caplog):
     message = "Linear.{} leaves fastasr's fast path: {}".format
     assert [(r.name, r.levelno, r.getMessage()) for r in caplog.records] == [
         ("fastasr", logging.WARNING, message(*what))
-        for what in (
-            ("forward", "it rains"),
-            ("streaming_forward", "it rains"),
-            ("forward", "it snows"),
-        )
+        for what in (("forward", "it rains"), ("streaming_forward", "it rains"), ("forward", "it snows"))
     ]
     noted = _left.of(one)
     assert (noted["forward"].reason, noted["forward"].calls) == ("it rains", 4)

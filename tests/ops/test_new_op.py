@@ -85,10 +85,7 @@ def test_the_steps_make_an_op(tmp_path, backend):
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     text = text[text.index("## Add an op") : text.index("## How tests work")]
     steps = re.findall(r"^\d\. \*\*[^`]*`([^`]+)`.*?^   ```\w+\n(.*?)^   ```", text, flags=re.S | re.M)
-    assert [Path(file).parent.as_posix() for file, _ in steps] == [
-        "fastasr/ops",
-        "fastasr/testing/samples",
-    ]
+    assert [Path(file).parent.as_posix() for file, _ in steps] == ["fastasr/ops", "fastasr/testing/samples"]
     for file, content in steps:
         top, rest = file.split("/", 1)
         path = tmp_path / FOLDERS[top] / rest

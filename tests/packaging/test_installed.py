@@ -8,9 +8,7 @@ from fresh import ROOT
 
 from fastasr.ops import _dispatch
 
-pytestmark = [
-    pytest.mark.packaging,
-]
+pytestmark = [pytest.mark.packaging]
 
 # It runs every op forward and backward, and prints where the package is and the table of backends.
 RUN = """

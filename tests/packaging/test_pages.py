@@ -10,9 +10,7 @@ import pytest
 from fresh import ROOT, Fresh, run
 from page_blocks import OPS, PAGES, blocks
 
-pytestmark = [
-    pytest.mark.packaging,
-]
+pytestmark = [pytest.mark.packaging]
 
 
 class Reader:

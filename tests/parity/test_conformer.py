@@ -27,10 +27,7 @@ MODELS = {
     "speechbrain": (speechbrain_conformer, {"ConvolutionModule", "PositionalwiseFeedForward"}),
     "espnet": (espnet_conformer, {"ConvolutionModule", "PositionwiseFeedForward"}),
     "torchaudio": (torchaudio_conformer, {"_ConvolutionModule", "_FeedForwardModule"}),
-    "wav2vec2": (
-        wav2vec2_conformer,
-        {"Wav2Vec2ConformerConvolutionModule", "Wav2Vec2ConformerFeedForward"},
-    ),
+    "wav2vec2": (wav2vec2_conformer, {"Wav2Vec2ConformerConvolutionModule", "Wav2Vec2ConformerFeedForward"}),
     "fastspeech2": (fastspeech2_conformer, {"FastSpeech2ConformerConvolutionModule"}),
 }
 

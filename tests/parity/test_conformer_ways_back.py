@@ -63,12 +63,7 @@ HOOKED = (
         "a norm or depthwise_conv1d has hooks or is no plain one",
     ),
     ("gemma 4", "layers.1", "norm_out", "a part has hooks or is no plain one"),
-    (
-        "gemma 4",
-        "subsample_conv_projection.layer0",
-        "norm",
-        "conv, norm or act has hooks or is no plain one",
-    ),
+    ("gemma 4", "subsample_conv_projection.layer0", "norm", "conv, norm or act has hooks or is no plain one"),
     ("gemma 3n", "conformer.1", "norm", "a part has hooks or is no plain one"),
     (
         "gemma 3n",

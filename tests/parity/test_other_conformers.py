@@ -47,11 +47,7 @@ REPLACED = {
         "SeamlessM4Tv2ConformerSelfAttention",
         "SeamlessM4Tv2ConformerConvolutionModule",
     },
-    "w2v-bert": {
-        "Wav2Vec2BertFeedForward",
-        "Wav2Vec2BertSelfAttention",
-        "Wav2Vec2BertConvolutionModule",
-    },
+    "w2v-bert": {"Wav2Vec2BertFeedForward", "Wav2Vec2BertSelfAttention", "Wav2Vec2BertConvolutionModule"},
     "wavlm": {"WavLMAttention", "WavLMEncoder"},
     "wavlm large": {"WavLMAttention", "WavLMEncoderStableLayerNorm"},
     "gemma 4": {

@@ -85,9 +85,7 @@ def test_text_of_tokens():
 )
 def test_pad_sequences(sequences, sos, eos):
     for value, expected in zip(
-        pad_sequences(sequences, -1, sos, eos),
-        theirs.pad_sequences(sequences, -1, sos, eos),
-        strict=True,
+        pad_sequences(sequences, -1, sos, eos), theirs.pad_sequences(sequences, -1, sos, eos), strict=True
     ):
         assert value.dtype == expected.dtype
         assert torch.equal(value, expected)

@@ -63,10 +63,7 @@ REFUSED = {
         lambda x: torchaudio.rnnt_loss(x * 1.0, P.symbols, *LENGTHS, P.blank, in_place=True),
         P.full,
     ),
-    "parts": (
-        lambda x: rnnt.joint_mutual_information_recursion([x[:, :-1]] * 2, [x] * 2).sum(),
-        P.full[0],
-    ),
+    "parts": (lambda x: rnnt.joint_mutual_information_recursion([x[:, :-1]] * 2, [x] * 2).sum(), P.full[0]),
 }
 
 

@@ -24,12 +24,7 @@ SIZES = {
     "subsampling_conv_channels": 8,
 }
 RATES = ("dropout", "dropout_pre_encoder", "dropout_emb", "dropout_att")
-SWAPPED = {
-    "ConformerConvolution",
-    "ConformerFeedForward",
-    "ConvSubsampling",
-    "RelPositionMultiHeadAttention",
-}
+SWAPPED = {"ConformerConvolution", "ConformerFeedForward", "ConvSubsampling", "RelPositionMultiHeadAttention"}
 
 
 def encoder(dropout=0.0, **options):
@@ -188,11 +183,7 @@ DECLINED = {
         "layers.0.self_attn",
         "att_context_size is [3, 2], expected equal ones: else upstream shifts the positions",
     ),
-    "no positions": (
-        {"self_attention_model": "abs_pos"},
-        "layers.0.self_attn",
-        "has no relative positions",
-    ),
+    "no positions": ({"self_attention_model": "abs_pos"}, "layers.0.self_attn", "has no relative positions"),
 }
 
 

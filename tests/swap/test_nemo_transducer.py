@@ -12,10 +12,7 @@ from steps import close, moved, numbers, seeded
 import fastasr
 
 VOCABULARY, DURATIONS = 6, [0, 1, 2, 4]
-LOSSES = {
-    "rnnt": ("pytorch", {}),
-    "tdt": ("tdt_pytorch", {"durations": DURATIONS, "sigma": 0.05}),
-}
+LOSSES = {"rnnt": ("pytorch", {}), "tdt": ("tdt_pytorch", {"durations": DURATIONS, "sigma": 0.05})}
 
 
 class Wer:

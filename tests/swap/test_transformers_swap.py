@@ -12,12 +12,7 @@ from tiny_zipformer import same_training
 
 pytest.importorskip("transformers")
 
-from transformers import (
-    ParakeetCTCConfig,
-    ParakeetEncoder,
-    ParakeetEncoderConfig,
-    ParakeetForCTC,
-)
+from transformers import ParakeetCTCConfig, ParakeetEncoder, ParakeetEncoderConfig, ParakeetForCTC
 
 import fastasr
 from fastasr.graphs import module as recording

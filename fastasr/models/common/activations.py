@@ -99,13 +99,7 @@ def batch_norm_activated(norm: Any, name: Name, z: Tensor, hidden: Tensor | None
         return norm(z.transpose(1, 2))  # raises: a frame has no variance
     momentum = 1.0 if norm.momentum is None else norm.momentum
     y, *found, rate = ops.batch_norm_activation(
-        z,
-        norm.weight,
-        norm.bias,
-        padding_mask=hidden,
-        eps=norm.eps,
-        momentum=momentum,
-        activation=name,
+        z, norm.weight, norm.bias, padding_mask=hidden, eps=norm.eps, momentum=momentum, activation=name
     )
     running = [norm.running_mean, norm.running_var]
     dtype = norm.running_mean.dtype

@@ -34,9 +34,7 @@ _OF_TORCH = {
 }
 
 
-def hooks_of(
-    module: torch.nn.Module,
-) -> Hooks:
+def hooks_of(module: torch.nn.Module) -> Hooks:
     """Returns the four dicts of a module's hooks: before and after the forward pass, before and after the backward."""
     return (
         module._forward_pre_hooks,

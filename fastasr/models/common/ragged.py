@@ -63,10 +63,7 @@ def on_gpu(device: torch.device) -> bool:
 
 
 def lengths(
-    encoder: torch.nn.Module,
-    valid: Tensor,
-    why_not: Callable[[], str | None],
-    least_on_gpu: int | None = 0,
+    encoder: torch.nn.Module, valid: Tensor, why_not: Callable[[], str | None], least_on_gpu: int | None = 0
 ) -> list[int] | None:
     """Returns the frames of each recording, or None where the batch has no padding to leave out or the padding must
     stay, which this function notes.

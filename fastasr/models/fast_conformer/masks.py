@@ -45,12 +45,7 @@ def is_readable(mask: Tensor | None, batch: int, frames: int, keys: int | None =
     return mask is None or (isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape in shapes)
 
 
-def read(
-    mask: "Tensor | BlockMask | None",
-    implementation: str,
-    batch: int,
-    frames: int,
-) -> Tensor | None:
+def read(mask: "Tensor | BlockMask | None", implementation: str, batch: int, frames: int) -> Tensor | None:
     """Returns a mask that transformers made for an implementation of attention as ``seen`` reads it, bool (B or 1, 1,
     T, T), or None if there is none or it does more than hide keys.
 

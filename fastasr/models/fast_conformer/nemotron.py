@@ -146,10 +146,7 @@ def _is_upstreams(owner: torch.nn.Module, module: torch.nn.Module, name: str) ->
 
 
 def causal_convolution(
-    self: Any,
-    hidden_states: Tensor,
-    all_masked_rows: Tensor | None = None,
-    padding_cache: Any = None,
+    self: Any, hidden_states: Tensor, all_masked_rows: Tensor | None = None, padding_cache: Any = None
 ) -> Tensor:
     """Serves NemotronAsrStreamingEncoderConvolutionModule: hidden states (B, T, width), all_masked_rows (bool (B, 1,
     T), True: the frame sees no key, and its gated frame is 0) or None -> (B, T, width)."""
@@ -185,10 +182,7 @@ def front_convolutions(self: Any) -> list[Any]:
 
 
 def causal_subsampling(
-    self: Any,
-    input_features: Tensor,
-    attention_mask: Tensor | None = None,
-    padding_cache: Any = None,
+    self: Any, input_features: Tensor, attention_mask: Tensor | None = None, padding_cache: Any = None
 ) -> Tensor:
     """Serves NemotronAsrStreamingEncoderSubsamplingConv2D: features (B, T₀, mel_bins), mask (B, T₀), 1 at valid frames,
     or None -> (B, T, width). Without a cache each of the convolutions makes ⌊n / 2⌋ + 1 frames and bins of n."""
@@ -216,11 +210,7 @@ def causal_subsampling(
 
 
 def _subsampled_chunk(
-    convs: list[Any],
-    products: list[Any],
-    x: Tensor,
-    lengths: Tensor | None,
-    cache: Any,
+    convs: list[Any], products: list[Any], x: Tensor, lengths: Tensor | None, cache: Any
 ) -> Tensor:
     """Returns the last linear layer's input (B, n, C · F) for the features that follow the cached ones."""
     h = x.unsqueeze(-1)

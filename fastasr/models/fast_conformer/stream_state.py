@@ -37,14 +37,7 @@ def chunk(
     return x, torch.stack(keys.kept), torch.stack(found[:count]), found[count:]
 
 
-def next_chunk(
-    self: Any,
-    graphs: Any,
-    x: Tensor,
-    name: str,
-    cache: Any,
-    padding_cache: Any,
-) -> Tensor | None:
+def next_chunk(self: Any, graphs: Any, x: Tensor, name: str, cache: Any, padding_cache: Any) -> Tensor | None:
     """Returns the next frames of streams by a recorded ``chunk``, and brings transformers' caches up to date; or None
     if the caches' tensors differ in shape, or hold no chunk yet."""
     kept: list[Any] = [nemotron.window_layer(cache, i) for i in range(len(self.layers))]

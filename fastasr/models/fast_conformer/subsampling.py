@@ -117,12 +117,7 @@ def convolved(layers: Layers, x: Tensor, lengths: Tensor | Spans | None, left: i
     return torch.cat(strips, 1) if strips else x.new_zeros(batch, 0, layers[0].out_channels * bins_left)
 
 
-def subsampled(
-    layers: Layers,
-    frames: N,
-    left: int = 1,
-    stages: int | None = None,
-) -> N:
+def subsampled(layers: Layers, frames: N, left: int = 1, stages: int | None = None) -> N:
     """Returns the front end's length of output for ``frames``, a number, or a list or tensor of numbers, or the spans
     of its output; or that of its first ``stages``."""
     found: N = _after(_stages(layers) if stages is None else stages, frames, left)
@@ -138,14 +133,7 @@ def _stages(layers: Layers) -> int:
     return (len(layers) + 1) // 3
 
 
-def _strip(
-    layers: Layers,
-    x: Tensor,
-    lengths: Lengths,
-    begin: int,
-    count: int,
-    left: int,
-) -> Tensor:
+def _strip(layers: Layers, x: Tensor, lengths: Lengths, begin: int, count: int, left: int) -> Tensor:
     """Returns frames begin … begin + count − 1 of the input of ``linear``, (B, count, C · F)."""
     levels = [(begin, count)]
     for _ in range(_stages(layers)):  # the frames that these need, level by level, down to those of x

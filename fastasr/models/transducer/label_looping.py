@@ -422,10 +422,7 @@ def predict(w: Weights, tokens: Tensor, state: Tensor) -> Tensor:
 
 
 def _normalized_cell(
-    gates: Tensor,
-    c: Tensor,
-    norms: tuple[Tensor, ...],
-    eps: float,
+    gates: Tensor, c: Tensor, norms: tuple[Tensor, ...], eps: float
 ) -> tuple[Tensor, Tensor]:
     gate_weight, gate_bias, cell_weight, cell_bias = norms
     i, f, v, o = F.layer_norm(gates, gates.shape[1:], gate_weight, gate_bias, eps).chunk(4, 1)

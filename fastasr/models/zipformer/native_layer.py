@@ -19,13 +19,7 @@ from torch import Tensor
 
 from fastasr import _left
 from fastasr.models.common.linear import Linear
-from fastasr.models.common.packed_layers import (
-    PackedLayer,
-    PackedLayers,
-    may_call,
-    may_serve,
-    note_declined,
-)
+from fastasr.models.common.packed_layers import PackedLayer, PackedLayers, may_call, may_serve, note_declined
 from fastasr.models.common.plain import is_plain, runs
 from fastasr.models.common.ragged import Packing, current, in_use
 from fastasr.models.zipformer import attention, convolution
@@ -339,12 +333,7 @@ class _Chunks(PackedLayer["ZipformerEncoderLayer"]):
         return got, by_submodules(src, pos_emb, states, left, masked)
 
     def fits(
-        self,
-        src: Tensor,
-        pos_emb: Tensor,
-        states: Sequence[Tensor],
-        left: int,
-        masked: Tensor | None,
+        self, src: Tensor, pos_emb: Tensor, states: Sequence[Tensor], left: int, masked: Tensor | None
     ) -> bool:
         """Says whether the native call can read these arguments without conversion."""
         frames, streams, dim = src.shape
@@ -359,12 +348,7 @@ class _Chunks(PackedLayer["ZipformerEncoderLayer"]):
         )
 
     def run(
-        self,
-        src: Tensor,
-        pos_emb: Tensor,
-        states: Sequence[Tensor],
-        left: int,
-        masked: Tensor | None,
+        self, src: Tensor, pos_emb: Tensor, states: Sequence[Tensor], left: int, masked: Tensor | None
     ) -> list[Tensor]:
         return _native.zipformer_layer_step.default(
             self.sizes,

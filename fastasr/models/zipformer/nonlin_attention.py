@@ -70,11 +70,7 @@ class NonlinAttention(torch.nn.Module):
             grad_scale=0.01,
         )
 
-    def forward(
-        self,
-        x: Tensor,
-        attn_weights: Weights,
-    ) -> Tensor:
+    def forward(self, x: Tensor, attn_weights: Weights) -> Tensor:
         check_weights("NonlinAttention", attn_weights, x, x.shape[0])
         projected = self.in_proj(x)
         parts = projected.chunk(3, dim=2)

@@ -77,9 +77,7 @@ class PackedWeights:
         return self.mapped(constant_weights)
 
 
-def constant_weights(
-    weights: Weights,
-) -> Weights:
+def constant_weights(weights: Weights) -> Weights:
     """Replaces the weights by equal weights on all sources whose weight is not 0."""
     if not isinstance(weights, Tensor):
         return weights.constant()

@@ -52,13 +52,7 @@ def _narrow(src: Tensor) -> torch.dtype | None:
 class _Plus(Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        src: Tensor,
-        y: Tensor,
-        numbers: Any,
-        rate: Any,
-        of: Any,
-        narrow: torch.dtype | None,
+        ctx: Any, src: Tensor, y: Tensor, numbers: Any, rate: Any, of: Any, narrow: torch.dtype | None
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(numbers, rate, of)
         ctx.dtypes = src.dtype, y.dtype

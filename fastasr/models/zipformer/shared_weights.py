@@ -136,9 +136,4 @@ class _Gated(Function):
         if total is None:
             total = _room(weights).zero_()
         _flat(total, ctx.rows)[: len(u)].baddbmm_(u, x.permute(1, 2, 0))
-        return (
-            total,
-            kernels.gradient(dx, grad, projected, o),
-            None,
-            None,
-        )
+        return total, kernels.gradient(dx, grad, projected, o), None, None

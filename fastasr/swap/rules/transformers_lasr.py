@@ -6,9 +6,7 @@ from fastasr.swap.rules.conformer import FROM_5_18
 
 RULES = (
     parakeet.FEED_FORWARD.like(
-        "transformers.lasr_feed_forward",
-        "LasrEncoderFeedForward",
-        {"d5c81f0c3302c856dd2cc3f5": FROM_5_18},
+        "transformers.lasr_feed_forward", "LasrEncoderFeedForward", {"d5c81f0c3302c856dd2cc3f5": FROM_5_18}
     ),
     parakeet.CONVOLUTION.like(
         "transformers.lasr_convolution",

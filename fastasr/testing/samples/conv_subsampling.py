@@ -11,16 +11,7 @@ import torch
 from torch import Tensor
 
 from fastasr.testing.fuzz import Shape
-from fastasr.testing.speed import (
-    BATCH,
-    FORWARD,
-    FRAMES,
-    Case,
-    Implementation,
-    case,
-    costs,
-    parameters,
-)
+from fastasr.testing.speed import BATCH, FORWARD, FRAMES, Case, Implementation, case, costs, parameters
 from fastasr.testing.table import Make, OpTable, Sample
 
 

@@ -63,10 +63,7 @@ class Average:
             **options,
         }
         if state:
-            arguments |= {
-                "state": make.normal(batch, channels, states, *self.state),
-                "return_state": True,
-            }
+            arguments |= {"state": make.normal(batch, channels, states, *self.state), "return_state": True}
         if mask:
             arguments["padding_mask"] = make.uniform(batch, length) > 0.7
         return arguments

@@ -116,10 +116,7 @@ def _recordings(*starts: int) -> dict:
 
 def _span(left: int, right: int, heads: int, width: int) -> dict:
     """Makes positions of the keys from ``left`` frames before a query to ``right`` behind it."""
-    return {
-        "pos": lambda make: make.normal(left + right + 1, heads, width),
-        "pos_span": (left, right),
-    }
+    return {"pos": lambda make: make.normal(left + right + 1, heads, width), "pos_span": (left, right)}
 
 
 def _infinite(make: Make) -> dict:
@@ -440,10 +437,7 @@ TABLE = OpTable(
             "a negative context", lambda m: _call(m, 1, 4, 1, 4, **_context(-2, 0)), ValueError, "context"
         ),
         Invalid(
-            "a span of one side",
-            lambda m: _call(m, 1, 4, 1, 4, pos_span=(3, -1)),
-            ValueError,
-            "pos_span",
+            "a span of one side", lambda m: _call(m, 1, 4, 1, 4, pos_span=(3, -1)), ValueError, "pos_span"
         ),
         Invalid(
             "a span alone",
@@ -461,12 +455,7 @@ TABLE = OpTable(
             ValueError,
             "offset_gate",
         ),
-        Invalid(
-            "fewer keys than queries",
-            lambda m: _call(m, 1, 4, 1, 4, cached=-1),
-            ValueError,
-            "k",
-        ),
+        Invalid("fewer keys than queries", lambda m: _call(m, 1, 4, 1, 4, cached=-1), ValueError, "k"),
     ),
     unread=("k", "v"),  # the op may skip hidden keys
     random=_random,

@@ -110,12 +110,7 @@ TABLE = OpTable(
         Sample("-inf, occupations", _special(-float("inf"), return_occupation=True), exact=False),
     ),
     invalid=tuple(
-        Invalid(
-            name,
-            partial(_with, argument, rows),
-            ValueError,
-            argument,
-        )
+        Invalid(name, partial(_with, argument, rows), ValueError, argument)
         for name, argument, rows in (
             ("starts decrease", "starts", ([0] * 5, [0, 1, 2, 1, 1])),
             ("negative starts", "starts", ([0] * 5, [-1, 0, 0, 0, 0])),

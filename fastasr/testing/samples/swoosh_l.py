@@ -39,10 +39,7 @@ SAMPLES = (
 )
 
 TABLE = OpTable(
-    op="swoosh_l",
-    samples=SAMPLES,
-    rows=("x",),
-    random=lambda m, shape: {"x": m.normal(*shape(), scale=4.0)},
+    op="swoosh_l", samples=SAMPLES, rows=("x",), random=lambda m, shape: {"x": m.normal(*shape(), scale=4.0)}
 )
 
 

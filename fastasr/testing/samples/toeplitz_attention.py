@@ -112,11 +112,7 @@ TABLE = OpTable(
             draws=8,
         ),
         *(
-            Sample(
-                f"{name}, few frames",
-                partial(_activated, name, 17, 1, 20, 18),
-                draws=8,
-            )
+            Sample(f"{name}, few frames", partial(_activated, name, 17, 1, 20, 18), draws=8)
             for name in _activation.NAMES
         ),
         Sample(
@@ -132,11 +128,7 @@ TABLE = OpTable(
         Sample("a long bias", lambda m: _call(m, 40, 2, 16, 32, positions=64)),
         Sample("dropout in chunks", lambda m: _dropout(m, 256, 3, 128, 160, 64, causal=False), large=True),
         *(
-            Sample(
-                name,
-                partial(_activated, name, 100, 2, 128, 129),
-                large=True,
-            )
+            Sample(name, partial(_activated, name, 100, 2, 128, 129), large=True)
             for name in _activation.NAMES
         ),
         Sample("block", lambda m: _slices(m, 100, 2, 128, 256), large=True),

@@ -144,10 +144,7 @@ TABLE = OpTable(
         Sample(
             "several blocks of keys",
             lambda m: _valued(
-                m,
-                weights._call(m, 600, 1, 1, 8, 4, left=70, key_padding_mask=m.padding(670, [650])),
-                None,
-                4,
+                m, weights._call(m, 600, 1, 1, 8, 4, left=70, key_padding_mask=m.padding(670, [650])), None, 4
             ),
             large=True,
         ),

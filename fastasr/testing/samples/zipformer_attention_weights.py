@@ -10,16 +10,7 @@ import torch
 from torch import Tensor
 
 from fastasr.testing.fuzz import Shape
-from fastasr.testing.speed import (
-    BATCH,
-    FRAMES,
-    Case,
-    Implementation,
-    case,
-    costs,
-    simple,
-    upstream_member,
-)
+from fastasr.testing.speed import BATCH, FRAMES, Case, Implementation, case, costs, simple, upstream_member
 from fastasr.testing.table import Invalid, Make, OpTable, Sample, sampler
 
 

@@ -5,10 +5,7 @@ import pytest
 import torch
 
 from fastasr import backend, ops
-from tests.ops.test_regularisers import (  # noqa: F401, these run here too
-    test_in_place_with_numbers_in_tensors,
-    test_the_metric_at_its_limit,
-)
+from tests.ops.test_regularisers import test_in_place_with_numbers_in_tensors, test_the_metric_at_its_limit  # noqa: F401, these run here too
 
 
 @pytest.fixture(autouse=True)
