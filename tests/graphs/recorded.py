@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Records the calls of a module on tapes."""
 
+import math
+
 import torch
-from steps import numbers
+from steps import close, cotangent, numbers, same_gradients
 
 import fastasr
+from fastasr import PackedFrames
 from fastasr.graphs import module as graphs
 from fastasr.swap import binding
 from fastasr.testing.tape import TapeRecorder
@@ -57,3 +60,53 @@ def lengths_on_a_row(count, row, first=(), recordings=None, least=0):
             lengths.append(int(torch.randint(0, min(left, longest) + 1, (), generator=generator)))
             left -= lengths[-1]
         yield lengths if max(lengths) >= least else [20] * len(lengths)
+
+
+def packed_frames(x, lengths, frames=None):
+    """Returns the PackedFrames of a batch (B, T, bins), with NaN in frames of nobody."""
+    rows = torch.cat([one[:n] for one, n in zip(x, lengths.tolist(), strict=True)])
+    more = 0 if frames is None else frames - len(rows)
+    return PackedFrames(torch.cat([rows, rows.new_full((more, *rows.shape[1:]), math.nan)]), lengths)
+
+
+def gradients(model, hidden, x):
+    """Returns the gradients by name of the hidden states of recordings, a list of (T, D)."""
+    leaves = dict(model.named_parameters()) | {"features": x}
+    loss = sum((y * cotangent(y.cpu(), f"{i}").to(y)).sum() for i, y in enumerate(hidden) if len(y))
+    found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
+    return dict(zip(leaves, found, strict=True))
+
+
+def padded_step(call, model, x, lengths):
+    """Returns the hidden states of the recordings of a padded batch, a list of (T, D), in training gradients by name,
+    and whether anything but 0 is behind a recording's end. ``call(model, x, lengths)`` returns (B, T, D), lengths."""
+    x = x.clone().requires_grad_(model.training)
+    with torch.set_grad_enabled(model.training):
+        y, after = call(model, x, lengths)
+    hidden = [one[:n] for one, n in zip(y, after.tolist(), strict=True)]
+    behind = any(one[n:].any() for one, n in zip(y, after.tolist(), strict=True))
+    return hidden, gradients(model, hidden, x) if model.training else {}, behind
+
+
+def packed_step(call, model, x, lengths, frames=None):
+    """Does the same with PackedFrames: ``call(model, given)`` returns such. The last result is their number."""
+    given = packed_frames(x, lengths, frames)
+    given.frames.requires_grad_(model.training)
+    with torch.set_grad_enabled(model.training):
+        found = call(model, given)
+    assert isinstance(found, PackedFrames)
+    used = int(found.lengths.sum())
+    assert not found.frames[used:].any()
+    hidden, leaves = list(found.frames[:used].split(found.lengths.tolist())), {}
+    if model.training:
+        leaves = gradients(model, hidden, given.frames)
+        leaves["features"] = PackedFrames(leaves["features"], lengths).unpacked(x.shape[1])
+    return hidden, leaves, len(found.frames)
+
+
+def same_steps(found, expected):
+    for a, b in zip(found[0], expected[0], strict=True):
+        close(a, b, 1e-10)
+    assert found[1].keys() == expected[1].keys()
+    if expected[1]:
+        same_gradients(found[1], expected[1])

@@ -8,12 +8,19 @@ from functools import partial
 
 import pytest
 import torch
-from recorded import lengths_on_a_row, on_rows, without_padding
-from steps import close, cotangent, moved, numbers, same_gradients, seeded
+from recorded import (
+    gradients,
+    lengths_on_a_row,
+    on_rows,
+    packed_frames,
+    packed_step,
+    padded_step,
+    same_steps,
+    without_padding,
+)
+from steps import moved, numbers, seeded
 
 import fastasr
-from fastasr import PackedFrames
-from fastasr.graphs import module as graphs_of
 from fastasr.models.common.row import MULTIPLE, Room
 from fastasr.models.e_branchformer import EBranchformerEncoder, row
 from fastasr.testing.tape import TapeRecorder
@@ -22,7 +29,8 @@ BINS, FRAMES, RECORDINGS, LONGEST = 21, 300, 5, 180
 KINDS = "ours", "espnet"
 WIDE = "conv2d1", "conv2d2", "conv2d6", "conv2d8"  # other input layers of convolutions
 NOTHING = torch.zeros(0, 12).double()
-recorded = partial(on_rows, frames=FRAMES, recordings=RECORDINGS, longest=LONGEST, after=1)
+ROOM = {"frames": FRAMES, "recordings": RECORDINGS, "longest": LONGEST}
+recorded = partial(on_rows, **ROOM, after=1)
 
 
 def encoder(kind="ours", **options):
@@ -43,19 +51,14 @@ def batch(lengths, frames=None, seed=1):
     return x.masked_fill((torch.arange(x.shape[1]) >= lengths[:, None])[..., None], math.nan), lengths
 
 
-def packed(x, lengths, frames=None):
-    """Returns PackedFrames with NaN in frames of nobody."""
-    rows = torch.cat([one[:n] for one, n in zip(x, lengths.tolist(), strict=True)])
-    more = 0 if frames is None else frames - len(rows)
-    return PackedFrames(torch.cat([rows, rows.new_full((more, *rows.shape[1:]), math.nan)]), lengths)
+def call(model, x, lengths):
+    """Returns the hidden states (B, T, D) of a padded batch and their lengths."""
+    y, after, _ = model(x, lengths)
+    return y, after
 
 
-def gradients(model, hidden, x):
-    """Returns the gradients by name of the hidden states of the recordings, a list of (T, D)."""
-    leaves = dict(model.named_parameters()) | {"features": x}
-    loss = sum((y * cotangent(y, f"recording {i}")).sum() for i, y in enumerate(hidden) if len(y))
-    found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
-    return dict(zip(leaves, found, strict=True))
+def call_packed(model, given):
+    return model(given, given.lengths)
 
 
 def alone(model, x, lengths):
@@ -74,62 +77,18 @@ def alone(model, x, lengths):
 
 def together(model, x, lengths):
     """Does the same in one padded batch."""
-    x = x.clone().requires_grad_(model.training)
-    y, after, _ = model(x, lengths)
-    for one, n in zip(y, after.tolist(), strict=True):
-        assert not one[n:].any()
-    hidden = [one[:n] for one, n in zip(y, after.tolist(), strict=True)]
-    return hidden, gradients(model, hidden, x) if model.training else {}
+    *found, behind = padded_step(call, model, x, lengths)
+    assert not behind
+    return found
 
 
-def in_a_row(model, x, lengths, frames=None):
-    """Does the same with PackedFrames, and returns their number as well."""
-    given = packed(x, lengths, frames)
-    given.frames.requires_grad_(model.training)
-    found = model(given, lengths)
-    assert isinstance(found, PackedFrames)
-    used = int(found.lengths.sum())
-    assert not found.frames[used:].any()
-    hidden = list(found.frames[:used].split(found.lengths.tolist()))
-    if not model.training:
-        return hidden, {}, len(found.frames)
-    leaves = gradients(model, hidden, given.frames)
-    leaves["features"] = PackedFrames(leaves["features"], lengths).unpacked(x.shape[1])
-    return hidden, leaves, len(found.frames)
-
-
-def same(found, expected):
-    for a, b in zip(found[0], expected[0], strict=True):
-        close(a, b, 1e-10)
-    if expected[1]:
-        same_gradients(found[1], expected[1])
+in_a_row = partial(packed_step, call_packed)
 
 
 def drawn(count):
     """Yields lengths of batches that fit, among them short ones, empty ones, and a row that is exactly full."""
     first = [100, 60], [7], [180, 120], [60] * 5, [0, 90], [7, 1, 1, 1, 1], [90, 0, 17]
     return lengths_on_a_row(count, (FRAMES, RECORDINGS, LONGEST), first, least=7)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("train", [True, False])
-def test_one_recording_serves_padded_and_packed_batches(kind, train):
-    model = encoder(kind).train(train)
-    ours, graphs = recorded(copy.deepcopy(model))
-    sizes = set()
-    for seed, lengths in enumerate(drawn(40)):
-        x, lengths = batch(lengths, seed=seed)
-        with torch.set_grad_enabled(train):
-            expected = alone(model, x, lengths)
-            same(together(ours, x, lengths), expected)
-            *found, size = in_a_row(ours, x, lengths, (None, FRAMES, sum(lengths) + 3)[seed % 3])
-            same(found, expected)
-        sizes.add(size)
-    (found,) = fastasr.graph_state(ours)[""]
-    assert (found.seen, found.replayed, found.recorded, found.reason) == (80, 79, 1, None)
-    assert len(graphs.graphs) == 1
-    assert 0.1 < found.filling < 1.0
-    assert sizes == {FRAMES // 4 + RECORDINGS}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -147,9 +106,9 @@ def test_without_graphs(kind, train):
         x, lengths = batch(lengths, frames)
         with torch.set_grad_enabled(train):
             expected = alone(model, x, lengths)
-            same(together(ours, x, lengths), expected)
+            same_steps(together(ours, x, lengths), expected)
             *found, size = in_a_row(ours, x, lengths, int(lengths.sum()) + 5)
-            same(found, expected)
+            same_steps(found, expected)
         assert size == sum(map(len, expected[0]))
 
 
@@ -170,8 +129,8 @@ def test_options(case, train):
         x, lengths = batch(lengths)
         with torch.set_grad_enabled(train):
             expected = alone(model, x, lengths)
-            same(together(ours, x, lengths), expected)
-            same(in_a_row(ours, x, lengths)[:2], expected)
+            same_steps(together(ours, x, lengths), expected)
+            same_steps(in_a_row(ours, x, lengths)[:2], expected)
     assert len(graphs.graphs) == 1
 
 
@@ -182,7 +141,7 @@ def test_tokens():
         for lengths in ([9, 30], [1, 0, 4]):
             lengths = torch.tensor(lengths)
             x = torch.randint(0, BINS, (len(lengths), int(lengths.max())), generator=numbers(2))
-            same(together(ours, x, lengths), alone(model, x, lengths))
+            same_steps(together(ours, x, lengths), alone(model, x, lengths))
     assert len(graphs.graphs) == 1
 
 
@@ -204,7 +163,7 @@ def test_dropout_draws_for_the_row(kind):
     assert hidden.shape[1] % MULTIPLE == 0
     y, after, _ = call.unpack(hidden)
     hidden = [one[:n] for one, n in zip(y, after.tolist(), strict=True)]
-    same((found[0], kept), (hidden, gradients(ours, hidden, leaf)))
+    same_steps((found[0], kept), (hidden, gradients(ours, hidden, leaf)))
     assert (found[0][0] - other[0][0]).abs().max() > 0.01
     assert len(graphs.graphs) == 1
 
@@ -226,73 +185,6 @@ def test_a_mask_in_place_of_lengths():
     assert torch.equal(found[0], expected[0])
     assert torch.equal(found[1], expected[1])
     assert len(graphs.graphs) == 1
-
-
-@pytest.mark.parametrize("train", [True, False])
-def test_under_autocast(train):
-    model = encoder("espnet").float().train(train)
-    ours, graphs = recorded(copy.deepcopy(model), after=0)
-    for lengths in ([100, 60], [33, 9], [90, 0, 40]):
-        x, lengths = batch(lengths)
-        with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(train):
-            y = ours(x.float(), lengths)[0]
-            expected = model(x.float()[:1, : lengths[0]], lengths[:1])[0]
-        close(y[:1, : expected.shape[1]].float(), expected.float(), 0.1)
-    assert len(graphs.graphs) == 1
-
-
-TOO_LARGE = {
-    "recordings": ([20] * 6, "it has 6 recordings, and Graphs allows 5", None),
-    "a recording": (
-        [181, 3],
-        "it is padded to 181 frames, and Graphs allows a recording of 180",
-        "it has a recording of 181 frames, and Graphs allows 180",
-    ),
-    "frames": ([160, 141], "it has 301 frames, and Graphs allows 300", None),
-}
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("case", TOO_LARGE)
-def test_a_larger_batch_runs_unrecorded(case, kind):
-    lengths, padded, of_packed = TOO_LARGE[case]
-    model = encoder(kind).train()
-    ours, graphs = recorded(copy.deepcopy(model), after=0)
-    x, lengths = batch(lengths)
-    expected = alone(model, x, lengths)
-    same(together(ours, x, lengths), expected)
-    assert f"not replayed: {padded}" in str(fastasr.why(ours))
-    same(in_a_row(ours, x, lengths)[:2], expected)
-    assert f"not replayed: {of_packed or padded}" in str(fastasr.why(ours))
-    assert not graphs.kinds
-    together(ours, *batch([100, 7]))
-    assert len(graphs.graphs) == 1
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_dropped_layers_are_recorded_one_by_one(kind):
-    ours, graphs = recorded(encoder(kind, layer_drop_rate=0.5).train(), after=0)
-    layers = [graphs_of.of(layer) for layer in ours.encoders]
-    for seed, lengths in enumerate(drawn(12)):
-        together(ours, *batch(lengths, seed=seed))
-    (whole,) = graphs.kinds.values()
-    assert (whole.recorded, whole.reason) == (0, "Waits: aten::_local_scalar_dense shows a value to the host")
-    for layer in layers:
-        (kind_of_call,) = layer.kinds.values()
-        assert 0 < kind_of_call.replayed == kind_of_call.seen < 12
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_parts(kind):
-    model = encoder(kind).train()
-    ours, graphs = recorded(copy.deepcopy(model), after=0, parts=True)
-    for lengths in ([100, 60], [33], [90, 0, 40]):
-        x, lengths = batch(lengths)
-        same(together(ours, x, lengths), alone(model, x, lengths))
-    assert not graphs.graphs
-    for layer in ours.encoders:
-        (kind_of_call,) = graphs_of.of(layer).kinds.values()
-        assert (kind_of_call.seen, kind_of_call.replayed, kind_of_call.recorded) == (3, 3, 1)
 
 
 def _exclude(path):
@@ -359,7 +251,7 @@ def test_what_is_not_on_a_row(case):
     x, lengths = batch([60, 20])
     if case in ("an input layer", "a convolution"):
         with pytest.raises(ValueError, match=reason):
-            model.double()(packed(x, lengths), lengths)
+            model.double()(packed_frames(x, lengths), lengths)
 
 
 def test_ours_runs_on_padding_unless_it_is_ragged():
@@ -408,26 +300,4 @@ def test_refused(case):
     model = make().eval()
     x, lengths = batch([60, 20])
     with torch.no_grad(), pytest.raises(ValueError, match=f"but {reason}: pass the padded batch"):
-        model(packed(x, lengths), lengths, **more)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("train", [True, False])
-def test_on_a_gpu(train):
-    model = encoder().float().cuda().train(train)
-    ours = copy.deepcopy(model)
-    ours.ragged = True
-    options = fastasr.Graphs(frames=FRAMES, recordings=RECORDINGS, longest=LONGEST)
-    fastasr.accelerate(ours, ragged=True, graphs=options)
-    for seed, lengths in enumerate(drawn(12)):
-        x, lengths = batch(lengths, seed=seed)
-        with torch.set_grad_enabled(train):
-            found = together(ours, x.float().cuda(), lengths.cuda() if seed % 2 else lengths)
-            expected = alone(model, x.float().cuda(), lengths)
-        for a, b in zip(found[0], expected[0], strict=True):
-            close(a, b, 1e-4)
-        for name, g in found[1].items():
-            close(g, expected[1][name], 2e-3, name, least=1e-3)
-    (kind_of_call,) = fastasr.graph_state(ours)[""]
-    assert (kind_of_call.recorded, kind_of_call.reason) == (1, None)
-    assert kind_of_call.replayed >= 8
+        model(packed_frames(x, lengths), lengths, **more)
