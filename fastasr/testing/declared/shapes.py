@@ -136,11 +136,6 @@ class Pattern:
         return dims | {shape.rest for shape in self.alternatives} - {"", "..."}
 
     @property
-    def mentioned(self) -> set[str]:
-        """Returns the names in the shapes and in the conditions."""
-        return self.names | set(re.findall(r"[A-Za-z_]\w*", " ".join(self.conditions)))
-
-    @property
     def whole(self) -> bool:
         """Says whether one name stands for the whole shape."""
         return len(self.alternatives) == 1 and not self.alternatives[0].dims
