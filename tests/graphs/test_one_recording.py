@@ -9,7 +9,7 @@ import families
 import pytest
 import torch
 from recorded import lengths_on_a_row, on_rows
-from steps import close, cotangent, moved, numbers, seeded
+from steps import close, moved, numbers, seeded
 from tiny_parakeet import SIZES, STILL
 
 import fastasr
@@ -85,19 +85,6 @@ def drawn(count):
     """Yields lengths of batches that fit, among them the shortest, empty ones, and a row that is exactly full."""
     first = [100, 60], [1], [240, 160], [80] * 5, [0, 90], [1, 1, 1, 1, 1], [90, 0, 17]
     return lengths_on_a_row(count, (FRAMES, RECORDINGS, LONGEST), first, least=1)
-
-
-def step(model, x, mask):
-    """Returns the output, the gradients by name, and the buffers after the step."""
-    x = x.clone().requires_grad_(model.training)
-    with torch.set_grad_enabled(model.training):
-        y = run(model, x, mask)
-    if not model.training:
-        return y, {}, {}
-    leaves = dict(model.named_parameters()) | {"features": x}
-    weight = cotangent(y.cpu()).to(y) * existing(model, y, mask)[..., None]
-    found = torch.autograd.grad((y * weight).sum(), list(leaves.values()), allow_unused=True)
-    return y, dict(zip(leaves, found, strict=True)), dict(model.named_buffers())
 
 
 def test_without_a_mask():
