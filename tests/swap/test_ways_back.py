@@ -441,6 +441,36 @@ def parakeet_encoder(what):
     )
 
 
+@cases("triangle", "draws", "hooks")
+def espnet_attention(what):
+    """In inference, with a dropout of the weights that is in training mode."""
+    seeded(0)
+    theirs, run = families.e_branchformer(zero_triu=what == "triangle", attention_dropout_rate=0.5)
+    theirs.eval().encoders[0].attn.dropout.train(what == "draws")
+    ours = swapped(theirs)
+    if what == "hooks":
+        ours.encoders[0].attn.dropout.register_forward_hook(lambda *_: None)
+
+    def seeded_run(model):
+        seeded("dropout")
+        return run(model)
+
+    reason = {
+        "triangle": "zero_triu is set",
+        "draws": "upstream_draws is on, so attention forms its weights",
+        "hooks": "the dropout of attention weights has hooks",
+    }[what]
+    return beside(
+        ours,
+        theirs,
+        seeded_run,
+        "encoders.0.attn.forward",
+        reason,
+        level=logging.INFO if what == "draws" else logging.WARNING,
+        around=fastasr.upstream_draws,
+    )
+
+
 @cases("eager", "convolution", "subsampling", "chunk")
 def nemotron(what):
     theirs = nemotron_encoder()

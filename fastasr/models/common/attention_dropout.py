@@ -40,12 +40,20 @@ def forms_weights(p: float | None) -> bool:
     return p != 0 and (p is None or p >= 1 or as_upstream())
 
 
-def note_formed(module: torch.nn.Module) -> None:
-    """Notes that a call of ``module`` must form the weights, because ``of_kernel`` returned None."""
-    if as_upstream():
-        _left.note(module, "upstream_draws is on, so attention forms its weights", level=logging.INFO)
-    else:
+def dropout_of(
+    module: torch.nn.Module, share: float | None, device: torch.device, reason: str | None = None
+) -> dict[str, Any] | None:
+    """Returns the kernel's arguments for dropout of this share of the module's weights, as ``of_kernel``, or None where
+    the caller must form the weights, for ``reason`` or because of the dropout. It notes why."""
+    if reason is not None:
+        _left.note(module, reason)
+        return None
+    arguments = of_kernel(share, device)
+    if share is None or share >= 1:
         _left.note(module, "the dropout of attention weights has hooks, is no plain Dropout, or drops all")
+    elif arguments is None:
+        _left.note(module, "upstream_draws is on, so attention forms its weights", level=logging.INFO)
+    return arguments
 
 
 def of_kernel(p: float | None, device: torch.device) -> dict[str, Any] | None:

@@ -59,9 +59,13 @@ class RelPositionMultiHeadedAttention(torch.nn.Module):
             out = of_recordings(mask, q[0], k[0], v[0], p[0], self.pos_bias_u, self.pos_bias_v, dropped)
             return plumbing.linear(self.linear_out, out.flatten(1).unsqueeze(0))
         hidden = None if mask is None else mask.eq(0)  # (B, 1 or T, T)
-        dropout = None
-        if not self.zero_triu and len(p) == 1:
-            dropout = attention_dropout.of_kernel(plumbing.dropped_share(self.dropout), q.device)
+        reason = "zero_triu is set, or each sequence has position embeddings of its own"
+        dropout = attention_dropout.dropout_of(
+            self,
+            plumbing.dropped_share(self.dropout),
+            q.device,
+            reason if self.zero_triu or len(p) > 1 else None,
+        )
         if dropout is None:
             out = _with_weights(self, q, k, v, p, hidden)
         else:

@@ -136,12 +136,9 @@ def attended(
     rows = max(0, q.shape[1] + k.shape[1] - 1)  # The others are for keys behind the queries'.
     shared = len(position_embeddings) == 1 or position_embeddings.stride(0) == 0
     served = shared and not is_transformed()  # mean_of_values has a gradient in reverse mode alone.
-    of_kernel = attention_dropout.of_kernel(dropout, q.device) if served else None
+    reason = None if served else "each sequence has position embeddings of its own"
+    of_kernel = attention_dropout.dropout_of(module, dropout, q.device, reason)
     if of_kernel is None:
-        if shared:
-            attention_dropout.note_formed(module)
-        else:
-            _left.note(module, "each sequence has position embeddings of its own")
         p = plumbing.linear(module.relative_k_proj, position_embeddings[:, :rows])
         p = p.view(*p.shape[:2], *module.bias_u.shape)
         return _with_weights(module, q, k, v, p, mask, dropout, mean)

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastasr import _left, ops
+from fastasr import ops
 from fastasr._recording import recording
-from fastasr.models.common import activations, attention_dropout, plumbing
+from fastasr.models.common import activations, plumbing
+from fastasr.models.common.attention_dropout import as_upstream, dropout_of
 from fastasr.models.common.attention_of_recordings import of_recordings
 from fastasr.models.common.plain import is_plain
 from fastasr.models.common.ragged import Packing
@@ -27,22 +28,8 @@ from fastasr.swap.rule import Upstream
 
 
 # --------------------------------------------------------------------------- attention
-def dropout_of(
-    module: Upstream, share: float | None, device: torch.device, reason: str | None = None
-) -> dict[str, Any] | None:
-    """Returns the kernel's arguments for dropout of this share of the weights, or None where upstream's code serves the
-    call, for ``reason`` or because it must draw the dropout. It notes why."""
-    if reason is not None:
-        _left.note(module, reason)
-        return None
-    arguments = attention_dropout.of_kernel(share, device)
-    if arguments is None:
-        attention_dropout.note_formed(module)
-    return arguments
-
-
 def drops(module: Upstream, x: Tensor, fits: bool = True, reason: str = OTHER) -> dict[str, Any] | None:
-    """Returns the same for the module's own dropout, with ``reason`` unless the call ``fits``."""
+    """Does as ``dropout_of`` for the module's own dropout, with ``reason`` unless the call ``fits``."""
     return dropout_of(module, share_of_dropout(module), x.device, None if fits else reason)
 
 
@@ -148,8 +135,10 @@ def by_mask(mask: Packing | Row | Tensor | None) -> dict[str, Any]:
 
 
 def channels_first(module: Upstream, y: Tensor) -> Tensor:
-    """Returns y (B, T, width), in training channels first in memory: upstream's next dropout draws in that order."""
-    return y.transpose(1, 2).contiguous().transpose(1, 2) if module.training else y
+    """Returns y (B, T, width), channels first in memory if upstream's next dropout may draw, which it does in that
+    order. It is another module's: in inference with dropout only ``upstream_draws`` tells of it."""
+    draws = module.training or as_upstream()
+    return y.transpose(1, 2).contiguous().transpose(1, 2) if draws else y
 
 
 def dropped(dropout: Upstream, y: Tensor) -> Tensor:

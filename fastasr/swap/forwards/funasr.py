@@ -8,8 +8,9 @@ from torch import Tensor
 
 from fastasr import _left, ops
 from fastasr.models.common import activations, plumbing
+from fastasr.models.common.attention_dropout import dropout_of
 from fastasr.models.common.plain import is_plain
-from fastasr.swap.forwards.common import channels_first, dropout_of
+from fastasr.swap.forwards.common import channels_first
 from fastasr.swap.rule import Upstream
 
 

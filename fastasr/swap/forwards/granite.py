@@ -10,12 +10,13 @@ from torch import Tensor
 
 from fastasr import _left
 from fastasr.models.common import plumbing
+from fastasr.models.common.attention_dropout import dropout_of
 from fastasr.models.common.plain import is_plain, is_upstreams
 from fastasr.models.fast_conformer import masks
 from fastasr.models.fast_conformer.attention import STANDARD, mean_of_values
 from fastasr.models.fast_conformer.convolution import after_gate, convolved, pointwise
 from fastasr.models.fast_conformer.masks import OTHER, seen
-from fastasr.swap.forwards.common import dropout_of, dropped, in_sequence, may_read, projections, shaw
+from fastasr.swap.forwards.common import dropped, in_sequence, may_read, projections, shaw
 from fastasr.swap.rule import Upstream
 
 _SILU = torch.nn.SiLU()

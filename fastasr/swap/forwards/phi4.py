@@ -9,12 +9,13 @@ from torch import Tensor
 
 from fastasr import _left, ops
 from fastasr.models.common import activations, plumbing
+from fastasr.models.common.attention_dropout import dropout_of
 from fastasr.models.common.plain import is_plain, is_upstreams, is_watched, runs
 from fastasr.models.fast_conformer import masks
 from fastasr.models.fast_conformer.attention import STANDARD
 from fastasr.models.fast_conformer.convolution import pointwise
 from fastasr.models.fast_conformer.subsampling import are_plain, convolved
-from fastasr.swap.forwards.common import bias_of_pairs, dropout_of, dropped, projections
+from fastasr.swap.forwards.common import bias_of_pairs, dropped, projections
 from fastasr.swap.rule import Upstream
 
 

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from fastasr import _left, ops
 from fastasr.models.common import activations, plumbing
+from fastasr.models.common.attention_dropout import dropout_of
 from fastasr.models.common.plain import is_plain
 from fastasr.models.fast_conformer.attention import projected
 from fastasr.models.fast_conformer.convolution import pointwise
 from fastasr.models.fast_conformer.masks import OTHER
-from fastasr.swap.forwards.common import dropout_of, in_sequential, is_mask, is_one_table
+from fastasr.swap.forwards.common import in_sequential, is_mask, is_one_table
 from fastasr.swap.rule import Upstream
 
 

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from fastasr import ops
+from fastasr.models.common.attention_dropout import dropout_of
 from fastasr.models.common.plain import is_watched, runs
 from fastasr.models.fast_conformer.masks import WATCHED
-from fastasr.swap.forwards.common import bias_of_pairs, dropout_of
+from fastasr.swap.forwards.common import bias_of_pairs
 from fastasr.swap.rule import Upstream
 
 
