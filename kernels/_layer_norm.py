@@ -122,4 +122,6 @@ def row_stride(t: torch.Tensor | None) -> int:
     """
     if t is None:
         return 0
+    if t.is_contiguous():  # most are, and a generator takes a microsecond
+        return t.shape[-1]
     return next((t.stride(d) for d in range(t.dim() - 2, -1, -1) if t.shape[d] > 1), t.shape[-1])

@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastasr.kernels._launch import cdiv, generation, launch
+from fastasr.kernels._launch import cdiv, contiguous_like, generation, launch
 from fastasr.kernels._layer_norm import (
     backward_tile,
     forward_elements,
@@ -162,8 +162,8 @@ def add_norm_forward(
     if C is more than ``_layer_norm.MAX_CHANNELS``.
     """
     channels = x.shape[-1]
-    t = torch.empty(x.shape, dtype=_dtype(x, update), device=x.device)
-    y = torch.empty(x.shape, dtype=update.dtype, device=x.device)
+    t = contiguous_like(x, _dtype(x, update))
+    y = contiguous_like(x, update.dtype)
     if x.numel():
         rows = x.numel() // channels
         elements = forward_elements(generation(x), norms=1 if update_weight is None else 2)
@@ -193,7 +193,7 @@ def add_norm_backward(
     """Returns the gradients of x, update, weight, bias and update_weight, each in its dtype, for contiguous gradients
     of t and y; those of absent parameters hold no result."""
     channels = x.shape[-1]
-    dx, dupdate = (torch.empty(o.shape, dtype=o.dtype, device=o.device) for o in (x, update))
+    dx, dupdate = contiguous_like(x), contiguous_like(update)
     sums = dweight, dbias, dupdate_weight = tuple(
         torch.empty_like(weight if o is None else o) for o in (weight, bias, update_weight)
     )

@@ -24,7 +24,7 @@ import triton.language as tl
 
 from fastasr.kernels import _sliding_taps as sliding
 from fastasr.kernels._activation import activate_with_slope
-from fastasr.kernels._launch import cdiv, launch
+from fastasr.kernels._launch import cdiv, contiguous_like, launch
 from fastasr.kernels._layer_norm import MAX_CHANNELS, normalise, row_blocks, row_mean, row_width
 from fastasr.kernels._parts import add_pair, split_rows, store_pair
 
@@ -290,7 +290,7 @@ def conv_spatial_gate_backward(
     """Returns (dx, dnorm_weight, dnorm_bias, dweight, dbias) for a contiguous ``grad``; dbias is computed even without
     a bias.
     """
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dx = contiguous_like(x)
     if not grad.numel():
         return dx, *(torch.zeros_like(t) for t in (norm_weight, norm_bias, weight, norm_bias))
     call = _Call(x, norm_weight, norm_bias, weight, mask, eps)

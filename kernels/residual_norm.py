@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from fastasr.kernels._activation import activate_with_slope, sigmoid_pair
-from fastasr.kernels._launch import cdiv, generation, launch
+from fastasr.kernels._launch import cdiv, contiguous_like, generation, launch
 from fastasr.kernels._layer_norm import (
     backward_tile,
     forward_elements,
@@ -150,7 +150,7 @@ def residual_norm_forward(
     backward has the rows in registers and computes them again. Raises ``ValueError`` if C > ``MAX_CHANNELS``.
     """
     channels = x.shape[-1]
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = contiguous_like(x)
     if x.numel():
         rows = x.numel() // channels
         block_r, block_c, warps = row_blocks(channels, forward_elements(generation(x)))
@@ -180,10 +180,8 @@ def residual_norm_backward(
     the gradient of both x and update, and dupdate and dsum have no elements.
     """
     channels, gated = x.shape[-1], candidate is not None
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    dupdate, dsum = (
-        torch.empty(x.shape if gated else (0,), dtype=x.dtype, device=x.device) for _ in range(2)
-    )
+    dx = contiguous_like(x)
+    dupdate, dsum = (contiguous_like(x) if gated else x.new_empty(0) for _ in range(2))
     if not x.numel():
         return dx, dupdate, dsum, torch.zeros_like(weight), torch.zeros_like(bias)
     rows = x.numel() // channels

@@ -25,7 +25,15 @@ import triton.language as tl
 
 from fastasr.kernels._activation import exp_nonpositive
 from fastasr.kernels._attention_tiles import NONE, load_rows, products, running, sums
-from fastasr.kernels._launch import cdiv, dot_options, generation, launch, next_power_of_2, rounded
+from fastasr.kernels._launch import (
+    cdiv,
+    contiguous_like,
+    dot_options,
+    generation,
+    launch,
+    next_power_of_2,
+    rounded,
+)
 
 MEMORY, RIGHT, FRAME = (tl.constexpr(number) for number in range(3))  # kinds of keys
 NOWHERE = tl.constexpr(1 << 30)  # the first frame of a segment that sees nothing
@@ -493,7 +501,7 @@ def segment_attention_forward(
     """Returns y. The channels of the first three are dense; lengths and history are contiguous int64, dropout is
     contiguous float32. The sizes are the op's: frames, segment, left, right, memory, past frames, past memory.
     """
-    y = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    y = contiguous_like(query)
     if y.numel():
         plan = _Plan(query, key, value, lengths, history, dropout, heads, *sizes)
         plan.launch(forward_kernel, "forward", (), (y,), (query, key, value))
@@ -514,7 +522,7 @@ def segment_attention_backward(
     """Returns (dquery, dkey, dvalue); ``grad`` has dense channels."""
     if not query.numel():
         return tuple(torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in (query, key, value))
-    dquery, dkey, dvalue = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (query, key, value))
+    dquery, dkey, dvalue = map(contiguous_like, (query, key, value))
     plan = _Plan(query, key, value, lengths, history, dropout, heads, *sizes)
     strided = grad, query, key, value
     rows = query.shape[1] * heads, query.shape[0]

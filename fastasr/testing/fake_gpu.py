@@ -7,13 +7,14 @@ Everything on the host is what a GPU would see, from the op's checks to the driv
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import torch
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime import JITFunction, driver
 
 from fastasr.kernels import _launch
@@ -94,12 +95,14 @@ class _Compiled:
     """Stands for Triton's compiled kernel."""
 
     function, packed_metadata = 0, (4, 1, 0)
+    launch_metadata = CompiledKernel.launch_metadata
 
     def __init__(self, gpu: FakeGPU, kernel: JITFunction, options: dict, source: ASTSource) -> None:
-        self.gpu, self.kernel, self.options, self.source = gpu, kernel, options, source
+        self.gpu, self.kernel, self.options, self.src = gpu, kernel, options, source
+        self.name = kernel.__name__
 
-    def launch_metadata(self, grid: tuple[int, ...], stream: int, *arguments: Any) -> object:
-        return None
+    def _init_handles(self) -> None:
+        pass
 
     def run(
         self,
@@ -110,21 +113,16 @@ class _Compiled:
         function: object,
         packed_metadata: object,
         metadata: object,
-        enter: object,
-        leave: object,
+        enter: Callable[[object], None] | None,
+        leave: Callable[[object], None] | None,
         *arguments: Any,
     ) -> None:
-        launch = Launch(
-            self.kernel, (x, y, z), self.gpu.current, stream, arguments, self.options, self.source
-        )
+        launch = Launch(self.kernel, (x, y, z), self.gpu.current, stream, arguments, self.options, self.src)
+        if enter is not None:
+            enter(metadata)
         self.gpu.launches.append(launch)
-
-    def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., None]:
-        def runner(*arguments: Any, stream: int) -> None:
-            metadata = self.launch_metadata(grid, stream, *arguments)
-            self.run(*grid[:3], stream, self.function, self.packed_metadata, metadata, None, None, *arguments)
-
-        return runner
+        if leave is not None:
+            leave(metadata)
 
 
 @contextlib.contextmanager
@@ -144,6 +142,7 @@ def fake_gpu(**settings: Any) -> Iterator[FakeGPU]:
             (torch.cuda, "get_device_properties", lambda *_: properties),
             (_dispatch, "interpreting", lambda: True),
             (_launch, "_compiled", {}),
+            (_launch, "_machine", cache(_launch._machine.__wrapped__)),
         ):
             stack.enter_context(mock.patch.object(owner, name, value))
         stack.enter_context(_dispatch.backend("triton"))

@@ -17,7 +17,9 @@ from fastasr.testing.table import forward_and_backward, table
 from tests.kernels.configurations import KERNELS
 
 pytest.importorskip("triton")
-from fastasr.kernels import rnnt_joiner, zipformer_attention
+from triton import knobs
+
+from fastasr.kernels import bypass, rnnt_joiner, zipformer_attention
 from fastasr.kernels._launch import cdiv, generation, launch, next_power_of_2
 from fastasr.testing.fake_gpu import fake_gpu
 
@@ -96,8 +98,6 @@ def test_arithmetic_of_launchers():
 
 
 def test_tensors_on_two_devices_are_refused():
-    from fastasr.kernels import bypass
-
     x, scale = torch.zeros(4, 64), torch.zeros(64)
     with fake_gpu() as gpu:
         gpu.elsewhere[scale.data_ptr()] = 1
@@ -110,7 +110,6 @@ def test_tensors_on_two_devices_are_refused():
 
 def test_a_kernel_is_compiled_once_for_what_selects_its_code():
     """Dtypes, alignment, numbers that are 1 or multiples of 16, constants and the device select the code."""
-    from fastasr.kernels import bypass
 
     def run(x, scale, rows, columns, block=8):
         arguments = x, x, scale, torch.empty_like(x), rows, columns
@@ -199,6 +198,31 @@ def test_a_launch_is_triton_s_own(op):
     for one in (ours, tritons):
         assert (one.kernel, one.grid) == (first.kernel, first.grid)
         assert _addresses(one) == _addresses(first)
+
+
+@pytest.mark.parametrize("hooked", ["launch_enter_hook", "launch_exit_hook"])
+def test_hooks_of_profilers_see_every_launch(hooked, monkeypatch):
+    """Triton makes the first launch of what it compiled, and kernels/_launch.py the others."""
+    seen = []
+    x = torch.zeros(4, 64)
+    chain = type(getattr(knobs.runtime, hooked))()
+    chain.add(lambda metadata: seen.append(metadata.get()["name"]))
+
+    def run():
+        launch(bypass.forward_kernel, (1,), x, x, x[0], x, 4, 64, BLOCK_R=8, BLOCK_C=256, num_warps=4)
+
+    with fake_gpu() as gpu:
+        run()
+        for hook in (chain, chain.calls[0]):
+            monkeypatch.setattr(knobs.runtime, hooked, hook)
+            seen.clear()
+            run()
+            run()
+            assert seen == ["forward_kernel"] * 2
+        monkeypatch.undo()
+        run()
+        assert len(seen) == 2
+        assert len(gpu.launches) == 6
 
 
 def _addresses(one):
