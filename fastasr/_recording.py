@@ -24,6 +24,13 @@ class Numbers(Protocol):
         """Says on the host whether the first number of this replay is not 0."""
 
 
+class Job(Protocol):
+    """Work that is done with that of others at the beginning of a pass."""
+
+    def take(self) -> Any:
+        """Returns what was found, once."""
+
+
 class Recording(Protocol):
     """What code that is being recorded asks of a :class:`fastasr.graphs.recording.Recording`."""
 
@@ -39,6 +46,10 @@ class Recording(Protocol):
     def phase(self, schedule: Any) -> bool: ...  # a number, or a module of training that is a number
 
     def verdict(self, hear: Callable[[Any], object], acts: Numbers) -> Tensor: ...
+
+    def job(self, do: Callable[..., list[Any]], work: Any) -> Job: ...
+
+    def later(self, leaf: Tensor, gradient: Tensor, do: Callable[..., object], work: Any) -> bool: ...
 
     def refuse(self, reason: str) -> NoReturn: ...
 

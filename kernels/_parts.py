@@ -6,10 +6,14 @@ table of the parts stays small: half a megabyte for two sums of 512 columns. Whi
 number and on the device's multiprocessors: on one kind of device results repeat bit for bit, without atomics.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 
+from fastasr.kernels import _jobs
+from fastasr.kernels._jobs import multiple, number, pointer
 from fastasr.kernels._launch import cdiv, launch, next_power_of_2, processors
 
 ELEMENTS = 4096  # A tile has this many elements: 8 in each thread.
@@ -36,11 +40,8 @@ def reduce_tile(parts: int) -> dict[str, int]:
     return {"BLOCK_P": max(128, next_power_of_2(parts)), **REDUCE}
 
 
-@triton.jit(do_not_specialize=["parts"])
-def add_parts_kernel(PARTS, OUT, parts, columns, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Adds up the rows of a table; program_id(1) is the table."""
-    PARTS += tl.program_id(1).to(tl.int64) * parts * columns
-    OUT += tl.program_id(1).to(tl.int64) * columns
+@triton.jit
+def _add_parts(PARTS, OUT, parts, columns, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
     c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     total = tl.zeros([BLOCK_C], tl.float64)
     for first in range(0, parts, BLOCK_P):
@@ -51,12 +52,48 @@ def add_parts_kernel(PARTS, OUT, parts, columns, BLOCK_P: tl.constexpr, BLOCK_C:
     tl.store(OUT + c, total.to(tl.float32).to(OUT.dtype.element_ty), mask=c < columns)
 
 
+@triton.jit(do_not_specialize=["parts"])
+def add_parts_kernel(PARTS, OUT, parts, columns, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Adds up the rows of a table; program_id(1) is the table."""
+    PARTS += tl.program_id(1).to(tl.int64) * parts * columns
+    OUT += tl.program_id(1).to(tl.int64) * columns
+    _add_parts(PARTS, OUT, parts, columns, BLOCK_P, BLOCK_C)
+
+
 def add_parts(table: torch.Tensor, out: torch.Tensor) -> None:
     """Writes the sums over the rows of tables (..., parts, columns), added up in float64."""
     parts, columns = table.shape[-2:]
     tile = reduce_tile(min(parts, MAX_PARTS))
     grid = cdiv(columns, tile["BLOCK_C"]), out.numel() // columns
     launch(add_parts_kernel, grid, table, out, parts, columns, **tile)
+
+
+@triton.jit
+def add_parts_of_jobs_kernel(
+    JOBS, FIELDS: tl.constexpr, DTYPE: tl.constexpr, TO: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
+):  # fmt: skip
+    """Adds up the rows of the table of each job."""
+    # the fields: PARTS, OUT, parts, columns
+    job = JOBS + tl.program_id(1) * FIELDS
+    columns = multiple(job, 3)
+    if tl.program_id(0) * BLOCK_C < columns:
+        PARTS, OUT = pointer(job, 0, DTYPE), pointer(job, 1, TO)
+        _add_parts(PARTS, OUT, number(job, 2), columns, BLOCK_P, BLOCK_C)
+
+
+def add_parts_of_jobs(jobs: Sequence[tuple[torch.Tensor, torch.Tensor]], bring: _jobs.Table) -> None:
+    """Does what ``add_parts`` does for many (table, out) whose sizes are multiples of 16: one launch for all that have
+    the same dtypes and tile.
+    """
+    kinds: dict[tuple, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    for table, out in jobs:
+        tile = reduce_tile(min(len(table), MAX_PARTS))
+        kinds.setdefault((table.dtype, out.dtype, *tile.items()), []).append((table, out))
+    for (dtype, to, *tile), members in kinds.items():
+        rows = [_jobs.row((table, out, *table.shape)) for table, out in members]
+        constants = {"DTYPE": _jobs.TYPES[dtype], "TO": _jobs.TYPES[to], **dict(tile)}
+        programs = max(cdiv(table.shape[1], constants["BLOCK_C"]) for table, _ in members)
+        _jobs.run(add_parts_of_jobs_kernel, bring(rows), programs, **constants)
 
 
 @triton.jit

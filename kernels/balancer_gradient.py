@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The gradient of a balancer (fastasr/ops/balancer_gradient.py) in two launches: sums per channel, then the change.
+A recorded pass finds the sums of all its calls in a few launches.
 
     s1 = sum(x - shift)    s2 = sum((x - shift)^2)    shift: the mean of a few elements, so that nothing cancels
     y = grad + |grad| (offset + slope (x - mean))
@@ -15,11 +16,16 @@ of the second kernel adds up in float64 and in one order, for its channels: with
 for 192 channels. Results repeat bit for bit on one kind of device, without atomics.
 """
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
+from fastasr.kernels import _jobs
 from fastasr.kernels._hidden import samples, visible
+from fastasr.kernels._jobs import multiple, number, pointer
 from fastasr.kernels._launch import as_bytes, cdiv, launch, next_power_of_2, processors
 
 BYTES = 16384  # A tile has this many bytes: 32 in each thread.
@@ -63,18 +69,13 @@ def _tile(HIDDEN, tile, tiles_of_run, inner, BLOCK_R: tl.constexpr):
     return outer, r, r < inner, visible(HIDDEN, r, inner)
 
 
-@triton.jit(do_not_specialize=["count", "tiles", "tiles_of_run", "tiles_per_part"])
-def sums_kernel(
-    X, HIDDEN, ACT, TABLE,
-    channels, inner, count, tiles, tiles_of_run, tiles_per_part, x_row, outer_stride, channel_stride,
+@triton.jit
+def _sums(
+    X, HIDDEN, TABLE, part, tile, end, c, channels, inner, count, tiles_of_run, x_row, outer_stride, channel_stride,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    # TABLE: (parts, 2, channels), or (parts, 3, channels) with the number of rows that are not hidden
+    """Writes the sums of a part of some channels."""
     TABLE_ROWS: tl.constexpr = 2 if HIDDEN is None else 3
-    part, tile, end, c = _place(channels, tiles, tiles_per_part, BLOCK_C)
-    if ACT is not None:  # noqa: SIM102, the inner condition is known on the device alone
-        if tl.load(ACT).to(tl.float32) == 0.0:
-            return
     in_x = c < channels
     shift = _shift(X, HIDDEN, c, in_x, inner, count, x_row, outer_stride, channel_stride)
     s1 = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
@@ -98,6 +99,43 @@ def sums_kernel(
     if HIDDEN is not None:
         rows = tl.sum(number, axis=0).to(tl.float32)
         tl.store(out + 2 * channels, tl.zeros([BLOCK_C], tl.float32) + rows, mask=in_x)
+
+
+@triton.jit(do_not_specialize=["count", "tiles", "tiles_of_run", "tiles_per_part"])
+def sums_kernel(
+    X, HIDDEN, ACT, TABLE,
+    channels, inner, count, tiles, tiles_of_run, tiles_per_part, x_row, outer_stride, channel_stride,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    # TABLE: (parts, 2, channels), or (parts, 3, channels) with the number of rows that are not hidden
+    part, tile, end, c = _place(channels, tiles, tiles_per_part, BLOCK_C)
+    if ACT is not None:  # noqa: SIM102, the inner condition is known on the device alone
+        if tl.load(ACT).to(tl.float32) == 0.0:
+            return
+    _sums(X, HIDDEN, TABLE, part, tile, end, c,
+        channels, inner, count, tiles_of_run, x_row, outer_stride, channel_stride, BLOCK_R, BLOCK_C,
+    )  # fmt: skip
+
+
+@triton.jit
+def sums_of_jobs_kernel(
+    JOBS, FIELDS: tl.constexpr, DTYPE: tl.constexpr, PADDED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+):  # fmt: skip
+    """Does what ``sums_kernel`` does for each job, whose channels are side by side."""
+    # the fields: X, ACT, TABLE, HIDDEN, channels, x_row, rows, tiles, tiles_per_part
+    job = JOBS + tl.program_id(1) * FIELDS
+    if tl.load(pointer(job, 1, tl.float32)) == 0.0:
+        return
+    channels, x_row = multiple(job, 4), multiple(job, 5)
+    rows, tiles = number(job, 6), number(job, 7)
+    part, tile, end, c = _place(channels, tiles, number(job, 8), BLOCK_C)
+    if tile >= tiles:
+        return
+    HIDDEN = None
+    if PADDED:
+        HIDDEN = tl.load(job + 3).to(tl.pointer_type(tl.uint8))
+    X, TABLE = pointer(job, 0, DTYPE), pointer(job, 2, tl.float32)
+    _sums(X, HIDDEN, TABLE, part, tile, end, c, channels, rows, rows, tiles, x_row, 0, 1, BLOCK_R, BLOCK_C)
 
 
 @triton.jit
@@ -185,6 +223,65 @@ def tiles(inner: int, channels: int, by_row: bool, element: int) -> tuple[int, i
     return block_r, block_c, max(4, min(WARPS, block_r * block_c * element // 1024))
 
 
+class _Parts(NamedTuple):
+    """How programs share x, seen as (outer, inner, channels)."""
+
+    outer: int
+    inner: int
+    channels: int
+    tile: dict[str, int]
+    column_tiles: int
+    tiles_of_run: int
+    count: int  # tiles of each channel
+    per_part: int
+    parts: int
+
+    @property
+    def programs(self) -> int:
+        return self.parts * self.column_tiles
+
+    def table(self, x: torch.Tensor, hidden: torch.Tensor | None) -> torch.Tensor:
+        return x.new_empty((self.parts, 2 if hidden is None else 3, self.channels), dtype=torch.float32)
+
+
+def _parts(x: torch.Tensor) -> _Parts:
+    by_row = x.dim() == 2
+    outer, channels, inner = (1, *x.shape[::-1]) if by_row else x.shape
+    block_r, block_c, warps = tiles(inner, channels, by_row, x.element_size())
+    column_tiles, tiles_of_run = cdiv(channels, block_c), cdiv(inner, block_r)
+    count = outer * tiles_of_run
+    per_part = cdiv(count, max(1, RESIDENT * processors(x) // column_tiles))
+    tile = {"BLOCK_R": block_r, "BLOCK_C": block_c, "num_warps": warps}
+    return _Parts(
+        outer, inner, channels, tile, column_tiles, tiles_of_run, count, per_part, cdiv(count, per_part)
+    )
+
+
+def sums_of_jobs(
+    jobs: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]], table: _jobs.Table
+) -> list[torch.Tensor | None]:
+    """Returns the sums of each (x, act, hidden), None for those that are to add up by themselves: one launch for all
+    that have the same dtype and tile.
+    """
+    found: list[torch.Tensor | None] = [None] * len(jobs)
+    kinds: dict[tuple, list[tuple[int, _Parts]]] = {}
+    for i, (x, _, hidden) in enumerate(jobs):
+        if x.dim() == 2 and _jobs.fits(x):
+            parts = _parts(x)
+            kinds.setdefault((x.dtype, hidden is None, *parts.tile.items()), []).append((i, parts))
+    for (dtype, bare, *tile), members in kinds.items():
+        rows = []
+        for i, p in members:
+            x, act, hidden = jobs[i]
+            found[i] = sums = p.table(x, hidden)
+            sizes = p.channels, x.stride(0), p.inner, p.count, p.per_part
+            rows.append(_jobs.row((x, act, sums, as_bytes(hidden), *sizes)))
+        programs = max(p.programs for _, p in members)
+        constants = {"DTYPE": _jobs.TYPES[dtype], "PADDED": not bare, **dict(tile)}
+        _jobs.run(sums_of_jobs_kernel, table(rows), programs, **constants)
+    return found
+
+
 def balancer_gradient_forward(
     grad: torch.Tensor,
     x: torch.Tensor,
@@ -197,36 +294,33 @@ def balancer_gradient_forward(
     act: torch.Tensor | None = None,
     hidden: torch.Tensor | None = None,
     in_place: bool = False,
+    sums: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Returns the changed gradient, written over ``grad`` if ``in_place``, for x (rows, channels), whose rows may lie
     apart, or contiguous x (outer, channels, inner).
 
     grad: as x. limits: (5,), in place of the five numbers. act: one number; if it is 0, the result is grad. hidden:
-    (rows,) or (outer * inner,), bool.
+    (rows,) or (outer * inner,), bool. sums: what ``sums_of_jobs`` found for x, act and hidden.
     """
-    by_row = x.dim() == 2
-    outer, channels, inner = (1, *x.shape[::-1]) if by_row else x.shape
+    p, by_row = _parts(x), x.dim() == 2
     y = grad if in_place else torch.empty_like(grad, memory_format=torch.contiguous_format)
     if by_row:
         rows, outer_stride, channel_stride = (t.stride(0) for t in (grad, x, y)), 0, 1
     else:
-        rows, outer_stride, channel_stride = (1, 1, 1), channels * inner, inner
+        rows, outer_stride, channel_stride = (1, 1, 1), p.channels * p.inner, p.inner
     grad_row, x_row, y_row = rows
-    block_r, block_c, warps = tiles(inner, channels, by_row, x.element_size())
-    column_tiles, tiles_of_run = cdiv(channels, block_c), cdiv(inner, block_r)
-    count = outer * tiles_of_run
-    per_part = cdiv(count, max(1, RESIDENT * processors(x) // column_tiles))
-    parts = cdiv(count, per_part)
-    table = x.new_empty((parts, 2 if hidden is None else 3, channels), dtype=torch.float32)
-    hidden = as_bytes(hidden)
-    sizes = channels, inner, outer * inner, count, tiles_of_run, per_part
-    tile = {"BLOCK_R": block_r, "BLOCK_C": block_c, "num_warps": warps}
-    grid = (parts * column_tiles,)
-    launch(sums_kernel, grid, x, hidden, act, table, *sizes, x_row, outer_stride, channel_stride, **tile)
+    sizes = p.channels, p.inner, p.outer * p.inner, p.count, p.tiles_of_run, p.per_part
+    grid = (p.programs,)
+    as_read = as_bytes(hidden)
+    if sums is None:
+        sums = p.table(x, hidden)
+        launch(
+            sums_kernel, grid, x, as_read, act, sums, *sizes, x_row, outer_stride, channel_stride, **p.tile
+        )
     numbers = (0.0,) * 5 if limits is not None else (min_mean, max_mean, min_rms, max_rms, grad_scale)
     launch(change_kernel, grid,
-        grad, x, hidden, table, limits, act, y, *numbers, parts, *sizes,
+        grad, x, as_read, sums, limits, act, y, *numbers, p.parts, *sizes,
         grad_row, x_row, y_row, outer_stride, channel_stride,
-        IN_PLACE=in_place, BLOCK_P=PARTS, **tile,
+        IN_PLACE=in_place, BLOCK_P=PARTS, **p.tile,
     )  # fmt: skip
     return y

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gradient of a whitening (fastasr/ops/whitening_gradient.py) in four launches.
+"""The gradient of a whitening (fastasr/ops/whitening_gradient.py) in four launches. A recorded pass makes the first two
+for many calls at once.
 
 x has N rows, those that are not hidden, and G groups of c channels. Shifted rows f = x - shift have the column means m,
 and
@@ -21,17 +22,23 @@ Bytes per element of e bytes: e for the products, 4e for the norm and the change
 the change. Sums over parts are added up in float64 in one order: results repeat bit for bit, without atomics.
 """
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
+from fastasr.kernels import _jobs
 from fastasr.kernels._hidden import samples, visible
+from fastasr.kernels._jobs import multiple, number, pointer
 from fastasr.kernels._launch import as_bytes, cdiv, launch, next_power_of_2, processors
 
 SUM_COLUMNS = 64  # columns of a program that adds them up
 PART_ROWS = 256  # A part has at least this many rows.
 RESIDENT = 2  # programs of the products, and of |grad|^2, on a multiprocessor
 GRAD_TILE = {"GRAD_R": 32, "GRAD_C": 64}
+SCRATCH = 128 << 20  # bytes of products of the jobs of a launch, if it has more than one
 
 LEAST = tl.constexpr(1.0e-6)  # |v|^2 relative to its value for A = w I
 EPS = tl.constexpr(1.0e-20)  # as in fastasr/ops/whitening_gradient.py
@@ -72,15 +79,11 @@ def _total(TABLE, count, BLOCK: tl.constexpr):
     return tl.sum(total, axis=0)
 
 
-@triton.jit(do_not_specialize=["rows", "rows_per_part", "groups", "tiles"])
-def products_kernel(
-    X, HIDDEN, ACT, PRODUCTS, SUMS, COUNTS, SHIFT, rows, rows_per_part, groups, width, tiles, x_row,
+@triton.jit
+def _products(
+    X, HIDDEN, PRODUCTS, SUMS, COUNTS, SHIFT, rows, rows_per_part, groups, width, tiles, x_row,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    # PRODUCTS: (parts, groups * tiles, BLOCK, BLOCK), SUMS: (parts, channels), COUNTS: (parts), SHIFT: (channels)
-    if ACT is not None:  # noqa: SIM102, the inner condition is known on the device alone
-        if tl.load(ACT).to(tl.float32) == 0.0:
-            return
     channels = groups * width
     units = groups * tiles + tl.cdiv(channels, BLOCK_S)
     part = tl.program_id(0) // units
@@ -134,6 +137,47 @@ def products_kernel(
                 tl.store(COUNTS + part, tl.sum(count, axis=0).to(tl.float32))
 
 
+@triton.jit(do_not_specialize=["rows", "rows_per_part", "groups", "tiles"])
+def products_kernel(
+    X, HIDDEN, ACT, PRODUCTS, SUMS, COUNTS, SHIFT, rows, rows_per_part, groups, width, tiles, x_row,
+    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    # PRODUCTS: (parts, groups * tiles, BLOCK, BLOCK), SUMS: (parts, channels), COUNTS: (parts), SHIFT: (channels)
+    if ACT is not None:  # noqa: SIM102, the inner condition is known on the device alone
+        if tl.load(ACT).to(tl.float32) == 0.0:
+            return
+    _products(X, HIDDEN, PRODUCTS, SUMS, COUNTS, SHIFT, rows, rows_per_part, groups, width, tiles, x_row,
+        BLOCK, BLOCK_K, BLOCK_S,
+    )  # fmt: skip
+
+
+# The fields of a job:
+#  0 X, 1 ACT, 2 PRODUCTS, 3 SUMS, 4 SHIFT, 5 COVARIANCE, 6 MEAN, 7 STATISTICS, 8 COUNTS, 9 HIDDEN
+# 10 rows, 11 rows_per_part, 12 parts, 13 groups, 14 width, 15 tiles, 16 x_row, 17 products' programs, 18 statistics
+
+
+@triton.jit
+def products_of_jobs_kernel(
+    JOBS, FIELDS: tl.constexpr, DTYPE: tl.constexpr, PADDED: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """Does what ``products_kernel`` does for each job."""
+    job = JOBS + tl.program_id(1) * FIELDS
+    if (tl.program_id(0) >= number(job, 17)) | (tl.load(pointer(job, 1, tl.float32)) == 0.0):
+        return
+    HIDDEN = None
+    COUNTS = None
+    if PADDED:
+        HIDDEN = tl.load(job + 9).to(tl.pointer_type(tl.uint8))
+        COUNTS = pointer(job, 8, tl.float32)
+    X, PRODUCTS = pointer(job, 0, DTYPE), pointer(job, 2, tl.float32)
+    SUMS, SHIFT = pointer(job, 3, tl.float32), pointer(job, 4, tl.float32)
+    width, x_row = multiple(job, 14), multiple(job, 16)
+    _products(X, HIDDEN, PRODUCTS, SUMS, COUNTS, SHIFT,
+        number(job, 10), number(job, 11), number(job, 13), width, number(job, 15), x_row, BLOCK, BLOCK_K, BLOCK_S,
+    )  # fmt: skip
+
+
 @triton.jit
 def _mean(SUMS, c, in_x, parts, count, channels, BLOCK_P: tl.constexpr):
     """Returns the means of columns in float64 from the sums of the parts."""
@@ -146,15 +190,11 @@ def _mean(SUMS, c, in_x, parts, count, channels, BLOCK_P: tl.constexpr):
     return total * (1.0 / count)
 
 
-@triton.jit(do_not_specialize=["parts", "rows", "groups", "tiles"])
-def covariance_kernel(
-    PRODUCTS, SUMS, COUNTS, ACT, COVARIANCE, MEAN, STATISTICS, parts, rows, groups, width, tiles,
+@triton.jit
+def _covariance(
+    PRODUCTS, SUMS, COUNTS, COVARIANCE, MEAN, STATISTICS, statistics, parts, rows, groups, width, tiles,
     BLOCK: tl.constexpr, CHUNK: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    # COVARIANCE: (groups, width, width), MEAN: (channels), STATISTICS: (2, programs), sums of diagonals and of squares
-    if ACT is not None:  # noqa: SIM102, the inner condition is known on the device alone
-        if tl.load(ACT).to(tl.float32) == 0.0:
-            return
     chunks: tl.constexpr = BLOCK // CHUNK
     unit = tl.program_id(0) // chunks
     chunk = tl.program_id(0) - unit * chunks
@@ -194,7 +234,42 @@ def covariance_kernel(
         tl.store(MEAN + group * width + i, mean_i.to(tl.float32), mask=i < width)
     tl.store(STATISTICS + tl.program_id(0), tl.sum(tl.where(diagonal, total, 0.0)))
     squares = tl.sum(total * total) * twice
-    tl.store(STATISTICS + tl.num_programs(0) + tl.program_id(0), squares)
+    tl.store(STATISTICS + statistics + tl.program_id(0), squares)
+
+
+@triton.jit(do_not_specialize=["parts", "rows", "groups", "tiles"])
+def covariance_kernel(
+    PRODUCTS, SUMS, COUNTS, ACT, COVARIANCE, MEAN, STATISTICS, parts, rows, groups, width, tiles,
+    BLOCK: tl.constexpr, CHUNK: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    # COVARIANCE: (groups, width, width), MEAN: (channels), STATISTICS: (2, programs), sums of diagonals and of squares
+    if ACT is not None:  # noqa: SIM102, the inner condition is known on the device alone
+        if tl.load(ACT).to(tl.float32) == 0.0:
+            return
+    _covariance(PRODUCTS, SUMS, COUNTS, COVARIANCE, MEAN, STATISTICS,
+        tl.num_programs(0), parts, rows, groups, width, tiles, BLOCK, CHUNK, BLOCK_P,
+    )  # fmt: skip
+
+
+@triton.jit
+def covariance_of_jobs_kernel(
+    JOBS, FIELDS: tl.constexpr, PADDED: tl.constexpr,
+    BLOCK: tl.constexpr, CHUNK: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """Does what ``covariance_kernel`` does for each job."""
+    job = JOBS + tl.program_id(1) * FIELDS
+    statistics = number(job, 18)
+    if (tl.program_id(0) >= statistics) | (tl.load(pointer(job, 1, tl.float32)) == 0.0):
+        return
+    COUNTS = None
+    if PADDED:
+        COUNTS = pointer(job, 8, tl.float32)
+    PRODUCTS, SUMS = pointer(job, 2, tl.float32), pointer(job, 3, tl.float32)
+    COVARIANCE, MEAN = pointer(job, 5, tl.float32), pointer(job, 6, tl.float32)
+    width = multiple(job, 14)
+    _covariance(PRODUCTS, SUMS, COUNTS, COVARIANCE, MEAN, pointer(job, 7, tl.float64),
+        statistics, number(job, 12), number(job, 10), number(job, 13), width, number(job, 15), BLOCK, CHUNK, BLOCK_P,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -405,6 +480,110 @@ def tiles(width: int, dtype: torch.dtype) -> dict[str, dict[str, int]]:
     }
 
 
+class Moments(NamedTuple):
+    """What the first two kernels find: shift and mean (channels,), covariance (groups, width, width), and sums for the
+    metric (2, programs)."""
+
+    shift: torch.Tensor
+    covariance: torch.Tensor
+    mean: torch.Tensor
+    statistics: torch.Tensor
+
+
+def _triangle(width: int, block: int) -> int:
+    """Returns the tiles of a block's size in the upper triangle of a matrix."""
+    blocks = cdiv(width, block)
+    return blocks * (blocks + 1) // 2
+
+
+class _First:
+    """The first two kernels' work on x (rows, channels): its sizes, and its tensors, which it allocates."""
+
+    def __init__(self, x: torch.Tensor, groups: int, hidden: torch.Tensor | None) -> None:
+        self.x, self.hidden, self.groups = x, as_bytes(hidden), groups
+        self.rows, channels = x.shape
+        self.width = channels // groups
+        self.kinds = tiles(self.width, x.dtype)
+        block = self.kinds["products"]["BLOCK"]
+        self.tiles = _triangle(self.width, block)
+        units = groups * self.tiles + cdiv(channels, self.kinds["products"]["BLOCK_S"])
+        self.per_part = max(PART_ROWS, cdiv(self.rows, max(1, RESIDENT * processors(x) // units)))
+        self.parts = cdiv(self.rows, self.per_part)
+        self.programs = self.parts * units
+        self.statistics = groups * self.tiles * (block // self.kinds["covariance"]["CHUNK"])
+
+        def made(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            return x.new_empty(shape, dtype=dtype)
+
+        self.products = made(self.parts, groups * self.tiles, block, block)
+        self.sums = made(self.parts, channels)
+        self.counts = None if hidden is None else made(self.parts)
+        self.moments = Moments(
+            made(channels),
+            made(groups, self.width, self.width),
+            made(channels),
+            made(2, self.statistics, dtype=torch.float64),
+        )
+
+    def launch(self, act: torch.Tensor | None) -> Moments:
+        found, sizes = self.moments, (self.groups, self.width, self.tiles)
+        launch(products_kernel, (self.programs,),
+            self.x, self.hidden, act, self.products, self.sums, self.counts, found.shift, self.rows, self.per_part,
+            *sizes, self.x.stride(0), **self.kinds["products"],
+        )  # fmt: skip
+        launch(covariance_kernel, (self.statistics,),
+            self.products, self.sums, self.counts, act, found.covariance, found.mean, found.statistics, self.parts,
+            self.rows, *sizes, **self.kinds["covariance"],
+        )  # fmt: skip
+        return found
+
+    def job(self, act: torch.Tensor) -> tuple[torch.Tensor | int | None, ...]:
+        return (
+            self.x, act, self.products, self.sums, *self.moments, self.counts, self.hidden, self.rows, self.per_part,
+            self.parts, self.groups, self.width, self.tiles, self.x.stride(0), self.programs, self.statistics,
+        )  # fmt: skip
+
+
+def moments_of_jobs(
+    jobs: Sequence[tuple[torch.Tensor, int, torch.Tensor, torch.Tensor | None]], table: _jobs.Table
+) -> list[Moments | None]:
+    """Returns the moments of each (x, groups, act, hidden), None for those that are to find them by themselves: two
+    launches for all that have the same dtype and tiles, as long as their products fit into SCRATCH.
+    """
+    found: list[Moments | None] = [None] * len(jobs)
+    kinds: dict[tuple, list[int]] = {}
+    for i, (x, groups, _, hidden) in enumerate(jobs):
+        width = x.shape[1] // groups
+        if _jobs.fits(x) and width % 16 == 0:
+            key = x.dtype, hidden is None, *((k, *v.items()) for k, v in tiles(width, x.dtype).items())
+            kinds.setdefault(key, []).append(i)
+    for members in kinds.values():
+        waiting = list(members)
+        while waiting:
+            batch: list[tuple[_First, torch.Tensor]] = []
+            scratch = 0
+            while waiting and (scratch < SCRATCH or not batch):
+                x, groups, act, hidden = jobs[waiting[0]]
+                first = _First(x, groups, hidden)
+                found[waiting.pop(0)] = first.moments
+                batch.append((first, act))
+                scratch += first.products.nbytes
+            _launch_jobs(batch, table)
+    return found
+
+
+def _launch_jobs(batch: Sequence[tuple[_First, torch.Tensor]], table: _jobs.Table) -> None:
+    some = batch[0][0]
+    rows = table([_jobs.row(first.job(act)) for first, act in batch])
+    padded = {"PADDED": some.hidden is not None}
+    programs = max(first.programs for first, _ in batch)
+    statistics = max(first.statistics for first, _ in batch)
+    _jobs.run(products_of_jobs_kernel, rows, programs,
+        DTYPE=_jobs.TYPES[some.x.dtype], **padded, **some.kinds["products"],
+    )  # fmt: skip
+    _jobs.run(covariance_of_jobs_kernel, rows, statistics, **padded, **some.kinds["covariance"])
+
+
 def whitening_gradient_forward(
     grad: torch.Tensor,
     x: torch.Tensor,
@@ -415,45 +594,31 @@ def whitening_gradient_forward(
     act: torch.Tensor | None = None,
     hidden: torch.Tensor | None = None,
     white: torch.Tensor | None = None,
+    moments: Moments | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the changed gradient and whether w is below the limit: written over ``grad`` and to ``white``, if given.
 
     grad, x: (rows, channels), whose rows may lie apart. limits: (limit, grad_scale), in place of the numbers. act: one
-    number; if it is 0, the results are grad and False. hidden: (rows,), bool.
+    number; if it is 0, the results are grad and False. hidden: (rows,), bool. moments: what ``moments_of_jobs`` found
+    for x, groups, act and hidden.
     """
     (rows, channels), width, in_place = x.shape, x.shape[1] // groups, white is not None
-    kinds = tiles(width, x.dtype)
-
-    def triangle(kind: str) -> int:
-        blocks = cdiv(width, kinds[kind]["BLOCK"])
-        return blocks * (blocks + 1) // 2
+    shift, covariance, mean, table = _First(x, groups, hidden).launch(act) if moments is None else moments
+    statistics, hidden, grad_row, kinds = (
+        table.shape[1],
+        as_bytes(hidden),
+        grad.stride(0),
+        tiles(width, x.dtype),
+    )
 
     def made(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return x.new_empty(shape, dtype=dtype)
 
-    programs = RESIDENT * processors(x)
-    upper, block = triangle("products"), kinds["products"]["BLOCK"]
-    units = groups * upper + cdiv(channels, kinds["products"]["BLOCK_S"])
-    per_part = max(PART_ROWS, cdiv(rows, max(1, programs // units)))
-    parts = cdiv(rows, per_part)
-    products, sums, shift = made(parts, groups * upper, block, block), made(parts, channels), made(channels)
-    hidden, counts = as_bytes(hidden), None if hidden is None else made(parts)
-    x_row, grad_row = x.stride(0), grad.stride(0)
-    launch(products_kernel, (parts * units,),
-        x, hidden, act, products, sums, counts, shift, rows, per_part, groups, width, upper, x_row, **kinds["products"],
-    )  # fmt: skip
-
-    statistics = groups * upper * (block // kinds["covariance"]["CHUNK"])
-    covariance, mean = made(groups, width, width), made(channels)
-    table = made(2, statistics, dtype=torch.float64)
-    launch(covariance_kernel, (statistics,),
-        products, sums, counts, act, covariance, mean, table, parts, rows, groups, width, upper, **kinds["covariance"],
-    )  # fmt: skip
-
-    upper, block = triangle("norms"), kinds["norms"]["BLOCK"]
+    block = kinds["norms"]["BLOCK"]
+    upper, blocks = _triangle(width, block), cdiv(width, block)
     grad_tiles = cdiv(rows, GRAD_TILE["GRAD_R"]) * cdiv(channels, GRAD_TILE["GRAD_C"])
-    tiles_per_part = cdiv(grad_tiles, programs)
-    grad_parts, blocks = cdiv(grad_tiles, tiles_per_part), cdiv(width, block)
+    tiles_per_part = cdiv(grad_tiles, RESIDENT * processors(x))
+    grad_parts = cdiv(grad_tiles, tiles_per_part)
     white = made(dtype=torch.bool) if white is None else white
     change = made(groups, width, width, dtype=x.dtype)
     bias, norms = made(blocks, channels), made(groups * upper + grad_parts)
@@ -467,7 +632,7 @@ def whitening_gradient_forward(
     launch(change_kernel, (cdiv(rows, kind["BLOCK_R"]) * groups * cdiv(width, kind["BLOCK"]),),
         grad, x, hidden, shift, table, white, limits, act, change, bias, norms, y,
         0.0 if grad_scale is None else grad_scale,
-        statistics, rows, groups, width, groups * upper, grad_parts, blocks, grad_row, x_row, y.stride(0),
+        statistics, rows, groups, width, groups * upper, grad_parts, blocks, grad_row, x.stride(0), y.stride(0),
         IN_PLACE=in_place, **kind,
     )  # fmt: skip
     return y, white

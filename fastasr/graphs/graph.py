@@ -117,6 +117,7 @@ class Graph:
         self.addresses: list[int] = []  # of the module's tensors when it was recorded
         self._rehearse(recorder, module)
         self.back = Recording(self.device)
+        self.back.allow_late(() if self.casts is None else self.casts.leaves)
         self.ahead = Recording(self.device, self.back)
         self.replay_forward, (outputs, self.form) = recorder.record(self._forward, self.ahead)
         differentiable = [t for t in outputs if isinstance(t, torch.Tensor) and t.requires_grad]
@@ -127,6 +128,7 @@ class Graph:
             self.replay_backward, (self.inputs, self.found) = recorder.record(
                 lambda: self._backward(differentiable, self.incoming), self.back
             )
+            self.back.bring_tables()
             pairs = zip(gradients.parameters, self.found, strict=True)
             self.trained = [p for p, has in pairs if has]
         self.wanted = [t.requires_grad for t in outputs if isinstance(t, torch.Tensor)]
@@ -148,7 +150,7 @@ class Graph:
     ) -> tuple[list[Tensor | None], list[bool]]:
         """Returns the inputs' gradients, and which parameters have one; these lie in ``self.gradients``."""
         inputs = [t for t in self.tensors if t.requires_grad]
-        found = self._differentiated(outputs, inputs, incoming)
+        found = self._differentiated(self.back, outputs, inputs, incoming)
         ours = found[len(inputs) :]
         for dtype in {g.dtype for g in ours if g is not None}:
             pairs = [
@@ -160,13 +162,18 @@ class Graph:
         return list(found[: len(inputs)]), [g is not None for g in ours]
 
     def _differentiated(
-        self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], incoming: Sequence[Tensor]
+        self, back: Recording, outputs: Sequence[Tensor], inputs: Sequence[Tensor], incoming: Sequence[Tensor]
     ) -> tuple[Tensor | None, ...]:
         # the call that is recorded may be inside autocast, while users call backward() outside
         of = {} if self.casts is None else self.casts.of
         parameters = [of.get(id(p), p) for p in self.gradients.parameters]
         with torch.autocast(self.device.type, enabled=False):
-            return torch.autograd.grad(outputs, [*inputs, *parameters], incoming, allow_unused=True)
+            back.begin()
+            found = torch.autograd.grad(outputs, [*inputs, *parameters], incoming, allow_unused=True)
+            if not back.runs:
+                back.check_late(parameters, found[len(inputs) :])
+            back.end()
+        return found
 
     def _rehearse(self, recorder: Recorder, module: nn.Module) -> None:
         """Runs both passes once in the form in which they are recorded, and puts the module's buffers back. In this run
@@ -180,14 +187,15 @@ class Graph:
         uses = None if dtype is None else Uses(parameters, dtype)
 
         def both() -> None:
-            ahead = Recording(self.device, Recording(self.device))
+            back = Recording(self.device, runs=True)
+            ahead = Recording(self.device, back, runs=True)
             with uses or contextlib.nullcontext():
                 with recorded_by(ahead):
                     outputs, _ = self._forward()
                 outputs = [t for t in outputs if isinstance(t, torch.Tensor) and t.requires_grad]
                 if outputs:
                     inputs = [t for t in self.tensors if t.requires_grad]
-                    self._differentiated(outputs, inputs, [torch.zeros_like(t) for t in outputs])
+                    self._differentiated(back, outputs, inputs, [torch.zeros_like(t) for t in outputs])
 
         try:
             recorder.rehearse(both)

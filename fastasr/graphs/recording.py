@@ -19,6 +19,7 @@ from fastasr.models.common.verdicts import Verdict, Verdicts
 
 CAPACITY = 1 << 14  # A pass has at most this many numbers: a Zipformer-M has about 2,500.
 MAX_VERDICTS = 1 << 12  # A pass has at most this many verdicts: a Zipformer-M has 178.
+MAX_FIELDS = 1 << 16  # Tables of a pass have at most this many integers: a Zipformer-M's have some 6,000.
 
 
 T = TypeVar("T")
@@ -43,8 +44,9 @@ class Recording:
     thread, where ``recording()`` is None.
     """
 
-    def __init__(self, device: torch.device, back: "Recording | None" = None) -> None:
-        self.device, self.back = device, back
+    def __init__(self, device: torch.device, back: "Recording | None" = None, runs: bool = False) -> None:
+        """With ``runs`` kernels run while the pass is built, as in a rehearsal."""
+        self.device, self.back, self.runs = device, back, runs
         self.values = torch.zeros(CAPACITY, dtype=torch.float32, device=device)
         self.now = [0.0] * CAPACITY
         self.plans: list[tuple[Callable[[], Sequence[float]], int, int]] = []
@@ -57,6 +59,12 @@ class Recording:
         # (listener, whether to call it), one for each verdict
         self.told: list[tuple[Callable[[Verdict], object], _recording.Numbers]] = []
         self.verdicts = torch.zeros(MAX_VERDICTS if back is None else 0, 16, dtype=torch.bool, device=device)
+        self.jobs: dict[Callable[..., list[Any]], list[Job]] = {}
+        self.last: dict[Callable[..., object], list[Any]] = {}
+        # leaf -> its gradient, which comes at the end, or None; all by address
+        self.late: dict[int, int | None] = {}
+        self.tables = torch.zeros(MAX_FIELDS if back is None else 0, dtype=torch.int64, device=device)
+        self.fields: list[int] = []  # what lies in the tables
 
     def numbers(self, plan: Callable[[], Sequence[float]], count: int) -> "Numbers":
         """Returns the ``Numbers`` that ``plan`` returns before each replay."""
@@ -82,6 +90,61 @@ class Recording:
             raise Unrecordable(f"more than {MAX_VERDICTS} verdicts in one pass")
         self.told.append((hear, acts))
         return self.verdicts[len(self.told) - 1, 0]
+
+    def job(self, do: Callable[..., list[Any]], work: Any) -> "Job":
+        """Has ``do(works, table)`` begin this pass, once for all jobs that were given it. It returns what it found for
+        each; ``table`` brings rows of integers to the device, which are there when a replay begins.
+        """
+        job = Job(work)
+        self.jobs.setdefault(do, []).append(job)
+        return job
+
+    def begin(self) -> None:
+        """Does the jobs."""
+        for do, jobs in self.jobs.items():
+            for job, found in zip(jobs, do([job.work for job in jobs], self._table), strict=True):
+                job.work, job.found = None, found
+        self.jobs = {}
+
+    def allow_late(self, leaves: Sequence[Tensor]) -> None:
+        """Lets the gradients of leaves come at the end of this pass, because one node reads each leaf."""
+        self.late = {leaf.data_ptr(): None for leaf in leaves}
+
+    def later(self, leaf: Tensor, gradient: Tensor, do: Callable[..., object], work: Any) -> bool:
+        """Has ``do(works, table)`` end this pass, once for all works that were given it, and returns True, if the
+        gradient of ``leaf`` may come that late.
+        """
+        if self.runs or leaf.data_ptr() in self.late:  # nobody uses a rehearsal's gradients
+            self.late[leaf.data_ptr()] = gradient.data_ptr()
+            self.last.setdefault(do, []).append(work)
+            return True
+        return False
+
+    def check_late(self, leaves: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
+        """Refuses a pass in which something read a gradient that comes late: autograd then has found another one."""
+        for leaf, found in zip(leaves, gradients, strict=True):
+            late = self.late.get(leaf.data_ptr())
+            if late is not None and (found is None or found.data_ptr() != late or found._version):
+                self.refuse("a bias has two gradients")
+
+    def end(self) -> None:
+        """Does what was to be done later."""
+        for do, works in self.last.items():
+            do(works, self._table)
+        self.last = {}
+
+    def _table(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        begin = len(self.fields)
+        self.fields += [field for row in rows for field in row]
+        if len(self.fields) > MAX_FIELDS:
+            raise Unrecordable(f"more than {MAX_FIELDS} integers in the tables of one pass")
+        if self.runs:
+            self.bring_tables()
+        return self.tables[begin : len(self.fields)].view(len(rows), -1)
+
+    def bring_tables(self) -> None:
+        """Brings the tables to the device. A capture brings nothing, so this comes after it."""
+        self.tables[: len(self.fields)].copy_(torch.tensor(self.fields, dtype=torch.int64, device="cpu"))
 
     def refuse(self, reason: str) -> NoReturn:
         """Ends the recording: calls of this kind run as they are, for this reason."""
@@ -122,3 +185,14 @@ class Numbers:
     @property
     def on(self) -> bool:
         return self.recording.now[self.place] != 0.0
+
+
+class Job:
+    """Work that is done at the beginning of a pass; ``take()`` returns what was found, once."""
+
+    def __init__(self, work: Any) -> None:
+        self.work, self.found = work, None
+
+    def take(self) -> Any:
+        found, self.found = self.found, None
+        return found

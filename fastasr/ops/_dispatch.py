@@ -271,7 +271,8 @@ class KernelFamily:
             if device.type in implementation.device_types or forced != "auto":
                 reasons.append(f"{implementation.backend}: {reason}")
         where = f"{self.name} on {device.type}, {str(dtype).removeprefix('torch.')}"
-        if forced != "auto":
+        # A family without ops speeds up a step of ours, and needs no kernel of every backend.
+        if forced != "auto" and (self.ops or reasons):
             raise RuntimeError(
                 f"fastasr: backend {forced!r} is forced but cannot serve {where}: "
                 f"{'; '.join(reasons) or 'there is no such kernel'}"

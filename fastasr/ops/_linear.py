@@ -2,6 +2,7 @@
 """Code that ops with a linear layer share: the conditions of the product, and the gradient of the bias."""
 
 import importlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -18,10 +19,10 @@ def fits(x: Tensor, weight: Tensor, bias: Tensor | None, *_: object) -> bool:
     )
 
 
-def bias_grad(grad: Tensor, backend: str = "cpu") -> Tensor:
+def bias_grad(grad: Tensor, backend: str = "cpu", later: Callable[..., bool] | None = None) -> Tensor:
     """Returns the sum over rows, a copy where there is one row (an op's output may not be its input). For 30,000 rows
-    of 192 in bfloat16, torch's sum takes 57 us on an H200 and torch.compile's 11.
+    of 192 in bfloat16, torch's sum takes 57 us on an H200 and torch.compile's 11. ``later`` is that of ``sum_rows``.
     """
     if backend == "triton" and grad.is_contiguous() and grad.numel() > MANY_ROWS * grad.shape[-1]:
-        return importlib.import_module("fastasr.kernels._sum_rows").sum_rows(grad)
+        return importlib.import_module("fastasr.kernels._sum_rows").sum_rows(grad, later)
     return grad.sum(tuple(range(grad.dim() - 1))) if grad.dim() > 1 else grad.clone()

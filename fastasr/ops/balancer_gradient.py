@@ -16,12 +16,13 @@ sign f:
 Upstream: ``BalancerFunction`` in ``zipformer.modules.scaling``, by a second autograd graph.
 """
 
-from collections.abc import Callable
-from typing import Annotated, Any
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastasr.ops import _jobs
 from fastasr.ops._dispatch import KernelFamily, Kernels, native_kernels, registered, triton_kernels
 from fastasr.ops._layout import ChannelRows
 from fastasr.ops._op import OPS, Arguments, Op, op
@@ -165,6 +166,25 @@ def balancer_gradient(
     return y if act is None else torch.where(act != 0, y, grad)
 
 
+class Balanced(NamedTuple):
+    """What a call of ``balance_`` will get, except the gradient."""
+
+    x: Tensor
+    channel_dim: int
+    act: Tensor
+    hidden: Tensor | None
+
+
+def sums_of(calls: Sequence[Balanced], table: _jobs.Table) -> list[Tensor | None]:
+    """Returns what ``balance_`` takes as ``sums``, found for many calls by few launches."""
+
+    def job(call: Balanced) -> tuple[Tensor, Tensor, Tensor | None]:
+        _, x, hidden, _ = _operands(call.x, call.x, call.channel_dim, call.hidden, dense=False)
+        return x, call.act, hidden
+
+    return _jobs.done(FAMILY, "sums_of_jobs", calls, job, table)
+
+
 def balance_(
     grad: Tensor,
     x: Tensor,
@@ -172,15 +192,16 @@ def balance_(
     limits: Tensor,
     act: Tensor | None = None,
     hidden: Tensor | None = None,
+    sums: Tensor | None = None,
 ) -> None:
     """Writes ``balancer_gradient`` over grad. On CUDA, where ``act`` is 0, its kernels return at once. ``hidden`` is
-    padding_mask.
+    padding_mask, and ``sums`` what ``sums_of`` has found.
     """
     kernels = FAMILY.kernels(x, grad)
     if kernels is not None and kernels.backend == "triton" and x.numel():
         seen, x_seen, frames, _ = _operands(grad, x, channel_dim, hidden, dense=False)
         if seen.data_ptr() == grad.data_ptr():  # no copy in x's order
-            kernels.forward(seen, x_seen, *[None] * 5, limits, act, frames, in_place=True)
+            kernels.forward(seen, x_seen, *[None] * 5, limits, act, frames, True, sums)
             return
     public = OPS["balancer_gradient"].function
     grad.copy_(public(grad, x, channel_dim=channel_dim, limits=limits, act=act, padding_mask=hidden))

@@ -6,7 +6,6 @@ r"""Linear layer: y = x Wᵀ + b, dx = g W, dW = gᵀ x, db = Σ_rows g.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Annotated
 
@@ -31,18 +30,23 @@ from fastasr.ops._op import OPS, Arguments, Needs, Op, Saved, op
 
 class _Family(KernelFamily):
     """torch computes the layer on CUDA. In a recorded call fastasr computes its gradients, to add up the bias's faster.
-    Elsewhere that costs more than it saves: torch's node of autograd takes 26 us less host time than one in Python.
+    Elsewhere that costs more than it saves: torch's node of autograd takes 26 us less host time than one in Python. The
+    kernels' ``backward`` is the recording's ``later``.
     """
 
     def kernels(self, x: Tensor, *others: Tensor | None) -> Kernels | None:
-        ours = recording() is not None and forced_backend() in ("auto", "triton")
-        if ours and not self.why_not(_SUMS, x.device, x.dtype):
-            return _SUMS.load()
+        recorded = recording()
+        if (
+            recorded is not None
+            and forced_backend() in ("auto", "triton")
+            and not self.why_not(_SUMS, x.device, x.dtype)
+        ):
+            return Kernels("triton", _gemm.forward, recorded.back and recorded.back.later)
         return super().kernels(x, *others)
 
 
 _NATIVE = native_kernels("linear", "gemm", lambda: Kernels("cpu", _gemm.forward, None), (torch.float32,))
-_SUMS = replace(triton_kernels("linear"), load=lambda: Kernels("triton", _gemm.forward, None))
+_SUMS = triton_kernels("linear")
 FAMILY = _Family("linear", (), (_NATIVE,), vendor=True)
 
 _MIDDLE = 1024 * _gemm.SMALL  # larger steps take a hundred times as long as a node in Python
@@ -69,10 +73,12 @@ def _gradients(
     op: Op, kernels: Kernels, grads: Sequence[Tensor], saved: Saved, needs: Needs
 ) -> tuple[Tensor | None, ...]:
     (grad,) = grads
+    late = kernels.backward is not None and needs.bias and grad.dtype is saved.bias.dtype
+    later = partial(kernels.backward, saved.bias) if late else None
     return (
         _gemm.input_grad(grad, saved.weight) if needs.x else None,
         _gemm.weight_grad(grad, saved.x) if needs.weight else None,
-        bias_grad(grad, kernels.backend) if needs.bias else None,
+        bias_grad(grad, kernels.backend, later) if needs.bias else None,
     )
 
 

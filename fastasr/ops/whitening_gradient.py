@@ -15,13 +15,14 @@ g of x becomes g + grad_scale |g| v / |v|, with
 Upstream: ``WhiteningPenaltyFunction`` in ``zipformer.modules.scaling``, by a second autograd graph.
 """
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastasr.ops import _gemm
+from fastasr.ops import _gemm, _jobs
 from fastasr.ops._dispatch import KernelFamily, Kernels, native_kernels, registered, triton_kernels
 from fastasr.ops._layout import ChannelRows
 from fastasr.ops._op import OPS, Arguments, Op, op
@@ -154,6 +155,25 @@ def whitening_metric(x: Tensor, num_groups: int) -> Tensor:
         return _metric(_grouped(x, num_groups))[0]
 
 
+class Whitened(NamedTuple):
+    """What a call of ``whiten_`` will get, except the gradient."""
+
+    x: Tensor
+    num_groups: int
+    act: Tensor
+    hidden: Tensor | None
+
+
+def moments_of(calls: Sequence[Whitened], table: _jobs.Table) -> list[Any]:
+    """Returns what ``whiten_`` takes as ``moments``, found for many calls by few launches."""
+
+    def job(call: Whitened) -> tuple[Tensor, int, Tensor, Tensor | None]:
+        _, x, order = _operands(call.x, call.x, False)
+        return x, call.num_groups, call.act, _hidden(order, call.hidden)
+
+    return _jobs.done(FAMILY, "moments_of_jobs", calls, job, table)
+
+
 def whiten_(
     grad: Tensor,
     x: Tensor,
@@ -162,16 +182,17 @@ def whiten_(
     act: Tensor | None,
     white: Tensor,
     hidden: Tensor | None = None,
+    moments: Any = None,
 ) -> None:
     """Writes ``whitening_gradient`` over grad, and to ``white``, bool (), whether w is below the limit. On CUDA, where
-    ``act`` is 0, its kernels return at once. ``hidden`` is padding_mask.
+    ``act`` is 0, its kernels return at once. ``hidden`` is padding_mask, and ``moments`` what ``moments_of`` has found.
     """
     kernels = FAMILY.kernels(x, grad)
     if kernels is not None and kernels.backend == "triton" and x.numel():
         seen, rows, order = _operands(grad, x, False)
         if seen.data_ptr() == grad.data_ptr():  # no copy in x's order
             flat = _hidden(order, hidden)
-            kernels.forward(seen, rows, num_groups, None, None, limits, act, flat, white)
+            kernels.forward(seen, rows, num_groups, None, None, limits, act, flat, white, moments)
             return
     y, found = OPS["whitening_gradient"].function(
         grad, x, num_groups, limits=limits, act=act, padding_mask=hidden

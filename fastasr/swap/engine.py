@@ -24,7 +24,7 @@ from fastasr.swap import binding
 from fastasr.swap import weights as reduced
 from fastasr.swap.reach import Reach
 from fastasr.swap.report import REPLACED, ROLLED_BACK, SKIPPED, Restored, Row, SwapReport
-from fastasr.swap.rule import ON_ROWS, RAGGED, Graphed, Known, Rule, upstream_class, upstream_forward
+from fastasr.swap.rule import Graphed, Known, Rule, upstream_class, upstream_forward
 from fastasr.swap.rules import FAMILIES, returnn, rules_by_forward
 from fastasr.swap.rules.torch import LINEAR
 from fastasr.swap.source_hash import SourceUnavailable, fingerprint
@@ -55,6 +55,9 @@ class Decision:
 
 
 _CONTAINER = "container: see its submodules"
+# why the calls of an encoder are not recorded that gets frames without padding
+_RAGGED = "it runs without padding, in another shape at every call"
+_ON_ROWS = "; Graphs(frames=..., recordings=...) gives it one shape"
 # Swapped modules inside ``eager_mode``, and the functions that come back after it
 _paused: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Any]] = weakref.WeakKeyDictionary()
 
@@ -207,10 +210,11 @@ def _record(plan: Plan, report: SwapReport, options: Graphs) -> None:
         inside = f"{path}." if path else ""
         packs = any(why is None and other.startswith(inside) for other, why in (report.ragged or {}).items())
         runs_ragged = rule.ragged is not None and bound is rule.ragged.forward
+        runs_ragged = runs_ragged or (_is_own(module) and getattr(module, "ragged", False))
         if reason is None and on_row is None and (packs or runs_ragged):
-            reason = RAGGED
-        if reason == RAGGED and rule.graphs.on_row_of(module) is not None:
-            reason += ON_ROWS if no_row is None else f", and not on a row: {no_row}"
+            reason = _RAGGED
+            if rule.graphs.on_row_of(module) is not None:
+                reason += _ON_ROWS if no_row is None else f", and not on a row: {no_row}"
         whole = (f"{other}." if other else "" for other, why in report.graphs.items() if why is None)
         if path.startswith(tuple(whole)):
             continue  # It is a part of a recorded encoder.
@@ -230,7 +234,8 @@ def _bind_recorded(
     options = options if parts else replace(options, parts=False)
     if on_row is not None or not (options.parts and parts):
         forward, replay = (upstream_forward, rule.replay_part) if own else (rule.recorded, rule.replay)
-        if on_row is not None and rule.ragged is not None and rule.replay_row is not None:
+        # fastasr's own encoders leave padding out by themselves
+        if on_row is not None and not own and rule.ragged is not None and rule.replay_row is not None:
             forward, replay = rule.ragged.forward, rule.replay_row
         elif on_row is not None and on_row.instead is not None:
             forward = on_row.instead

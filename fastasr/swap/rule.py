@@ -55,11 +55,6 @@ class Ragged:
     why_not: Callable
 
 
-# why the calls of an encoder are not recorded that gets frames without padding
-RAGGED = "it runs without padding, in another shape at every call"
-ON_ROWS = "; Graphs(frames=..., recordings=...) gives it one shape"
-
-
 def upstream_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Runs the forward of the module's own class."""
     return upstream_class(module).forward(module, *args, **kwargs)

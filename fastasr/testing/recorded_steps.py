@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Calls of kernels inside models, mostly of recorded passes, which are no ops and have no samples."""
 
+from collections.abc import Callable, Sequence
+
 import torch
 
-from fastasr.ops import _decided, _folded_norm, _weighted_values
+from fastasr.ops import _decided, _folded_norm, _linear, _weighted_values
+from fastasr.ops.balancer_gradient import Balanced, sums_of
+from fastasr.ops.whitening_gradient import Whitened, moments_of
 
 
 def launch(device: str) -> None:
@@ -12,6 +16,13 @@ def launch(device: str) -> None:
 
     def uniform(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.rand(shape, generator=made, device=device, dtype=torch.float32).to(dtype)
+
+    def table(rows: Sequence[Sequence[int]]) -> torch.Tensor:
+        return torch.tensor(rows, dtype=torch.int64, device=device)
+
+    def later(total: torch.Tensor, do: Callable[..., None], work: tuple[torch.Tensor, ...]) -> bool:
+        do([work], table)
+        return True
 
     rate, scale, act = (torch.tensor(n, dtype=torch.float32, device=device) for n in ([0.5], [2.0], [1.0]))
     limits = torch.tensor([1.0, 0.2, 0.8], dtype=torch.float32, device=device)
@@ -32,6 +43,12 @@ def launch(device: str) -> None:
         summed = sums.forward(weights, values)
         for add in (False, True):
             sums.backward(summed, weights, values, torch.zeros_like(weights), add)
+        wide, hidden = uniform(600, 1, 32, dtype=dtype), uniform(600, 1) > 0.5
+        _linear.bias_grad(wide, "triton", later)
+        for of_nobody in (None, hidden):
+            some = wide[:9], -1, act, of_nobody if of_nobody is None else of_nobody[:9]
+            sums_of([Balanced(wide, -1, act, of_nobody), Balanced(*some)], table)
+            moments_of([Whitened(wide, 1, act, of_nobody), Whitened(some[0], 2, *some[2:])], table)
     conv = torch.nn.Conv1d(70, 70, 9, groups=70, device=device).requires_grad_(False)
     norm = torch.nn.BatchNorm1d(70, device=device).requires_grad_(False)
     _folded_norm.folded(conv, norm, torch.float32)

@@ -3,8 +3,9 @@
 backend, launches of Triton kernels, and nodes of autograd. Where the host is slower than the GPU, these are the time.
 The GPU's share is counted as kernels: launches, and operator calls that are neither views nor allocations.
 
-The models have the layers of Zipformer-M and of a FastConformer of 110M parameters, and few channels. Python's random
-numbers are constant, so that no regulariser of the Zipformer acts, or every one, whatever the order of the draws.
+The models have the layers of Zipformer-M and of a FastConformer of 110M parameters, and few channels, which are
+multiples of 16 where theirs are. Python's random numbers are constant, so that no regulariser of the Zipformer acts, or
+every one, whatever the order of the draws.
 """
 
 import functools
@@ -33,8 +34,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 ZIPFORMER = upstream.MEDIUM | {
-    "encoder_dim": (32, 32, 48, 64, 48, 32), "encoder_unmasked_dim": (16, 16, 32, 32, 32, 16), "pos_dim": 16,
-    "query_head_dim": (16,), "value_head_dim": (8,), "num_heads": (2,), "feedforward_dim": (32, 32, 48, 64, 48, 32),
+    "encoder_dim": (64, 64, 64, 128, 64, 64), "encoder_unmasked_dim": (32, 32, 32, 64, 32, 32), "pos_dim": 16,
+    "query_head_dim": (16,), "value_head_dim": (8,), "num_heads": (4,), "feedforward_dim": (64, 64, 64, 128, 64, 64),
 }  # fmt: skip
 LAYER_NORM = torch.nn.functional.layer_norm
 GROWTH = 1.02  # counts may grow by this factor
@@ -53,22 +54,22 @@ class Counts(NamedTuple):
 # 101 of the forward calls make results of ops out of views, so that callers may change them in place. torch's BatchNorm
 # would be one call here, and several kernels on a GPU.
 CASES = {
-    "zipformer, inference": (False, NEVER, Counts(3111, 0, 251, 0, 1581)),
-    "zipformer, training, nothing acts": (True, NEVER, Counts(3893, 6333, 734, 2918, 4712)),
-    "zipformer, training, everything acts": (True, ALWAYS, Counts(4546, 13298, 1906, 3507, 7083)),
+    "zipformer, inference": (False, NEVER, Counts(3109, 0, 251, 0, 1579)),
+    "zipformer, training, nothing acts": (True, NEVER, Counts(3891, 6327, 734, 2917, 4705)),
+    "zipformer, training, everything acts": (True, ALWAYS, Counts(4544, 13292, 1906, 3506, 7076)),
     "fast_conformer, inference": (False, NEVER, Counts(1918, 0, 173, 0, 882)),
     "fast_conformer, training": (True, NEVER, Counts(2349, 4299, 622, 2089, 2654)),
 }
 
 
 # Kernels of a recorded training step of the encoder and its front end, of torch and of fastasr.
-RECORDED = {"torch": 1348, "fastasr": 2892}
+RECORDED = {"torch": 1341, "fastasr": 2133}
 # The same of a call in inference.
-INFERENCE = {"zipformer": {"torch": 424, "fastasr": 379}, "fast_conformer": {"torch": 282, "fastasr": 173}}
+INFERENCE = {"zipformer": {"torch": 422, "fastasr": 379}, "fast_conformer": {"torch": 282, "fastasr": 173}}
 # Kernels of a recorded training step of a FastConformer, of which a row has few more than a padded batch.
 PADDED, ROW = {"torch": 1133, "fastasr": 622}, 1.01
 # The same of a Zipformer, each of whose three consumers of attention weights computes them on a row.
-ZIPFORMER_ROW = 1.06
+ZIPFORMER_ROW = 1.07
 
 
 class CountingTapes(TapeRecorder):
@@ -184,7 +185,7 @@ def test_a_zipformer_on_a_row(chunk_size, monkeypatch):
     chunks = {"causal": True, "chunk_size": (chunk_size,), "left_context_frames": (128,)}
     model, inputs = model_and_inputs("zipformer", **({} if chunk_size is None else chunks))
     model = model.train().encoder
-    x, lengths = torch.randn(64, 2, 32), torch.tensor([64, 48])
+    x, lengths = torch.randn(64, 2, 64), torch.tensor([64, 48])
     inputs = x, lengths, torch.arange(64) >= lengths[:, None]
     found = {}
     for on_a_row in (True, False):

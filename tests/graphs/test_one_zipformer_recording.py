@@ -241,6 +241,27 @@ def test_what_no_row_can_hold(what):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_that_no_row_holds_runs_in_windows(kind):
+    """A call without padding makes no mask of time by time either."""
+    model = encoder(kind, **chunks(8, 16)).eval()
+    theirs = without_padding(copy.deepcopy(model))
+    ours, _ = recorded(model)
+    inputs = batch([LONGEST + 9] * 2)
+    with torch.no_grad():
+        close(ours(*inputs)[0], theirs(*inputs)[0], 1e-12)
+    (row,) = [row for row in fastasr.why(ours).rows if row.key == "forward"]
+    assert row.calls == 1
+    assert row.left.startswith("not replayed: it is padded to 169 frames, and Graphs allows")
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_without_padding_only_a_row_has_one_shape(causal):
+    model = without_padding(encoder("ours", causal=causal))
+    report = fastasr.accelerate(model, ragged=True, graphs=fastasr.Graphs(recorder=TapeRecorder))
+    assert report.graphs[""].endswith("Graphs(frames=..., recordings=...) gives it one shape")
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_each_choice_of_chunks_is_recorded_once(kind):
     choices = {"chunk_size": (4, 16, -1), "left_context_frames": (16, -1)}
     model = encoder(kind, 60000.0, causal=True, **choices).train()

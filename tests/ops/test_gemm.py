@@ -362,8 +362,10 @@ def test_what_has_no_kernels_goes_to_torch_and_is_still_checked(monkeypatch):
     wrong = [
         (x[0, 0, 0], w, b), (x.long(), w, b), (x.cfloat(), w.cfloat(), b.cfloat()), (x[0].to_sparse(), w, b),
         (x.tolist(), w, b), (x, w[0], b[:1]), (x, w[None], b), (x, w[:, 1:], b), (x, w.double(), b),
-        (x, w.to_sparse(), b), (x, w.to(**meta), None), (x, w, b[:1]), (x, w, b[:, None]), (x, w, b[0]), (x, w, b.double()),
-        (x, w, b.long()), (x, w, b.to(**meta)), (x.mT, torch.randn(3, 5), b.double()), (x, w.long(), b), (x, w, "bias"), (x, None, b),
+        (x, w.to_sparse(), b), (x, w.to(**meta), None), (x, w, b[:1]), (x, w, b[:, None]), (x, w, b[0]),
+        (x, w, b.double()), (x, w, b.long()), (x, w, b.to(**meta)), (x.mT, torch.randn(3, 5), b.double()),
+        (x, w.long(), b), (x, w, "bias"),
+        (x, None, b),
     ]  # fmt: skip
     with fastasr.backend("eager"):
         for bias in (b, None):

@@ -20,7 +20,7 @@ from fastasr.models.common.ragged import frames_of_nobody
 from fastasr.models.zipformer.checkpointing import decided
 from fastasr.models.zipformer.decisions import Numbers, changing
 from fastasr.models.zipformer.schedules import FloatLike, ScheduledFloat
-from fastasr.ops.balancer_gradient import balance_
+from fastasr.ops.balancer_gradient import Balanced, balance_, sums_of
 
 
 class _Balance(Function):
@@ -130,8 +130,9 @@ class Balancer(torch.nn.Module):
         recorded = recording()
         if recorded is not None:  # In a recorded call memory does not depend on the decision.
             numbers = recorded.numbers(lambda: _decided(self) or [0.0] * 6, 6)
-            hidden = frames_of_nobody(x, self.channel_dim)
-            return changing(x, partial(_change, numbers, self.channel_dim, hidden))
+            hidden, act = frames_of_nobody(x, self.channel_dim), numbers.values[:1]
+            change = partial(_change, numbers, self.channel_dim, hidden)
+            return changing(x, change, sums_of, lambda x: Balanced(x, self.channel_dim, act, hidden))
         if x.is_cuda and decided(lambda: self.mem_cutoff(memory_of_pass(self, x.device))):
             return x
         decision = _decided(self)
@@ -145,9 +146,11 @@ class Balancer(torch.nn.Module):
         return _Balance.apply(x, frames_of_nobody(x, self.channel_dim), *decision[1:], self.channel_dim)
 
 
-def _change(numbers: Numbers, channel_dim: int, hidden: Tensor | None, grad: Tensor, x: Tensor) -> None:
+def _change(
+    numbers: Numbers, channel_dim: int, hidden: Tensor | None, grad: Tensor, x: Tensor, sums: Tensor | None
+) -> None:
     """Changes the gradient in place by numbers from the host: whether the call acts, and its five limits."""
-    balance_(grad, x, channel_dim, numbers.values[1:], numbers.values[:1], hidden)
+    balance_(grad, x, channel_dim, numbers.values[1:], numbers.values[:1], hidden, sums)
 
 
 def _decided(self: "Balancer") -> tuple[bool, float, float, float, float, float] | None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastasr._recording import recording
+from fastasr._recording import Job, recording
 from fastasr._transforms import Function
 from fastasr.models.zipformer.schedules import FloatLike
 
@@ -95,12 +95,23 @@ def _setting(name: str, value: tuple[int, int] | bool) -> Iterator[None]:
         setattr(recorded, name, before)
 
 
-def changing(x: Tensor, change: Callable[[Tensor, Tensor], None]) -> Tensor:
-    """Returns x, whose gradient ``change(grad, x)`` edits in place when a recorded call runs backward. It gets a copy
-    in the order of x, or inside ``owning`` the gradient itself; inside ``on_columns`` these columns of both alone.
+def changing(
+    x: Tensor,
+    change: Callable[[Tensor, Tensor, Any], None],
+    do: Callable[..., list[Any]],
+    call: Callable[[Tensor], Any],
+) -> Tensor:
+    """Returns x, whose gradient ``change(grad, x, found)`` edits in place when a recorded call runs backward. It gets
+    a copy in the order of x, or inside ``owning`` the gradient itself; inside ``on_columns`` these columns of both.
+    ``found`` is what ``do(calls, table)`` found for ``call(x)`` when the backward pass began.
     """
     recorded: Any = recording()
-    return _Changing.apply(x, change, recorded.owned, recorded.columns)
+    job = recorded.back.job(do, call(_columns(x.detach(), recorded.columns)))
+    return _Changing.apply(x, change, job, recorded.owned, recorded.columns)
+
+
+def _columns(x: Tensor, columns: tuple[int, int] | None) -> Tensor:
+    return x if columns is None else x[..., slice(*columns)]
 
 
 class _Changing(Function):
@@ -108,12 +119,13 @@ class _Changing(Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        change: Callable[[Tensor, Tensor], None],
+        change: Callable[[Tensor, Tensor, Any], None],
+        job: Job,
         owned: bool,
         columns: tuple[int, int] | None,
     ) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.change, ctx.owned, ctx.columns = change, owned, columns
+        ctx.change, ctx.job, ctx.owned, ctx.columns = change, job, owned, columns
         return x.view_as(x)
 
     @staticmethod
@@ -122,5 +134,5 @@ class _Changing(Function):
         (x,) = ctx.saved_tensors
         if not ctx.owned:
             grad = torch.empty_like(x, dtype=grad.dtype).copy_(grad)
-        ctx.change(*(t if ctx.columns is None else t[..., slice(*ctx.columns)] for t in (grad, x)))
-        return grad, None, None, None
+        ctx.change(_columns(grad, ctx.columns), _columns(x, ctx.columns), ctx.job.take())
+        return grad, None, None, None, None

@@ -22,7 +22,7 @@ from fastasr.models.common.verdicts import Settled, Verdict, Verdicts
 from fastasr.models.zipformer.checkpointing import decided
 from fastasr.models.zipformer.decisions import changing
 from fastasr.models.zipformer.schedules import FloatLike
-from fastasr.ops.whitening_gradient import whiten_, whitening_metric
+from fastasr.ops.whitening_gradient import Whitened, moments_of, whiten_, whitening_metric
 
 
 class _Whitening(Function):
@@ -49,7 +49,9 @@ class _Whitening(Function):
         return y, None
 
 
-def _change(module: "Whiten", acts: Any, hidden: Tensor | None, grad: Tensor, x: Tensor) -> None:
+def _change(
+    module: "Whiten", acts: Any, hidden: Tensor | None, grad: Tensor, x: Tensor, moments: Any
+) -> None:
     """Changes the gradient in place in a recorded pass, if ``acts``, a number from the host, is not 0."""
     recorded = acts.recording.back
 
@@ -62,7 +64,7 @@ def _change(module: "Whiten", acts: Any, hidden: Tensor | None, grad: Tensor, x:
 
     limits = recorded.numbers(plan, 2).values
     white = recorded.verdict(partial(_hear, module), acts)
-    whiten_(grad, x, module.num_groups, limits, acts.values[:1], white, hidden)
+    whiten_(grad, x, module.num_groups, limits, acts.values[:1], white, hidden, moments)
 
 
 def _hear(module: "Whiten", verdict: Settled | Verdict) -> None:
@@ -122,7 +124,9 @@ class Whiten(torch.nn.Module):
         recorded = recording()
         if recorded is not None and x.requires_grad:
             numbers = recorded.numbers(lambda: [_acts(self, float(self.grad_scale))], 1)
-            return changing(x, partial(_change, self, numbers, frames_of_nobody(x)))
+            hidden, act = frames_of_nobody(x), numbers.values[:1]
+            change = partial(_change, self, numbers, hidden)
+            return changing(x, change, moments_of, lambda x: Whitened(x, self.num_groups, act, hidden))
         grad_scale = float(self.grad_scale)
         if not x.requires_grad:
             return x

@@ -10,7 +10,7 @@ from fastasr.models.fast_conformer import row
 from fastasr.models.fast_conformer.encoder import masked
 from fastasr.packed_frames import PackedFrames
 from fastasr.swap.forwards import nemo_row
-from fastasr.swap.rule import RAGGED, Upstream, recorded
+from fastasr.swap.rule import Upstream, recorded
 from fastasr.swap.rules import espnet_branchformer
 
 _LAYERS = "layers", "encoders", "conformer_layers", "layer_stack", "conformer"
@@ -18,10 +18,6 @@ _LAYERS = "layers", "encoders", "conformer_layers", "layer_stack", "conformer"
 
 def layers(encoder: Upstream) -> list[nn.Module]:
     return next((list(getattr(encoder, name)) for name in _LAYERS if hasattr(encoder, name)), [])
-
-
-def _why_not(encoder: Upstream) -> str | None:
-    return RAGGED if getattr(encoder, "ragged", False) else None
 
 
 def _why_no_row(encoder: Upstream) -> str | None:
@@ -83,14 +79,6 @@ CLASSES = {
 }
 
 RULES = tuple(
-    recorded(
-        f"recorded.{name}",
-        name,
-        padded,
-        _RAGGED.get(name),
-        why_not=_why_not,
-        parts=layers,
-        on_row=_ON_ROWS.get(name),
-    )
+    recorded(f"recorded.{name}", name, padded, _RAGGED.get(name), parts=layers, on_row=_ON_ROWS.get(name))
     for name, (_, padded) in CLASSES.items()
 )

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The configurations of kernels/balancer_gradient.py."""
 
-from fastasr.kernels import balancer_gradient
+from fastasr.kernels import _jobs, balancer_gradient
 
 from .configuration import DTYPES, Configuration
 
@@ -15,6 +15,7 @@ KINDS = {  # inner elements, channels, whether channels are side by side
 
 def configurations():
     """The numbers of a recorded pass are on the device, those of others are not. It may have padding."""
+    yield from _of_jobs()
     for dtype in DTYPES:
         for label, (inner, channels, by_row) in KINDS.items():
             if dtype == "fp16" and label != "192 channels":
@@ -64,3 +65,12 @@ def configurations():
 def _of(names, kind, constants):
     kernel = getattr(balancer_gradient, f"{kind}_kernel")
     return tuple(name for name in names if name in kernel.arg_names and name not in constants)
+
+
+def _of_jobs():
+    for dtype, padded in (("fp32", False), ("bf16", False), ("bf16", True)):
+        block_r, block_c, warps = balancer_gradient.tiles(30000, 192, True, DTYPES[dtype].itemsize)
+        own = {"FIELDS": 9, "DTYPE": _jobs.TYPES[DTYPES[dtype]], "PADDED": padded}
+        own |= {"BLOCK_R": block_r, "BLOCK_C": block_c}
+        name = f"balancer_gradient sums of jobs, {'padded, ' if padded else ''}{dtype}"
+        yield Configuration(name, balancer_gradient.sums_of_jobs_kernel, {"JOBS": "i64"}, own, warps)

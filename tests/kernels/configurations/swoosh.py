@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The configurations of kernels/swoosh.py."""
 
-from fastasr.kernels import _parts, _sum_rows, swoosh
+import torch
 
-from .configuration import Configuration, reduce_tile
+from fastasr.kernels import _jobs, _parts, _sum_rows, swoosh
+
+from .configuration import DTYPES, Configuration, reduce_tile
 
 
 def configurations():
@@ -27,7 +29,7 @@ def configurations():
                 constants = {**common, "OUTPUT": output, **({} if output else {"Y": None})}
                 name = f"swoosh backward{' + output' if output else ''}, {label}, {dtype}"
                 yield Configuration(name, backward, types, constants, 4, divisible)
-    for dtype, shares in (("fp32", "fp64"), ("bf16", "fp32")):
+    for dtype, shares, of_shares in (("fp32", "fp64", torch.float64), ("bf16", "fp32", torch.float32)):
         types, block_c = {"X": dtype, "PARTS": shares}, _sum_rows.COLUMNS
         tile = {"BLOCK_R": _parts.ELEMENTS // block_c, "BLOCK_C": block_c}
         yield Configuration(
@@ -37,6 +39,9 @@ def configurations():
         types = {"PARTS": shares, "OUT": dtype}
         name = f"swoosh sum, parts, {dtype}"
         yield Configuration(name, _parts.add_parts_kernel, types, constants, warps, ("columns",))
+        constants |= {"FIELDS": 4, "DTYPE": _jobs.TYPES[of_shares], "TO": _jobs.TYPES[DTYPES[dtype]]}
+        name, kernel = f"swoosh sum, parts of jobs, {dtype}", _parts.add_parts_of_jobs_kernel
+        yield Configuration(name, kernel, {"JOBS": "i64"}, constants, warps)
     types = dict.fromkeys(("X", "Y"), "bf16")
     base = {"RIGHT": True, "KIND": 0, "MASK": None, "BLOCK": swoosh.BLOCK}
     yield Configuration("swooshR forward, tail, bf16", swoosh.forward_flat, types, {**base, "TAIL": True}, 4)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The configurations of kernels/whitening_gradient.py."""
 
-from fastasr.kernels import whitening_gradient
+from fastasr.kernels import _jobs, whitening_gradient
 
 from .configuration import DTYPES, Configuration
 
@@ -50,6 +50,16 @@ def configurations():
                     labels = ("", "recorded", "padded") if dtype == "bf16" else ("", "padded")
                 for label in labels:
                     yield _configuration(kind, names, dict(kinds[kind]), dtype, width, label)
+            for kind in ("products", "covariance"):
+                padded = dtype == "bf16" and width == 32
+                own = {"FIELDS": 19, "DTYPE": _jobs.TYPES[torch_dtype], "PADDED": padded} | kinds[kind]
+                warps = own.pop("num_warps")
+                if kind == "covariance":
+                    del own["DTYPE"]
+                label = f"{width} channels, {'padded, ' if padded else ''}{dtype}"
+                kernel = getattr(whitening_gradient, f"{kind}_of_jobs_kernel")
+                name = f"whitening_gradient {kind} of jobs, {label}"
+                yield Configuration(name, kernel, {"JOBS": "i64"}, own, warps)
 
 
 def _configuration(kind, names, tile, dtype, width, label):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks what every interpreted launch does to memory: a kernel touches only the tensors that it was given, and of two
-accesses to one address one is ordered before the other, unless both are loads or both are atomics.
+"""Checks what every interpreted launch does to memory: a kernel touches only the tensors that it was given, itself or
+in a table of jobs, and of two accesses to one address one is ordered before the other, unless both are loads or both
+are atomics.
 
 Within a program, what comes before a barrier is ordered before what follows it. Among programs, if an atomic acquires
 what another one has released, all before the last barrier in front of the release is ordered before all behind the
@@ -23,6 +24,7 @@ import triton.language as tl
 from triton._C.libtriton import ir
 from triton.runtime import interpreter
 
+from fastasr.kernels import _jobs
 from tests.kernels.interpreter.turns import Turns
 
 # A program loads these and then replaces them, without a barrier in between. Either what it stores comes out of a scan
@@ -185,6 +187,13 @@ class Launch:
 
 
 _launch: Launch | None = None
+_of_jobs = {}  # address -> the last tensor there that was written to a table of jobs
+
+
+def _noted(fields):
+    fields = list(fields)
+    _of_jobs.update({t.data_ptr(): t for t in fields if isinstance(t, torch.Tensor)})
+    return fields
 
 
 def _watch(builder: type, executor: type) -> None:
@@ -233,6 +242,12 @@ def _watch(builder: type, executor: type) -> None:
         global _launch
         given = dict(zip(self.arg_names, arguments, strict=False)) | options
         tensors = {n: t for n, t in given.items() if isinstance(t, torch.Tensor)}
+        if "JOBS" in tensors:
+            tensors |= {
+                f"JOBS[{i}]": _of_jobs[a]
+                for i, a in enumerate(given["JOBS"].flatten().tolist())
+                if a in _of_jobs
+            }
         _launch = Launch(self.fn, tensors, options.get("num_warps", 4))
         try:
             if options.get("launch_cooperative_grid"):
@@ -262,3 +277,4 @@ def _size(pointers) -> int:
 @cache
 def install() -> None:
     _watch(interpreter.InterpreterBuilder, interpreter.GridExecutor)
+    _jobs.row = lambda fields, row=_jobs.row: row(_noted(fields))

@@ -6,6 +6,7 @@ import torch
 
 from fastasr import backend, ops
 from fastasr._recording import recorded_by
+from fastasr.graphs.recording import Recording, Unrecordable
 from fastasr.kernels import _sum_rows
 from fastasr.ops._linear import MANY_ROWS
 from fastasr.testing.tolerance import compare
@@ -20,19 +21,31 @@ def test_the_sum(shape, dtype):
     assert comparison.ok, str(comparison)
 
 
+@pytest.mark.parametrize("late", [False, True], ids=["at once", "later"])
 @pytest.mark.parametrize(("rows", "recorded"), [(600, True), (600, False), (200, True)])
-def test_linear_adds_up_its_bias_gradient_in_a_recorded_call(rows, recorded, monkeypatch):
+def test_linear_adds_up_its_bias_gradient_in_a_recorded_call(rows, recorded, late, monkeypatch):
     """It does so from 512 rows on, and not elsewhere, where torch's node of autograd costs less."""
-    calls = []
-    monkeypatch.setattr(_sum_rows, "sum_rows", lambda x, sums=_sum_rows.sum_rows: calls.append(x) or sums(x))
-    tensors = [torch.randn(s).requires_grad_() for s in ((rows, 2, 16), (24, 16), (24,))]
-    grad = torch.randn(rows, 2, 24)
-    with backend("triton" if recorded else "auto"), recorded_by(recorded or None):
+    calls, sums = [], _sum_rows.sum_rows
+    monkeypatch.setattr(_sum_rows, "sum_rows", lambda x, later: calls.append(x) or sums(x, later))
+    tensors = [torch.randn(s).requires_grad_() for s in ((rows, 2, 16), (32, 16), (32,))]
+    grad, device = torch.randn(rows, 2, 32), torch.device("cpu")
+    back = Recording(device)
+    back.allow_late(tensors[2:] if late else ())
+    ahead = Recording(device, back) if recorded else None
+    with backend("triton" if recorded else "auto"), recorded_by(ahead):
         y = ops.linear(*tensors)
     wide = [t.detach().double().requires_grad_() for t in tensors]
     expected = ops.linear.definition(*wide)
     torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
     found, truth = torch.autograd.grad(y, tensors, grad), torch.autograd.grad(expected, wide, grad.double())
+    back.check_late(tensors, found)
+    by_kernels = recorded and 2 * rows > MANY_ROWS
+    if late and by_kernels:
+        found[2].fill_(float("nan"))  # nothing is there yet
+        with pytest.raises(Unrecordable, match="a bias has two gradients"):
+            back.check_late(tensors, [None, None, 2.0 * found[2]])
+    back.runs = True
+    back.end()
     for a, t in zip(found, truth, strict=True):
         torch.testing.assert_close(a.double(), t, rtol=1e-5, atol=1e-4)
-    assert len(calls) == (recorded and 2 * rows > MANY_ROWS)
+    assert len(calls) == by_kernels
