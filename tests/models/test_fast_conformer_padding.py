@@ -5,7 +5,7 @@ import copy
 
 import pytest
 import torch
-from steps import cotangent, seeded
+from steps import close, cotangent, seeded
 
 from fastasr.models.common.ragged import padded
 from fastasr.models.fast_conformer import FastConformerCTC, FastConformerEncoder, attention, block, masks
@@ -85,6 +85,19 @@ def test_rows_without_keys_of_other_masks_are_upstreams(as_on_gpu, means):
     mask[0, 0, 3] = False
     block(x, mask, model.encode_positions(x))
     assert len(means) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_formed_weights_of_rows_without_keys(dtype):
+    """The content of such a row, added to float16's lowest number, would be infinite."""
+    seeded(0)
+    module = attention.FastConformerAttention(24, 2).to(dtype)
+    mask = torch.ones(2, 1, 9, 9, dtype=torch.bool)
+    mask[:, 0, 3] = False
+    q, k, v = (30 * torch.randn(2, 9, 2, 12).to(dtype) for _ in range(3))
+    y = attention._with_weights(module, q, k, v, torch.randn(2, 17, 2, 12).to(dtype), mask, 0.0, True)
+    assert y.isfinite().all()
+    close(y[:, 3], v.mean(1), 4 * torch.finfo(dtype).eps)
 
 
 def test_the_mask_is_not_waited_for(as_on_gpu):

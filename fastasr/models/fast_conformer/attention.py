@@ -184,6 +184,8 @@ def _with_weights(
     position = (q + module.bias_v).transpose(1, 2)  # [B, H, T, d]
     scores = relative_shift(position @ p.permute(0, 2, 3, 1)) * scale
     if mask is not None:
+        # Where a query sees no key, -65504 of float16 plus the content would overflow for some keys, or all.
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         scores = scores.masked_fill(~masks.pairs(mask), torch.finfo(scores.dtype).min)
     content = (q + module.bias_u).transpose(1, 2) * scale
     scores = torch.matmul(content, k.permute(0, 2, 3, 1)) + scores
