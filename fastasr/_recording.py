@@ -13,8 +13,6 @@ from typing import Any, NoReturn, Protocol
 
 from torch import Tensor
 
-_thread = threading.local()
-
 
 class Numbers(Protocol):
     """Numbers that the host decides before each replay: ``values`` (count,) on the device."""
@@ -56,11 +54,19 @@ class Recording(Protocol):
     def refuse(self, reason: str) -> NoReturn: ...
 
 
+class _Thread(threading.local):
+    def __init__(self) -> None:  # in each thread: looking for what is nowhere takes 0.3 us
+        self.recording: Recording | None = None
+
+
+_thread = _Thread()
+
+
 def recording() -> Recording | None:
     """Returns the recording of this thread's calls, or None. Backward passes run in a
     thread of autograd's, so a node of autograd keeps the recording of its forward pass.
     """
-    return getattr(_thread, "recording", None)
+    return _thread.recording
 
 
 def on_host(t: Tensor) -> bool:

@@ -2,10 +2,13 @@
 """The two matrix products: values and errors of each, operands of any strides, and the choice itself."""
 
 import json
+import re
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastasr
 from fastasr import ops, processor
@@ -340,3 +343,49 @@ def test_a_weight_without_inputs_is_refused_at_any_size(op):
     name = op.__name__
     with pytest.raises(ValueError, match=rf"fastasr\.{name}: "):
         op(torch.randn(64, 64), torch.randn(64, 0))
+
+
+def outcome(function, *arguments):
+    try:
+        return function(*arguments).dtype
+    except (TypeError, ValueError, RuntimeError) as error:
+        return str(error)
+
+
+def test_what_has_no_kernels_goes_to_torch_and_is_still_checked(monkeypatch):
+    """So it is on CUDA. torch refuses most of what is wrong; the checks refuse the rest, with their message."""
+    wrapped = sys.modules["fastasr.ops._wrapped.linear"]
+    checked, calls = wrapped.checked, []
+    monkeypatch.setattr(wrapped, "checked", lambda *given: calls.append(given) or checked(*given))
+    x, w, b = torch.randn(2, 5, 8), torch.randn(3, 8), torch.randn(3)
+    meta = {"device": "meta"}
+    wrong = [
+        (x[0, 0, 0], w, b), (x.long(), w, b), (x.cfloat(), w.cfloat(), b.cfloat()), (x[0].to_sparse(), w, b),
+        (x.tolist(), w, b), (x, w[0], b[:1]), (x, w[None], b), (x, w[:, 1:], b), (x, w.double(), b),
+        (x, w.to_sparse(), b), (x, w.to(**meta), None), (x, w, b[:1]), (x, w, b[:, None]), (x, w, b[0]),
+        (x, w, b.double()), (x, w, b.long()), (x, w, b.to(**meta)), (x.mT, torch.randn(3, 5), b.double()),
+        (x, w.long(), b), (x, w, "bias"),
+        (x, None, b),
+    ]  # fmt: skip
+    with fastasr.backend("eager"):
+        for bias in (b, None):
+            for given in (
+                (x, w, bias),
+                (x[0, 0], w, bias),
+                (x[:0], w, bias),
+                (x.mT, torch.randn(3, 5), bias),
+            ):
+                assert torch.equal(ops.linear(*given), F.linear(*given))
+            with torch.autocast("cpu"):
+                assert torch.equal(ops.linear(x.bfloat16(), w, bias), F.linear(x, w, bias))
+        assert torch.equal(torch.vmap(ops.linear, (0, None, None))(x, w, b), F.linear(x, w, b))
+        traced = make_fx(ops.linear)(x, w, b)
+        assert torch.equal(traced(-x, w, b), F.linear(-x, w, b))
+        assert not calls
+        for given in wrong:
+            with pytest.raises((TypeError, ValueError)) as expected:
+                checked(*given)
+            with pytest.raises(type(expected.value), match=re.escape(str(expected.value))):
+                ops.linear(*given)
+            with torch.autocast("cpu"):  # which allows other dtypes
+                assert outcome(ops.linear, *given) == outcome(checked, *given)

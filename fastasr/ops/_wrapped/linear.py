@@ -9,8 +9,9 @@ from torch.compiler import is_dynamo_compiling
 
 from fastasr._transforms import transforms_active
 from fastasr.ops import _reduced_weights
-from fastasr.ops._dispatch import PLAIN
+from fastasr.ops._dispatch import FLOATING, PLAIN
 from fastasr.ops._op import OPS
+from fastasr.ops._register import autocast_dtype
 from fastasr.ops._written.linear import linear as checked
 from fastasr.ops.linear import FAMILY, takes, torch_wins
 
@@ -21,7 +22,12 @@ op = OPS["linear"]
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     try:
-        if not is_dynamo_compiling() and type(x) in PLAIN:
+        if is_dynamo_compiling() or type(x) not in PLAIN:
+            pass
+        elif FAMILY.native is None or not x.is_cpu:
+            if _is_torchs(x, weight, bias):
+                return F.linear(x, weight, bias)
+        else:
             call = (
                 x.numel(), weight.shape, bias is None or bias.shape, x.dtype,
                 is_grad_enabled() and weight.requires_grad, torch.get_num_threads(),
@@ -41,6 +47,21 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     except (AttributeError, RuntimeError, TypeError, ValueError):
         pass  # the checks tell what is wrong
     return checked(x, weight, bias)
+
+
+def _is_torchs(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Says whether torch alone serves the call, and refuses arguments where the checks would."""
+    device, dtype, shape = x.device, x.dtype, weight.shape
+    if FAMILY.kernels(x) is not None or len(shape) != 2 or weight.device != device:
+        return False
+    if not (x.layout is weight.layout is torch.strided and dtype in FLOATING):
+        return False
+    if bias is not None:
+        if bias.shape != shape[:1] or bias.device != device or bias.layout is not torch.strided:
+            return False
+        if bias.dtype is not dtype:
+            return bias.dtype in FLOATING and weight.dtype in FLOATING and autocast_dtype(x) is not None
+    return weight.dtype is dtype or (weight.dtype in FLOATING and autocast_dtype(x) is not None)
 
 
 def _plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
