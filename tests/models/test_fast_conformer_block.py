@@ -34,6 +34,18 @@ def as_on_gpu(monkeypatch):
     return lambda: monkeypatch.setattr(masks, "on_gpu", lambda device: True)
 
 
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_write_into_the_positions_stays_with_its_caller(inference):
+    module = fast_conformer.FastConformerPositions(WIDTH)
+    with torch.inference_mode(inference):
+        first = module(torch.zeros(1, FRAMES, WIDTH))
+        expected = first.clone()
+        first.mul_(2.0)
+        for frames in (FRAMES, 1):
+            found = module(torch.zeros(1, frames, WIDTH))
+            assert torch.equal(found, expected[:, FRAMES - frames : FRAMES + frames - 1])
+
+
 def test_it_adds_and_normalises_the_same(as_on_gpu):
     y, grads = step(block().double())
     as_on_gpu()

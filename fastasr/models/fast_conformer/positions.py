@@ -73,11 +73,12 @@ class FastConformerPositions(torch.nn.Module):
                 or len(kept) < 2 * frames - 1
                 or (kept.dtype, kept.device) != (dtype, device)
                 or originals is None
-                or not originals.unchanged([self.inv_freq])
+                or not originals.unchanged([self.inv_freq, kept])
             ):
-                originals = _kept.Originals([self.inv_freq])
                 with torch.inference_mode(False):  # a table of inference mode could not be used in training
                     kept = table(frames, self.inv_freq.to(device), dtype)
+                # A caller may write into the rows that it gets.
+                originals = _kept.Originals([self.inv_freq, kept], compared=[self.inv_freq])
                 _TABLES[self] = kept, originals
             first = len(kept) // 2 + 1 - frames
             rows = kept[first : first + 2 * frames - 1]
