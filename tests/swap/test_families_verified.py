@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """A model of every framework is verified when it is swapped, and undone it is what it was."""
 
+import ambient
 import families
 import pytest
 import torch
 
 import fastasr
+from fastasr.testing import seeds
 
 UNCALLED = {  # a call reaches other methods of these, or runs packed frames
     "emformer stream": {"torchaudio.emformer", "torchaudio.emformer_layer"},
@@ -33,3 +35,19 @@ def test_verified_and_restored(name):
     assert {path: set(vars(module)) for path, module in model.named_modules()} == before
     with torch.no_grad():
         assert all(map(torch.equal, run(model), expected))
+
+
+NOT_IN_HALF_PRECISION = {
+    "speechbrain conformer",
+    "emformer stream",
+}  # upstream's positions and states are float32
+
+
+@pytest.mark.parametrize("name", sorted(families.FAMILIES.keys() - NOT_IN_HALF_PRECISION))
+def test_verified_in_half_precision(name):
+    """In one of the types, which the run's seed chooses."""
+    dtype = (torch.bfloat16, torch.float16)[seeds.seeded(name) % 2]
+    with ambient.ambient(dtype):
+        model, run = families.make(name)
+    report = fastasr.accelerate(model.to(dtype), verify=run, **families.SWAP.get(name, {}))
+    assert report.ok, str(report)

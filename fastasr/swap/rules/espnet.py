@@ -6,8 +6,10 @@ zero.
 """
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves, tree_map
 
 from fastasr.models import mega as models
 from fastasr.models.mega import decoding
@@ -124,6 +126,14 @@ def _decoder_structure(module: Upstream) -> str | None:
     return check_ints(module, ("pad_idx", "chunk_size", "mega_att_k_size", "mega_att_v_size"))
 
 
+def _in_one_dtype(result: Any) -> Any:
+    """Returns a result with the averages of a stream in the dtype of its output, as upstream's are: in a half-precision
+    model ours are float32."""
+    dtype = tree_leaves(result)[0].dtype
+    floats = lambda t: isinstance(t, torch.Tensor) and t.is_floating_point()  # noqa: E731
+    return tree_map(lambda t: t.to(dtype) if floats(t) else t, result)
+
+
 DAMPED_EMA = Rule(
     name="espnet.multi_head_damped_ema",
     class_name="MultiHeadDampedEMA",
@@ -131,6 +141,7 @@ DAMPED_EMA = Rule(
     kernels=("ema_scan",),
     structure=_ema_structure,
     known={"1bfbbaaa87a4d0d1020b26b0": _ESPNET},
+    shared=_in_one_dtype,
     caches={"_coeffs": None, "_kernel": None},
     note="coefficients are computed at every call",
 )
@@ -162,6 +173,7 @@ MEGA = Rule(
     kernels=("linear", "toeplitz_attention", "gated_residual_norm"),
     structure=_mega_structure,
     known={"95a64d782457ce05429107d5": _ESPNET},
+    shared=_in_one_dtype,
 )
 
 FEED_FORWARD = Rule(
@@ -182,6 +194,7 @@ DECODER = Rule(
     structure=_decoder_structure,
     functions=_decoder_functions,
     known={"5b3a37c8799d1e482afcec8b": _ESPNET},
+    shared=_in_one_dtype,
     caches={"score_cache": {}},
     release=decoding.release,
     leaves=lambda module: {"inference": decoding.why_not_yet(module)},
