@@ -165,10 +165,10 @@ bench: install $(STAMPS)/peers
 docs: $(STAMPS)/docs
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
-ops: $(STAMPS)/lint
+ops: $(STAMPS)/lint $(STAMPS)/fastasr
 	$(PY) scripts/opgen
 
-op: $(STAMPS)/lint
+op: $(STAMPS)/lint $(STAMPS)/fastasr
 	$(PY) scripts/opgen $(OP)
 	$(PY) scripts/tables.py
 

@@ -10,8 +10,8 @@ from fastasr.benchmarks.rows import Row
 from fastasr.benchmarks.table import Unit, duration, percent, times, units
 
 COLUMNS = {"eager": "eager", "compile": "`torch.compile`", "upstream": "upstream", "fastasr": "**fastasr**"}
-OLD, OLD_NOTE = " †", " †: measured before rows named their code, or with other code."
-NONE_YET = "No measurements yet: `make bench` writes them."
+OLD, OLD_NOTE = " †", " †: measured with an earlier version of this code."
+NONE_YET = "No measurements yet: `fastasr bench` makes them."
 HEADLINES = (  # name, shape, case: the rows of the README's table, if its machine has them
     ("fast_conformer", "110M, 6 of its layers, 4 x 16 s", "encoder"),
     ("fast_conformer", "110M, 6 of its layers, 1 x 120 s", "encoder"),

@@ -5,6 +5,7 @@ Triton takes the current device and its stream, whatever device the tensors are 
 every launch by all arguments and options, which takes longer on the host than most kernels take on the device.
 """
 
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -121,6 +122,12 @@ def rounded(dtype: torch.dtype) -> bool:
     (``torch.backends.cuda.matmul.fp32_precision``, ``allow_tf32``).
     """
     return dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+@cache
+def chosen(tiles: Callable[..., dict], rounded: bool, *arguments) -> dict[str, dict]:
+    """Returns ``tiles(*arguments)``, which asks ``rounded`` too. It takes longer on the host than a launch."""
+    return tiles(*arguments)
 
 
 def dot_options(dtype: torch.dtype) -> dict[str, tuple[str]]:

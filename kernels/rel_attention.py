@@ -39,7 +39,16 @@ import triton
 import triton.language as tl
 
 from fastasr.kernels._attention_tiles import NONE, PIECE_BYTES, load_rows, mask_stride, running, sums
-from fastasr.kernels._launch import as_bytes, cdiv, dot_options, generation, launch, next_power_of_2, rounded
+from fastasr.kernels._launch import (
+    as_bytes,
+    cdiv,
+    chosen,
+    dot_options,
+    generation,
+    launch,
+    next_power_of_2,
+    rounded,
+)
 from fastasr.kernels._parts import add_tables
 from fastasr.kernels._recordings import bounds, pieces
 from fastasr.kernels._rel_attention_backward import (
@@ -299,7 +308,8 @@ def _tiles(
     recordings: bool,
 ) -> dict[str, dict]:
     hiding, dropping = attn_mask is not None, dropout_p > 0
-    return tiles(q.shape[3], v.shape[3], q.dtype, generation(q), hiding, dropping, limited, recordings)
+    options = q.dtype, generation(q), hiding, dropping, limited, recordings
+    return chosen(tiles, rounded(q.dtype), q.shape[3], v.shape[3], *options)
 
 
 def _strides(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, y: torch.Tensor) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ call returns, ``peak_bytes`` all memory that torch holds of the device: weights,
 
 import copy
 import random
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -376,7 +377,7 @@ def summary(records: Iterable[dict]) -> str:
         busy = ours.busy_ms / ours.median_ms if ours and ours.busy_ms else None
         times_of = [duration(unit.median(key)) for key in columns]
         lines.append((_label(unit.first), *times_of, times(gain), percent(busy)))
-    head = ("", *(SHOWN[key] for key in columns), "gain", "of it kernels")
+    head = ("", *(SHOWN[key] for key in columns), "gain", "share in kernels")
     return "\n".join([*grid(head, lines, len(columns) + 2), "", _where(found)])
 
 
@@ -416,7 +417,9 @@ def _gain(theirs: Row, ours: Row, kernels: float, words: str) -> str:
     ]
     if ours.peak_bytes and theirs.peak_bytes:
         found.append(f"{theirs.peak_bytes / 1e9:.1f} → {ours.peak_bytes / 1e9:.1f} GB")
-    found.append(f"bound by the {bound}: {duration(kernels)} of kernels ({ours.device_name}{mark(ours)})")
+    found.append(
+        f"bound by the {bound}, of it {duration(kernels)} in kernels ({ours.device_name}{mark(ours)})"
+    )
     return ", ".join(found)
 
 
@@ -483,5 +486,8 @@ def _kernels(record: dict, message: dict) -> list[str]:
 
 def _where(found: Sequence[Unit]) -> str:
     rows = [row for unit in found for row in unit.rows]
-    costs = dict.fromkeys(row.limit.removeprefix("host: ") for row in rows if row.limit)
-    return f"{conditions(rows)} A call costs the host of this machine: {'; '.join(costs)}."
+    costs: dict[str, list[str]] = {}
+    for call, us in re.findall(r"(\w[^,:]*) (\S+) us", " ".join(row.limit for row in rows if row.limit)):
+        costs.setdefault(call, []).append(us)
+    ranges = (f"{min(us, key=float)} to {max(us, key=float)} us for a {call}" for call, us in costs.items())
+    return f"{conditions(rows)} A call of torch costs this machine's host {', '.join(ranges)}."

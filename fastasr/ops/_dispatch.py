@@ -434,6 +434,7 @@ def why_eager(ops: tuple[str, ...], device: torch.device, dtype: torch.dtype) ->
 
 # --------------------------------------------------------------------------- plain tensors
 PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
+_PLAIN_OR_NONE = PLAIN | {type(None)}
 
 
 def direct(*tensors: torch.Tensor | None) -> bool:
@@ -445,4 +446,4 @@ def direct(*tensors: torch.Tensor | None) -> bool:
     """
     if torch.compiler.is_compiling() or is_transformed():
         return False
-    return all(t is None or type(t) in PLAIN for t in tensors)
+    return _PLAIN_OR_NONE.issuperset(map(type, tensors))

@@ -31,7 +31,7 @@ def folded(conv: Any, norm: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     tensors = weight, bias, mean, variance, norm.weight, norm.bias
     given = [t for t in tensors if t is not None]
     differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in given)
-    if direct(*given) and not differentiated and all(t.is_contiguous() for t in given):
+    if direct(*given) and not differentiated and all(map(Tensor.is_contiguous, given)):
         kernels = FAMILY.kernels(*given)
         if kernels is not None:
             try:

@@ -82,6 +82,8 @@ def refuse_double_backward(name: str, *_: object) -> NoReturn:
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """Returns the dtype that autocast asks for on this tensor's device, or None outside autocast."""
+    if not torch._C._is_any_autocast_enabled():  # The type of a device is a string, made anew each time.
+        return None
     device_type = x.device.type
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return None

@@ -241,7 +241,7 @@ def _checks(op: Declared) -> list[str]:
     lines += [line for a in op.options if a.dimension_of for line in _if_given(a, _option(a))]
     lines += _one_dtype(op)
     part = op.op.check
-    return lines + ([f"{_part(part)}(op, Arguments({_names(op.arguments)}))"] if part else [])
+    return lines + ([f"{_part(part)}(op, make(Arguments, ({_names(op.arguments)},)))"] if part else [])
 
 
 def _part(function: Callable) -> str:
@@ -285,14 +285,11 @@ def _tensor(op: Declared, a: Argument, known: set[str]) -> Iterator[str]:
 
 
 def _one_dtype(op: Declared) -> Iterator[str]:
-    lines = []
+    first = op.one_dtype[0] if op.one_dtype else ""
     for name in op.one_dtype[1:]:
-        first = op.one_dtype[0]
         wrong = f'op.wrong_dtype("{name}", {name}, "{first}", {first})'
-        lines += _if_given(op.argument(name), [f"if {name}.dtype != {first}.dtype:\n    {wrong}"])
-    if lines:
-        lines = [f"if autocast_dtype({op.one_dtype[0]}) is None:", indent("\n".join(lines), "    ")]
-    yield from lines
+        differs = f"{name}.dtype is not {first}.dtype and autocast_dtype({first}) is None"
+        yield from _if_given(op.argument(name), [f"if {differs}:\n    {wrong}"])
 
 
 # --------------------------------------------------------------------------- results without numbers
@@ -538,7 +535,7 @@ def _cast(op: Declared) -> list[str]:
         return []
     if callable(rule):
         names = _tuple([a.name for a in op.arguments])
-        line = f"{names} = {_part(rule)}(op, cast_dtype, Arguments({_names(op.arguments)}))"
+        line = f"{names} = {_part(rule)}(op, cast_dtype, make(Arguments, ({_names(op.arguments)},)))"
     else:
         line = f"{_tuple(_cast_names(op))} = cast(cast_dtype, {', '.join(_cast_names(op))})"
     return [

@@ -305,9 +305,10 @@ def test_a_step_of_every_published_encoder(name):
     assert any(p.grad is not None for p in model.parameters())
 
 
-def test_nemotron_streaming():
+def test_nemotron_streaming(monkeypatch):
     from fastasr.benchmarks.models import nemotron_streaming
 
+    monkeypatch.setattr(nemotron_streaming, "product_limit", lambda flops: (0.0, "as fast as can be"))
     with peer():
         units = list(nemotron_streaming.measure(**nemotron_streaming.QUICK, settings=QUICK, reps=2))
     (unit,) = units

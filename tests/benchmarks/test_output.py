@@ -106,7 +106,7 @@ def test_rows_older_than_their_code_are_marked(readme, made):
     marked = markdown.table(made)
     assert "| `swoosh_l` 4x1600x512, forward † | 5 ms |" in marked
     assert "| `swoosh_l` 4x1600x512, backward | 5 ms |" in marked
-    assert "repetitions. †: measured before rows named their code, or with other code." in marked
+    assert "repetitions. †: measured with an earlier version of this code." in marked
     assert markdown.put(readme, marked, check=True) == 0, "a mark alone is no difference"
     markdown.put(readme, marked, check=False)
     assert markdown.OLD in readme.read_text()

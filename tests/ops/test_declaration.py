@@ -3,6 +3,8 @@
 
 import inspect
 import re
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +18,7 @@ from torch.autograd import forward_ad
 import fastasr
 from fastasr import ops
 from fastasr.ops import _gemm
-from fastasr.ops._dispatch import Kernels
+from fastasr.ops._dispatch import Kernels, gpu_backends
 from fastasr.ops._runtime import listed
 from fastasr.testing import Make, checks, tables
 from fastasr.testing.declared.shapes import Pattern
@@ -64,6 +66,20 @@ def test_a_size_times_a_name_and_an_expression_in_parentheses():
 def test_a_name_must_be_bound_before():
     with pytest.raises(ValueError, match="K//2: K: expected an earlier argument to bind it"):
         list(Pattern.parse("K//2").bind(set(), "t"))
+
+
+@pytest.mark.parametrize("name", [name for name in WITH_TABLES if name in gpu_backends()])
+def test_kernels_for_gpus_are_complete(name):
+    samples = import_module(f"fastasr.testing.samples.{name}")
+    assert getattr(samples, "ON_DEVICE", ()), (
+        f"{samples.__file__}: expected ON_DEVICE, calls for `fastasr gpu`"
+    )
+    op = ops.OPS[name]
+    for implementation in op.family.implementations:
+        if implementation.backend == "triton" and find_spec("triton"):
+            backward = implementation.load().backward
+            missing = f"kernels/{op.family.name}.py: expected {op.family.name}_backward, or gradients= in @op"
+            assert backward or op.gradients or not op.written.differentiable, missing
 
 
 @pytest.mark.parametrize("name", WITH_TABLES)

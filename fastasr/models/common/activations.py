@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastasr import ops
 from fastasr.models.common import plumbing
-from fastasr.models.common.plain import has_known_forward, is_watched
+from fastasr.models.common.plain import has_known_forward, is_watched, weight_and_bias
 
 _MODULES = {
     "gelu": torch.nn.GELU,
@@ -75,7 +75,7 @@ def fused_name(activation: torch.nn.Module, identity: bool = True) -> Name | Non
 def activated(linear: torch.nn.Module, activation: torch.nn.Module, x: Tensor, gated: bool = False) -> Tensor:
     """Returns ``activation(linear(x))``; or a · ``activation(g)`` for (a, g) = ``linear(x)``."""
     if plumbing.is_plain_linear(linear) and (name := fused_name(activation, identity=gated)):
-        return ops.linear_activation(x, linear.weight, linear.bias, name, gated)
+        return ops.linear_activation(x, *weight_and_bias(linear), name, gated)
     z = plumbing.linear(linear, x)
     if not gated:
         return activation(z)

@@ -83,6 +83,15 @@ def has_known_forward(module: torch.nn.Module) -> bool:
     )
 
 
+def weight_and_bias(module: torch.nn.Module) -> tuple[Any, Any]:
+    """Returns ``module.weight`` and ``module.bias``, which a module's own lookup takes 0.4 us each to find."""
+    state = vars(module)
+    own = state["_parameters"]
+    if "weight" in own and "bias" in own and "weight" not in state and "bias" not in state:
+        return own["weight"], own["bias"]
+    return module.weight, module.bias
+
+
 def is_plain(module: torch.nn.Module, *classes: type[M]) -> TypeGuard[M]:
     """Says whether the module's class is one of ``classes`` itself, no hooks watch it, and it runs its class's forward,
     or the one that fastasr's swap bound to it."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastasr import ops
-from fastasr.models.common.plain import is_plain
+from fastasr.models.common.plain import is_plain, weight_and_bias
 from fastasr.ops import _dropout
 
 
@@ -21,7 +21,7 @@ def is_plain_linear(module: torch.nn.Module) -> TypeGuard[torch.nn.Linear]:
 
 
 def linear(module: torch.nn.Module, x: Tensor) -> Tensor:
-    return ops.linear(x, module.weight, module.bias) if is_plain_linear(module) else module(x)
+    return ops.linear(x, *weight_and_bias(module)) if is_plain_linear(module) else module(x)
 
 
 def is_idle(module: torch.nn.Module) -> bool:
@@ -47,12 +47,10 @@ def dropout(module: torch.nn.Module, x: Tensor, residual: Tensor | None = None) 
 
 def is_layer_norm(module: torch.nn.Module) -> TypeGuard[torch.nn.LayerNorm]:
     """Says whether this is torch's LayerNorm over the last dimension with weight and bias, without hooks."""
-    return (
-        is_plain(module, torch.nn.LayerNorm)
-        and len(module.normalized_shape) == 1
-        and module.weight is not None
-        and module.bias is not None
-    )
+    if not is_plain(module, torch.nn.LayerNorm) or len(module.normalized_shape) != 1:
+        return False
+    weight, bias = weight_and_bias(module)
+    return weight is not None and bias is not None
 
 
 def conv_delay(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastasr import ops
 from fastasr.models.common import plumbing
-from fastasr.models.common.plain import any_watched
+from fastasr.models.common.plain import any_watched, weight_and_bias
 from fastasr.models.fast_conformer import masks
 from fastasr.models.fast_conformer.attention import FastConformerAttention
 from fastasr.models.fast_conformer.convolution import FastConformerConvolution
@@ -99,7 +99,7 @@ def _is_fused(block: FastConformerBlock, x: Tensor, autocast: bool) -> bool:
 def _fused(norm: torch.nn.LayerNorm, x: Tensor, update: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
     if update.dtype is not x.dtype and autocast_dtype(x) is None:  # No layer casts its input here.
         return _by_torch(norm, x, update, scale)
-    return ops.add_norm(x, update, norm.weight, norm.bias, norm.eps, scale)
+    return ops.add_norm(x, update, *weight_and_bias(norm), norm.eps, scale)
 
 
 def _by_torch(norm: torch.nn.Module, x: Tensor, update: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastasr import ops
 from fastasr.models.common import activations, plumbing
-from fastasr.models.common.plain import is_plain
+from fastasr.models.common.plain import is_plain, weight_and_bias
 from fastasr.models.common.ragged import Packing
 from fastasr.models.common.row import Row
 from fastasr.models.fast_conformer.masks import is_readable, seen
@@ -109,7 +109,7 @@ def convolved(
     delay: Any = plumbing.conv_delay(conv, around=around, stride=stride)
     if delay is not None and (by_frame or is_batch_norm(norm)):
         folded = not by_frame and not norm.training
-        weight, bias = conv.weight, conv.bias
+        weight, bias = weight_and_bias(conv)
         if folded:
             cast = None if weight.dtype is torch.float64 else autocast_dtype(h)
             weight, bias = _folded_norm.folded(conv, norm, cast or weight.dtype)
@@ -147,12 +147,17 @@ def gated(h: Tensor, hidden: Tensor | None = None) -> Tensor:
 
 def is_batch_norm(norm: torch.nn.Module) -> TypeGuard[torch.nn.BatchNorm1d]:
     """Says whether this is torch's BatchNorm with running statistics, weight and bias, without hooks."""
+    if not (is_plain(norm, torch.nn.BatchNorm1d) and norm.track_running_stats):
+        return False
     # Code that takes the statistics or the parameters away later leaves the flags.
+    weight, bias = weight_and_bias(norm)
+    get = norm._buffers.get
     return (
-        is_plain(norm, torch.nn.BatchNorm1d)
-        and norm.track_running_stats
-        and not any(t is None for t in (norm.running_mean, norm.running_var, norm.num_batches_tracked))
-        and not any(t is None for t in (norm.weight, norm.bias))
+        weight is not None
+        and bias is not None
+        and get("running_mean") is not None
+        and get("running_var") is not None
+        and get("num_batches_tracked") is not None
     )
 
 
@@ -160,5 +165,6 @@ def pointwise(conv: torch.nn.Module, x: Tensor) -> Tensor:
     """Returns the convolution of one tap of x (B, T, C), as a product."""
     if plumbing.is_pointwise_conv1d(conv):
         # Autograd would write the gradient of weight[..., 0] into zeros.
-        return ops.linear(x, conv.weight.flatten(1), conv.bias)
+        weight, bias = weight_and_bias(conv)
+        return ops.linear(x, weight.flatten(1), bias)
     return conv(x.transpose(1, 2)).transpose(1, 2)

@@ -214,8 +214,8 @@ def check(
     if not (-x.dim() <= channel_dim < x.dim()):
         op.wrong_dimension("channel_dim", channel_dim, x)
     _check(
-        op, Arguments(grad, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim, limits, act,
-        padding_mask),
+        op, make(Arguments, (grad, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim, limits,
+        act, padding_mask,)),
     )  # fmt: skip
 
 

@@ -141,7 +141,7 @@ def check(x: Tensor, bias: Tensor, log_scale: Tensor, channel_dim: int) -> None:
         op.wrong_int("channel_dim", channel_dim)
     if not (-x.dim() <= channel_dim < x.dim()):
         op.wrong_dimension("channel_dim", channel_dim, x)
-    _check(op, Arguments(x, bias, log_scale, channel_dim))
+    _check(op, make(Arguments, (x, bias, log_scale, channel_dim)))
 
 
 def traced(x, bias, log_scale, channel_dim):

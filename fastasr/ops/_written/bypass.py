@@ -117,7 +117,7 @@ def check(x_orig: Tensor, x: Tensor, scale: Tensor) -> None:
         op.wrong_tensor("scale", scale)
     if scale.device != x_orig.device:
         op.wrong_device("scale", scale, "x_orig", x_orig)
-    _trailing(op, Arguments(x_orig, x, scale))
+    _trailing(op, make(Arguments, (x_orig, x, scale)))
 
 
 def traced(x_orig, x, scale):

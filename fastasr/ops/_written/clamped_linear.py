@@ -235,7 +235,7 @@ def check(
             op.wrong_shape("next_max", next_max, f"{listed()} (that of input_min)")
         if next_max.device != x.device:
             op.wrong_device("next_max", next_max, "x", x)
-    if autocast_dtype(x) is None and weight.dtype != x.dtype:
+    if weight.dtype is not x.dtype and autocast_dtype(x) is None:
         op.wrong_dtype("weight", weight, "x", x)
 
 

@@ -227,15 +227,14 @@ def check(
             op.wrong_shape("mask", mask, listed(B, (T - 1) // 2))
         if mask.device != x.device:
             op.wrong_device("mask", mask, "x", x)
-    if autocast_dtype(x) is None:
-        if weight.dtype != x.dtype:
-            op.wrong_dtype("weight", weight, "x", x)
-        if bias is not None and bias.dtype != x.dtype:
-            op.wrong_dtype("bias", bias, "x", x)
-        if depthwise_weight.dtype != x.dtype:
-            op.wrong_dtype("depthwise_weight", depthwise_weight, "x", x)
-        if depthwise_bias is not None and depthwise_bias.dtype != x.dtype:
-            op.wrong_dtype("depthwise_bias", depthwise_bias, "x", x)
+    if weight.dtype is not x.dtype and autocast_dtype(x) is None:
+        op.wrong_dtype("weight", weight, "x", x)
+    if bias is not None and bias.dtype is not x.dtype and autocast_dtype(x) is None:
+        op.wrong_dtype("bias", bias, "x", x)
+    if depthwise_weight.dtype is not x.dtype and autocast_dtype(x) is None:
+        op.wrong_dtype("depthwise_weight", depthwise_weight, "x", x)
+    if depthwise_bias is not None and depthwise_bias.dtype is not x.dtype and autocast_dtype(x) is None:
+        op.wrong_dtype("depthwise_bias", depthwise_bias, "x", x)
 
 
 def traced(x, weight, bias, depthwise_weight, depthwise_bias, mask, left):

@@ -157,12 +157,11 @@ def check(x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, in
             op.wrong_shape("bias", bias, listed(C))
         if bias.device != x.device:
             op.wrong_device("bias", bias, "x", x)
-    if autocast_dtype(x) is None:
-        if weight.dtype != x.dtype:
-            op.wrong_dtype("weight", weight, "x", x)
-        if bias is not None and bias.dtype != x.dtype:
-            op.wrong_dtype("bias", bias, "x", x)
-    _padding_fits(op, Arguments(x, weight, bias, padding))
+    if weight.dtype is not x.dtype and autocast_dtype(x) is None:
+        op.wrong_dtype("weight", weight, "x", x)
+    if bias is not None and bias.dtype is not x.dtype and autocast_dtype(x) is None:
+        op.wrong_dtype("bias", bias, "x", x)
+    _padding_fits(op, make(Arguments, (x, weight, bias, padding)))
 
 
 def traced(x, weight, bias, padding):

@@ -175,7 +175,7 @@ def check(x: Tensor, weight: Tensor, bias: Tensor | None, padding_mask: Tensor |
             op.wrong_shape("padding_mask", padding_mask, listed(B, T))
         if padding_mask.device != x.device:
             op.wrong_device("padding_mask", padding_mask, "x", x)
-    _check(op, Arguments(x, weight, bias, padding_mask, delay))
+    _check(op, make(Arguments, (x, weight, bias, padding_mask, delay)))
 
 
 def traced(x, weight, bias, padding_mask, delay):

@@ -389,8 +389,8 @@ def check(
         if padding_mask.device != x.device:
             op.wrong_device("padding_mask", padding_mask, "x", x)
     _check(
-        op, Arguments(x, damping, decay, expansion, projection, residual, state, return_state, padding_mask,
-        truncation, direction, activation, layout),
+        op, make(Arguments, (x, damping, decay, expansion, projection, residual, state, return_state,
+        padding_mask, truncation, direction, activation, layout,)),
     )  # fmt: skip
 
 

@@ -278,8 +278,8 @@ def gated_depthwise_conv(
     cast_dtype = autocast_dtype(h)
     if cast_dtype is not None:
         h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, starts, chunk_size, activation, return_cache, delay, gate = _autocast(
-            op, cast_dtype, Arguments(h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask,
-            cache, starts, chunk_size, activation, return_cache, delay, gate),
+            op, cast_dtype, make(Arguments, (h, weight, bias, causal_weight, causal_bias, chunk_scale,
+            padding_mask, cache, starts, chunk_size, activation, return_cache, delay, gate,)),
         )  # fmt: skip
         kernels = family.kernels(h, chunk_scale, cache)
         if kernels is None:
@@ -439,18 +439,17 @@ def check(
             op.wrong_shape("starts", starts, f"{listed('N')}, N >= 1")
         if starts.device != h.device:
             op.wrong_device("starts", starts, "h", h)
-    if autocast_dtype(h) is None:
-        if weight.dtype != h.dtype:
-            op.wrong_dtype("weight", weight, "h", h)
-        if bias is not None and bias.dtype != h.dtype:
-            op.wrong_dtype("bias", bias, "h", h)
-        if causal_weight is not None and causal_weight.dtype != h.dtype:
-            op.wrong_dtype("causal_weight", causal_weight, "h", h)
-        if causal_bias is not None and causal_bias.dtype != h.dtype:
-            op.wrong_dtype("causal_bias", causal_bias, "h", h)
+    if weight.dtype is not h.dtype and autocast_dtype(h) is None:
+        op.wrong_dtype("weight", weight, "h", h)
+    if bias is not None and bias.dtype is not h.dtype and autocast_dtype(h) is None:
+        op.wrong_dtype("bias", bias, "h", h)
+    if causal_weight is not None and causal_weight.dtype is not h.dtype and autocast_dtype(h) is None:
+        op.wrong_dtype("causal_weight", causal_weight, "h", h)
+    if causal_bias is not None and causal_bias.dtype is not h.dtype and autocast_dtype(h) is None:
+        op.wrong_dtype("causal_bias", causal_bias, "h", h)
     _check(
-        op, Arguments(h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, starts,
-        chunk_size, activation, return_cache, delay, gate),
+        op, make(Arguments, (h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache,
+        starts, chunk_size, activation, return_cache, delay, gate,)),
     )  # fmt: skip
 
 

@@ -322,11 +322,10 @@ def check(
             op.wrong_shape("cell", cell, listed(B, H))
         if cell.device != x.device:
             op.wrong_device("cell", cell, "x", x)
-    if autocast_dtype(x) is None:
-        if input_weight.dtype != x.dtype:
-            op.wrong_dtype("input_weight", input_weight, "x", x)
-        if hidden_weight.dtype != x.dtype:
-            op.wrong_dtype("hidden_weight", hidden_weight, "x", x)
+    if input_weight.dtype is not x.dtype and autocast_dtype(x) is None:
+        op.wrong_dtype("input_weight", input_weight, "x", x)
+    if hidden_weight.dtype is not x.dtype and autocast_dtype(x) is None:
+        op.wrong_dtype("hidden_weight", hidden_weight, "x", x)
 
 
 def traced(x, input_weight, hidden_weight, gate_weight, gate_bias, cell_weight, cell_bias, hidden, cell, eps):

@@ -157,12 +157,11 @@ def check(
             op.wrong_shape("bias", bias, listed(N))
         if bias.device != x.device:
             op.wrong_device("bias", bias, "x", x)
-    if autocast_dtype(x) is None:
-        if weight.dtype != x.dtype:
-            op.wrong_dtype("weight", weight, "x", x)
-        if bias is not None and bias.dtype != x.dtype:
-            op.wrong_dtype("bias", bias, "x", x)
-    _check(op, Arguments(x, weight, bias, activation, gated))
+    if weight.dtype is not x.dtype and autocast_dtype(x) is None:
+        op.wrong_dtype("weight", weight, "x", x)
+    if bias is not None and bias.dtype is not x.dtype and autocast_dtype(x) is None:
+        op.wrong_dtype("bias", bias, "x", x)
+    _check(op, make(Arguments, (x, weight, bias, activation, gated)))
 
 
 def traced(x, weight, bias, activation, gated):

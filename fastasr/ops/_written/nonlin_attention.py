@@ -117,7 +117,7 @@ def check(weights: Tensor, projected: Tensor) -> None:
         op.wrong_shape("weights", weights, listed(B, T, T))
     if weights.device != projected.device:
         op.wrong_device("weights", weights, "projected", projected)
-    if autocast_dtype(projected) is None and weights.dtype != projected.dtype:
+    if weights.dtype is not projected.dtype and autocast_dtype(projected) is None:
         op.wrong_dtype("weights", weights, "projected", projected)
 
 

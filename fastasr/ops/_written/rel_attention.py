@@ -472,26 +472,26 @@ def check(
             op.wrong_shape("dropout_seed", dropout_seed, listed(1))
         if dropout_seed.device != q.device:
             op.wrong_device("dropout_seed", dropout_seed, "q", q)
-    if autocast_dtype(q) is None:
-        if k.dtype != q.dtype:
-            op.wrong_dtype("k", k, "q", q)
-        if v.dtype != q.dtype:
-            op.wrong_dtype("v", v, "q", q)
-        if pos is not None and pos.dtype != q.dtype:
-            op.wrong_dtype("pos", pos, "q", q)
-        if bias_u is not None and bias_u.dtype != q.dtype:
-            op.wrong_dtype("bias_u", bias_u, "q", q)
-        if bias_v is not None and bias_v.dtype != q.dtype:
-            op.wrong_dtype("bias_v", bias_v, "q", q)
-        if offset_bias is not None and offset_bias.dtype != q.dtype:
-            op.wrong_dtype("offset_bias", offset_bias, "q", q)
-        if offset_gate is not None and offset_gate.dtype != q.dtype:
-            op.wrong_dtype("offset_gate", offset_gate, "q", q)
-        if key_bias is not None and key_bias.dtype != q.dtype:
-            op.wrong_dtype("key_bias", key_bias, "q", q)
+    if k.dtype is not q.dtype and autocast_dtype(q) is None:
+        op.wrong_dtype("k", k, "q", q)
+    if v.dtype is not q.dtype and autocast_dtype(q) is None:
+        op.wrong_dtype("v", v, "q", q)
+    if pos is not None and pos.dtype is not q.dtype and autocast_dtype(q) is None:
+        op.wrong_dtype("pos", pos, "q", q)
+    if bias_u is not None and bias_u.dtype is not q.dtype and autocast_dtype(q) is None:
+        op.wrong_dtype("bias_u", bias_u, "q", q)
+    if bias_v is not None and bias_v.dtype is not q.dtype and autocast_dtype(q) is None:
+        op.wrong_dtype("bias_v", bias_v, "q", q)
+    if offset_bias is not None and offset_bias.dtype is not q.dtype and autocast_dtype(q) is None:
+        op.wrong_dtype("offset_bias", offset_bias, "q", q)
+    if offset_gate is not None and offset_gate.dtype is not q.dtype and autocast_dtype(q) is None:
+        op.wrong_dtype("offset_gate", offset_gate, "q", q)
+    if key_bias is not None and key_bias.dtype is not q.dtype and autocast_dtype(q) is None:
+        op.wrong_dtype("key_bias", key_bias, "q", q)
     _check(
-        op, Arguments(q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask,
-        attn_mask, starts, dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span),
+        op, make(Arguments, (q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias,
+        key_padding_mask, attn_mask, starts, dropout_p, dropout_seed, context, chunk_size, soft_cap,
+        pos_span,)),
     )  # fmt: skip
 
 

@@ -288,8 +288,8 @@ def check(
         if dropout_seed.device != am.device:
             op.wrong_device("dropout_seed", dropout_seed, "am", am)
     _check(
-        op, Arguments(am, lm, weight, bias, symbols, starts, s_range, termination_symbol, boundary,
-        activation, hat, keep_logits, dropout_p, dropout_seed),
+        op, make(Arguments, (am, lm, weight, bias, symbols, starts, s_range, termination_symbol, boundary,
+        activation, hat, keep_logits, dropout_p, dropout_seed,)),
     )  # fmt: skip
 
 

@@ -241,7 +241,9 @@ def check(
             op.wrong_shape("boundary", boundary, listed(B, 4))
         if boundary.device != symbol_logprobs.device:
             op.wrong_device("boundary", boundary, "symbol_logprobs", symbol_logprobs)
-    _check(op, Arguments(symbol_logprobs, blank_logprobs, starts, boundary, modified, return_occupation))
+    _check(
+        op, make(Arguments, (symbol_logprobs, blank_logprobs, starts, boundary, modified, return_occupation))
+    )
 
 
 def traced(symbol_logprobs, blank_logprobs, starts, boundary, modified, return_occupation):

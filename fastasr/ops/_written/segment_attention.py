@@ -345,14 +345,13 @@ def check(
             op.wrong_shape("weights_dropout", weights_dropout, listed(B, num_heads, Q, lanes))
         if weights_dropout.device != query.device:
             op.wrong_device("weights_dropout", weights_dropout, "query", query)
-    if autocast_dtype(query) is None:
-        if key.dtype != query.dtype:
-            op.wrong_dtype("key", key, "query", query)
-        if value.dtype != query.dtype:
-            op.wrong_dtype("value", value, "query", query)
+    if key.dtype is not query.dtype and autocast_dtype(query) is None:
+        op.wrong_dtype("key", key, "query", query)
+    if value.dtype is not query.dtype and autocast_dtype(query) is None:
+        op.wrong_dtype("value", value, "query", query)
     _query_rows(
-        op, Arguments(query, key, value, num_heads, frames, segment_length, left_context_length,
-        right_context_length, max_memory_size, past_frames, past_memory, lengths, history, weights_dropout),
+        op, make(Arguments, (query, key, value, num_heads, frames, segment_length, left_context_length,
+        right_context_length, max_memory_size, past_frames, past_memory, lengths, history, weights_dropout,)),
     )  # fmt: skip
 
 

@@ -194,11 +194,10 @@ def check(
             op.wrong_shape("mask_row", mask_row, listed(*S))
         if mask_row.device != x.device:
             op.wrong_device("mask_row", mask_row, "x", x)
-    if autocast_dtype(x) is None:
-        if weight.dtype != x.dtype:
-            op.wrong_dtype("weight", weight, "x", x)
-        if bias is not None and bias.dtype != x.dtype:
-            op.wrong_dtype("bias", bias, "x", x)
+    if weight.dtype is not x.dtype and autocast_dtype(x) is None:
+        op.wrong_dtype("weight", weight, "x", x)
+    if bias is not None and bias.dtype is not x.dtype and autocast_dtype(x) is None:
+        op.wrong_dtype("bias", bias, "x", x)
 
 
 def traced(x, weight, bias, kind, mask, mask_row, shared_dim):

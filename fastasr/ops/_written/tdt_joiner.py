@@ -281,8 +281,8 @@ def check(
         if bias.device != am.device:
             op.wrong_device("bias", bias, "am", am)
     _check(
-        op, Arguments(am, lm, weight, bias, symbols, starts, s_range, durations, termination_symbol, boundary,
-        activation, keep_logits, dropout_p, dropout_seed),
+        op, make(Arguments, (am, lm, weight, bias, symbols, starts, s_range, durations, termination_symbol,
+        boundary, activation, keep_logits, dropout_p, dropout_seed,)),
     )  # fmt: skip
 
 

@@ -216,7 +216,7 @@ def check(
             op.wrong_shape("boundary", boundary, listed(B, 4))
         if boundary.device != symbol_logprobs.device:
             op.wrong_device("boundary", boundary, "symbol_logprobs", symbol_logprobs)
-    _check(op, Arguments(symbol_logprobs, blank_logprobs, duration_logprobs, durations, boundary))
+    _check(op, make(Arguments, (symbol_logprobs, blank_logprobs, duration_logprobs, durations, boundary)))
 
 
 def traced(symbol_logprobs, blank_logprobs, duration_logprobs, durations, boundary):

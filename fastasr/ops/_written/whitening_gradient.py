@@ -151,7 +151,7 @@ def check(
             op.wrong_shape("padding_mask", padding_mask, listed(*S))
         if padding_mask.device != grad.device:
             op.wrong_device("padding_mask", padding_mask, "grad", grad)
-    _check(op, Arguments(grad, x, num_groups, limit, grad_scale, limits, act, padding_mask))
+    _check(op, make(Arguments, (grad, x, num_groups, limit, grad_scale, limits, act, padding_mask)))
 
 
 def traced(grad, x, num_groups, limit, grad_scale, limits, act, padding_mask):

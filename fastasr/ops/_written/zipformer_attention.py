@@ -389,16 +389,16 @@ def check(
             op.wrong_shape("equal", equal, f"{listed()} or {listed(1)}")
         if equal.device != x.device:
             op.wrong_device("equal", equal, "x", x)
-    if autocast_dtype(x) is None:
-        if pos is not None and pos.dtype != x.dtype:
-            op.wrong_dtype("pos", pos, "x", x)
-        if value.dtype != x.dtype:
-            op.wrong_dtype("value", value, "x", x)
-        if cached_key is not None and cached_key.dtype != x.dtype:
-            op.wrong_dtype("cached_key", cached_key, "x", x)
+    if pos is not None and pos.dtype is not x.dtype and autocast_dtype(x) is None:
+        op.wrong_dtype("pos", pos, "x", x)
+    if value.dtype is not x.dtype and autocast_dtype(x) is None:
+        op.wrong_dtype("value", value, "x", x)
+    if cached_key is not None and cached_key.dtype is not x.dtype and autocast_dtype(x) is None:
+        op.wrong_dtype("cached_key", cached_key, "x", x)
     _check(
-        op, Arguments(x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask, attn_mask,
-        starts, chunk_size, left_context_chunks, cached_key, score_penalty, score_limit, act, equal),
+        op, make(Arguments, (x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask,
+        attn_mask, starts, chunk_size, left_context_chunks, cached_key, score_penalty, score_limit, act,
+        equal,)),
     )  # fmt: skip
 
 

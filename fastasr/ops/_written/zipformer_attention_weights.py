@@ -338,14 +338,13 @@ def check(
             op.wrong_shape("attn_mask", attn_mask, f"{listed(T, T + L)} or {listed(B, T, T + L)}")
         if attn_mask.device != x.device:
             op.wrong_device("attn_mask", attn_mask, "x", x)
-    if autocast_dtype(x) is None:
-        if pos is not None and pos.dtype != x.dtype:
-            op.wrong_dtype("pos", pos, "x", x)
-        if cached_key is not None and cached_key.dtype != x.dtype:
-            op.wrong_dtype("cached_key", cached_key, "x", x)
+    if pos is not None and pos.dtype is not x.dtype and autocast_dtype(x) is None:
+        op.wrong_dtype("pos", pos, "x", x)
+    if cached_key is not None and cached_key.dtype is not x.dtype and autocast_dtype(x) is None:
+        op.wrong_dtype("cached_key", cached_key, "x", x)
     check_recordings(
-        op, Arguments(x, pos, num_heads, query_head_dim, key_padding_mask, attn_mask, starts, chunk_size,
-        left_context_chunks, cached_key, score_penalty, score_limit),
+        op, make(Arguments, (x, pos, num_heads, query_head_dim, key_padding_mask, attn_mask, starts,
+        chunk_size, left_context_chunks, cached_key, score_penalty, score_limit,)),
     )  # fmt: skip
 
 
