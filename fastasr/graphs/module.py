@@ -42,6 +42,8 @@ _NOT_RECORDED = "not recorded: "
 _CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
 _VALUES: Callable[[dict[str, Any]], Iterable[Any]] = dict.values
 _REQUIRES_GRAD = operator.attrgetter("requires_grad")
+# torch.backends asks these too, through lookups that take several times as long.
+_FP32_PRECISION, _CUDNN_DETERMINISTIC = torch._C._get_fp32_precision_getter, torch._C._get_cudnn_deterministic
 _local = threading.local()
 
 Forward = Callable[..., Any]  # forward(module, *args, **kwargs)
@@ -429,7 +431,8 @@ class ModuleGraphs:
             _dispatch.forced_backend(),
             attention_dropout.as_upstream(),
             torch.are_deterministic_algorithms_enabled(),
-            torch.backends.cuda.matmul.fp32_precision,
+            *map(_FP32_PRECISION, ("cuda", "cuda"), ("matmul", "conv")),
+            _CUDNN_DETERMINISTIC(),
             torch.get_default_dtype(),
         )
         return tensors, form, cast, module.training, self.structure.training(), wanted, settings
