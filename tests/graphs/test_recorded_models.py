@@ -454,10 +454,23 @@ def test_the_graph_used_longest_ago_goes_first():
     model = encoder().eval()
     recorded(model, most=(1, 2))
     with torch.no_grad():
-        for frames in (40, 48, 56, 48, 40):
+        for frames in (40, 48, 40, 56, 40, 48):  # 56 comes in place of 48, which was recorded after 40
             model(*batch(frames))
     assert len(graphs.of(model).graphs) == 2
-    assert [kind.recorded for kind in kinds(model)] == [2, 1, 1]
+    assert [kind.recorded for kind in kinds(model)] == [1, 2, 1]
+
+
+def test_a_kind_that_was_dropped_twice_is_not_recorded_again():
+    model = encoder().eval()
+    recorded(model, most=(1, 1))
+    with torch.no_grad():
+        for frames in (40, 48, 40, 48, 40, 48):
+            model(*batch(frames))
+    first, second = kinds(model)
+    assert "it was dropped for other kinds" in first.reason
+    assert (first.recorded, first.dropped, first.replayed) == (2, 2, 2)
+    assert (second.recorded, second.dropped, second.replayed, second.reason) == (2, 1, 3, None)
+    assert "it was dropped for other kinds" in str(fastasr.why(model))
 
 
 def test_memory_is_limited():
