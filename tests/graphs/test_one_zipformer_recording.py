@@ -93,9 +93,9 @@ def batch(lengths, frames=None, seed=1):
 
 def drawn(count, recordings=None):
     """Yields lengths of batches that fit, among them the shortest, empty ones, and a row that is exactly full."""
-    first = [100, 60], [1], [160, 140], [75] * 4, [0, 90], [1, 1, 1, 1], [90, 0, 17]
-    row = FRAMES, RECORDINGS, LONGEST
-    return lengths_on_a_row(count, row, () if recordings else first, recordings, least=4)
+    first = [100, 60], [1], [160, 140], [75] * 4, [0, 90], [1, 1, 1, 1], [90, 0, 17], [90, 0, 17, 0]
+    row, first = (FRAMES, RECORDINGS, LONGEST), [n for n in first if recordings in (None, len(n))]
+    return lengths_on_a_row(count, row, first, recordings, least=4)
 
 
 def existing(y, lengths):
