@@ -106,7 +106,9 @@ class Graph:
         leaves: Sequence[Any],
         gradients: Gradients,
         module: nn.Module,
+        others: Sequence["Graph"] = (),
     ) -> None:
+        """``others``: the graphs of the module that there are, with which it shares casts."""
         self.forward, self.generation = forward, 0
         self.key: Hashable = None  # of the kind of its calls
         self.casts: Casts | None = None
@@ -115,7 +117,7 @@ class Graph:
         self.device = self.tensors[0].device
         self.gradients = gradients
         self.addresses: list[int] = []  # of the module's tensors when it was recorded
-        self._rehearse(recorder, module)
+        self._rehearse(recorder, module, others)
         self.back = Recording(self.device)
         self.back.allow_late(() if self.casts is None else self.casts.leaves)
         self.ahead = Recording(self.device, self.back)
@@ -175,7 +177,7 @@ class Graph:
             back.end()
         return found
 
-    def _rehearse(self, recorder: Recorder, module: nn.Module) -> None:
+    def _rehearse(self, recorder: Recorder, module: nn.Module, others: Sequence["Graph"]) -> None:
         """Runs both passes once in the form in which they are recorded, and puts the module's buffers back. In this run
         libraries choose kernels and allocate workspaces, and it shows which parameters are only cast.
         """
@@ -206,7 +208,8 @@ class Graph:
         if uses is not None:
             castable = uses.castable(parameters)
             if castable:
-                self.casts = Casts(module, castable, uses.dtype)
+                shared = (other.casts for other in others if other.casts is not None)
+                self.casts = Casts(module, castable, uses.dtype, shared)
 
     @property
     def bytes(self) -> int:
@@ -214,6 +217,11 @@ class Graph:
         tensors = [*self.tensors, *(t for t in self.outputs if isinstance(t, torch.Tensor))]
         tensors += [*self.incoming, *(t for t in self.inputs if t is not None)] if self.trains else []
         return sum(t.numel() * t.element_size() for t in tensors)
+
+    @property
+    def shared_bytes(self) -> dict[int, int]:
+        """Returns the bytes of each buffer of casts by its address."""
+        return {} if self.casts is None else self.casts.bytes
 
     def holds(self) -> bool:
         return self.ahead.holds() and self.back.holds()
