@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch import Tensor
 
 import fastasr
 from fastasr.benchmarks import upstream
@@ -40,6 +41,7 @@ MAX_DOUBLINGS = 10  # A sweep doubles the batch at most this often.
 # The most by which gradients of recorded steps may differ from those of unrecorded ones: a recorded Zipformer adds and
 # rounds by other kernels, in bfloat16. A row's ``recorded_off`` is the difference that was measured.
 OFF = 0.03
+SWAPPED = {"fastasr", "recorded", "row"}
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,13 @@ class Workload:
     def case(self) -> str:
         each = "LibriSpeech-like" if self.seconds is None else f"x {self.seconds} s"
         return f"{'training' if self.training else 'inference'}, {self.batch} {each}"
+
+    @property
+    def speech(self) -> float:
+        """Returns the seconds of speech in a batch."""
+        if self.seconds is None:
+            return sum(ragged.seconds(ragged.LIBRISPEECH, self.batch, False))
+        return self.batch * self.seconds
 
 
 WORKLOADS = (
@@ -284,14 +293,19 @@ def _clock(machine: GPU, step: Callable) -> tuple[float, float]:
 
 
 def _differences(made: dict[str, _Way], workload: Workload) -> dict:
-    """Returns how far recorded steps are from unrecorded ones: outputs, or gradients by their norms."""
+    """Returns how far recorded steps are from unrecorded ones: outputs, or gradients by their norms. A row's outputs
+    are those of frames that exist; its gradients are others, because its statistics leave padding out."""
     if not {"fastasr", "recorded"} <= made.keys():
         return {}
+    of_row = {}
     if workload.training:
         ours, recorded = made["fastasr"].gradients(), made["recorded"].gradients()
     else:
         with torch.no_grad(), torch.autocast(made["fastasr"].machine.device, torch.bfloat16):
-            ours, recorded = ([w.call(*w.inputs)[0].float()] for w in (made["fastasr"], made["recorded"]))
+            outputs = {key: made[key].call(*made[key].inputs)[0].float() for key in made.keys() & SWAPPED}
+        ours, recorded = [outputs["fastasr"]], [outputs["recorded"]]
+        if "row" in outputs:
+            of_row = _difference_of_row(outputs["row"], ours[0], made["row"].inputs[0], workload)
     assert [g is None for g in ours] == [g is None for g in recorded], "other parameters have gradients"
     pairs = [(a, b) for a, b in zip(ours, recorded, strict=True) if a is not None]
     whole = sum((a.double() - b.double()).square().sum() for a, b in pairs) / sum(
@@ -300,7 +314,17 @@ def _differences(made: dict[str, _Way], workload: Workload) -> dict:
     off = whole.sqrt().item()
     equal = sum(torch.equal(a, b) for a, b in pairs)
     assert off <= OFF, f"recorded steps are off by {off:.2%} of the norm"
-    return {"recorded_off": off, "equal_tensors": equal, "tensors": len(pairs)}
+    return {"recorded_off": off, "equal_tensors": equal, "tensors": len(pairs), **of_row}
+
+
+def _difference_of_row(y: Tensor, padded: Tensor, x: Tensor, workload: Workload) -> dict:
+    """Returns how far a row's outputs, which are 0 in padding, are from the padded batch's."""
+    exists = y.any(-1)
+    share, expected = exists.float().mean().item(), 100 * workload.speech / x[..., 0].numel()
+    assert abs(share - expected) <= OFF, f"a row gives {share:.1%} of the frames, and {expected:.1%} exist"
+    off = ((y - padded)[exists].norm() / padded[exists].norm()).item()
+    assert off <= OFF, f"outputs of a row are off by {off:.2%} of the norm"
+    return {"row_off": off}
 
 
 def yardstick(machine: GPU) -> str:
@@ -436,7 +460,7 @@ def details(records: Sequence[dict]) -> str:
             row = unit.row(key)
             if row is not None:
                 w = workloads[row.case]
-                speech = f"{w.batch * w.seconds / row.median_ms * 1e3:,.0f} s"
+                speech = f"{w.speech / row.median_ms * 1e3:,.0f} s"
                 memory = f"{row.peak_bytes / 1e9:.1f} GB" if row.peak_bytes is not None else "–"
                 spent = [duration(ms) for ms in (row.median_ms, row.host_ms, row.busy_ms)]
                 lines.append((_label(row), column, *spent, memory, speech))
@@ -487,7 +511,7 @@ def _kernels(record: dict, message: dict) -> list[str]:
 def _where(found: Sequence[Unit]) -> str:
     rows = [row for unit in found for row in unit.rows]
     costs: dict[str, list[str]] = {}
-    for call, us in re.findall(r"(\w[^,:]*) (\S+) us", " ".join(row.limit for row in rows if row.limit)):
+    for call, us in re.findall(r"(\w[^,:]*) (\S+) [uµ]s", ", ".join(row.limit for row in rows if row.limit)):
         costs.setdefault(call, []).append(us)
     ranges = (f"{min(us, key=float)} to {max(us, key=float)} us for a {call}" for call, us in costs.items())
     return f"{conditions(rows)} A call of torch costs this machine's host {', '.join(ranges)}."

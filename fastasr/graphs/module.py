@@ -27,7 +27,7 @@ from fastasr import _left
 from fastasr._recording import recording
 from fastasr._transforms import is_transformed
 from fastasr.graphs.graph import Gradients, Graph, Node
-from fastasr.graphs.recording import Recorder, Unrecordable
+from fastasr.graphs.recording import Phases, Recorder, Unrecordable, hold
 from fastasr.models.common import attention_dropout
 from fastasr.models.common.plain import any_global_hook
 from fastasr.models.common.ragged import are_all_padded
@@ -132,6 +132,7 @@ class Kind:
     casts: int = 0
     reason: str | None = None
     filling: float | None = None
+    phases: Phases = field(default=(), repr=False)  # The reason stands while they last.
 
 
 @dataclass(frozen=True)
@@ -330,6 +331,8 @@ class ModuleGraphs:
             return graph, ""
         if graph is not None:
             del self.graphs[key]
+        if not hold(kind.phases):
+            kind.reason, kind.phases = None, ()
         if kind.reason is not None:
             return None, _NOT_RECORDED + kind.reason
         if kind.seen <= self.options.after:
@@ -380,9 +383,9 @@ class ModuleGraphs:
             if random.getstate() != state:
                 raise Unrecordable("it draws from Python's random outside of a plan")
         except Exception as error:  # the call runs as it is, and says why
-            kind.reason = (
-                str(error) if isinstance(error, Unrecordable) else f"{type(error).__name__}: {error}"
-            )
+            kind.reason = f"{type(error).__name__}: {error}"
+            if isinstance(error, Unrecordable):
+                kind.reason, kind.phases = str(error), error.phases
             return None
         finally:
             self._records = False

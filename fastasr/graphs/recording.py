@@ -23,6 +23,7 @@ MAX_FIELDS = 1 << 16  # Tables of a pass have at most this many integers: a Zipf
 
 
 T = TypeVar("T")
+Phases = Sequence[tuple[Any, bool]]  # (schedule, whether it was 0)
 
 
 class Recorder(Protocol):
@@ -34,7 +35,18 @@ class Recorder(Protocol):
 
 
 class Unrecordable(Exception):
-    """Raised while a call is recorded that cannot be; the message says why."""
+    """Raised while a call is recorded that cannot be; the message says why. It may become recordable when the
+    ``phases`` change.
+    """
+
+    def __init__(self, reason: str, phases: Phases = ()) -> None:
+        super().__init__(reason)
+        self.phases = phases
+
+
+def hold(phases: Phases) -> bool:
+    """Says whether every schedule is 0 exactly where it was."""
+    return all((peek(schedule) == 0.0) == zero for schedule, zero in phases)
 
 
 class Recording:
@@ -51,8 +63,7 @@ class Recording:
         self.now = [0.0] * CAPACITY
         self.plans: list[tuple[Callable[[], Sequence[float]], int, int]] = []
         self.used = 0
-        # (schedule, whether it was 0): a replay is valid while this holds
-        self.phases: list[tuple[Any, bool]] = []
+        self.phases: list[tuple[Any, bool]] = []  # A replay is valid while they last.
         # Whether modules that act on gradients may change them in place; and which columns of them they change.
         self.owned = False
         self.columns: tuple[int, int] | None = None
@@ -147,12 +158,12 @@ class Recording:
         self.tables[: len(self.fields)].copy_(torch.tensor(self.fields, dtype=torch.int64, device="cpu"))
 
     def refuse(self, reason: str) -> NoReturn:
-        """Ends the recording: calls of this kind run as they are, for this reason."""
-        raise Unrecordable(reason)
+        """Ends the recording: calls of this kind run as they are, for this reason, while the phases last."""
+        raise Unrecordable(reason, self.phases)
 
     def holds(self) -> bool:
-        """Says whether every schedule is 0 exactly where it was when this was recorded."""
-        return all((peek(schedule) == 0.0) == zero for schedule, zero in self.phases)
+        """Says whether the phases last in which this was recorded."""
+        return hold(self.phases)
 
     def decide(self) -> None:
         """Runs the plans and brings their numbers to the device."""

@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 
 from fastasr.benchmarks import markdown, page, plots, rows, table
+from fastasr.benchmarks.device import verdict, whole_models
 from fastasr.benchmarks.studies import curves
 
 sys.path.insert(0, str(Path(__file__).parent))
 import synthetic
 
+ROOT = Path(__file__).parents[2]
 PNG = b"\x89PNG\r\n"
 
 
@@ -110,6 +112,20 @@ def test_rows_older_than_their_code_are_marked(readme, made):
     assert markdown.put(readme, marked, check=True) == 0, "a mark alone is no difference"
     markdown.put(readme, marked, check=False)
     assert markdown.OLD in readme.read_text()
+
+
+def test_speech_of_recordings_of_all_lengths():
+    """A row of a workload with lengths like LibriSpeech's, in the table of docs/graphs.md."""
+    records = verdict.records(ROOT / "benchmarks" / "results" / "whole_models.json")
+    workload = whole_models.Workload(False, 48, None)
+    for row in (row for r in records for m in r["messages"] for row in m.get("rows", ())):
+        row.update(
+            case=workload.case, median_ms=1e3, implementation="row", limit="copy 2.0 µs, 8 x 8 linear 7 µs"
+        )
+    text = whole_models.details(records)
+    assert 400 < workload.speech < 800
+    assert f"| {workload.speech:,.0f} s |" in text
+    assert "costs this machine's host 2.0 to 2.0 us for a copy, 7 to 7 us for a 8 x 8 linear." in text
 
 
 def test_without_rows_the_table_says_so():

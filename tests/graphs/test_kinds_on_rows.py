@@ -3,6 +3,7 @@
 give without padding, in values, gradients and statistics."""
 
 import copy
+import logging
 import math
 
 import pytest
@@ -85,7 +86,7 @@ def test_one_recording_serves_padded_and_packed_batches(kind, train):
     theirs = without_padding(copy.deepcopy(model))
     ours, graphs = on_row(kind, model, after=1)
     sizes = set()
-    for seed, lengths in enumerate(module.drawn(40)):
+    for seed, lengths in enumerate(module.drawn(50)):
         x, lengths = batch(kind, trainable(kind, lengths), seed=seed)
         if seed % 2:
             frames = (None, module.FRAMES, int(lengths.sum()) + 3)[seed % 3]
@@ -97,7 +98,7 @@ def test_one_recording_serves_padded_and_packed_batches(kind, train):
         same_steps(found, expected_of(kind, theirs, x, lengths))
         same_statistics(ours, theirs)
     (found,) = fastasr.graph_state(ours)[""]
-    assert (found.seen, found.replayed, found.recorded, found.reason) == (40, 39, 1, None)
+    assert (found.seen, found.replayed, found.recorded, found.reason) == (50, 49, 1, None)
     assert len(graphs.graphs) == 1
     assert 0.1 < found.filling < 1.0
     assert sizes == {module.FRAMES // factor(kind) + module.RECORDINGS}
@@ -152,19 +153,15 @@ TOO_LARGE = "recordings", "a recording", "frames"
 def too_large(kind, case):
     """Returns lengths for which a row has no room, and why in a padded and in a packed batch."""
     module = KINDS[kind][0]
-    allowed = {name: f"Graphs allows {n}" for name, n in module.ROOM.items()}
-    per = " / 2" if module is zipformer else ""  # the room is in frames of features
-    frames, most, longest = module.FRAMES, module.RECORDINGS, module.LONGEST
+    option = "longest" if case == "a recording" else case
+    per = " / 2" if module is zipformer and case != "recordings" else ""  # the room is in frames of features
+    allowed = f"than Graphs({option}={module.ROOM[option]}){per} allows"
+    if case == "a recording":
+        reasons = f"it is padded to more frames {allowed}", f"it has a recording of more frames {allowed}"
+        return [module.LONGEST + 1, 3], *reasons
     if case == "recordings":
-        return [20] * (most + 1), *[f"it has {most + 1} recordings, and {allowed['recordings']}"] * 2
-    if case == "frames":
-        reason = f"it has {frames + 1} frames, and {allowed['frames']}{per}"
-        return [frames // 2, frames // 2 + 1], reason, reason
-    return (
-        [longest + 1, 3],
-        f"it is padded to {longest + 1} frames, and Graphs allows a recording of {module.ROOM['longest']}{per}",
-        f"it has a recording of {longest + 1} frames, and {allowed['longest']}{per}",
-    )
+        return [20] * (module.RECORDINGS + 1), *[f"it has more recordings {allowed}"] * 2
+    return [module.FRAMES // 2, module.FRAMES // 2 + 1], *[f"it has more frames {allowed}"] * 2
 
 
 @pytest.mark.parametrize("kind", PLAIN)
@@ -183,6 +180,21 @@ def test_a_larger_batch_runs_unrecorded(case, kind):
     # whose recordings are few enough
     packed_step(kind, ours, *batch(kind, [100, 20]), KINDS[kind][0].FRAMES + 100)
     assert len(graphs.graphs) == 1
+
+
+@pytest.mark.parametrize("step", [padded_step, packed_step])
+@pytest.mark.parametrize("case", TOO_LARGE)
+def test_larger_batches_are_logged_once(case, step, caplog):
+    caplog.set_level(logging.INFO, "fastasr")
+    lengths, padded, packed = too_large("parakeet", case)
+    ours, _ = on_row("parakeet", made("parakeet"))
+    for more in range(3):
+        larger = [*lengths, *[20] * more] if case == "recordings" else [lengths[0], lengths[1] + more]
+        if case == "a recording":
+            larger[0] += more
+        step("parakeet", ours, *batch("parakeet", larger))
+    (said,) = [text for text in caplog.messages if "not replayed" in text]
+    assert said.endswith(f"not replayed: {padded if step is padded_step else packed}")
 
 
 def layers_of(kind, model):

@@ -277,9 +277,9 @@ def test_graphs_of_parts_record_a_front_end_as_a_whole():
 
 
 TOO_LARGE = {
-    "recordings": ([20] * 5, "it has 5 recordings, and Graphs allows 4"),
-    "a recording": ([162], "it is padded to 162 frames, and Graphs allows a recording of 161"),
-    "frames": ([150, 152], "it has 302 frames, and Graphs allows 301"),
+    "recordings": ([20] * 5, "it has more recordings than Graphs(recordings=4) allows"),
+    "a recording": ([162], "it is padded to more frames than Graphs(longest=161) allows"),
+    "frames": ([150, 152], "it has more frames than Graphs(frames=301) allows"),
 }
 
 

@@ -52,11 +52,17 @@ recorded = partial(on_rows, **ROOM, after=1)
 ROUNDED = 1e-6  # numbers of the host are float32 on the device
 
 
-def prepared(model, batch_count=20000.0):
-    """Returns the model in float64, this far in its schedules and without random memory checks."""
+def far(model, batch_count):
+    """Returns the model this far in its schedules."""
     for module in model.modules():
         if hasattr(module, "batch_count"):
             module.batch_count = batch_count
+    return model
+
+
+def prepared(model, batch_count=20000.0):
+    """Returns the model in float64, this far in its schedules and without random memory checks."""
+    for module in far(model, batch_count).modules():
         if hasattr(module, "mem_cutoff"):
             module.mem_cutoff = lambda _: False
         if hasattr(module, "encoder_pos"):  # a row draws for the longest recording that it has room for
@@ -87,9 +93,9 @@ def batch(lengths, frames=None, seed=1):
 
 def drawn(count, recordings=None):
     """Yields lengths of batches that fit, among them the shortest, empty ones, and a row that is exactly full."""
-    first = [100, 60], [1], [160, 140], [75] * 4, [0, 90], [1, 1, 1, 1], [90, 0, 17]
-    row = FRAMES, RECORDINGS, LONGEST
-    return lengths_on_a_row(count, row, () if recordings else first, recordings, least=4)
+    first = [100, 60], [1], [160, 140], [75] * 4, [0, 90], [1, 1, 1, 1], [90, 0, 17], [90, 0, 17, 0]
+    row, first = (FRAMES, RECORDINGS, LONGEST), [n for n in first if recordings in (None, len(n))]
+    return lengths_on_a_row(count, row, first, recordings, least=4)
 
 
 def existing(y, lengths):
@@ -183,12 +189,18 @@ def test_every_decision(monkeypatch):
 
 
 def test_the_first_batches_run_on_an_unrecorded_row():
-    """Positions are skipped at random in them, which no recording can decide."""
-    model = encoder("ours", 100.0).train()
+    """Positions are skipped at random in them, which no recording can decide. Later batches are recorded."""
+    model = encoder("ours", 3999.0).train()
     theirs = without_padding(copy.deepcopy(model))
     ours, graphs = recorded(model, after=0)
     same_steps(ours, theirs, 8)
+    (kind,) = graphs.kinds.values()
+    assert "skipped at random in the first batches" in kind.reason
     assert not graphs.graphs
+    for each in (ours, theirs):
+        far(each, 4000.0)
+    same_steps(ours, theirs, 4)
+    assert (kind.reason, kind.recorded, kind.seen, kind.replayed) == (None, 1, 12, 4)
 
 
 def test_without_a_mask_all_frames_exist():
@@ -251,7 +263,7 @@ def test_a_batch_that_no_row_holds_runs_in_windows(kind):
         close(ours(*inputs)[0], theirs(*inputs)[0], 1e-12)
     (row,) = [row for row in fastasr.why(ours).rows if row.key == "forward"]
     assert row.calls == 1
-    assert row.left.startswith("not replayed: it is padded to 169 frames, and Graphs allows")
+    assert row.left.startswith("not replayed: it is padded to more frames than Graphs(longest=")
 
 
 @pytest.mark.parametrize("causal", [True, False])

@@ -811,7 +811,7 @@ def larger_than_a_row():
     theirs.ragged = True
     row = fastasr.Graphs(frames=40, recordings=2, recorder=TapeRecorder)
     ours, x = swapped(theirs, ragged=True, graphs=row), torch.randn(2, 24, 16)
-    reason = "it has 48 frames, and Graphs allows 40"
+    reason = "it has more frames than Graphs(frames=40) allows"
     return beside(
         ours, theirs, lambda model: model(x)[0], "forward", reason, gradients=True, level=logging.INFO
     )

@@ -211,8 +211,9 @@ def why_beyond(
     capacity: Capacity, given: Tensor | PackedFrames, lengths: Tensor, factor: int = 1
 ) -> str | None:
     """Returns what of a batch (B, T, ...) of these lengths (B,), or of PackedFrames (N, ...), the row has no room for,
-    or None. ``factor``: how many frames of features each of these stands for. On a GPU it waits for the lengths only
-    where B · T or N frames would be too many. That no recording among N frames is too long, the GPU asserts itself."""
+    or None. The reason has no number of the batch, because it is logged once. ``factor``: how many frames of features
+    each of these stands for. On a GPU it waits for the lengths only where B · T or N frames would be too many. That no
+    recording among N frames is too long, the GPU asserts itself."""
     recordings = capacity.recordings or 0
     most, longest = (-(-(n or 0) // factor) for n in (capacity.frames, capacity.longest))
     per = "" if factor == 1 else f" / {factor}"
@@ -221,15 +222,16 @@ def why_beyond(
     if not batch * frames:
         return "it has no frames"
     if batch > recordings:
-        return f"it has {batch} recordings, and Graphs allows {recordings}"
+        return f"it has more recordings than Graphs(recordings={recordings}) allows"
     if frames > longest and not packed:
-        return f"it is padded to {frames} frames, and Graphs allows a recording of {capacity.longest}{per}"
-    if frames > longest and lengths.is_cpu and (most_of_one := int(lengths.max())) > longest:
-        return f"it has a recording of {most_of_one} frames, and Graphs allows {capacity.longest}{per}"
+        return f"it is padded to more frames than Graphs(longest={capacity.longest}){per} allows"
+    if frames > longest and lengths.is_cpu and int(lengths.max()) > longest:
+        return f"it has a recording of more frames than Graphs(longest={capacity.longest}){per} allows"
     if frames > longest and lengths.is_cuda:
         torch._assert_async((lengths <= longest).all(), f"a recording has more than {longest} frames")
-    used = int(lengths.sum()) if frames * (1 if packed else batch) > most else 0
-    return f"it has {used} frames, and Graphs allows {capacity.frames}{per}" if used > most else None
+    if frames * (1 if packed else batch) > most and int(lengths.sum()) > most:
+        return f"it has more frames than Graphs(frames={capacity.frames}){per} allows"
+    return None
 
 
 def laid_out(
