@@ -85,9 +85,12 @@ class Gradients:
 
 
 class Owner(Protocol):
-    """The ``ModuleGraphs`` whose graph runs: it knows the node of a replay whose backward pass is to come."""
+    """The ``ModuleGraphs`` whose graph runs: it knows the node of a replay whose backward pass is to come, and counts
+    the replays of all its graphs, because each overwrites what the others share.
+    """
 
     outstanding: "weakref.ref[Node] | None"
+    generation: int
 
 
 class Node:
@@ -109,7 +112,7 @@ class Graph:
         others: Sequence["Graph"] = (),
     ) -> None:
         """``others``: the graphs of the module that there are, with which it shares casts."""
-        self.forward, self.generation = forward, 0
+        self.forward = forward
         self.key: Hashable = None  # of the kind of its calls
         self.casts: Casts | None = None
         self.static = [_buffer(a) for a in leaves]
@@ -231,13 +234,14 @@ class Graph:
         if self.trains:
             found = iter(_Replayed.apply(self, owner, *given, *self.trained))
         else:
-            self._replay(given)
+            self._replay(given, owner)
             found = (t.clone() for t in self.outputs if isinstance(t, torch.Tensor))
         return tree_unflatten(
             [next(found) if isinstance(t, torch.Tensor) else t for t in self.outputs], self.form
         )
 
-    def _replay(self, given: Sequence[Tensor]) -> None:
+    def _replay(self, given: Sequence[Tensor], owner: Owner) -> None:
+        owner.generation += 1
         with torch.no_grad():
             for buffer, t in zip(self.tensors, given, strict=True):
                 _distinct(buffer.detach()).copy_(_distinct(t), non_blocking=True)
@@ -248,9 +252,8 @@ class Graph:
 class _Replayed(Function):
     @staticmethod
     def forward(ctx: Any, graph: Graph, owner: Owner, *tensors: Tensor) -> tuple[Tensor, ...]:
-        graph._replay(tensors[: len(graph.tensors)])
-        graph.generation += 1
-        ctx.graph, ctx.generation, ctx.node = graph, graph.generation, Node()
+        graph._replay(tensors[: len(graph.tensors)], owner)
+        ctx.graph, ctx.owner, ctx.generation, ctx.node = graph, owner, owner.generation, Node()
         ctx.versions = [*map(_VERSION, graph.trained)]
         owner.outstanding = weakref.ref(ctx.node)
         found = [t.clone() for t in graph.outputs if isinstance(t, torch.Tensor)]
@@ -266,7 +269,7 @@ class _Replayed(Function):
                 "fastasr.graphs: a replayed call has one backward pass, and is_grads_batched=True or torch.func.vmap "
                 "asks for several: make the call inside fastasr.eager_mode(model)"
             )
-        if graph.generation != ctx.generation:
+        if ctx.owner.generation != ctx.generation:
             raise RuntimeError("fastasr.graphs: a later call has replaced what this backward pass needs")
         if ctx.versions != [*map(_VERSION, graph.trained)]:
             raise RuntimeError(

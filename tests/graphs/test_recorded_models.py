@@ -344,6 +344,21 @@ def test_retained_graphs_run_backward_twice():
     same_gradients(ours, theirs)
 
 
+@pytest.mark.parametrize("frames", [40, 48])
+@pytest.mark.parametrize("train", [False, True])
+def test_a_second_backward_pass_after_a_later_call_is_refused(frames, train):
+    """A call of another kind overwrites the memory of the pass too."""
+    model = encoder().train()
+    recorded(model)
+    loss = model(*batch())[0].square().mean()
+    loss.backward(retain_graph=True)
+    with torch.set_grad_enabled(train):
+        model.train(train)(*batch(frames))
+    assert kinds(model)[-1].replayed
+    with pytest.raises(RuntimeError, match="a later call has replaced"):
+        loss.backward()
+
+
 def test_second_derivatives_are_refused():
     model = encoder().train()
     recorded(model)
