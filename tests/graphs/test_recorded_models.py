@@ -5,6 +5,7 @@ import copy
 import gc
 import random
 import threading
+import time
 import weakref
 
 import pytest
@@ -626,16 +627,30 @@ def test_copies_run_as_they_are():
     assert fastasr.graph_state(other) == {}
 
 
+class LateRecorder(TapeRecorder):
+    """Its replays give other threads a turn behind the copies of their inputs."""
+
+    def record(self, function, recording):
+        replay, found = super().record(function, recording)
+
+        def late():
+            time.sleep(0.005)
+            replay()
+
+        return late, found
+
+
 def test_threads_take_turns():
     model, theirs = encoder().eval(), encoder().eval()
-    recorded(model)
+    recorded(model, recorder=LateRecorder)
     found, expected = {}, {}
 
     def call(seed):
-        with torch.no_grad(), fastasr.backend("eager"):
+        with torch.no_grad():
             for _ in range(5):
                 found[seed] = model(*batch(seed=seed))[0]
 
+    call(0)  # calls of other threads run as they are while one is recorded
     threads = [threading.Thread(target=call, args=(seed,)) for seed in range(3)]
     for thread in threads:
         thread.start()
@@ -645,3 +660,5 @@ def test_threads_take_turns():
         for seed in range(3):
             expected[seed] = theirs(*batch(seed=seed))[0]
             torch.testing.assert_close(found[seed], expected[seed], rtol=0, atol=0)
+    (kind,) = fastasr.graph_state(model)[""]
+    assert (kind.recorded, kind.replayed) == (1, 20)
