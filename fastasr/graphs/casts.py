@@ -7,7 +7,7 @@ training step of a Zipformer. While a call is recorded, the modules hold the cas
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -35,6 +35,11 @@ class Uses(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if torch.is_inference_mode_enabled():  # here operators come whole, elsewhere as their parts
+            with self:
+                found = function.decompose(*args, **kwargs)
+            if found is not NotImplemented:
+                return found
         used = [
             t
             for t in tree_leaves((args, kwargs))
@@ -62,25 +67,45 @@ def _storage(t: Tensor) -> int:
     return t.untyped_storage()._cdata
 
 
+def _leaves(parameters: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    if not parameters:
+        return []
+    starts, end = [], 0
+    for p in parameters:
+        starts.append(end)
+        end += -(-p.numel() // 64) * 64  # each begins at a multiple of 16 bytes
+    buffer = torch.zeros(end, dtype=dtype, device=parameters[0].device)
+    return [
+        buffer[start : start + p.numel()].view(p.shape) for start, p in zip(starts, parameters, strict=True)
+    ]
+
+
 def _is_view(function: OpOverload) -> bool:
     returns = function._schema.returns
     return bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
 
 
 class Casts:
-    """The casts of some parameters of a module: leaves of autograd, whose values lie in one buffer."""
+    """The casts of some parameters of a module: leaves of autograd. Those that ``others`` hold, the casts of the
+    module's other graphs, are theirs: every pass casts anew what it reads. The values of the rest lie in one buffer.
+    """
 
-    def __init__(self, module: nn.Module, parameters: list[Tensor], dtype: torch.dtype) -> None:
+    def __init__(
+        self, module: nn.Module, parameters: list[Tensor], dtype: torch.dtype, others: Iterable["Casts"] = ()
+    ) -> None:
         self.parameters = parameters
-        starts, end = [], 0
-        for p in parameters:
-            starts.append(end)
-            end += -(-p.numel() // 64) * 64  # each begins at a multiple of 16 bytes
-        buffer = torch.zeros(end, dtype=dtype, device=parameters[0].device)
-        self.leaves = [
-            buffer[start : start + p.numel()].view(p.shape).requires_grad_(p.requires_grad)
-            for start, p in zip(starts, parameters, strict=True)
-        ]
+        known = {
+            id(p): leaf
+            for casts in others
+            for p, leaf in zip(casts.parameters, casts.leaves, strict=True)
+            if (leaf.shape, leaf.dtype, leaf.device) == (p.shape, dtype, p.device)
+        }
+        with torch.inference_mode(False):  # for graphs that train too
+            rest = [p for p in parameters if id(p) not in known]
+            known |= zip(map(id, rest), _leaves(rest, dtype), strict=True)
+            self.leaves: list[Tensor] = [known[id(p)].requires_grad_(p.requires_grad) for p in parameters]
+        storages = map(torch.Tensor.untyped_storage, self.leaves)
+        self.bytes = {s.data_ptr(): s.nbytes() for s in storages}  # of each buffer, by its address
         self.of = dict(zip(map(id, parameters), self.leaves, strict=True))
         self.places: list[tuple[dict[str, Any], str, Tensor]] = [
             (m._parameters, name, p)

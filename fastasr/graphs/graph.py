@@ -85,9 +85,12 @@ class Gradients:
 
 
 class Owner(Protocol):
-    """The ``ModuleGraphs`` whose graph runs: it knows the node of a replay whose backward pass is to come."""
+    """The ``ModuleGraphs`` whose graph runs: it knows the node of a replay whose backward pass is to come, and counts
+    the replays of all its graphs, because each overwrites what the others share.
+    """
 
     outstanding: "weakref.ref[Node] | None"
+    generation: int
 
 
 class Node:
@@ -106,8 +109,10 @@ class Graph:
         leaves: Sequence[Any],
         gradients: Gradients,
         module: nn.Module,
+        others: Sequence["Graph"] = (),
     ) -> None:
-        self.forward, self.generation = forward, 0
+        """``others``: the graphs of the module that there are, with which it shares casts."""
+        self.forward = forward
         self.key: Hashable = None  # of the kind of its calls
         self.casts: Casts | None = None
         self.static = [_buffer(a) for a in leaves]
@@ -115,7 +120,7 @@ class Graph:
         self.device = self.tensors[0].device
         self.gradients = gradients
         self.addresses: list[int] = []  # of the module's tensors when it was recorded
-        self._rehearse(recorder, module)
+        self._rehearse(recorder, module, others)
         self.back = Recording(self.device)
         self.back.allow_late(() if self.casts is None else self.casts.leaves)
         self.ahead = Recording(self.device, self.back)
@@ -175,7 +180,7 @@ class Graph:
             back.end()
         return found
 
-    def _rehearse(self, recorder: Recorder, module: nn.Module) -> None:
+    def _rehearse(self, recorder: Recorder, module: nn.Module, others: Sequence["Graph"]) -> None:
         """Runs both passes once in the form in which they are recorded, and puts the module's buffers back. In this run
         libraries choose kernels and allocate workspaces, and it shows which parameters are only cast.
         """
@@ -206,7 +211,8 @@ class Graph:
         if uses is not None:
             castable = uses.castable(parameters)
             if castable:
-                self.casts = Casts(module, castable, uses.dtype)
+                shared = (other.casts for other in others if other.casts is not None)
+                self.casts = Casts(module, castable, uses.dtype, shared)
 
     @property
     def bytes(self) -> int:
@@ -214,6 +220,11 @@ class Graph:
         tensors = [*self.tensors, *(t for t in self.outputs if isinstance(t, torch.Tensor))]
         tensors += [*self.incoming, *(t for t in self.inputs if t is not None)] if self.trains else []
         return sum(t.numel() * t.element_size() for t in tensors)
+
+    @property
+    def shared_bytes(self) -> dict[int, int]:
+        """Returns the bytes of each buffer of casts by its address."""
+        return {} if self.casts is None else self.casts.bytes
 
     def holds(self) -> bool:
         return self.ahead.holds() and self.back.holds()
@@ -223,13 +234,14 @@ class Graph:
         if self.trains:
             found = iter(_Replayed.apply(self, owner, *given, *self.trained))
         else:
-            self._replay(given)
+            self._replay(given, owner)
             found = (t.clone() for t in self.outputs if isinstance(t, torch.Tensor))
         return tree_unflatten(
             [next(found) if isinstance(t, torch.Tensor) else t for t in self.outputs], self.form
         )
 
-    def _replay(self, given: Sequence[Tensor]) -> None:
+    def _replay(self, given: Sequence[Tensor], owner: Owner) -> None:
+        owner.generation += 1
         with torch.no_grad():
             for buffer, t in zip(self.tensors, given, strict=True):
                 _distinct(buffer.detach()).copy_(_distinct(t), non_blocking=True)
@@ -240,9 +252,8 @@ class Graph:
 class _Replayed(Function):
     @staticmethod
     def forward(ctx: Any, graph: Graph, owner: Owner, *tensors: Tensor) -> tuple[Tensor, ...]:
-        graph._replay(tensors[: len(graph.tensors)])
-        graph.generation += 1
-        ctx.graph, ctx.generation, ctx.node = graph, graph.generation, Node()
+        graph._replay(tensors[: len(graph.tensors)], owner)
+        ctx.graph, ctx.owner, ctx.generation, ctx.node = graph, owner, owner.generation, Node()
         ctx.versions = [*map(_VERSION, graph.trained)]
         owner.outstanding = weakref.ref(ctx.node)
         found = [t.clone() for t in graph.outputs if isinstance(t, torch.Tensor)]
@@ -258,7 +269,7 @@ class _Replayed(Function):
                 "fastasr.graphs: a replayed call has one backward pass, and is_grads_batched=True or torch.func.vmap "
                 "asks for several: make the call inside fastasr.eager_mode(model)"
             )
-        if graph.generation != ctx.generation:
+        if ctx.owner.generation != ctx.generation:
             raise RuntimeError("fastasr.graphs: a later call has replaced what this backward pass needs")
         if ctx.versions != [*map(_VERSION, graph.trained)]:
             raise RuntimeError(

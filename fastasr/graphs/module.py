@@ -67,7 +67,7 @@ class Graphs:
 
     after: calls of a kind that run as they are before it is recorded.
     most: graphs that a module keeps in training and in inference; the one used longest ago goes first.
-    memory: bytes, or text such as "8GB", that the graphs of a module may hold beyond what they share.
+    memory: bytes, or text such as "8GB", that the graphs of a module may hold beyond their pool and the gradients.
     parts: records the layers or stacks of an encoder one by one, so that the gradients of each are ready early, for
         DistributedDataParallel to send them while others are computed. If False, this happens only where an encoder
         drops layers at random, so that its calls as a whole cannot be recorded.
@@ -120,8 +120,9 @@ def _bytes(memory: int | str) -> int:
 @dataclass
 class Kind:
     """The record of a kind of call: how often it was seen, replayed, recorded, and dropped to make room for others;
-    the bytes of its graph; or why it is not recorded. ``filling``: the share of the room of ``Graphs(frames=...)``
-    that the replays used, as ``graph_state`` found it.
+    the bytes that its graph alone holds, and those of the weights' casts, which graphs of a module share; or why it is
+    not recorded. ``filling``: the share of the room of ``Graphs(frames=...)`` that the replays used, as ``graph_state``
+    found it.
     """
 
     call: str
@@ -130,6 +131,7 @@ class Kind:
     recorded: int = 0
     dropped: int = 0
     bytes: int = 0
+    casts: int = 0
     reason: str | None = None
     filling: float | None = None
     phases: Phases = field(default=(), repr=False)  # The reason stands while they last.
@@ -230,6 +232,7 @@ class ModuleGraphs:
         # a weak reference to the node of a replayed forward pass whose backward pass may follow
         self.outstanding: weakref.ref[Node] | None = None
         self._lock = threading.Lock()
+        self.generation = 0  # replays so far
         # the backward pass of a recording may call the module too, in autograd's own thread
         self._records = False
         self._begin(module)
@@ -371,7 +374,8 @@ class ModuleGraphs:
             if self.choice is not None:
                 vars(module)[self.choice] = lambda: chosen
             try:
-                graph = Graph(self.recorder, forward, leaves, self._gradients(wanted), module)
+                others = [*self.graphs.values()]
+                graph = Graph(self.recorder, forward, leaves, self._gradients(wanted), module, others)
             finally:
                 if self.choice is not None:
                     vars(module).pop(self.choice, None)
@@ -390,7 +394,7 @@ class ModuleGraphs:
             self._records = False
             random.setstate(state)
         kind.recorded += 1
-        kind.bytes = graph.bytes
+        kind.bytes, kind.casts = graph.bytes, sum(graph.shared_bytes.values())
         return graph
 
     def _gradients(self, wanted: Sequence[nn.Parameter]) -> Gradients:
@@ -401,11 +405,16 @@ class ModuleGraphs:
             self.gradients = Gradients(wanted, self.options.clone_gradients)
         return self.gradients
 
+    def _held(self) -> int:
+        """Returns the bytes that the graphs hold beyond their pool and the gradients."""
+        shared: dict[int, int] = {}
+        for graph in self.graphs.values():
+            shared |= graph.shared_bytes
+        return sum(shared.values()) + sum(graph.bytes for graph in self.graphs.values())
+
     def _make_room(self, training: bool) -> None:
         most, memory = self.options.most[0 if training else 1], _bytes(self.options.memory)
-        while len(self.graphs) > most or (
-            len(self.graphs) > 1 and sum(g.bytes for g in self.graphs.values()) > memory
-        ):
+        while len(self.graphs) > most or (len(self.graphs) > 1 and self._held() > memory):
             key, _ = self.graphs.popitem(last=False)
             kind = self.kinds.get(key)
             if kind is not None:

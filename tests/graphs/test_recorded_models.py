@@ -5,10 +5,12 @@ import copy
 import gc
 import random
 import threading
+import time
 import weakref
 
 import pytest
 import torch
+from recorded import graphed, reasons
 
 import fastasr
 from fastasr.graphs import module as graphs
@@ -343,6 +345,21 @@ def test_retained_graphs_run_backward_twice():
     same_gradients(ours, theirs)
 
 
+@pytest.mark.parametrize("frames", [40, 48])
+@pytest.mark.parametrize("train", [False, True])
+def test_a_second_backward_pass_after_a_later_call_is_refused(frames, train):
+    """A call of another kind overwrites the memory of the pass too."""
+    model = encoder().train()
+    recorded(model)
+    loss = model(*batch())[0].square().mean()
+    loss.backward(retain_graph=True)
+    with torch.set_grad_enabled(train):
+        model.train(train)(*batch(frames))
+    assert kinds(model)[-1].replayed
+    with pytest.raises(RuntimeError, match="a later call has replaced"):
+        loss.backward()
+
+
 def test_second_derivatives_are_refused():
     model = encoder().train()
     recorded(model)
@@ -482,7 +499,7 @@ def test_memory_is_limited():
     assert len(graphs.of(model).graphs) == 1
 
 
-def test_kinds_share_gradients_and_casts_are_small():
+def test_kinds_share_gradients():
     """The bytes of eight kinds are those of their buffers and outputs: no kind holds gradients of its own."""
     model = encoder().train()
     recorded(model)
@@ -494,6 +511,100 @@ def test_kinds_share_gradients_and_casts_are_small():
     assert len({id(graph.gradients) for graph in found.graphs.values()}) == 1
     sizes = sum(p.numel() * p.element_size() for p in model.parameters())
     assert sizes <= found.gradients.bytes <= 1.5 * sizes + 64 * 4 * len(list(model.parameters()))
+
+
+def cast_steps(model, optimizer):
+    """Yields outputs and gradients of steps of three kinds in turn under autocast, the first in inference mode."""
+    for seed in range(9):
+        x, mask = batch(40 + 8 * (seed % 3), seed)
+        model.train(seed % 3 > 0)
+        torch.manual_seed(seed)
+        with torch.autocast("cpu", torch.bfloat16), torch.inference_mode(not model.training):
+            y = model(x, mask)[0]
+        yield y
+        if not model.training:
+            continue
+        y.float().square().mean().backward()
+        yield from [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_kinds_share_casts():
+    """All kinds cast a weight to the same place, anew in each call, and its bytes count once."""
+    models = encoder(), encoder()
+    recorded(models[0])
+    ours, theirs = (cast_steps(model, torch.optim.SGD(model.parameters(), lr=0.1)) for model in models)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    assert [kind.replayed for kind in kinds(models[0])] == [3, 3, 3]
+    found = graphs.of(models[0])
+    casts = [graph.casts for graph in found.graphs.values()]
+    places = [{p: leaf.data_ptr() for p, leaf in zip(c.parameters, c.leaves, strict=True)} for c in casts]
+    assert len(places) == 3
+    assert len(places[0]) > 20
+    assert places[0].items() <= places[1].items()  # in training those of a convolution too
+    assert places[1] == places[2]
+    size = kinds(models[0])[1].casts
+    weights = sum(2 * p.numel() for p in places[1])
+    assert weights <= size <= weights + 2 * 64 * len(places[1])
+    assert found._held() == size + sum(kind.bytes for kind in kinds(models[0]))
+
+
+def test_casts_count_for_the_limit_of_memory():
+    model, again = encoder().eval(), encoder().eval()
+
+    def run(model, **options):
+        recorded(model, **options)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            for frames in (40, 48):
+                model(*batch(frames))
+        return len(graphs.of(model).graphs)
+
+    assert run(model) == 2
+    needed = sum(kind.bytes for kind in kinds(model)) + kinds(model)[0].casts
+    assert run(again, memory=needed) == 2
+    assert run(again, memory=needed - 1) == 1
+
+
+def test_kinds_with_other_casts_share_what_they_can():
+    """A weight that one kind also reads as it is has no cast there, and a frozen one has a cast without gradient."""
+
+    class Reads(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+
+        def forward(self, x, penalty=False):
+            y = self.last(self.first(x))
+            return y + self.last.weight.square().sum() if penalty else y
+
+    torch.manual_seed(0)
+    ours = Reads()
+    theirs = copy.deepcopy(ours)
+    found = graphed(ours, after=0)
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in (ours, theirs)]
+    for i in range(8):
+        results = []
+        for model, optimizer in zip((ours, theirs), optimizers, strict=True):
+            model.first.requires_grad_(i < 4)
+            x = batch(8, i)[0][..., :8].clone().requires_grad_()
+            with torch.autocast("cpu", torch.bfloat16):
+                y = model(x, penalty=i % 2 == 0)
+            y.float().square().mean().backward()
+            results.append([y, x.grad, *(p.grad for p in model.parameters() if p.grad is not None)])
+            results[-1] = [t.clone() for t in results[-1]]
+            optimizer.step()
+            optimizer.zero_grad()
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
+    assert not reasons(found)
+    assert [kind.replayed for kind in found.kinds.values()] == [2, 2, 2, 2]
+    casts = [graph.casts for graph in found.graphs.values()]
+    assert [len(c.leaves) for c in casts] == [3, 4, 3, 4]
+    places = [{id(p): leaf.data_ptr() for p, leaf in zip(c.parameters, c.leaves, strict=True)} for c in casts]
+    assert len({place for known in places for place in known.values()}) == 4
+    assert [len(c.bytes) for c in casts] == [1, 2, 1, 2]
 
 
 @pytest.mark.parametrize("trained", [True, False])
@@ -529,16 +640,30 @@ def test_copies_run_as_they_are():
     assert fastasr.graph_state(other) == {}
 
 
+class LateRecorder(TapeRecorder):
+    """Its replays give other threads a turn behind the copies of their inputs."""
+
+    def record(self, function, recording):
+        replay, found = super().record(function, recording)
+
+        def late():
+            time.sleep(0.005)
+            replay()
+
+        return late, found
+
+
 def test_threads_take_turns():
     model, theirs = encoder().eval(), encoder().eval()
-    recorded(model)
+    recorded(model, recorder=LateRecorder)
     found, expected = {}, {}
 
     def call(seed):
-        with torch.no_grad(), fastasr.backend("eager"):
+        with torch.no_grad():
             for _ in range(5):
                 found[seed] = model(*batch(seed=seed))[0]
 
+    call(0)  # calls of other threads run as they are while one is recorded
     threads = [threading.Thread(target=call, args=(seed,)) for seed in range(3)]
     for thread in threads:
         thread.start()
@@ -548,3 +673,5 @@ def test_threads_take_turns():
         for seed in range(3):
             expected[seed] = theirs(*batch(seed=seed))[0]
             torch.testing.assert_close(found[seed], expected[seed], rtol=0, atol=0)
+    (kind,) = fastasr.graph_state(model)[""]
+    assert (kind.recorded, kind.replayed) == (1, 20)
