@@ -85,12 +85,9 @@ class Gradients:
 
 
 class Owner(Protocol):
-    """The ``ModuleGraphs`` whose graph runs: it knows the node of a replay whose backward pass is to come, and counts
-    the replays of all its graphs, because each overwrites what the others share.
-    """
+    """The ``ModuleGraphs`` whose graph runs: it knows the node of a replay whose backward pass is to come."""
 
     outstanding: "weakref.ref[Node] | None"
-    generation: int
 
 
 class Node:
@@ -234,14 +231,13 @@ class Graph:
         if self.trains:
             found = iter(_Replayed.apply(self, owner, *given, *self.trained))
         else:
-            self._replay(given, owner)
+            self._replay(given)
             found = (t.clone() for t in self.outputs if isinstance(t, torch.Tensor))
         return tree_unflatten(
             [next(found) if isinstance(t, torch.Tensor) else t for t in self.outputs], self.form
         )
 
-    def _replay(self, given: Sequence[Tensor], owner: Owner) -> None:
-        owner.generation += 1
+    def _replay(self, given: Sequence[Tensor]) -> None:
         with torch.no_grad():
             for buffer, t in zip(self.tensors, given, strict=True):
                 _distinct(buffer.detach()).copy_(_distinct(t), non_blocking=True)
@@ -252,8 +248,8 @@ class Graph:
 class _Replayed(Function):
     @staticmethod
     def forward(ctx: Any, graph: Graph, owner: Owner, *tensors: Tensor) -> tuple[Tensor, ...]:
-        graph._replay(tensors[: len(graph.tensors)], owner)
-        ctx.graph, ctx.owner, ctx.generation, ctx.node = graph, owner, owner.generation, Node()
+        graph._replay(tensors[: len(graph.tensors)])
+        ctx.graph, ctx.node = graph, Node()
         ctx.versions = [*map(_VERSION, graph.trained)]
         owner.outstanding = weakref.ref(ctx.node)
         found = [t.clone() for t in graph.outputs if isinstance(t, torch.Tensor)]
@@ -269,8 +265,11 @@ class _Replayed(Function):
                 "fastasr.graphs: a replayed call has one backward pass, and is_grads_batched=True or torch.func.vmap "
                 "asks for several: make the call inside fastasr.eager_mode(model)"
             )
-        if ctx.owner.generation != ctx.generation:
-            raise RuntimeError("fastasr.graphs: a later call has replaced what this backward pass needs")
+        if ctx.node is None:  # The memory of what a pass has read serves the rest of it, and later calls.
+            raise RuntimeError(
+                "fastasr.graphs: a replayed call has one backward pass: for a second one make the call inside "
+                "fastasr.eager_mode(model)"
+            )
         if ctx.versions != [*map(_VERSION, graph.trained)]:
             raise RuntimeError(
                 "fastasr.graphs: a parameter has changed since the forward pass of this backward pass"

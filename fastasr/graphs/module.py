@@ -232,7 +232,6 @@ class ModuleGraphs:
         # a weak reference to the node of a replayed forward pass whose backward pass may follow
         self.outstanding: weakref.ref[Node] | None = None
         self._lock = threading.Lock()
-        self.generation = 0  # replays so far
         # the backward pass of a recording may call the module too, in autograd's own thread
         self._records = False
         self._begin(module)
