@@ -433,7 +433,7 @@ def test_a_check_of_other_code_than_the_present_is_marked():
     assert any(line.startswith("| bypass | right |") for line in lines)
     assert any(line.startswith("| swoosh_l † | right |") for line in lines)
     assert "† |" not in verdict.tables([present]).partition("ema_scan")[0]
-    assert "with other code" in verdict.tables([old])
+    assert "with an earlier version" in verdict.tables([old])
     later = record("swoosh_l", "C", "memcheck", memcheck="right")
     mixed = verdict.checks_table(verdict.subjects([old, later]))
     assert "| swoosh_l | right † | – | – | – | – | – | right |" in mixed
