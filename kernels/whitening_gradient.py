@@ -604,12 +604,8 @@ def whitening_gradient_forward(
     """
     (rows, channels), width, in_place = x.shape, x.shape[1] // groups, white is not None
     shift, covariance, mean, table = _First(x, groups, hidden).launch(act) if moments is None else moments
-    statistics, hidden, grad_row, kinds = (
-        table.shape[1],
-        as_bytes(hidden),
-        grad.stride(0),
-        tiles(width, x.dtype),
-    )
+    statistics, hidden = table.shape[1], as_bytes(hidden)
+    grad_row, kinds = grad.stride(0), tiles(width, x.dtype)
 
     def made(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return x.new_empty(shape, dtype=dtype)
