@@ -110,7 +110,7 @@ def edges(seconds: Sequence[float], buckets: int = BUCKETS) -> list[float]:
 
 
 def collate(features: list[Tensor], least: int = 0) -> tuple[Tensor, Tensor]:
-    """Returns the features (batch, longest, bins), with silence behind them to ``least`` frames or more, and lengths."""
+    """Returns features (batch, longest, bins), padded with silence to at least ``least`` frames, and their lengths."""
     lengths = torch.tensor([len(f) for f in features], dtype=torch.int64, device="cpu")
     x = torch.nn.utils.rnn.pad_sequence(features, batch_first=True, padding_value=SILENCE)
     more = max(0, least - x.shape[1])
