@@ -232,7 +232,7 @@ def test_budgets_have_128_bit_accesses(rows, architecture):
     Rows of a lattice are T + 1 long and start where a boundary says; the joiner's parts are as long as a chunk. Where
     depthwise convolutions have many taps (kernels/_sliding_taps.py), a thread has two or four channels, and 8 to 16
     frames or taps of them in registers: a warp still reads 128 or 256 neighbouring bytes, and few for each product.
-    Limits are those of one parameter of any alignment. A sample of a parameter is one number for each thread. The second
+    Limits are those of one parameter of any alignment. A parameter's sample is one number for each thread. The second
     row of a table of bounds begins anywhere, one of pieces is short, and groups of a recording's frames begin anywhere.
     A folded norm has a row of few taps a channel.
     """
