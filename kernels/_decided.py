@@ -15,14 +15,19 @@ channels); row r belongs to sequence r % batch, or as a table says.
     heads       values                         values by head, padded
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 
+from fastasr.kernels import _jobs
+from fastasr.kernels._jobs import number, pointer
 from fastasr.kernels._launch import cdiv, launch, next_power_of_2
 
 ROWS, COLUMNS = 32, 64  # sizes of a tile: models have multiples of 64 channels
 BLOCK = 1024
+CHANNELS = 256  # of a limited parameter, in a program of a job
 WARPS = 4
 
 
@@ -136,11 +141,30 @@ def scale_kernel(X, DRAWN, RATE, Y, columns, BLOCK: tl.constexpr):
 )  # fmt: skip
 def limit_kernel(GRAD, X, DRAWN, RATE, LIMITS, Y, rows, columns, BLOCK: tl.constexpr):
     """Adds the rows of the kept sequences, and turns the sum's sign where it would push x out of its limits."""
+    _limit(GRAD, X, DRAWN, RATE, LIMITS, Y, rows, columns, DRAWN is not None, BLOCK)
+
+
+@triton.jit
+def limit_of_jobs_kernel(
+    JOBS, FIELDS: tl.constexpr, DTYPE: tl.constexpr, DRAWN: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Does that for each job."""
+    # the fields: GRAD, X, DRAWN, RATE, LIMITS, Y, rows, columns
+    job = JOBS + tl.program_id(1) * FIELDS
+    columns = number(job, 7)
+    if tl.program_id(0) * BLOCK < columns:
+        grad, x, y = pointer(job, 0, DTYPE), pointer(job, 1, DTYPE), pointer(job, 5, DTYPE)
+        drawn, rate, limits = pointer(job, 2, DRAWN), pointer(job, 3, tl.float32), pointer(job, 4, tl.float32)
+        _limit(grad, x, drawn, rate, limits, y, number(job, 6), columns, MASKED, BLOCK)
+
+
+@triton.jit
+def _limit(GRAD, X, DRAWN, RATE, LIMITS, Y, rows, columns, MASKED: tl.constexpr, BLOCK: tl.constexpr):
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     grad = tl.zeros([BLOCK], tl.float32)
     for row in range(rows):
         part = tl.load(GRAD + row * columns + c, mask=c < columns, other=0.0).to(tl.float32)
-        if DRAWN is not None:
+        if MASKED:
             part = tl.where(tl.load(DRAWN + row).to(tl.float32) > tl.load(RATE).to(tl.float32), part, 0.0)
         grad += part
     x = tl.load(X + c, mask=c < columns, other=0.0).to(tl.float32)
@@ -237,16 +261,39 @@ def scaled(x: torch.Tensor, drawn: torch.Tensor, rate: torch.Tensor) -> torch.Te
     return out
 
 
-def limited(grad: torch.Tensor, x: torch.Tensor, limits: torch.Tensor, drawn, rate) -> torch.Tensor:
-    """Returns the limited gradient of contiguous x; with ``drawn``, ``grad`` has a row for each sequence."""
+def limited(
+    grad: torch.Tensor, x: torch.Tensor, limits: torch.Tensor, drawn, rate, later=None
+) -> torch.Tensor:
+    """Returns the limited gradient of contiguous x; with ``drawn``, ``grad`` has a row for each sequence.
+    ``later(x, out, do, work)`` says whether it will ``do`` this with that of others.
+    """
     out = torch.empty_like(x)
-    if out.numel():
+    work = grad, x, drawn, rate, limits, out
+    if out.numel() and not (later and _is_job(*work) and later(x, out, limited_of_jobs, work)):
         rows = 1 if drawn is None else drawn.numel()
         block = min(BLOCK, max(32, next_power_of_2(x.numel())))
         launch(limit_kernel, (cdiv(x.numel(), block),),
             grad, x, drawn, rate, limits, out, rows, x.numel(), BLOCK=block, num_warps=WARPS,
         )  # fmt: skip
     return out
+
+
+def _is_job(grad: torch.Tensor, x: torch.Tensor, *others) -> bool:
+    tensors = [grad, x, *(t for t in others if t is not None)]
+    return grad.dtype is x.dtype and not any(t.data_ptr() % 16 for t in tensors)
+
+
+def limited_of_jobs(jobs: Sequence[tuple], bring: _jobs.Table) -> None:
+    """Does what ``limited`` does for many (grad, x, drawn, rate, limits, out)."""
+    kinds: dict[tuple, list[tuple]] = {}
+    for job in jobs:
+        kinds.setdefault((job[1].dtype, getattr(job[2], "dtype", None)), []).append(job)
+    for (dtype, of_drawn), members in kinds.items():
+        rows = [_jobs.row((*job, 1 if job[2] is None else job[2].numel(), job[1].numel())) for job in members]
+        masked = of_drawn is not None
+        constants = {"DTYPE": _jobs.TYPES[dtype], "DRAWN": _jobs.TYPES[of_drawn or dtype], "MASKED": masked}
+        programs = max(cdiv(job[1].numel(), CHANNELS) for job in members)
+        _jobs.run(limit_of_jobs_kernel, bring(rows), programs, **constants, BLOCK=CHANNELS, num_warps=WARPS)
 
 
 def either(weights: torch.Tensor, act: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ table of the parts stays small: half a megabyte for two sums of 512 columns. Whi
 number and on the device's multiprocessors: on one kind of device results repeat bit for bit, without atomics.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
@@ -60,9 +60,13 @@ def add_parts_kernel(PARTS, OUT, parts, columns, BLOCK_P: tl.constexpr, BLOCK_C:
     _add_parts(PARTS, OUT, parts, columns, BLOCK_P, BLOCK_C)
 
 
-def add_parts(table: torch.Tensor, out: torch.Tensor) -> None:
-    """Writes the sums over the rows of tables (..., parts, columns), added up in float64."""
+def add_parts(table: torch.Tensor, out: torch.Tensor, later: Callable[..., bool] | None = None) -> None:
+    """Writes the sums over the rows of tables (..., parts, columns), added up in float64.
+    ``later(sums, do, work)`` says whether it will ``do`` that for one table with others.
+    """
     parts, columns = table.shape[-2:]
+    if later is not None and columns % 16 == 0 and later(out, add_parts_of_jobs, (table, out)):
+        return
     tile = reduce_tile(min(parts, MAX_PARTS))
     grid = cdiv(columns, tile["BLOCK_C"]), out.numel() // columns
     launch(add_parts_kernel, grid, table, out, parts, columns, **tile)

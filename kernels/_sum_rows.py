@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from fastasr.kernels._launch import cdiv, launch
-from fastasr.kernels._parts import WARPS, add_parts, add_parts_of_jobs, split_rows
+from fastasr.kernels._parts import WARPS, add_parts, split_rows
 
 COLUMNS = 64  # columns of a tile: models have multiples of 64 channels
 PROGRAMS = 4  # programs per multiprocessor, to keep as many bytes in flight as memory needs
@@ -34,8 +34,7 @@ def sum_kernel(X, PARTS, rows, rows_per_part, columns, BLOCK_R: tl.constexpr, BL
 
 def sum_rows(x: torch.Tensor, later: Callable[..., bool] | None = None) -> torch.Tensor:
     """Returns the sums over all dimensions of a contiguous, not empty x but the last, added up in float32 within a
-    program, in float64 among them and, of float32, within its tile. ``later(sums, do, work)`` says whether it will
-    ``do`` the second kernel's work with that of others; the sums are there then.
+    program, in float64 among them and, of float32, within its tile. ``later`` is that of ``add_parts``.
     """
     columns = x.shape[-1]
     rows = x.numel() // columns
@@ -46,6 +45,5 @@ def sum_rows(x: torch.Tensor, later: Callable[..., bool] | None = None) -> torch
     launch(sum_kernel, (parts * column_tiles,),
         x, table, rows, rows_per_part, columns, BLOCK_R=block_r, BLOCK_C=COLUMNS, num_warps=WARPS,
     )  # fmt: skip
-    if later is None or columns % 16 or not later(total, add_parts_of_jobs, (table, total)):
-        add_parts(table, total)
+    add_parts(table, total, later)
     return total

@@ -152,10 +152,10 @@ def linear_activation_forward(
 
 
 def linear_activation_backward(
-    grad: torch.Tensor, z: torch.Tensor, activation: int, need_bias: bool, gated: bool = False
+    grad: torch.Tensor, z: torch.Tensor, activation: int, need_bias: bool, gated: bool = False, later=None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns (dz, dbias) of contiguous grad and z, both (..., C), or gated grad (..., C) and z (..., 2 C). dbias has
-    no elements unless it is needed.
+    no elements unless it is needed; ``later`` is that of ``add_parts``.
     """
     channels = z.shape[-1]
     dz, dbias = torch.empty_like(z), z.new_empty(channels if need_bias else 0)
@@ -170,7 +170,7 @@ def linear_activation_backward(
         ACTIVATION=activation, BLOCK_R=BLOCK_R, BLOCK_C=BLOCK_C, num_warps=NUM_WARPS,
     )  # fmt: skip
     if need_bias:
-        add_parts(table, dbias)
+        add_parts(table, dbias, later)
     return dz, dbias
 
 

@@ -115,9 +115,11 @@ class Graph:
         self.device = self.tensors[0].device
         self.gradients = gradients
         self.addresses: list[int] = []  # of the module's tensors when it was recorded
+        # the parameters whose gradients may come at the end of the backward pass
+        self.late: list[Tensor] = []
         self._rehearse(recorder, module, others)
         self.back = Recording(self.device)
-        self.back.allow_late(() if self.casts is None else self.casts.leaves)
+        self.back.allow_late([*self.late, *(() if self.casts is None else self.casts.leaves)])
         self.ahead = Recording(self.device, self.back)
         self.replay_forward, (outputs, self.form) = recorder.record(self._forward, self.ahead)
         differentiable = [t for t in outputs if isinstance(t, torch.Tensor) and t.requires_grad]
@@ -170,8 +172,11 @@ class Graph:
         with torch.autocast(self.device.type, enabled=False):
             back.begin()
             found = torch.autograd.grad(outputs, [*inputs, *parameters], incoming, allow_unused=True)
-            if not back.runs:
-                back.check_late(parameters, found[len(inputs) :])
+            late = [*back.came_late(parameters, found[len(inputs) :])]
+            if back.runs:
+                self.late = [leaf for leaf, well in late if well]
+            elif not all(well for _, well in late):
+                back.refuse("a parameter has two gradients")
             back.end()
         return found
 

@@ -7,7 +7,7 @@ order in which they were recorded, and one copy takes their numbers to the devic
 the pass that does not act in a replay returns at once.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn, Protocol, TypeVar
 
 import torch
@@ -131,12 +131,16 @@ class Recording:
             return True
         return False
 
-    def check_late(self, leaves: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
-        """Refuses a pass in which something read a gradient that comes late: autograd then has found another one."""
+    def came_late(
+        self, leaves: Sequence[Tensor], gradients: Sequence[Tensor | None]
+    ) -> Iterator[tuple[Tensor, bool]]:
+        """Yields the leaves whose gradients come late, and whether nothing has read these before: autograd then has
+        found the same ones.
+        """
         for leaf, found in zip(leaves, gradients, strict=True):
             late = self.late.get(leaf.data_ptr())
-            if late is not None and (found is None or found.data_ptr() != late or found._version):
-                self.refuse("a bias has two gradients")
+            if late is not None:
+                yield leaf, found is not None and found.data_ptr() == late and not found._version
 
     def end(self) -> None:
         """Does what was to be done later."""

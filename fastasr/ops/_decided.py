@@ -6,6 +6,7 @@ random numbers, so a recorded pass has the same ones as an unrecorded one. A seq
 the rate. Off CUDA, each function below runs its eager formula.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -100,13 +101,20 @@ def scaled(x: Tensor, drawn: Drawn) -> Tensor:
     return x * (drawn.numbers > drawn.rate)
 
 
-def limited(grad: Tensor, x: Tensor, limits: Tensor, drawn: Drawn | None = None) -> Tensor:
+def limited(
+    grad: Tensor,
+    x: Tensor,
+    limits: Tensor,
+    drawn: Drawn | None = None,
+    later: Callable[..., bool] | None = None,
+) -> Tensor:
     """Returns the gradient of x, turned where it would push x further out of its limits. ``limits`` holds whether
-    they apply, the least and the greatest x. With ``drawn``, ``grad`` is the gradient of :func:`scaled`.
+    they apply, the least and the greatest x. With ``drawn``, ``grad`` is the gradient of :func:`scaled`. ``later`` is a
+    recording's: it may have the kernels do this at the end of the pass.
     """
     kernels = _kernels(x[None], grad)
     if kernels is not None:
-        return kernels.limited(grad.contiguous(), x.contiguous(), limits, *(drawn or NOT_DRAWN)[:2])
+        return kernels.limited(grad.contiguous(), x.contiguous(), limits, *(drawn or NOT_DRAWN)[:2], later)
     if drawn is not None:
         grad = (grad * (drawn.numbers > drawn.rate)).sum(0)
     apply, low, high = limits.unbind()

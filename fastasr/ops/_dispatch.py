@@ -204,6 +204,8 @@ class Kernels:
     backend: str
     forward: Callable
     backward: Any  # callable, or None if the kernels have no backward pass
+    # that of the recording of the backward pass, if it is recorded
+    later: Callable[..., bool] | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True)

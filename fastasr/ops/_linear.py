@@ -3,9 +3,14 @@
 
 import importlib
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
+
+from fastasr._recording import recording
+from fastasr.ops._dispatch import KernelFamily, Kernels
 
 MANY_ROWS = 512  # torch adds up fewer rows, in one launch; the kernels take two.
 
@@ -19,9 +24,26 @@ def fits(x: Tensor, weight: Tensor, bias: Tensor | None, *_: object) -> bool:
     )
 
 
+class LateFamily(KernelFamily):
+    """Kernels whose gradients of biases may come at the end of a recorded backward pass."""
+
+    def kernels(self, x: Tensor, *others: Tensor | None) -> Kernels | None:
+        found, recorded = super().kernels(x, *others), recording()
+        if found is None or recorded is None or recorded.back is None or found.backend != "triton":
+            return found
+        return replace(found, later=recorded.back.later)
+
+
+def late(kernels: Kernels, bias: Tensor | None, grad: Tensor) -> Callable[..., bool] | None:
+    """Returns ``later(gradient, do, work)`` for the gradient of a bias, or None if it comes at once."""
+    if kernels.later is None or bias is None or grad.dtype is not bias.dtype:
+        return None
+    return partial(kernels.later, bias)
+
+
 def bias_grad(grad: Tensor, backend: str = "cpu", later: Callable[..., bool] | None = None) -> Tensor:
     """Returns the sum over rows, a copy where there is one row (an op's output may not be its input). For 30,000 rows
-    of 192 in bfloat16, torch's sum takes 57 us on an H200 and torch.compile's 11. ``later`` is that of ``sum_rows``.
+    of 192 in bfloat16, torch's sum takes 57 us on an H200 and torch.compile's 11. ``later`` is what ``late`` returns.
     """
     if backend == "triton" and grad.is_contiguous() and grad.numel() > MANY_ROWS * grad.shape[-1]:
         return importlib.import_module("fastasr.kernels._sum_rows").sum_rows(grad, later)

@@ -4,9 +4,10 @@
 import torch
 from torch import Tensor
 
-from fastasr.ops._dispatch import KernelFamily, native_kernels, triton_kernels
+from fastasr.ops._dispatch import native_kernels, triton_kernels
+from fastasr.ops._linear import LateFamily
 
-FAMILY = KernelFamily("swoosh", ("swoosh_linear",), (native_kernels("swoosh"), triton_kernels("swoosh")))
+FAMILY = LateFamily("swoosh", ("swoosh_linear",), (native_kernels("swoosh"), triton_kernels("swoosh")))
 
 KINDS = {"SwooshL": False, "SwooshR": True}  # the flag that the kernels take: true for SwooshR
 SHIFT = {"SwooshL": 4.0, "SwooshR": 1.0}

@@ -24,14 +24,13 @@ from fastasr.ops._dispatch import (
     native_kernels,
     triton_kernels,
 )
-from fastasr.ops._linear import bias_grad, fits
+from fastasr.ops._linear import bias_grad, fits, late
 from fastasr.ops._op import OPS, Arguments, Needs, Op, Saved, op
 
 
 class _Family(KernelFamily):
     """torch computes the layer on CUDA. In a recorded call fastasr computes its gradients, to add up the bias's faster.
-    Elsewhere that costs more than it saves: torch's node of autograd takes 26 us less host time than one in Python. The
-    kernels' ``backward`` is the recording's ``later``.
+    Elsewhere that costs more than it saves: torch's node of autograd takes 26 us less host time than one in Python.
     """
 
     def kernels(self, x: Tensor, *others: Tensor | None) -> Kernels | None:
@@ -41,7 +40,8 @@ class _Family(KernelFamily):
             and forced_backend() in ("auto", "triton")
             and not self.why_not(_SUMS, x.device, x.dtype)
         ):
-            return Kernels("triton", _gemm.forward, recorded.back and recorded.back.later)
+            later = None if recorded.back is None else recorded.back.later
+            return Kernels("triton", _gemm.forward, None, later=later)
         return super().kernels(x, *others)
 
 
@@ -73,12 +73,10 @@ def _gradients(
     op: Op, kernels: Kernels, grads: Sequence[Tensor], saved: Saved, needs: Needs
 ) -> tuple[Tensor | None, ...]:
     (grad,) = grads
-    late = kernels.backward is not None and needs.bias and grad.dtype is saved.bias.dtype
-    later = partial(kernels.backward, saved.bias) if late else None
     return (
         _gemm.input_grad(grad, saved.weight) if needs.x else None,
         _gemm.weight_grad(grad, saved.x) if needs.weight else None,
-        bias_grad(grad, kernels.backend, later) if needs.bias else None,
+        bias_grad(grad, kernels.backend, late(kernels, saved.bias, grad)) if needs.bias else None,
     )
 
 

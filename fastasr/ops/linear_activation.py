@@ -19,8 +19,8 @@ from torch import Tensor
 
 from fastasr.ops import _activation, _gemm
 from fastasr.ops._activation import NUMBERS
-from fastasr.ops._dispatch import Kernels
-from fastasr.ops._linear import fits
+from fastasr.ops._dispatch import Kernels, native_kernels, triton_kernels
+from fastasr.ops._linear import LateFamily, fits, late
 from fastasr.ops._op import Arguments, Needs, Op, Saved, op
 
 
@@ -48,9 +48,9 @@ def _gradients(
     op: Op, kernels: Kernels, grads: Sequence[Tensor], saved: Saved, needs: Needs
 ) -> tuple[Tensor | None, ...]:
     (grad,) = grads
-    dz, dbias = kernels.backward(
-        grad.contiguous(), saved.z, NUMBERS[saved.activation], needs.bias, saved.gated
-    )
+    arguments = grad.contiguous(), saved.z, NUMBERS[saved.activation], needs.bias, saved.gated
+    later = late(kernels, saved.bias, grad) if needs.bias else None
+    dz, dbias = kernels.backward(*arguments) if later is None else kernels.backward(*arguments, later)
     return (
         _gemm.input_grad(dz, saved.weight) if needs.x else None,
         _gemm.weight_grad(dz, saved.x) if needs.weight else None,
@@ -58,9 +58,13 @@ def _gradients(
     )
 
 
+_NATIVE, _TRITON = native_kernels("linear_activation"), triton_kernels("linear_activation")
+FAMILY = LateFamily("linear_activation", ("linear_activation",), (_NATIVE, _TRITON))
+
+
 # --------------------------------------------------------------------------- the op
 @op(
-    "cpu triton",
+    FAMILY,
     one_dtype="x weight bias",
     keeps={"z": Annotated[Tensor, "*S N", "y"]},
     check=_check,

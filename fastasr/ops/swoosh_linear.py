@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastasr.ops import _gemm, _reduced_weights, _swoosh
 from fastasr.ops._dispatch import Kernels
-from fastasr.ops._linear import bias_grad, fits
+from fastasr.ops._linear import bias_grad, fits, late
 from fastasr.ops._op import Arguments, Needs, Op, Saved, op
 from fastasr.ops._swoosh import KINDS
 
@@ -74,7 +74,8 @@ def _gradients(
     dweight = None
     if activation is not None and needs.weight:
         dweight = _gemm.weight_grad(grad, activation.to(weight.dtype))
-    return dx, dweight, bias_grad(grad, kernels.backend) if needs.bias else None
+    later = late(kernels, saved.bias, grad)
+    return dx, dweight, bias_grad(grad, kernels.backend, later) if needs.bias else None
 
 
 # --------------------------------------------------------------------------- the op

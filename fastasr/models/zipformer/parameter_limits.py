@@ -6,6 +6,7 @@ gradient g, below ``min`` it becomes -|g|, above ``max`` it becomes |g|.
 """
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -71,29 +72,40 @@ def recorded_limit(x: Tensor, limits: Tensor, drawn: Drawn | None = None) -> Ten
     """Returns x (C,), limited. With ``drawn`` it returns x for each sequence that is kept and 0 for the others, (batch,
     C).
     """
-    return _Limited.apply(x, limits) if drawn is None else _LimitedRows.apply(x, limits, *drawn[:2])
+    now = recording()
+    later = now and now.back and now.back.later
+    return (
+        _Limited.apply(later, x, limits)
+        if drawn is None
+        else _LimitedRows.apply(later, x, limits, *drawn[:2])
+    )
 
 
 class _Limited(Function):
     """LimitParamValue with numbers on the device: (whether it applies, min, max)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, limits: Tensor) -> Tensor:
+    def forward(ctx: Any, later: Callable[..., bool] | None, x: Tensor, limits: Tensor) -> Tensor:
+        ctx.later = later
         ctx.save_for_backward(x, limits)
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _decided.limited(grad, *ctx.saved_tensors), None
+        x, limits = ctx.saved_tensors
+        return None, _decided.limited(grad, x, limits, later=ctx.later), None
 
 
 class _LimitedRows(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, limits: Tensor, numbers: Tensor, rate: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, later: Callable[..., bool] | None, x: Tensor, limits: Tensor, numbers: Tensor, rate: Tensor
+    ) -> Tensor:
+        ctx.later = later
         ctx.save_for_backward(x, limits, numbers, rate)
         return _decided.scaled(x, Drawn(numbers, rate))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, limits, *drawn = ctx.saved_tensors
-        return _decided.limited(grad, x, limits, Drawn(*drawn)), None, None, None
+        return None, _decided.limited(grad, x, limits, Drawn(*drawn), ctx.later), None, None, None

@@ -48,6 +48,8 @@ def decided():
     yield configuration("scale", "scale", types, flat)
     yield configuration("limit", "limit", types, {"BLOCK": 256} | none, ())
     yield configuration("limit, masked", "limit", types, {"BLOCK": 256}, ())
+    own = {"FIELDS": 8, "DTYPE": tl.float32, "DRAWN": tl.bfloat16, "MASKED": True, "BLOCK": steps.CHANNELS}
+    yield Configuration("decided limit, jobs", steps.limit_of_jobs_kernel, {"JOBS": "i64"}, own, steps.WARPS)
     own = {"FIELDS": 5, "SAMPLE": _casts.SAMPLE}
     bits, cast = {"BITS": tl.int32}, {"DTYPE": tl.float32, "TO": tl.bfloat16, "BLOCK": _casts.BLOCK}
     yield Configuration("decided casts, compare", _casts.compare_kernel, {"JOBS": "i64"}, own | bits, 4)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fastasr import backend
-from fastasr.kernels import _jobs, _parts
+from fastasr.kernels import _decided, _jobs, _parts
 from fastasr.ops.balancer_gradient import Balanced, balance_, sums_of
 from fastasr.ops.whitening_gradient import Whitened, moments_of, whiten_
 
@@ -103,3 +103,20 @@ def test_parts_of_many_tables(dtype):
         _parts.add_parts(parts, alone)
         assert torch.equal(out, alone)
         torch.testing.assert_close(out.float(), parts.sum(0).to(dtype).float(), rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_limits_of_parameters(dtype):
+    rate, works, pairs = torch.tensor([0.5]), [], []
+    for i, shape in enumerate([(), (5,), (48,), (1300,)]):
+        for rows in ((), (4,)) if shape else ((),):
+            limits = torch.tensor([float(i != 2), -0.5, 0.5])
+            numbers = (torch.rand(4, 1).to(dtype), rate) if rows else (None, None)
+            x, of_call = 2 * torch.randn(shape), (limits, *numbers)
+            grad = torch.randn((*rows, *shape))
+            late = _decided.limited(grad, x, *of_call, lambda x, out, do, work: works.append(work) or True)
+            pairs.append((late, _decided.limited(grad, x, *of_call)))
+    assert len(works) == len(pairs)
+    _decided.limited_of_jobs(works, table)
+    for late, at_once in pairs:
+        assert torch.equal(late, at_once)

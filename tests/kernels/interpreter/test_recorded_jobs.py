@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A recorded pass whose Balancers, Whitens and bias gradients are served by few launches gives what it gives when each
+"""A recorded pass whose Balancers, Whitens, bias gradients and limits take few launches gives what it gives when each
 call is served by itself, bit for bit. Launches lie on the tape, which runs none of them while it records.
 """
 
@@ -11,8 +11,9 @@ from torch import nn
 
 from fastasr import backend, ops
 from fastasr._recording import recording
-from fastasr.kernels import _jobs
+from fastasr.kernels import _jobs, _parts
 from fastasr.models.zipformer.balancer import Balancer
+from fastasr.models.zipformer.parameter_limits import limit_param_value
 from fastasr.models.zipformer.whitening import Whiten
 from fastasr.ops import _linear
 from tests.graphs.recorded import graphed, reasons
@@ -25,8 +26,10 @@ class Branch(nn.Module):
         super().__init__()
         self.shares = shares
         self.first, self.last = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH, bias=not shares)
+        self.middle = nn.Linear(WIDTH, WIDTH)
         self.balancer = Balancer(WIDTH, -1, min_abs=2.0, prob=0.5)
         self.whiten = Whiten(1, 1.01, prob=0.5, grad_scale=0.1)
+        self.scale = nn.Parameter(torch.full((WIDTH,), 1.2))
 
     def forward(self, x):
         bias, last = self.first.bias, self.last.bias
@@ -34,7 +37,9 @@ class Branch(nn.Module):
             bias = last = bias.to(torch.bfloat16)  # one cast, which two products read
         linear = ops.linear if recording() else nn.functional.linear  # as unrecorded calls on a GPU
         x = self.whiten(self.balancer(linear(x, self.first.weight, bias)))
-        return linear(x.relu(), self.last.weight, last)
+        x = x * limit_param_value(self.scale, 0.8, 1.0)
+        x = ops.linear_activation(x, self.middle.weight, self.middle.bias)
+        return ops.swoosh_linear(x, self.last.weight, last)
 
 
 @pytest.fixture(autouse=True)
@@ -62,6 +67,8 @@ def found(monkeypatch, together, shares=False):
         fits, run = _jobs.fits, _jobs.run
         patch.setattr(_jobs, "fits", lambda x: together and fits(x))
         patch.setattr(_jobs, "run", lambda kernel, *a, **o: launches.append(kernel) or run(kernel, *a, **o))
+        if not shares:
+            patch.setattr(_parts, "add_parts_kernel", None)  # no sum of a bias has a launch of its own
         torch.manual_seed(0)
         module = Branch(shares)
         graphs = graphed(module, after=0)
@@ -71,8 +78,8 @@ def found(monkeypatch, together, shares=False):
 def test_they_are_those_of_each_call(monkeypatch):
     (ours, none, launches), (alone, *_, of_bias) = found(monkeypatch, True), found(monkeypatch, False)
     assert none == []
-    assert len(launches) == 12  # four kernels in a rehearsal and in the recording, and two of the casts
-    assert len(of_bias) == 6
+    assert len(launches) == 14  # five kernels in a rehearsal and in the recording, and two of the casts
+    assert len(of_bias) == 8
     for a, b in zip(ours, alone, strict=True):
         assert a.isfinite().all()
         assert torch.equal(a, b)
@@ -89,4 +96,4 @@ def test_they_are_near_those_of_unrecorded_steps(monkeypatch):
 @pytest.mark.parametrize("together", [False, True])
 def test_a_bias_of_two_products(together, monkeypatch):
     """Autograd adds up both gradients in the middle of the pass, so neither may come later."""
-    assert found(monkeypatch, together, shares=True)[1] == ["a bias has two gradients"]
+    assert found(monkeypatch, together, shares=True)[1] == ["a parameter has two gradients"]
