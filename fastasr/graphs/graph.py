@@ -7,7 +7,6 @@ and the module's parameters.
 """
 
 import contextlib
-import operator
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, Protocol
@@ -22,9 +21,8 @@ from fastasr._transforms import Function, transforms_active
 from fastasr.graphs.casts import Casts, Uses
 from fastasr.graphs.leaks import Made
 from fastasr.graphs.recording import Recorder, Recording, Room, Unrecordable
+from fastasr.ops._kept import counter
 from fastasr.ops._runtime import is_batched
-
-_VERSION = operator.attrgetter("_version")
 
 
 class Gradients:
@@ -217,6 +215,7 @@ class Graph:
             if castable:
                 shared = (other.casts for other in others if other.casts is not None)
                 self.casts = Casts(module, castable, uses.dtype, shared)
+                recorder.rehearse(self.casts.make)
         return rooms
 
     @property
@@ -239,7 +238,8 @@ class Graph:
         if self.trains:
             found = iter(_Replayed.apply(self, owner, *given, *self.trained))
         else:
-            self._replay(given)
+            with contextlib.nullcontext() if self.casts is None else self.casts.noticing():
+                self._replay(given)
             found = (t.clone() for t in self.outputs if isinstance(t, torch.Tensor))
         return tree_unflatten(
             [next(found) if isinstance(t, torch.Tensor) else t for t in self.outputs], self.form
@@ -258,7 +258,7 @@ class _Replayed(Function):
     def forward(ctx: Any, graph: Graph, owner: Owner, *tensors: Tensor) -> tuple[Tensor, ...]:
         graph._replay(tensors[: len(graph.tensors)])
         ctx.graph, ctx.node = graph, Node()
-        ctx.versions = [*map(_VERSION, graph.trained)]
+        ctx.versions = [*map(counter, graph.trained)]
         owner.outstanding = weakref.ref(ctx.node)
         found = [t.clone() for t in graph.outputs if isinstance(t, torch.Tensor)]
         ctx.mark_non_differentiable(*(t for t, wanted in zip(found, graph.wanted, strict=True) if not wanted))
@@ -278,7 +278,7 @@ class _Replayed(Function):
                 "fastasr.graphs: a replayed call has one backward pass: for a second one make the call inside "
                 "fastasr.eager_mode(model)"
             )
-        if ctx.versions != [*map(_VERSION, graph.trained)]:
+        if ctx.versions != [*map(counter, graph.trained)]:
             raise RuntimeError(
                 "fastasr.graphs: a parameter has changed since the forward pass of this backward pass"
             )

@@ -87,7 +87,7 @@ class Graphs:
     """
 
     after: int = 2
-    most: tuple[int, int] = (8, 32)
+    most: tuple[int, int] = (32, 32)
     memory: int | str = "8GB"
     parts: bool = False
     clone_gradients: bool = False

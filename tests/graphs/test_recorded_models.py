@@ -16,6 +16,8 @@ from recorded import graphed, reasons
 
 import fastasr
 from fastasr._recording import recording
+from fastasr.asr.recipe import batches
+from fastasr.benchmarks.models import ragged
 from fastasr.graphs import module as graphs
 from fastasr.models.fast_conformer import FastConformerEncoder
 from fastasr.testing.tape import TapeRecorder
@@ -787,3 +789,22 @@ def test_threads_take_turns():
             torch.testing.assert_close(found[seed], expected[seed], rtol=0, atol=0)
     (kind,) = fastasr.graph_state(model)[""]
     assert (kind.recorded, kind.replayed) == (1, 20)
+
+
+def test_batches_of_buckets_are_recorded_once_for_each_shape():
+    seconds = ragged.seconds(ragged.LIBRISPEECH, 600, ordered=False)
+    frames = [round(5 * s) for s in seconds]  # a twentieth of the frames, for the time of this test
+    epochs = [batches.epoch_batches(frames, 480, 1, epoch, shapes="buckets") for epoch in range(2)]
+    model = encoder(layers=1).train()
+    recorded(model, most=batches.BUCKETS + 1)
+    for indices, longest in epochs[0]:
+        x, lengths = batches.collate([torch.randn(frames[i], 80) for i in indices], longest)
+        step(model, x, torch.arange(longest) < lengths[:, None])
+    found = kinds(model)
+    assert 20 <= len(found) <= batches.BUCKETS + 1
+    assert all((kind.recorded, kind.replayed, kind.dropped) == (1, kind.seen, 0) for kind in found)
+    shapes = [{(len(indices), longest) for indices, longest in epoch} for epoch in epochs]
+    assert shapes[0] == shapes[1]
+    assert len(shapes[0]) == len(found)
+    padded = sum(len(indices) * longest for indices, longest in epochs[0])
+    assert 1 - sum(frames) / padded < 0.05
