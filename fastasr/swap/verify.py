@@ -32,6 +32,7 @@ import contextlib
 import functools
 import inspect
 import itertools
+import math
 import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -302,7 +303,7 @@ class _Probe:
             inputs, named = args, kwargs
             has_nan = any(map(_holds_nan, tree_flatten((args, kwargs))[0]))
             if has_nan:
-                inputs, named = mapped(lambda t: torch.where(t.isnan(), 0, t), (args, kwargs))
+                inputs, named = mapped(lambda t: t.nan_to_num(0.0, math.inf, -math.inf), (args, kwargs))
             state = ModelState(self.module, inputs, named, whole=self.checks.state)
             self.failure = self._compare(inputs, named, state)
             if has_nan:
