@@ -7,7 +7,6 @@ and the module's parameters.
 """
 
 import contextlib
-import operator
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, Protocol
@@ -21,9 +20,8 @@ from fastasr._recording import recorded_by
 from fastasr._transforms import Function, transforms_active
 from fastasr.graphs.casts import Casts, Uses
 from fastasr.graphs.recording import Recorder, Recording, Unrecordable
+from fastasr.ops._kept import counter
 from fastasr.ops._runtime import is_batched
-
-_VERSION = operator.attrgetter("_version")
 
 
 class Gradients:
@@ -210,6 +208,7 @@ class Graph:
             if castable:
                 shared = (other.casts for other in others if other.casts is not None)
                 self.casts = Casts(module, castable, uses.dtype, shared)
+                recorder.rehearse(self.casts.make)
 
     @property
     def bytes(self) -> int:
@@ -231,7 +230,8 @@ class Graph:
         if self.trains:
             found = iter(_Replayed.apply(self, owner, *given, *self.trained))
         else:
-            self._replay(given)
+            with contextlib.nullcontext() if self.casts is None else self.casts.noticing():
+                self._replay(given)
             found = (t.clone() for t in self.outputs if isinstance(t, torch.Tensor))
         return tree_unflatten(
             [next(found) if isinstance(t, torch.Tensor) else t for t in self.outputs], self.form
@@ -250,7 +250,7 @@ class _Replayed(Function):
     def forward(ctx: Any, graph: Graph, owner: Owner, *tensors: Tensor) -> tuple[Tensor, ...]:
         graph._replay(tensors[: len(graph.tensors)])
         ctx.graph, ctx.node = graph, Node()
-        ctx.versions = [*map(_VERSION, graph.trained)]
+        ctx.versions = [*map(counter, graph.trained)]
         owner.outstanding = weakref.ref(ctx.node)
         found = [t.clone() for t in graph.outputs if isinstance(t, torch.Tensor)]
         ctx.mark_non_differentiable(*(t for t, wanted in zip(found, graph.wanted, strict=True) if not wanted))
@@ -270,7 +270,7 @@ class _Replayed(Function):
                 "fastasr.graphs: a replayed call has one backward pass: for a second one make the call inside "
                 "fastasr.eager_mode(model)"
             )
-        if ctx.versions != [*map(_VERSION, graph.trained)]:
+        if ctx.versions != [*map(counter, graph.trained)]:
             raise RuntimeError(
                 "fastasr.graphs: a parameter has changed since the forward pass of this backward pass"
             )

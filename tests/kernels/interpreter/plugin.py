@@ -6,9 +6,12 @@ A pytest plugin: ``pytest -p tests.kernels.interpreter.plugin``, with TRITON_INT
 
 import numpy as np
 import pytest
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+from triton.runtime import interpreter
 
 from fastasr.kernels import layer_norm_lstm
 from fastasr.testing.checks import Case, parity
+from fastasr.testing.tape import Tape
 from tests.kernels.interpreter import blocks, faster, memory, repair
 
 faster.install()
@@ -32,6 +35,21 @@ def _quiet_numpy():
 @pytest.fixture
 def products_in_order(monkeypatch):
     monkeypatch.setattr(repair, "IN_ORDER", True)
+
+
+@pytest.fixture
+def launches_on_the_tape(monkeypatch):
+    """A tape that records notes launches, and its replays run them; they do not run while it records."""
+    run = interpreter.GridExecutor.__call__
+
+    def call(executor, *arguments, **options):
+        tape = _get_current_dispatch_mode()
+        if isinstance(tape, Tape):
+            tape.calls.append((lambda *a, **o: run(executor, *a, **o), arguments, options, []))
+        else:
+            run(executor, *arguments, **options)
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", call)
 
 
 @pytest.fixture
