@@ -50,9 +50,9 @@ def launch(device: str) -> None:
             some = wide[:9], -1, act, of_nobody if of_nobody is None else of_nobody[:9]
             sums_of([Balanced(wide, -1, act, of_nobody), Balanced(*some)], table)
             moments_of([Whitened(wide, 1, act, of_nobody), Whitened(some[0], 2, *some[2:])], table)
-    weight, kept = uniform(96, 64), torch.zeros(130, dtype=torch.int64, device=device)
+    weight, state = uniform(96, 64), torch.zeros(130, dtype=torch.int64, device=device)
     cast, forced = weight.to(torch.bfloat16), torch.ones(1, dtype=torch.int64, device=device)
-    importlib.import_module("fastasr.kernels._casts").Casts([(cast, weight, kept)], forced).run()
+    importlib.import_module("fastasr.kernels._casts").Casts([(cast, weight, state)], forced).run()
     conv = torch.nn.Conv1d(70, 70, 9, groups=70, device=device).requires_grad_(False)
     norm = torch.nn.BatchNorm1d(70, device=device).requires_grad_(False)
     _folded_norm.folded(conv, norm, torch.float32)

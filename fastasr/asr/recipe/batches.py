@@ -96,10 +96,8 @@ def edges(seconds: Sequence[float], buckets: int = BUCKETS) -> list[float]:
     lengths = torch.tensor(ordered, dtype=torch.float64, device="cpu")[ends - 1]
     # [i, j]: the padded seconds of a bucket with the utterances from candidate i to candidate j
     cost = ((ends - begins[:, None]) * lengths).masked_fill_(ends <= begins[:, None], float("inf"))
-    least, before = (
-        cost[0],
-        [],
-    )  # of all utterances up to candidate j; the last candidate in the bucket before
+    least = cost[0]  # of all utterances up to candidate j
+    before: list[Tensor] = []  # for each further bucket, the last candidate in the bucket before
     for _ in range(min(buckets, count) - 1):
         least, last = (cost[1:] + least[:-1, None]).min(0)
         before.append(last)
