@@ -12,7 +12,6 @@ import torch
 from fastasr._nearest import nearest_or_all
 from fastasr.benchmarks import dispatch, models, ops, rows, upstream
 from fastasr.benchmarks.case import Report, Settings, measure
-from fastasr.benchmarks.device import __main__ as device
 from fastasr.benchmarks.device import verdict, whole_models
 from fastasr.benchmarks.device.machine import GPU, DryRun
 from fastasr.benchmarks.device.units import units
@@ -209,6 +208,9 @@ def _units(name: str, options: Options, summary: Summary, report: Report) -> Ite
 def _on_gpu(name: str, options: Options, summary: Summary, report: Report) -> Iterator[list[Row]]:
     """Yields the rows of a whole model. Its units are those of ``fastasr gpu --stages M``, and their files come into a
     folder of the model's name."""
+    from fastasr.benchmarks.device.__main__ import Book  # It prepares the server of a GPU's processes.
+    from fastasr.benchmarks.device.__main__ import run as run_units
+
     machine = DryRun() if options.quick else GPU()
     if not (options.quick or options.on_gpu):
         report(f"{name}: measured on a GPU only")
@@ -220,9 +222,9 @@ def _on_gpu(name: str, options: Options, summary: Summary, report: Report) -> It
     every = units(machine, options.compile_model)
     wanted = [unit for unit in every if (unit.stage, unit.op) == ("M", name) and unit.kind in kinds]
     folder, resume = options.out.parent / name, not options.fresh
-    left = {unit.key for unit in device.Book(folder, machine, resume).left(wanted)}
+    left = {unit.key for unit in Book(folder, machine, resume).left(wanted)}
     summary.resumed += len(wanted) - len(left)
-    device.run(wanted, machine, folder, MINUTES, resume)
+    run_units(wanted, machine, folder, MINUTES, resume)
     for record in verdict.records(folder / "units.json"):
         if record["unit"] in left:
             for title, (how, message) in verdict.findings(record).items():

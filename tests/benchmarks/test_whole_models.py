@@ -123,7 +123,7 @@ def test_bench_runs_the_units_of_stage_m(tmp_path, monkeypatch):
         return outcome
 
     monkeypatch.setattr(runner, "units", few)
-    monkeypatch.setattr(runner.device, "isolated", here)
+    monkeypatch.setattr("fastasr.benchmarks.device.__main__.isolated", here)
     options = {"names": (NAME,), "out": tmp_path / "r.jsonl", "quick": True}
     summary = runner.run(runner.Options(**options))
     assert [row.implementation for row in summary.rows] == ["upstream", "fastasr", "recorded"]
