@@ -19,7 +19,8 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from fastasr._recording import recorded_by
 from fastasr._transforms import Function, transforms_active
 from fastasr.graphs.casts import Casts, Uses
-from fastasr.graphs.recording import Recorder, Recording, Unrecordable
+from fastasr.graphs.leaks import Made
+from fastasr.graphs.recording import Recorder, Recording, Room, Unrecordable
 from fastasr.ops._kept import counter
 from fastasr.ops._runtime import is_batched
 
@@ -117,10 +118,10 @@ class Graph:
         self.addresses: list[int] = []  # of the module's tensors when it was recorded
         # the parameters whose gradients may come at the end of the backward pass
         self.late: list[Tensor] = []
-        self._rehearse(recorder, module, others)
-        self.back = Recording(self.device)
+        rooms = self._rehearse(recorder, module, others)
+        self.back = Recording(self.device, room=rooms[1])
         self.back.allow_late([*self.late, *(() if self.casts is None else self.casts.leaves)])
-        self.ahead = Recording(self.device, self.back)
+        self.ahead = Recording(self.device, self.back, room=rooms[0])
         self.replay_forward, (outputs, self.form) = recorder.record(self._forward, self.ahead)
         differentiable = [t for t in outputs if isinstance(t, torch.Tensor) and t.requires_grad]
         self.trains = bool(differentiable)
@@ -180,27 +181,30 @@ class Graph:
             back.end()
         return found
 
-    def _rehearse(self, recorder: Recorder, module: nn.Module, others: Sequence["Graph"]) -> None:
+    def _rehearse(self, recorder: Recorder, module: nn.Module, others: Sequence["Graph"]) -> list[Room]:
         """Runs both passes once in the form in which they are recorded, and puts the module's buffers back. In this run
-        libraries choose kernels and allocate workspaces, and it shows which parameters are only cast.
+        libraries choose kernels and allocate workspaces, and it shows which parameters are only cast and whether the
+        call keeps tensors. Returns the rooms that the passes take.
         """
         buffers = list(module.buffers())
         before = [b.clone() for b in buffers]
         kind = self.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         parameters = [p for p in module.parameters() if p.dtype is not dtype and p.is_floating_point()]
-        uses = None if dtype is None else Uses(parameters, dtype)
+        uses, made = None if dtype is None else Uses(parameters, dtype), Made()
+        rooms: list[Room] = []
 
         def both() -> None:
             back = Recording(self.device, runs=True)
             ahead = Recording(self.device, back, runs=True)
-            with uses or contextlib.nullcontext():
+            with made, uses or contextlib.nullcontext():
                 with recorded_by(ahead):
                     outputs, _ = self._forward()
                 outputs = [t for t in outputs if isinstance(t, torch.Tensor) and t.requires_grad]
                 if outputs:
                     inputs = [t for t in self.tensors if t.requires_grad]
                     self._differentiated(back, outputs, inputs, [torch.zeros_like(t) for t in outputs])
+            rooms.extend((ahead.room, back.room))
 
         try:
             recorder.rehearse(both)
@@ -208,12 +212,16 @@ class Graph:
             with torch.no_grad():
                 for b, saved in zip(buffers, before, strict=True):
                     b.copy_(saved)
+        for t in self.tensors:  # masks.seen keeps its answer with the mask
+            vars(t).clear()
+        made.check()
         if uses is not None:
             castable = uses.castable(parameters)
             if castable:
                 shared = (other.casts for other in others if other.casts is not None)
                 self.casts = Casts(module, castable, uses.dtype, shared)
                 recorder.rehearse(self.casts.make)
+        return rooms
 
     @property
     def bytes(self) -> int:

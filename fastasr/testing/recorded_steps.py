@@ -57,5 +57,6 @@ def launch(device: str) -> None:
     norm = torch.nn.BatchNorm1d(70, device=device).requires_grad_(False)
     _folded_norm.folded(conv, norm, torch.float32)
     x = uniform(70)
-    _decided.limited(x, x, limits)
-    _decided.limited(_decided.scaled(x, drawn), x, limits, drawn)
+    for end in (None, lambda leaf, *rest: later(*rest)):
+        _decided.limited(x, x, limits, None, end)
+        _decided.limited(_decided.scaled(x, drawn), x, limits, drawn, end)

@@ -9,6 +9,7 @@ import torch
 from test_zipformer_graphs import encoder as zipformer
 from test_zipformer_graphs import inputs
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import fastasr
@@ -16,6 +17,7 @@ from fastasr.graphs import module as graphs
 from fastasr.models.fast_conformer import FastConformerEncoder
 from fastasr.testing.tape import TapeRecorder
 
+SHARDED = "its parameters are sharded by FSDP, which gathers them anew for each call"
 STEPS = 4
 
 
@@ -94,8 +96,26 @@ def _mark(model, events):
         graph.replay_backward = marked
 
 
+def _sharded(whole, before):
+    """Returns why calls of an encoder are not recorded, whose parameters FSDP2 shards before or after it is swapped."""
+    model, x = torch.nn.Sequential(_fast_conformer(0.0)), torch.ones(2, 40, 80)
+    options = fastasr.Graphs(recorder=TapeRecorder, after=0)
+    report = None if before else fastasr.accelerate(model, graphs=options)
+    if report:
+        model(x)[0].sum().backward()
+    fully_shard(model if whole else model[0].layers[0])
+    report = report or fastasr.accelerate(model, graphs=options)
+    model(x)[0].sum().backward()
+    kinds = fastasr.graph_state(model).get("0", [])
+    return report.graphs["0"], *((kind.replayed, kind.reason) for kind in kinds)
+
+
 def run(rank):
     with fastasr.backend("eager"):
+        for whole in (False, True):
+            assert _sharded(whole, before=True) == (SHARDED,)
+        assert _sharded(True, before=False) == (None, (1, SHARDED))
+        assert _sharded(False, before=False) == (None, (1, None))  # The layer has FSDP's hooks.
         for name, (*_, off) in MODELS.items():
             drops = "drops" in name  # Its layers are parts in any case.
             expected, *_ = _trained(rank, name, False, None)
