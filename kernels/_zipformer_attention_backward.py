@@ -81,12 +81,11 @@ def queries_kernel(
     _recordings.py DS holds one of these, number ``piece``. Equal weights have 1 / number in place of delta. What an
     absent tensor would need is None too: ``piece``, and ``penalty`` and ``limit`` without a penalty."""
     PRECISE: tl.constexpr = X.dtype.element_ty == tl.float32
-    head, sequence, block = dealt(tl.program_id(0), blocks, batch, BOUNDS)
+    head, sequence, block = dealt(tl.program_id(0), blocks, batch, BOUNDS, frames, BLOCK_M)
     first_block = 0
     if PIECES is not None:
         first_block, end_block = blocks_of(PIECES, piece, blocks)
-        block += first_block
-        if block >= end_block:
+        if (block < first_block) | (block >= end_block):
             return
     local = block * BLOCK_M + tl.arange(0, BLOCK_M)
     i = first + local
@@ -222,7 +221,7 @@ def keys_kernel(
 ):  # fmt: skip
     """Writes dS^T q and W^T G of a block of keys and of their channels; see ``queries``."""
     PRECISE: tl.constexpr = X.dtype.element_ty == tl.float32
-    head, sequence, block = dealt(tl.program_id(0), blocks, batch, BOUNDS)
+    head, sequence, block = dealt(tl.program_id(0), blocks, batch, BOUNDS, frames, BLOCK_N)
     j = block * BLOCK_N + tl.arange(0, BLOCK_N)
     keep_j = j < keys
     Q = X + sequence * x_batch + head * DIM

@@ -90,7 +90,7 @@ def forward_kernel(
     PRECISE: tl.constexpr = Q.dtype.element_ty == tl.float32
     SUM: tl.constexpr = tl.float64 if PRECISE else tl.float32
     sizes = frames, keys, chunk, left, right, BOUNDS
-    head, sequence, block = dealt(tl.program_id(0), blocks, batch, BOUNDS)
+    head, sequence, block = dealt(tl.program_id(0), blocks, batch, BOUNDS, frames, BLOCK_M)
     i = block * BLOCK_M + tl.arange(0, BLOCK_M)
     c = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     keep_i = i < frames

@@ -125,7 +125,7 @@ def forward_kernel(
 ):  # fmt: skip
     """Writes y of a block of queries and of columns."""
     PRECISE: tl.constexpr = X.dtype.element_ty == tl.float32
-    head, sequence, block = dealt(tl.program_id(0), blocks, batch, BOUNDS)
+    head, sequence, block = dealt(tl.program_id(0), blocks, batch, BOUNDS, frames, BLOCK_M)
     i = block * BLOCK_M + tl.arange(0, BLOCK_M)
     c = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     keep_i = i < frames

@@ -189,7 +189,7 @@ def encoded(encoder: Any, features: Tensor, begins: Tensor, ends: Tensor, table:
         x = front.out[0](front.conv(features.unsqueeze(1)).transpose(1, 2).flatten(2))
     steps, positions = _steps(encoder), positions_of(encoder)
     begins, lengths = begins // math.prod(stride for _, stride in steps), ends - begins
-    row = Spans(begins, begins + _subsampled(steps, lengths)).row(x.shape[1])
+    row = Spans(begins, begins + _subsampled(steps, lengths)).row(x)
     x, table = positions.dropout(x * positions.xscale), positions.dropout(table.unsqueeze(0))
     share = encoder.layer_drop_rate if encoder.training else 0.0
     for layer in encoder.encoders:

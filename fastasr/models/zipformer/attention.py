@@ -21,6 +21,7 @@ from fastasr._recording import recording
 from fastasr._tables import share
 from fastasr.models.common.plain import runs
 from fastasr.models.common.ragged import current, frames_of_nobody
+from fastasr.models.common.row import RowFrames
 from fastasr.models.zipformer import score_penalty
 from fastasr.models.zipformer.autograd_graph import is_same
 from fastasr.models.zipformer.balancer import Balancer
@@ -35,6 +36,7 @@ from fastasr.models.zipformer.self_attention import Weights, check_cache
 from fastasr.models.zipformer.unmaterialised import UnmaterialisedWeights
 from fastasr.models.zipformer.whitening import Whiten
 from fastasr.ops import zipformer_attention_weights
+from fastasr.ops._dispatch import served
 from fastasr.ops._zipformer_attention import scores
 
 if TYPE_CHECKING:
@@ -160,7 +162,7 @@ class RelPositionMultiheadAttentionWeights(torch.nn.Module):
                 act = None if penalized is True else penalized.values[:1]
                 penalty = {"score_penalty": SCORE_PENALTY, "score_limit": SCORE_LIMIT, "act": act}
                 nobody = frames_of_nobody(projected)
-                if nobody is not None:  # their scores are 0, so that they get no penalty
+                if nobody is not None and not _knows_gaps(projected):  # scores of 0 get no penalty
                     projected = projected.masked_fill(nobody.unsqueeze(-1), 0.0)
             sizes = self.num_heads, self.query_head_dim
             *first, last = _of_consumers(projected, relative)
@@ -256,6 +258,12 @@ def plain(
     """Returns the weights of a call in inference, without random numbers."""
     sizes = module.num_heads, module.query_head_dim
     return zipformer_attention_weights(module.in_proj(x), module.linear_pos(pos_emb), *sizes, **masks)
+
+
+def _knows_gaps(projected: Tensor) -> bool:
+    """Says whether attention leaves the scores of frames of nobody out itself."""
+    packing = current()
+    return isinstance(packing, RowFrames) and packing.knows_gaps and served("zipformer_attention", projected)
 
 
 def _of_consumers(projected: Tensor, relative: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:

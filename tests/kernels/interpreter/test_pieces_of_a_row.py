@@ -12,6 +12,7 @@ import torch
 from fastasr import backend, ops
 from fastasr._tables import share
 from fastasr.kernels import _recordings, rel_attention, zipformer_attention
+from fastasr.ops import _row
 
 FRAMES, LONGEST = 200, 60
 STARTS = torch.tensor([0, 60, 61, 80, 80, 90, 150])  # and 50 frames of no recording
@@ -148,3 +149,59 @@ def test_groups_are_those_of_each_recording():
         expected = list(groups_of(lengths, chunk, group))
         found = [tuple(column) for column in table.T.tolist() if column[0] < frames]
         assert found == expected, (lengths, chunk, group)
+
+
+@pytest.mark.parametrize("lengths", [[1], [0], [5, 0, 0], [0, 0, 90, 200, 64, 3, 0, 64], [1] * 40])
+@pytest.mark.parametrize("factors", [(1,), (1, 2, 4, 8)])
+def test_tables_of_rates(lengths, factors):
+    """They are those of the formula, and frames of nobody between recordings see nothing."""
+    lengths = torch.tensor(lengths)
+    slots = (lengths + 7) // 8 * 8
+    begins, frames = slots.cumsum(0) - slots, int(slots.sum()) + 16
+    with backend("triton"):
+        found = _row.tables(lengths.float(), begins, begins + lengths, frames, factors)
+    with backend("eager"):
+        expected = _row.tables(lengths.float(), begins, begins + lengths, frames, factors)
+    for ours, theirs, factor in zip(found, expected, factors, strict=True):
+        assert all(map(torch.equal, ours[:-1], theirs[:-1]))
+        assert ours.gaps
+        first, end = _recordings.bounds(ours.starts, frames // factor)
+        there = ~theirs.hidden[0]
+        begin, behind = (t.index_select(0, theirs.recording) for t in theirs.starts.view(-1, 2).unbind(1))
+        assert torch.equal(first[there].long(), begin[there])
+        assert torch.equal(end[there].long(), behind[there])
+        assert torch.equal(first[~there], end[~there])
+        assert (first.diff() >= 0).all()
+        assert (end.diff() >= 0).all()
+
+
+def order_of(bounds):
+    return bounds.as_strided(
+        (-(-bounds.shape[1] // 64),), (1,), 2 * bounds.shape[1] + bounds.storage_offset()
+    )
+
+
+def test_tiles_of_long_recordings_come_first():
+    starts = torch.tensor([0, 10, 70, 400, 464, 600])  # and 37 frames of no recording
+    bounds = _recordings.bounds(starts, 637)
+    keys = [bounds[1][min(t + 63, 636)] - bounds[0][t] for t in range(0, 637, 64)]
+    order = order_of(bounds).tolist()
+    assert order == [*sorted(range(9), key=lambda tile: -keys[tile]), 9]
+    assert order[0] == 6  # frames of 330 and of 64 meet
+
+
+@pytest.mark.parametrize("masks", [{}, CHUNKS])
+def test_the_order_changes_no_bit(monkeypatch, masks):
+    monkeypatch.setattr(zipformer_attention, "PIECE_BYTES", 1 << 15)
+    x, pos = torch.randn(FRAMES, 1, 72), torch.randn(1, 2 * LONGEST - 1, 8)
+    value, g = torch.randn(2, FRAMES, 1, 32)
+    starts, found = STARTS.clone(), []
+    share(starts)
+    given = masks | {"starts": starts}
+    for _ in range(2):
+        with backend("triton"):
+            found.append(results(lambda *t: ops.zipformer_attention(*t, 2, 16, **given), (x, pos, value), g))
+        order = order_of(_recordings.bounds(starts, FRAMES))
+        assert order.tolist() == [1, 0, 2, 3] or found[1:]
+        order.copy_(torch.arange(4))
+    assert all(map(torch.equal, *found))
