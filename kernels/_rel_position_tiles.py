@@ -33,16 +33,15 @@ def place(program, blocks, batch):
 @triton.jit
 def dealt(program, blocks, batch, BOUNDS, frames, BLOCK: tl.constexpr):
     """Returns the same. With recordings in a row, the programs of all heads follow block by block, those of the longest
-    recordings first: who has much to do begins early, and the last ones end together.
+    recordings first: who has much to do begins early, and the last ones end together. All blocks have programs.
     """
     if BOUNDS is not None:
         pairs = tl.num_programs(0) // blocks
         program = program % pairs * blocks + program // pairs
     head, sequence, block = place(program, blocks, batch)
-    if BOUNDS is not None and BLOCK <= ORDER:  # noqa: SIM102, the inner condition is known on the device alone
-        if blocks == tl.cdiv(frames, BLOCK):
-            EACH: tl.constexpr = ORDER // BLOCK
-            block = tl.load(BOUNDS + 2 * frames + block // EACH) * EACH + block % EACH
+    if BOUNDS is not None and BLOCK <= ORDER:
+        EACH: tl.constexpr = ORDER // BLOCK
+        block = tl.load(BOUNDS + 2 * frames + block // EACH) * EACH + block % EACH
     return head, sequence, block
 
 

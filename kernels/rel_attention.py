@@ -413,7 +413,7 @@ def rel_attention_backward(
     blocks = cdiv(frames, block)
     met, lowest, highest = _met(sizes, block)
     row = (met + 1) * block  # a row of dS by offset
-    step = max(1, PIECE_BYTES // (pairs * row * q.element_size()) // block)
+    step = max(1, PIECE_BYTES // (pairs * row * q.element_size()) // block) if by_offset else blocks
     of_program = shapes["positions"]["WIDE"]  # blocks of offsets of a program
     programs = heads * cdiv(highest - lowest + 1, of_program)
     each = 1 if q.dtype == torch.float32 else _each(batch, programs)

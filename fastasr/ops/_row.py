@@ -45,7 +45,8 @@ def tables(like: Tensor, begins: Tensor, ends: Tensor, frames: int, factors: tup
     """
     kernels: Any = FAMILY.kernels(like)
     if kernels is not None and len(factors) < 8 and max(factors) < 256:
-        return [Tables(*found, True) for found in kernels.forward.tables(begins, ends, frames, factors)]
+        found: list[tuple[Tensor, ...]] = kernels.forward.tables(begins, ends, frames, factors)
+        return [Tables(*each, gaps=True) for each in found]
     return [_tables(begins // f, (ends + (f - 1)) // f, frames // f) for f in factors]
 
 
