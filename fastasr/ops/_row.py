@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Recordings in a row, of which only the device knows where they begin and end: the tables that models ask for, at
-every frame rate, as one kernel on CUDA.
+every frame rate, and means over frames, each as one kernel on CUDA.
 
 Not public. Off CUDA, each function below runs its eager formula.
 """
@@ -11,18 +11,20 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastasr._tables import share
+from fastasr._transforms import Function
 from fastasr.ops._dispatch import KernelFamily, Kernels, triton_kernels
 
 
 def _load() -> Kernels:
     """Returns the module of the launchers in place of a forward pass."""
-    launchers: Any = importlib.import_module("fastasr.kernels._recordings")
+    launchers: Any = importlib.import_module("fastasr.kernels._row")
     return Kernels("triton", launchers, None)
 
 
-FAMILY = KernelFamily("row", (), (replace(triton_kernels("_recordings"), load=_load),))
+FAMILY = KernelFamily("row", (), (replace(triton_kernels("_row"), load=_load),))
 
 
 class Tables(NamedTuple):
@@ -45,8 +47,8 @@ def tables(like: Tensor, begins: Tensor, ends: Tensor, frames: int, factors: tup
     """
     kernels: Any = FAMILY.kernels(like)
     if kernels is not None and len(factors) < 8 and max(factors) < 256:
-        found: list[tuple[Tensor, ...]] = kernels.forward.tables(begins, ends, frames, factors)
-        return [Tables(*each, gaps=True) for each in found]
+        found = kernels.forward.tables(begins, ends, frames, factors)
+        return [Tables._make((*each, True)) for each in found]
     return [_tables(begins // f, (ends + (f - 1)) // f, frames // f) for f in factors]
 
 
@@ -57,3 +59,40 @@ def _tables(begins: Tensor, ends: Tensor, frames: int) -> Tables:
     starts = torch.stack([begins, ends], 1).flatten()
     share(starts)
     return Tables(starts, recording, left, (left <= 0)[None], False)
+
+
+def averaged(rows: Tensor, left: Tensor, weights: Tensor) -> Tensor:
+    """Returns Σ_i weights[i] rows[F t + i], (N / F, ...), for rows (N, ...) and weights (F,). Behind a recording's end
+    its last frame counts again; a sum without frames is 0. ``left`` (N,) is that of :class:`Tables`.
+
+    With gradient g, c(t, j) = min(j, left[F t] − 1) and left[F t] > 0: d rows[F t + i] = g[t] Σ_j weights[j] [c(t, j) =
+    i], d weights[j] = Σ_t g[t] · rows[F t + c(t, j)].
+    """
+    if FAMILY.kernels(rows, weights) is not None:
+        found: Tensor = _Averaged.apply(rows, left, weights)
+        return found
+    factor = len(weights)
+    left = left[::factor]
+    number = torch.arange(1, factor + 1, device=left.device, dtype=left.dtype)
+    counted = torch.minimum(number, left[:, None])[:, None] == number[:, None]
+    shares = (counted * weights).sum(-1)
+    shares = shares.view(*shares.shape, *(1,) * (rows.dim() - 1))
+    return (rows.unflatten(0, (-1, factor)) * shares).sum(1)
+
+
+class _Averaged(Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, left: Tensor, weights: Tensor) -> Tensor:
+        rows = rows.contiguous()
+        ctx.save_for_backward(rows, left, weights)
+        kernels: Any = FAMILY.kernels(rows)
+        found: Tensor = kernels.forward.averaged(rows, left, weights)
+        return found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor]:
+        rows, left, weights = ctx.saved_tensors
+        kernels: Any = FAMILY.kernels(rows)
+        drows, dweights = kernels.forward.averaged_gradients(grad.contiguous(), rows, left, weights)
+        return drows, None, dweights

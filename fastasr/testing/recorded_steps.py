@@ -7,6 +7,7 @@ import torch
 
 from fastasr.ops import _decided, _folded_norm, _linear, _weighted_values
 from fastasr.ops.balancer_gradient import Balanced, sums_of
+from fastasr.ops.bypass import dropped, dropped_gradients
 from fastasr.ops.whitening_gradient import Whitened, moments_of
 
 
@@ -35,7 +36,8 @@ def launch(device: str) -> None:
             _decided.gradients([src, src, src, y, y], kept, torch.float32, dtype)
         row, branch = src[:, :1].contiguous(), y[:, :1].contiguous()
         _decided.plus(row, branch, of_row, dtype)
-        _decided.parted(_decided.chosen(branch, row, of_row), row, of_row, (dtype, torch.float32))
+        skipping = row, branch, uniform(70), of_row
+        dropped_gradients(dropped(*skipping), *skipping)
         _decided.mask(y, rate, scale)
         _decided.either(uniform(1, 2, 9, 16, dtype=dtype)[..., :9], act)
         weights, values = uniform(5, 2, 9, 16, dtype=dtype)[..., :9], y

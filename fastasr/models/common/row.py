@@ -151,20 +151,10 @@ class RowRate:
     def __init__(self, row: RowFrames, factor: int) -> None:
         self.row, self.factor, self.slower = row, factor, row.slower(factor)
 
-    @functools.cached_property
-    def counted(self) -> Tensor:
-        """Returns whether weight j counts for frame i of each group, (N', factor, factor): frame j is the recording's,
-        or else i is its last one."""
-        left = self.row.left[:: self.factor]
-        number = torch.arange(1, self.factor + 1, device=left.device, dtype=left.dtype)
-        return torch.minimum(number, left[:, None])[:, None] == number[:, None]
-
     def averaged(self, rows: Tensor, weights: Tensor) -> Tensor:
         """Returns Σ_i weights[i] rows[factor t + i], (N', ...), for weights (factor,): behind a recording's end, its
         last frame counts again."""
-        shares = (self.counted * weights).sum(-1)
-        shares = shares.view(*shares.shape, *(1,) * (rows.dim() - 1))
-        return (rows.unflatten(0, (-1, self.factor)) * shares).sum(1)
+        return _row.averaged(rows, self.row.left, weights)
 
     def upsampled(self, rows: Tensor) -> Tensor:
         """Returns rows (N', ...) of ``slower``, repeated, as (N, ...)."""

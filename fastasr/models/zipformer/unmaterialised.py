@@ -173,7 +173,8 @@ class _Weighted(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, positions, values = ctx.saved_tensors
-        found = gradients(grad.contiguous(), x, positions, values, *ctx.sizes, ctx.sums, **ctx.options)
+        heads, dim = ctx.sizes
+        found = gradients(grad.contiguous(), x, positions, values, heads, dim, ctx.sums, **ctx.options)
         of_x, of_values = (g.to(dtype) for g, dtype in zip(found, ctx.dtypes, strict=True))
         return of_x, None, of_values, None, None, None
 

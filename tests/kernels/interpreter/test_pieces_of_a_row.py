@@ -12,7 +12,6 @@ import torch
 from fastasr import backend, ops
 from fastasr._tables import share
 from fastasr.kernels import _recordings, rel_attention, zipformer_attention
-from fastasr.ops import _row
 
 FRAMES, LONGEST = 200, 60
 STARTS = torch.tensor([0, 60, 61, 80, 80, 90, 150])  # and 50 frames of no recording
@@ -149,30 +148,6 @@ def test_groups_are_those_of_each_recording():
         expected = list(groups_of(lengths, chunk, group))
         found = [tuple(column) for column in table.T.tolist() if column[0] < frames]
         assert found == expected, (lengths, chunk, group)
-
-
-@pytest.mark.parametrize("lengths", [[1], [0], [5, 0, 0], [0, 0, 90, 200, 64, 3, 0, 64], [1] * 40])
-@pytest.mark.parametrize("factors", [(1,), (1, 2, 4, 8)])
-def test_tables_of_rates(lengths, factors):
-    """They are those of the formula, and frames of nobody between recordings see nothing."""
-    lengths = torch.tensor(lengths)
-    slots = (lengths + 7) // 8 * 8
-    begins, frames = slots.cumsum(0) - slots, int(slots.sum()) + 16
-    with backend("triton"):
-        found = _row.tables(lengths.float(), begins, begins + lengths, frames, factors)
-    with backend("eager"):
-        expected = _row.tables(lengths.float(), begins, begins + lengths, frames, factors)
-    for ours, theirs, factor in zip(found, expected, factors, strict=True):
-        assert all(map(torch.equal, ours[:-1], theirs[:-1]))
-        assert ours.gaps
-        first, end = _recordings.bounds(ours.starts, frames // factor)
-        there = ~theirs.hidden[0]
-        begin, behind = (t.index_select(0, theirs.recording) for t in theirs.starts.view(-1, 2).unbind(1))
-        assert torch.equal(first[there].long(), begin[there])
-        assert torch.equal(end[there].long(), behind[there])
-        assert torch.equal(first[~there], end[~there])
-        assert (first.diff() >= 0).all()
-        assert (end.diff() >= 0).all()
 
 
 def order_of(bounds):
