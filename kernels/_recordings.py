@@ -156,7 +156,7 @@ def tables(
     hidden = torch.empty(sum(flags), dtype=torch.bool, device=device)
     whose = torch.empty(sum(numbers), dtype=torch.int64, device=device)
     code = sum(factor << 8 * i for i, factor in enumerate(factors))
-    launch(bounds_kernel, (cdiv(max(sizes), TABLE["BLOCK"]), len(factors)),
+    launch(bounds_kernel, (max(1, cdiv(max(sizes), TABLE["BLOCK"])), len(factors)),
         begins, ends, made, as_bytes(hidden), whose, frames, count, code, **TABLE,
     )  # fmt: skip
     found = []

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The small steps of a row of recordings (fastasr/ops/_row.py), each one launch: tables of its rates, and weighted
-means of F frames, in which a recording's last frame stands for those that it lacks.
+"""The small steps of a row of recordings (fastasr/ops/_row.py), each one launch: tables of its rates, the move of
+recordings from one layout to another, and weighted means of F frames, in which a recording's last frame stands for
+those that it lacks.
 
     y[t] = sum_i share(t, i) x[F t + i]        share(t, i) = sum of the weights j with min(j, left[F t] - 1) = i
     dx[F t + i] = share(t, i) g[t]             dweight[j] = sum of g[t] . x[F t + min(j, left[F t] - 1)]
@@ -15,11 +16,35 @@ import triton.language as tl
 
 from fastasr.kernels._launch import cdiv, launch, next_power_of_2
 from fastasr.kernels._parts import add_parts
-from fastasr.kernels._recordings import tables
+from fastasr.kernels._recordings import RECORDINGS, tables
 
-__all__ = ["averaged", "averaged_gradients", "tables"]
+__all__ = ["averaged", "averaged_gradients", "moved", "tables"]
 
 TILE = {"BLOCK_T": 16, "BLOCK_C": 128, "num_warps": 4}
+
+
+@triton.jit(
+    do_not_specialize=["recordings", "rows"], do_not_specialize_on_alignment=["BEFORE", "AFTER", "LENGTHS"]
+)  # fmt: skip
+def move_kernel(
+    X, BEFORE, AFTER, LENGTHS, Y, recordings, rows, columns, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """Writes a tile of y: the frames of recordings that begin at BEFORE in x and at AFTER in y, and 0."""
+    column_tiles = tl.cdiv(columns, BLOCK_C)
+    t = (tl.program_id(0) // column_tiles).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    c = tl.program_id(0) % column_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
+    number = tl.zeros([BLOCK_T], tl.int32)
+    for n in range(1, recordings, RECORDINGS):
+        r = n + tl.arange(0, RECORDINGS)
+        begin = tl.load(AFTER + r, mask=r < recordings, other=0)
+        begun = (begin[None, :] <= t[:, None]) & (r < recordings)[None, :]  # [BLOCK_T, RECORDINGS]
+        number += tl.sum(begun.to(tl.int32), axis=1)
+    within = t - tl.load(AFTER + number)
+    there = (t < rows) & (within < tl.load(LENGTHS + number))
+    at = (tl.load(BEFORE + number) + within)[:, None] * columns + c[None, :]  # [BLOCK_T, BLOCK_C]
+    in_row = (c < columns)[None, :]
+    x = tl.load(X + at, mask=there[:, None] & in_row, other=0.0)
+    tl.store(Y + t[:, None] * columns + c[None, :], x, mask=(t < rows)[:, None] & in_row)
 
 
 @triton.jit
@@ -80,6 +105,19 @@ def average_gradient_kernel(
             along = tl.fma(g, x, along)
         dweight += tl.sum(tl.where(counted == i, tl.sum(along, axis=1)[:, None], 0.0), axis=0)
     tl.store(PARTS + tl.program_id(0) * FACTOR + j, dweight, mask=j < FACTOR)
+
+
+def moved(
+    rows: torch.Tensor, before: torch.Tensor, after: torch.Tensor, lengths: torch.Tensor, count: int
+) -> torch.Tensor:
+    """Returns ``count`` rows of contiguous ones, see ``packed_frames.moved``; there is a recording."""
+    y = rows.new_empty(count, *rows.shape[1:])
+    if y.numel():
+        columns = y[0].numel()
+        launch(move_kernel, (cdiv(count, TILE["BLOCK_T"]) * cdiv(columns, TILE["BLOCK_C"]),),
+            rows, before, after, lengths, y, len(lengths), count, columns, **TILE,
+        )  # fmt: skip
+    return y
 
 
 def averaged(rows: torch.Tensor, left: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

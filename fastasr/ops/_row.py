@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Recordings in a row, of which only the device knows where they begin and end: the tables that models ask for, at
-every frame rate, and means over frames, each as one kernel on CUDA.
+every frame rate, moves of recordings, and means over frames, each as one kernel on CUDA.
 
 Not public. Off CUDA, each function below runs its eager formula.
 """
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fastasr import packed_frames
 from fastasr._tables import share
 from fastasr._transforms import Function
 from fastasr.ops._dispatch import KernelFamily, Kernels, triton_kernels
@@ -59,6 +60,34 @@ def _tables(begins: Tensor, ends: Tensor, frames: int) -> Tables:
     starts = torch.stack([begins, ends], 1).flatten()
     share(starts)
     return Tables(starts, recording, left, (left <= 0)[None], False)
+
+
+def moved(rows: Tensor, before: Tensor, after: Tensor, lengths: Tensor, count: int) -> Tensor:
+    """Does what ``packed_frames.moved`` does."""
+    if not len(lengths) or FAMILY.kernels(rows) is None:
+        return packed_frames.moved(rows, before, after, lengths, count)
+    found: Tensor = _Moved.apply(rows, before, after, lengths, count)
+    return found
+
+
+class _Moved(Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, before: Tensor, after: Tensor, lengths: Tensor, count: int) -> Tensor:
+        ctx.save_for_backward(before, after, lengths)
+        ctx.count = len(rows)
+        return _moved(rows, before, after, lengths, count)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        before, after, lengths = ctx.saved_tensors
+        return _moved(grad, after, before, lengths, ctx.count), None, None, None, None
+
+
+def _moved(rows: Tensor, *places: Any) -> Tensor:
+    kernels: Any = FAMILY.kernels(rows)
+    found: Tensor = kernels.forward.moved(rows.contiguous(), *places)
+    return found
 
 
 def averaged(rows: Tensor, left: Tensor, weights: Tensor) -> Tensor:

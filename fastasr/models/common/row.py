@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastasr.models.common import plumbing
 from fastasr.ops import _row
-from fastasr.packed_frames import PackedFrames, begins_in_batch, moved
+from fastasr.packed_frames import PackedFrames, begins_in_batch
 
 MULTIPLE = 16  # Rows have a multiple of so many frames, as tensor cores like them.
 
@@ -47,12 +47,11 @@ class Spans(NamedTuple):
         begins = torch.cat([begins, slots.sum()[None].expand(more)])
         return cls(begins, begins + torch.cat([lengths, lengths.new_zeros(more)]))
 
-    def inside(self, begin: int, count: int, device: torch.device) -> Tensor:
-        """Returns which of the frames begin … begin + count − 1 belong to a recording, (1, count)."""
-        frame = torch.arange(begin, begin + count, device=device, dtype=torch.int64)
-        before = torch.searchsorted(self.begins[1:], frame, right=True)
-        inside = frame < self.ends[before]
-        return (inside if begin >= 0 else inside & (frame >= 0))[None]
+    def outside(self, begin: int, count: int, like: Tensor) -> Tensor:
+        """Returns which of the frames begin … begin + count − 1, which hold what ``like`` does, belong to nobody,
+        (1, count)."""
+        (tables,) = _row.tables(like, *self, begin + count, (1,))
+        return tables.hidden if begin == 0 else F.pad(tables.hidden, (-begin, 0), value=True)
 
     def row(self, x: Tensor) -> Row:
         """Returns the Row of the frames x (1, N, ...)."""
@@ -65,18 +64,18 @@ class Spans(NamedTuple):
             rows, begins = given.frames, given.begins
         else:
             rows, begins = given.flatten(0, 1), begins_in_batch(len(given), given.shape[1], given.device)
-        return moved(rows, begins, *self._first(len(begins)), frames)[None]
+        return _row.moved(rows, begins, *self._first(len(begins)), frames)[None]
 
     def unpacked(self, row: Tensor, batch: int, frames: int) -> Tensor:
         """Returns the batch (B, T, ...) of a row (1, N, ...), 0 behind each recording's end."""
         begins, lengths = self._first(batch)
-        rows = moved(row[0], begins, begins_in_batch(batch, frames, row.device), lengths, batch * frames)
+        rows = _row.moved(row[0], begins, begins_in_batch(batch, frames, row.device), lengths, batch * frames)
         return rows.unflatten(0, (batch, frames))
 
     def without_gaps(self, row: Tensor, batch: int, frames: int) -> PackedFrames:
         """Returns ``frames`` PackedFrames of the first ``batch`` recordings of a row (1, N, ...)."""
         begins, lengths = self._first(batch)
-        return PackedFrames(moved(row[0], begins, lengths.cumsum(0) - lengths, lengths, frames), lengths)
+        return PackedFrames(_row.moved(row[0], begins, lengths.cumsum(0) - lengths, lengths, frames), lengths)
 
     def _first(self, batch: int) -> tuple[Tensor, Tensor]:
         """Returns where the first ``batch`` recordings begin, and their lengths."""

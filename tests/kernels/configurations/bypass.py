@@ -37,9 +37,13 @@ def configurations():
         yield Configuration(name, _parts.add_parts_kernel, types, constants, warps, ("columns",))
     yield from decided()
     types = dict.fromkeys(("X", "DX", "WEIGHTS", "Y", "G", "PARTS"), "fp32") | {"LEFT": "i32"}
+    types |= dict.fromkeys(("BEFORE", "AFTER", "LENGTHS"), "i64")
+    tile = dict(_row.TILE)
+    warps, both = tile.pop("num_warps"), ("columns",)
+    for dtype in ("fp32", "bf16"):
+        elements = types | {"X": dtype, "Y": dtype}
+        yield Configuration(f"row move, {dtype}", _row.move_kernel, elements, tile, warps, both)
     for factor in (2, 4, 8):
-        tile = dict(_row.TILE)
-        warps, both = tile.pop("num_warps"), ("columns",)
         for kernel, more in (("average", {}), ("average_gradient", {"LANES": factor})):
             name, function = f"row {kernel} of {factor}", getattr(_row, f"{kernel}_kernel")
             yield Configuration(name, function, types, tile | {"FACTOR": factor} | more, warps, both)

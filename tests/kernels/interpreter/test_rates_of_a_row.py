@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tables of a row's rates, and the means over its frames, by kernels and by their formulas."""
+"""The tables of a row's rates, the move of recordings, and means over frames, by kernels and by their formulas."""
 
 import pytest
 import torch
@@ -60,6 +60,29 @@ def test_means(lengths, factor, dtype):
         assert not grads[0][hidden].any()
         found.append((y, *grads))
     assert [t.dtype for t in found[1]] == [torch.float32, dtype, torch.float32]
-    for exact, ours in zip(*found, strict=True):
+    sizes = (
+        found[0][0].norm(),
+        found[0][1].norm(),
+        0.1 * g.norm() * rows.norm(),
+    )  # the last one's terms cancel
+    for exact, ours, size in zip(*found, sizes, strict=True):
         tolerance = {torch.float32: 1e-6, torch.bfloat16: 1e-2}[ours.dtype]
-        assert (ours - exact).norm() <= tolerance * exact.norm()
+        assert (ours - exact).norm() <= tolerance * size
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_moves(lengths, dtype):
+    """From a padded batch to a row, with frames of nobody between recordings and behind them, and back."""
+    lengths, longest = torch.tensor(lengths), max(1, *lengths)
+    padded = torch.arange(len(lengths)) * longest
+    slots = lengths + torch.arange(len(lengths)) % 3
+    begins, frames = slots.cumsum(0) - slots, int(slots.sum()) + 20
+    x = torch.randn(len(lengths) * longest, 5, 30).to(dtype).requires_grad_()
+    found = []
+    for name in ("eager", "triton"):
+        with backend(name):
+            y = _row.moved(x, padded, begins, lengths, frames)
+            back = _row.moved(y, begins, padded, lengths, len(x))
+            found.append((y, back, *torch.autograd.grad(back.square().sum(), x)))
+    assert all(map(torch.equal, *found))
