@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Casts all parameters to autocast's dtype by one copy at the beginning of a recorded pass.
+"""Casts all parameters to autocast's dtype together at the beginning of a recorded pass.
 
 Under autocast every product casts its weights, and autograd casts their gradients back: 1,200 small kernels in a
 training step of a Zipformer. While a call is recorded, the modules hold the casts in the place of these parameters.
@@ -15,6 +15,12 @@ from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from fastasr.ops._dispatch import KernelFamily, triton_launchers
+from fastasr.ops._kept import are_counted, counter
+
+FAMILY = KernelFamily("casts", (), (triton_launchers("_casts"),))
+KEPT = 130  # integers that fastasr.kernels._casts keeps of a parameter
 
 
 class Uses(TorchDispatchMode):
@@ -87,7 +93,10 @@ def _is_view(function: OpOverload) -> bool:
 
 class Casts:
     """The casts of some parameters of a module: leaves of autograd. Those that ``others`` hold, the casts of the
-    module's other graphs, are theirs: every pass casts anew what it reads. The values of the rest lie in one buffer.
+    module's other graphs, are theirs. The values of the rest lie in one buffer.
+
+    On a GPU a pass casts what has changed since any pass cast it: all where the host has counted a write
+    (``noticing``), and each parameter whose sample differs. A pass that trains casts all.
     """
 
     def __init__(
@@ -95,15 +104,19 @@ class Casts:
     ) -> None:
         self.parameters = parameters
         known = {
-            id(p): leaf
+            id(p): (leaf, kept)
             for casts in others
-            for p, leaf in zip(casts.parameters, casts.leaves, strict=True)
+            for p, leaf, kept in zip(casts.parameters, casts.leaves, casts.kept, strict=True)
             if (leaf.shape, leaf.dtype, leaf.device) == (p.shape, dtype, p.device)
         }
+        device = parameters[0].device
         with torch.inference_mode(False):  # for graphs that train too
+            self.forced = torch.ones(1, dtype=torch.int64, device=device)
             rest = [p for p in parameters if id(p) not in known]
-            known |= zip(map(id, rest), _leaves(rest, dtype), strict=True)
-            self.leaves: list[Tensor] = [known[id(p)].requires_grad_(p.requires_grad) for p in parameters]
+            kept = torch.zeros(len(rest), KEPT, dtype=torch.int64, device=device)
+            known |= zip(map(id, rest), zip(_leaves(rest, dtype), kept, strict=True), strict=True)
+            self.leaves: list[Tensor] = [known[id(p)][0].requires_grad_(p.requires_grad) for p in parameters]
+        self.kept: list[Tensor] = [known[id(p)][1] for p in parameters]
         storages = map(torch.Tensor.untyped_storage, self.leaves)
         self.bytes = {s.data_ptr(): s.nbytes() for s in storages}  # of each buffer, by its address
         self.of = dict(zip(map(id, parameters), self.leaves, strict=True))
@@ -113,11 +126,35 @@ class Casts:
             for name, p in m._parameters.items()
             if p is not None and id(p) in self.of
         ]
+        kernels = FAMILY.kernels(self.leaves[0])
+        launchers: Any = None if kernels is None else kernels.forward
+        casts = [*zip(self.leaves, parameters, self.kept, strict=True)]
+        self.rest = casts  # those that no kernel casts
+        self.on_device = None if launchers is None else launchers.Casts(casts, self.forced)
+        if self.on_device is not None:
+            self.rest = self.on_device.rest
+        self.counted = are_counted(parameters)
+        self.writes: list[int] | None = None  # that torch had counted when a pass last cast all
 
     def make(self) -> None:
-        """Casts all parameters anew."""
-        with torch.no_grad():
-            torch._foreach_copy_(self.leaves, self.parameters)
+        """Casts the parameters anew that have changed."""
+        if self.on_device is not None:
+            self.on_device.run()
+        if self.rest:
+            with torch.no_grad():
+                torch._foreach_copy_([leaf for leaf, *_ in self.rest], [p for _, p, _ in self.rest])
+
+    @contextlib.contextmanager
+    def noticing(self) -> Iterator[None]:
+        """Has the pass inside the block cast all, if torch has counted a write to a parameter since the last one."""
+        writes = [*map(counter, self.parameters)] if self.counted else None
+        stale = writes is None or writes != self.writes
+        if stale:
+            self.forced.fill_(1)
+        yield
+        if stale:
+            self.forced.zero_()
+            self.writes = writes
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:

@@ -7,7 +7,6 @@ and the module's parameters.
 """
 
 import contextlib
-import operator
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, Protocol
@@ -20,10 +19,10 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from fastasr._recording import recorded_by
 from fastasr._transforms import Function, transforms_active
 from fastasr.graphs.casts import Casts, Uses
-from fastasr.graphs.recording import Recorder, Recording, Unrecordable
+from fastasr.graphs.leaks import Made
+from fastasr.graphs.recording import Recorder, Recording, Room, Unrecordable
+from fastasr.ops._kept import counter
 from fastasr.ops._runtime import is_batched
-
-_VERSION = operator.attrgetter("_version")
 
 
 class Gradients:
@@ -117,10 +116,10 @@ class Graph:
         self.device = self.tensors[0].device
         self.gradients = gradients
         self.addresses: list[int] = []  # of the module's tensors when it was recorded
-        self._rehearse(recorder, module, others)
-        self.back = Recording(self.device)
+        rooms = self._rehearse(recorder, module, others)
+        self.back = Recording(self.device, room=rooms[1])
         self.back.allow_late(() if self.casts is None else self.casts.leaves)
-        self.ahead = Recording(self.device, self.back)
+        self.ahead = Recording(self.device, self.back, room=rooms[0])
         self.replay_forward, (outputs, self.form) = recorder.record(self._forward, self.ahead)
         differentiable = [t for t in outputs if isinstance(t, torch.Tensor) and t.requires_grad]
         self.trains = bool(differentiable)
@@ -177,27 +176,30 @@ class Graph:
             back.end()
         return found
 
-    def _rehearse(self, recorder: Recorder, module: nn.Module, others: Sequence["Graph"]) -> None:
+    def _rehearse(self, recorder: Recorder, module: nn.Module, others: Sequence["Graph"]) -> list[Room]:
         """Runs both passes once in the form in which they are recorded, and puts the module's buffers back. In this run
-        libraries choose kernels and allocate workspaces, and it shows which parameters are only cast.
+        libraries choose kernels and allocate workspaces, and it shows which parameters are only cast and whether the
+        call keeps tensors. Returns the rooms that the passes take.
         """
         buffers = list(module.buffers())
         before = [b.clone() for b in buffers]
         kind = self.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         parameters = [p for p in module.parameters() if p.dtype is not dtype and p.is_floating_point()]
-        uses = None if dtype is None else Uses(parameters, dtype)
+        uses, made = None if dtype is None else Uses(parameters, dtype), Made()
+        rooms: list[Room] = []
 
         def both() -> None:
             back = Recording(self.device, runs=True)
             ahead = Recording(self.device, back, runs=True)
-            with uses or contextlib.nullcontext():
+            with made, uses or contextlib.nullcontext():
                 with recorded_by(ahead):
                     outputs, _ = self._forward()
                 outputs = [t for t in outputs if isinstance(t, torch.Tensor) and t.requires_grad]
                 if outputs:
                     inputs = [t for t in self.tensors if t.requires_grad]
                     self._differentiated(back, outputs, inputs, [torch.zeros_like(t) for t in outputs])
+            rooms.extend((ahead.room, back.room))
 
         try:
             recorder.rehearse(both)
@@ -205,11 +207,16 @@ class Graph:
             with torch.no_grad():
                 for b, saved in zip(buffers, before, strict=True):
                     b.copy_(saved)
+        for t in self.tensors:  # masks.seen keeps its answer with the mask
+            vars(t).clear()
+        made.check()
         if uses is not None:
             castable = uses.castable(parameters)
             if castable:
                 shared = (other.casts for other in others if other.casts is not None)
                 self.casts = Casts(module, castable, uses.dtype, shared)
+                recorder.rehearse(self.casts.make)
+        return rooms
 
     @property
     def bytes(self) -> int:
@@ -231,7 +238,8 @@ class Graph:
         if self.trains:
             found = iter(_Replayed.apply(self, owner, *given, *self.trained))
         else:
-            self._replay(given)
+            with contextlib.nullcontext() if self.casts is None else self.casts.noticing():
+                self._replay(given)
             found = (t.clone() for t in self.outputs if isinstance(t, torch.Tensor))
         return tree_unflatten(
             [next(found) if isinstance(t, torch.Tensor) else t for t in self.outputs], self.form
@@ -250,7 +258,7 @@ class _Replayed(Function):
     def forward(ctx: Any, graph: Graph, owner: Owner, *tensors: Tensor) -> tuple[Tensor, ...]:
         graph._replay(tensors[: len(graph.tensors)])
         ctx.graph, ctx.node = graph, Node()
-        ctx.versions = [*map(_VERSION, graph.trained)]
+        ctx.versions = [*map(counter, graph.trained)]
         owner.outstanding = weakref.ref(ctx.node)
         found = [t.clone() for t in graph.outputs if isinstance(t, torch.Tensor)]
         ctx.mark_non_differentiable(*(t for t, wanted in zip(found, graph.wanted, strict=True) if not wanted))
@@ -270,7 +278,7 @@ class _Replayed(Function):
                 "fastasr.graphs: a replayed call has one backward pass: for a second one make the call inside "
                 "fastasr.eager_mode(model)"
             )
-        if ctx.versions != [*map(_VERSION, graph.trained)]:
+        if ctx.versions != [*map(counter, graph.trained)]:
             raise RuntimeError(
                 "fastasr.graphs: a parameter has changed since the forward pass of this backward pass"
             )

@@ -8,6 +8,7 @@ changes on which the recording depends. A call that cannot be recorded runs as i
 import contextlib
 import functools
 import logging
+import math
 import operator
 import random
 import threading
@@ -37,14 +38,20 @@ from fastasr.ops import _dispatch
 LONGEST = 4096  # frames of a recording in a row, unless Graphs says otherwise: about 40 s
 MAX_KINDS = 1024  # A module remembers at most this many.
 MAX_DROPS = 2  # A kind whose graph was dropped this often, to make room for others, is not recorded again.
+PATIENCE = (
+    8  # A refused kind is tried again once it was seen this many times as often: the cause may be gone.
+)
+CALLS = 1000  # Then a module says if less than half of them were replayed.
 _OUTSTANDING = "not replayed: the backward pass of an earlier call is still to come"
 _NOT_RECORDED = "not recorded: "
 _CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
 _VALUES: Callable[[dict[str, Any]], Iterable[Any]] = dict.values
 _REQUIRES_GRAD = operator.attrgetter("requires_grad")
 # torch.backends asks these too, through lookups that take several times as long.
-_FP32_PRECISION, _CUDNN_DETERMINISTIC = torch._C._get_fp32_precision_getter, torch._C._get_cudnn_deterministic
+_FP32_PRECISION = torch._C._get_fp32_precision_getter
+_CUDNN = torch._C._get_cudnn_enabled, torch._C._get_cudnn_benchmark, torch._C._get_cudnn_deterministic
 _local = threading.local()
+_log = logging.getLogger("fastasr")
 
 Forward = Callable[..., Any]  # forward(module, *args, **kwargs)
 # (module, name of an attribute) -> the value, and the identities of its elements
@@ -80,7 +87,7 @@ class Graphs:
     """
 
     after: int = 2
-    most: tuple[int, int] = (8, 32)
+    most: tuple[int, int] = (32, 32)
     memory: int | str = "8GB"
     parts: bool = False
     clone_gradients: bool = False
@@ -135,6 +142,7 @@ class Kind:
     reason: str | None = None
     filling: float | None = None
     phases: Phases = field(default=(), repr=False)  # The reason stands while they last.
+    again: float = field(default=math.inf, repr=False)  # It is tried again when it was seen so often.
 
 
 @dataclass(frozen=True)
@@ -231,6 +239,7 @@ class ModuleGraphs:
         self.used: dict[Hashable, Tensor] = {}  # frames () in the replays of each kind on a row
         # a weak reference to the node of a replayed forward pass whose backward pass may follow
         self.outstanding: weakref.ref[Node] | None = None
+        self.calls = self.replays = 0
         self._lock = threading.Lock()
         # the backward pass of a recording may call the module too, in autograd's own thread
         self._records = False
@@ -255,10 +264,12 @@ class ModuleGraphs:
         reason = "" if alone else _why_not_now(module)
         if reason is not None:
             if reason:
+                self._count(module, replayed=False)
                 _left.note(module, reason, level=logging.INFO)
             return self.forward(module, *args, **kwargs)
         packed = None if self.on_row is None else self._packed(self.on_row, module, args, kwargs)
         if isinstance(packed, str):
+            self._count(module, replayed=False)
             _left.note(module, f"not replayed: {packed}", level=logging.INFO)
             return self.forward(module, *args, **kwargs)
         if packed is not None and self.options.parts:
@@ -269,13 +280,16 @@ class ModuleGraphs:
         with self._lock:  # also while it replays: other threads would overwrite the buffers
             graph, reason = self._graph(module, leaves, form, chosen)
             found = None if graph is None else graph.run(leaves, self)
+        refused = reason.startswith(_NOT_RECORDED)
+        if not (refused and any(m in _GRAPHS for m in module.modules() if m is not module)):
+            self._count(module, replayed=graph is not None)
         if graph is None:
             if state is not None:
                 random.setstate(state)
             if reason:
                 _left.note(module, reason, level=logging.INFO if reason == _OUTSTANDING else logging.WARNING)
-            with _in_parts(reason.startswith(_NOT_RECORDED)):
-                if packed is not None and reason.startswith(_NOT_RECORDED):  # Its parts are recorded on rows.
+            with _in_parts(refused):
+                if packed is not None and refused:  # Its parts are recorded on rows.
                     return packed.unpack(self.recorded(module, *packed.arguments))
                 return self.forward(module, *args, **kwargs)
         if not graph.trains and not self.structure.stays():  # This comparison runs while the GPU works.
@@ -286,6 +300,24 @@ class ModuleGraphs:
             return found
         self.used[graph.key] = self.used.get(graph.key, 0) + packed.used
         return packed.unpack(found)
+
+    def _count(self, module: nn.Module, replayed: bool) -> None:
+        """Counts the calls, and says once if few of many were replays."""
+        self.calls += 1
+        self.replays += replayed
+        if self.calls != CALLS or 2 * self.replays >= CALLS:
+            return
+        _log.warning(
+            "%s: only %d of %d calls were replayed, of %d of %d kinds of calls. %s, and see fastasr.graph_state(model)",
+            type(module).__name__,
+            self.replays,
+            self.calls,
+            sum(kind.replayed > 0 for kind in self.kinds.values()),
+            len(self.kinds),
+            "Use buckets of few shapes, or one recording for every batch, Graphs(frames=...)"
+            if self.on_row is None
+            else "Allow more frames, recordings or longest in Graphs",
+        )
 
     def _packed(
         self, on_row: OnRow, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -333,8 +365,8 @@ class ModuleGraphs:
             return graph, ""
         if graph is not None:
             del self.graphs[key]
-        if not hold(kind.phases):
-            kind.reason, kind.phases = None, ()
+        if not hold(kind.phases) or kind.seen >= kind.again:
+            kind.reason, kind.phases, kind.again = None, (), math.inf
         if kind.reason is not None:
             return None, _NOT_RECORDED + kind.reason
         if kind.seen <= self.options.after:
@@ -359,6 +391,8 @@ class ModuleGraphs:
     ) -> Graph | None:
         state, self._records, before = random.getstate(), True, _attributes(module)
         try:
+            if reason := why_not_recordable(module):
+                raise Unrecordable(reason)
             if self.recorder is None:
                 self.recorder = (self.options.recorder or _cuda_recorder)()
             wanted = (
@@ -385,7 +419,7 @@ class ModuleGraphs:
             if random.getstate() != state:
                 raise Unrecordable("it draws from Python's random outside of a plan")
         except Exception as error:  # the call runs as it is, and says why
-            kind.reason = f"{type(error).__name__}: {error}"
+            kind.reason, kind.again = f"{type(error).__name__}: {error}", PATIENCE * kind.seen
             if isinstance(error, Unrecordable):
                 kind.reason, kind.phases = str(error), error.phases
             return None
@@ -440,10 +474,22 @@ class ModuleGraphs:
             attention_dropout.as_upstream(),
             torch.are_deterministic_algorithms_enabled(),
             *map(_FP32_PRECISION, ("cuda", "cuda"), ("matmul", "conv")),
-            _CUDNN_DETERMINISTIC(),
+            *(ask() for ask in _CUDNN),
             torch.get_default_dtype(),
         )
         return tensors, form, cast, module.training, self.structure.training(), wanted, settings
+
+
+def why_not_recordable(module: nn.Module) -> str | None:
+    """Returns why a recording could not find the module's parameters again, or None."""
+    if any("_is_fsdp_managed_module" in vars(m) for m in module.modules()):
+        return "its parameters are sharded by FSDP, which gathers them anew for each call"
+    for t in chain(module.parameters(), module.buffers()):
+        if type(t).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+            return (
+                f"it has a parameter or buffer that is a {type(t).__name__}, which has no memory of its own"
+            )
+    return None
 
 
 def _attributes(module: nn.Module) -> Attributes:

@@ -8,7 +8,7 @@ the pass that does not act in a replay returns at once.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, Protocol, TypeVar
+from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,11 +16,6 @@ from torch import Tensor
 from fastasr import _recording
 from fastasr.models.common.schedules import peek
 from fastasr.models.common.verdicts import Verdict, Verdicts
-
-CAPACITY = 1 << 14  # A pass has at most this many numbers: a Zipformer-M has about 2,500.
-MAX_VERDICTS = 1 << 12  # A pass has at most this many verdicts: a Zipformer-M has 178.
-MAX_FIELDS = 1 << 16  # Tables of a pass have at most this many integers: a Zipformer-M's have some 6,000.
-
 
 T = TypeVar("T")
 Phases = Sequence[tuple[Any, bool]]  # (schedule, whether it was 0)
@@ -49,6 +44,14 @@ def hold(phases: Phases) -> bool:
     return all((peek(schedule) == 0.0) == zero for schedule, zero in phases)
 
 
+class Room(NamedTuple):
+    """How many numbers, verdicts and integers in tables a pass has. A Zipformer-M has some 2,500, 178 and 6,000."""
+
+    numbers: int = 1 << 12
+    verdicts: int = 1 << 8
+    fields: int = 1 << 13
+
+
 class Recording:
     """The numbers of one pass: ``values`` on the device, ``now`` on the host.
 
@@ -56,11 +59,18 @@ class Recording:
     thread, where ``recording()`` is None.
     """
 
-    def __init__(self, device: torch.device, back: "Recording | None" = None, runs: bool = False) -> None:
-        """With ``runs`` kernels run while the pass is built, as in a rehearsal."""
+    def __init__(
+        self,
+        device: torch.device,
+        back: "Recording | None" = None,
+        runs: bool = False,
+        room: Room | None = None,
+    ) -> None:
+        """With ``runs`` kernels run while the pass is built, as in a rehearsal, which shows the ``room`` to take."""
         self.device, self.back, self.runs = device, back, runs
-        self.values = torch.zeros(CAPACITY, dtype=torch.float32, device=device)
-        self.now = [0.0] * CAPACITY
+        numbers, verdicts, fields = room or Room()
+        self.values = torch.zeros(numbers, dtype=torch.float32, device=device)
+        self.now: list[float] = []
         self.plans: list[tuple[Callable[[], Sequence[float]], int, int]] = []
         self.used = 0
         self.phases: list[tuple[Any, bool]] = []  # A replay is valid while they last.
@@ -69,12 +79,12 @@ class Recording:
         self.columns: tuple[int, int] | None = None
         # (listener, whether to call it), one for each verdict
         self.told: list[tuple[Callable[[Verdict], object], _recording.Numbers]] = []
-        self.verdicts = torch.zeros(MAX_VERDICTS if back is None else 0, 16, dtype=torch.bool, device=device)
+        self.verdicts = torch.zeros(verdicts, 16, dtype=torch.bool, device=device)
         self.jobs: dict[Callable[..., list[Any]], list[Job]] = {}
         self.last: dict[Callable[..., object], list[Any]] = {}
         # leaf -> its gradient, which comes at the end, or None; all by address
         self.late: dict[int, int | None] = {}
-        self.tables = torch.zeros(MAX_FIELDS if back is None else 0, dtype=torch.int64, device=device)
+        self.tables = torch.zeros(fields, dtype=torch.int64, device=device)
         self.fields: list[int] = []  # what lies in the tables
 
     def numbers(self, plan: Callable[[], Sequence[float]], count: int) -> "Numbers":
@@ -82,10 +92,21 @@ class Recording:
         # Each begins at a multiple of 16 bytes, because kernels are compiled apart for other addresses.
         begin = -(-self.used // 4) * 4 if count else self.used
         self.used = begin + count
-        if self.used > CAPACITY:
-            raise Unrecordable(f"more than {CAPACITY} numbers in one pass")
+        self.now += [0.0] * (self.used - len(self.now))
         self.plans.append((plan, begin, self.used))
-        return Numbers(self, begin, self.values[begin : self.used])
+        return Numbers(self, begin, self._piece(self.values, begin, self.used))
+
+    @property
+    def room(self) -> Room:
+        """Returns the room that the pass has taken."""
+        return Room(self.used, len(self.told), len(self.fields))
+
+    def _piece(self, whole: Tensor, begin: int, end: int) -> Tensor:
+        if self.runs:
+            return whole.new_zeros(end - begin, *whole.shape[1:])
+        if end > len(whole):
+            raise Unrecordable("it needs more numbers than in its rehearsal")
+        return whole[begin:end]
 
     def phase(self, schedule: Any) -> bool:
         """Returns whether the schedule is 0 now. A replay is valid while the answer stays."""
@@ -97,10 +118,8 @@ class Recording:
         """Returns a bool tensor () for an answer of the device. After each replay in which ``acts`` is on,
         ``hear(verdict)`` is called with a :class:`Verdict`.
         """
-        if len(self.told) == MAX_VERDICTS:
-            raise Unrecordable(f"more than {MAX_VERDICTS} verdicts in one pass")
         self.told.append((hear, acts))
-        return self.verdicts[len(self.told) - 1, 0]
+        return self._piece(self.verdicts, len(self.told) - 1, len(self.told))[0, 0]
 
     def job(self, do: Callable[..., list[Any]], work: Any) -> "Job":
         """Has ``do(works, table)`` begin this pass, once for all jobs that were given it. It returns what it found for
@@ -145,13 +164,12 @@ class Recording:
         self.last = {}
 
     def _table(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        begin = len(self.fields)
-        self.fields += [field for row in rows for field in row]
-        if len(self.fields) > MAX_FIELDS:
-            raise Unrecordable(f"more than {MAX_FIELDS} integers in the tables of one pass")
+        begin, fields = len(self.fields), [field for row in rows for field in row]
+        self.fields += fields
+        table = self._piece(self.tables, begin, len(self.fields))
         if self.runs:
-            self.bring_tables()
-        return self.tables[begin : len(self.fields)].view(len(rows), -1)
+            table.copy_(torch.tensor(fields, dtype=torch.int64, device="cpu"))
+        return table.view(len(rows), -1)
 
     def bring_tables(self) -> None:
         """Brings the tables to the device. A capture brings nothing, so this comes after it."""

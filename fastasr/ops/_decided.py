@@ -6,23 +6,14 @@ random numbers, so a recorded pass has the same ones as an unrecorded one. A seq
 the rate. Off CUDA, each function below runs its eager formula.
 """
 
-import importlib
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastasr.ops._dispatch import KernelFamily, Kernels, triton_kernels
+from fastasr.ops._dispatch import KernelFamily, triton_launchers
 
-
-def _load() -> Kernels:
-    """Returns the module of the launchers in place of a forward pass."""
-    launchers: Any = importlib.import_module("fastasr.kernels._decided")
-    return Kernels("triton", launchers, None)
-
-
-FAMILY = KernelFamily("decided", (), (replace(triton_kernels("_decided"), load=_load),))
+FAMILY = KernelFamily("decided", (), (triton_launchers("_decided"),))
 
 
 def _kernels(x: Tensor, *others: Tensor | None) -> Any:

@@ -12,7 +12,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -379,6 +379,16 @@ def triton_kernels(name: str) -> Implementation:
         )
 
     return Implementation("triton", ("cuda",), FLOATING[:3], _why_not_triton, load, _why_not_triton_on)
+
+
+def triton_launchers(name: str) -> Implementation:
+    """Returns the module of launchers ``fastasr.kernels.<name>`` in the place of a forward pass."""
+
+    def load() -> Kernels:
+        launchers: Any = importlib.import_module(f"fastasr.kernels.{name}")
+        return Kernels("triton", launchers, None)
+
+    return replace(triton_kernels(name), load=load)
 
 
 def table() -> list[dict]:

@@ -4,23 +4,15 @@
 scale = norm_weight / √(variance + eps)      weight' = weight · scale      bias' = norm_bias + (bias − mean) · scale
 """
 
-import importlib
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastasr.kernels import Unlaunchable
-from fastasr.ops._dispatch import KernelFamily, Kernels, direct, triton_kernels
+from fastasr.ops._dispatch import KernelFamily, direct, triton_launchers
 
-
-def _load() -> Kernels:
-    launchers: Any = importlib.import_module("fastasr.kernels._folded_norm")
-    return Kernels("triton", launchers.folded, None)
-
-
-FAMILY = KernelFamily("folded_norm", (), (replace(triton_kernels("_folded_norm"), load=_load),))
+FAMILY = KernelFamily("folded_norm", (), (triton_launchers("_folded_norm"),))
 
 
 def folded(conv: Any, norm: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -34,8 +26,9 @@ def folded(conv: Any, norm: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     if direct(*given) and not differentiated and all(map(Tensor.is_contiguous, given)):
         kernels = FAMILY.kernels(*given)
         if kernels is not None:
+            launchers: Any = kernels.forward
             try:
-                found: tuple[Tensor, Tensor] = kernels.forward(*tensors, norm.eps, dtype)
+                found: tuple[Tensor, Tensor] = launchers.folded(*tensors, norm.eps, dtype)
                 return found
             except Unlaunchable as error:
                 FAMILY.give_up(error, *given)

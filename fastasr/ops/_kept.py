@@ -35,7 +35,7 @@ from fastasr.ops import _dispatch
 PARTS = 8  # kKeptPieces of csrc/cpu/support/kept.h
 _RETURNED = 1 << 16  # From this many bytes on, the allocator may have returned memory to the system.
 _SAMPLED = 256  # Without the native library, this many elements of a tensor are compared.
-_counter: Callable[[Tensor], int] = vars(torch._C.TensorBase)["_version"].__get__
+counter: Callable[[Tensor], int] = vars(torch._C.TensorBase)["_version"].__get__
 _address = Tensor.data_ptr
 _every: "weakref.WeakSet[Originals]" = weakref.WeakSet()
 _lock = threading.RLock()  # guards the set
@@ -76,7 +76,7 @@ class Originals:
 
     def _marked(self, tensors: Sequence[Tensor]) -> tuple[list, list] | None:
         try:
-            return [*map(_counter, tensors)] if self.counted else [], [*map(_address, tensors)]
+            return [*map(counter, tensors)] if self.counted else [], [*map(_address, tensors)]
         except RuntimeError:  # these tensors have no address
             return None
 

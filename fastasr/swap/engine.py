@@ -206,7 +206,7 @@ def _record(plan: Plan, report: SwapReport, options: Graphs) -> None:
         no_row = on_row.why_not(module) if on_row is not None and fits else None
         on_row = None if no_row is not None else on_row
         why_not = rule.graphs.why_not(module) if on_row is None else None
-        reason = (missing or why_not) if fits else made.reason
+        reason = (missing or recording.why_not_recordable(module) or why_not) if fits else made.reason
         inside = f"{path}." if path else ""
         packs = any(why is None and other.startswith(inside) for other, why in (report.ragged or {}).items())
         runs_ragged = rule.ragged is not None and bound is rule.ragged.forward

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Calls of kernels inside models, mostly of recorded passes, which are no ops and have no samples."""
 
+import importlib
 from collections.abc import Callable, Sequence
 
 import torch
@@ -51,6 +52,9 @@ def launch(device: str) -> None:
             some = wide[:9], -1, act, of_nobody if of_nobody is None else of_nobody[:9]
             sums_of([Balanced(wide, -1, act, of_nobody), Balanced(*some)], table)
             moments_of([Whitened(wide, 1, act, of_nobody), Whitened(some[0], 2, *some[2:])], table)
+    weight, state = uniform(96, 64), torch.zeros(130, dtype=torch.int64, device=device)
+    cast, forced = weight.to(torch.bfloat16), torch.ones(1, dtype=torch.int64, device=device)
+    importlib.import_module("fastasr.kernels._casts").Casts([(cast, weight, state)], forced).run()
     conv = torch.nn.Conv1d(70, 70, 9, groups=70, device=device).requires_grad_(False)
     norm = torch.nn.BatchNorm1d(70, device=device).requires_grad_(False)
     _folded_norm.folded(conv, norm, torch.float32)

@@ -74,6 +74,8 @@ PAIRS = {
     "precision of convolutions": under_each(partial(having, cudnn.conv, "fp32_precision"), "ieee", "tf32"),
     "TF32 in cuDNN": under_each(partial(having, cudnn, "allow_tf32"), False, True),
     "deterministic cuDNN": under_each(partial(having, cudnn, "deterministic"), False, True),
+    "cuDNN": under_each(partial(having, cudnn, "enabled"), False, True),
+    "cuDNN that tries its kernels": under_each(partial(having, cudnn, "benchmark"), False, True),
     "inference mode": (call, under(torch.inference_mode)),
     "gradients": (call, partial(call, grad=True)),
     "a parameter that is unfrozen": [partial(trained, bias=bias) for bias in (False, True)],

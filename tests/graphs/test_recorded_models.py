@@ -3,7 +3,9 @@
 
 import copy
 import gc
+import logging
 import random
+import re
 import threading
 import time
 import weakref
@@ -13,6 +15,9 @@ import torch
 from recorded import graphed, reasons
 
 import fastasr
+from fastasr._recording import recording
+from fastasr.asr.recipe import batches
+from fastasr.benchmarks.models import ragged
 from fastasr.graphs import module as graphs
 from fastasr.models.fast_conformer import FastConformerEncoder
 from fastasr.testing.tape import TapeRecorder
@@ -284,8 +289,129 @@ def test_code_that_changes_its_module_is_declined(what):
         for seed in range(2):
             y, _ = model(*batch(seed=seed))
             torch.testing.assert_close(y, type(model).forward(model, *batch(seed=seed))[0], rtol=0, atol=0)
-    assert "changes attributes of modules: " in kinds(model)[0].reason
-    assert part.linear1.calls == (4 if what == "count" else 0)
+    reason = kinds(model)[0].reason
+    if what == "count":
+        assert reason == "a call changes attributes of modules: Caching.calls"
+        assert part.linear1.calls == 4
+    else:
+        assert re.fullmatch(r"a call keeps a tensor \(2, 5, 64\), in a (dict|Caching)", reason)
+
+
+KEPT, OUTSIDE = {}, torch.ones(2)
+
+
+def closure():
+    kept = []
+    return lambda y: kept.append(y)
+
+
+def cycle(y):
+    kept = [y]
+    kept.append(kept)
+
+
+class Keeping(torch.nn.Module):
+    """Gives its output to a function as well."""
+
+    def __init__(self, layer, keep):
+        super().__init__()
+        self.layer, self.keep = layer, (keep,)
+
+    def forward(self, x):
+        y = self.layer(x)
+        self.keep[0](y)
+        return y
+
+
+KEEPS = {
+    "closure": (closure, "closure.<locals>.<lambda>"),
+    "global": (lambda: lambda y: KEPT.update(last=y), f"{__name__}.KEPT"),
+    "nested": (lambda: lambda y: KEPT.update(last=[y.detach()]), f"{__name__}.KEPT"),
+    "from outside": (lambda: lambda y: KEPT.update(last=OUTSIDE), None),
+    "cycle": (lambda: cycle, None),
+    "nothing": (lambda: lambda y: None, None),
+}
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("keep", KEEPS)
+def test_code_that_keeps_tensors_is_declined(keep, train):
+    model = encoder().train(train)
+    part, (keep, where) = model.layers[0].feed_forward1, KEEPS[keep]
+    part.linear1 = Keeping(part.linear1, keep())
+    recorded(model)
+    with torch.set_grad_enabled(train):
+        model(*batch())
+    KEPT.clear()
+    (kind,) = kinds(model)
+    assert kind.reason == (where and f"a call keeps a tensor (2, 5, 64), in {where}")
+    assert kind.replayed == (where is None)
+
+
+def test_a_refused_kind_is_tried_again():
+    """The cause may be gone."""
+    model = encoder().eval()
+    part, kept = model.layers[0].feed_forward1, []
+    part.linear1 = Keeping(part.linear1, lambda y: kept.append(y) if len(kept) < 3 else None)
+    recorded(model)
+    with torch.no_grad():
+        for _ in range(9):
+            model(*batch())
+    (kind,) = kinds(model)
+    assert (kind.seen, kind.replayed, kind.reason) == (9, 2, None)
+
+
+class Counting(torch.nn.Module):
+    """Adds as many numbers of the host as it is told."""
+
+    def __init__(self, count):
+        super().__init__()
+        self.count = count
+
+    def forward(self, x):
+        return x if recording() is None else x + recording().numbers(self.drawn, self.count).values.sum()
+
+    def drawn(self):
+        return [1.0] * self.count
+
+
+def test_any_number_of_numbers():
+    model, x = Counting(1 << 17), torch.zeros(())
+    recorded = graphed(model, after=0)
+    assert model(x) == model.count
+    assert not reasons(recorded)
+
+
+class Waiting(torch.nn.Module):
+    """Looks at a value of its input."""
+
+    def __init__(self, part):
+        super().__init__()
+        self.part = part
+
+    def forward(self, x):
+        return self.part(x) * x.sum().item()
+
+
+@pytest.mark.parametrize(
+    ("model", "lengths", "noticed"), [("Linear", 600, 1), ("Linear", 1, 0), ("Waiting", 1, 0)]
+)
+def test_few_replays_are_noticed(model, lengths, noticed, caplog):
+    """They are none where a whole is replayed part by part."""
+    part = torch.nn.Linear(1, 1)
+    model = {"Linear": part, "Waiting": Waiting(part)}[model]
+    for module in model.modules():
+        graphed(module).has_whole = module is not model
+    caplog.set_level(logging.WARNING, "fastasr")
+    with torch.no_grad():
+        for i in range(1100):
+            model(torch.zeros(1 + i % lengths, 1))
+    words = (
+        "Linear: only 0 of 1000 calls were replayed, of 0 of 600 kinds of calls. Use buckets of few shapes"
+    )
+    found = [text for record in caplog.records if "not recorded" not in (text := record.getMessage())]
+    assert [text.startswith(words) for text in found] == [True] * noticed
+    assert lengths > 1 or all(kind.replayed >= 1090 for kind in kinds(part))
 
 
 # --------------------------------------------------------------------------- gradients
@@ -663,3 +789,22 @@ def test_threads_take_turns():
             torch.testing.assert_close(found[seed], expected[seed], rtol=0, atol=0)
     (kind,) = fastasr.graph_state(model)[""]
     assert (kind.recorded, kind.replayed) == (1, 20)
+
+
+def test_batches_of_buckets_are_recorded_once_for_each_shape():
+    seconds = ragged.seconds(ragged.LIBRISPEECH, 600, ordered=False)
+    frames = [round(5 * s) for s in seconds]  # a twentieth of the frames, for the time of this test
+    epochs = [batches.epoch_batches(frames, 480, 1, epoch, shapes="buckets") for epoch in range(2)]
+    model = encoder(layers=1).train()
+    recorded(model, most=batches.BUCKETS + 1)
+    for indices, longest in epochs[0]:
+        x, lengths = batches.collate([torch.randn(frames[i], 80) for i in indices], longest)
+        step(model, x, torch.arange(longest) < lengths[:, None])
+    found = kinds(model)
+    assert 20 <= len(found) <= batches.BUCKETS + 1
+    assert all((kind.recorded, kind.replayed, kind.dropped) == (1, kind.seen, 0) for kind in found)
+    shapes = [{(len(indices), longest) for indices, longest in epoch} for epoch in epochs]
+    assert shapes[0] == shapes[1]
+    assert len(shapes[0]) == len(found)
+    padded = sum(len(indices) * longest for indices, longest in epochs[0])
+    assert 1 - sum(frames) / padded < 0.05

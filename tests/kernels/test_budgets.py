@@ -232,8 +232,9 @@ def test_budgets_have_128_bit_accesses(rows, architecture):
     Rows of a lattice are T + 1 long and start where a boundary says; the joiner's parts are as long as a chunk. Where
     depthwise convolutions have many taps (kernels/_sliding_taps.py), a thread has two or four channels, and 8 to 16
     frames or taps of them in registers: a warp still reads 128 or 256 neighbouring bytes, and few for each product.
-    Limits are those of one parameter of any alignment. The second row of a table of bounds begins anywhere, one of
-    pieces is short, and groups of a recording's frames begin anywhere. A folded norm has a row of few taps a channel.
+    Limits are those of one parameter of any alignment. A parameter's sample is one number for each thread. The second
+    row of a table of bounds begins anywhere, one of pieces is short, and groups of a recording's frames begin anywhere.
+    A folded norm has a row of few taps a channel.
     """
     others = (
         "one column",
@@ -251,6 +252,7 @@ def test_budgets_have_128_bit_accesses(rows, architecture):
         "gated_depthwise_conv folded norm",
         "weighted values forward",
         "decided limit",
+        "casts, compare",
     )
     others += "gated_depthwise_conv weight gradient", "depthwise_conv2d weight gradient"
     others += tuple(f"depthwise_conv2d {name}" for name in ("forward", "input gradient"))

@@ -237,8 +237,8 @@ class Trainer:
             "audio_seconds": shares / 25,
         }
 
-    def epoch_batches(self, epoch: int) -> list[list[int]]:
-        """Returns the batches of an epoch as lists of indices into ``training``."""
+    def epoch_batches(self, epoch: int) -> list[batches.Batch]:
+        """Returns the batches of an epoch, with indices into ``training``."""
         if self._batches is None or self._batches[0] != epoch:
             seconds = [SLOWEST * u.seconds for u in self.training]
             found = batches.epoch_batches(seconds, self.options.max_duration, self.options.seed, epoch)
@@ -249,7 +249,7 @@ class Trainer:
         """Returns (indices of the whole batch, its number of output frames)."""
         progress = self.progress
         found = self.epoch_batches(progress.epoch)
-        indices = found[progress.index]
+        indices = found[progress.index].indices
         progress.index += 1
         if progress.index == len(found):
             progress.epoch, progress.index = progress.epoch + 1, 0

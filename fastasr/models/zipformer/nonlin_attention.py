@@ -162,7 +162,8 @@ class _Product(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         o, projected = ctx.saved_tensors
-        ctx.kept.grad, ctx.kept.o = grad.contiguous(), o
+        # o itself would hold the graph that holds it, for ever
+        ctx.kept.grad, ctx.kept.o = grad.contiguous(), o.detach()
         return passes(projected, projected).product(projected, ctx.kept.grad.transpose(0, 1)), None, None
 
 

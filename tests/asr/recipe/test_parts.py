@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Units, texts, batches, logs, checkpoints, curves, and the mistakes that each of them refuses."""
 
+import itertools
 import random
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastasr.asr.decoding import chunks
 from fastasr.asr.recipe import batches, checkpoints, curves, recogniser, scoring, sizes, speech
 from fastasr.asr.recipe.logs import COLUMNS, Log
 from fastasr.asr.recipe.units import Units
@@ -69,17 +71,57 @@ def test_plain_text(text, expected):
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.floats(0.4, 20), min_size=1, max_size=40), st.floats(5, 60), st.integers(0, 3))
-def test_batches_hold_everything_once_and_are_short_enough(seconds, most, epoch):
-    found = batches.epoch_batches(seconds, most, seed=1, epoch=epoch)
-    assert sorted(i for batch in found for i in batch) == list(range(len(seconds)))
-    assert all(len(b) == 1 or max(seconds[i] for i in b) * len(b) <= most for b in found)
-    assert found == batches.epoch_batches(seconds, most, seed=1, epoch=epoch)
+@given(
+    st.lists(st.floats(0.4, 20), min_size=1, max_size=40),
+    st.floats(5, 60),
+    st.integers(0, 3),
+    st.sampled_from([{}, {"shapes": "buckets"}, {"shapes": "buckets", "buckets": 3}]),
+)
+def test_batches_hold_everything_once_and_are_short_enough(seconds, most, epoch, options):
+    found = batches.epoch_batches(seconds, most, seed=1, epoch=epoch, **options)
+    assert sorted(i for batch in found for i in batch.indices) == list(range(len(seconds)))
+    assert all(len(indices) == 1 or length * len(indices) <= most for indices, length in found)
+    longest = [max(seconds[i] for i in indices) for indices, _ in found]
+    if options:
+        assert all(length in seconds and length >= n for (_, length), n in zip(found, longest, strict=True))
+        assert len({(len(indices), length) for indices, length in found}) <= options.get("buckets", 24) + 1
+    else:
+        assert [length for _, length in found] == longest
+    assert found == batches.epoch_batches(seconds, most, seed=1, epoch=epoch, **options)
+
+
+def test_the_edges_of_buckets_leave_the_least_padding():
+    lengths = [3, 9, 4, 10, 4, 3, 20]
+    every = itertools.combinations(sorted(set(lengths)), 3)
+    least = min(
+        (sum(min(e for e in edges if e >= n) for n in lengths), edges) for edges in every if 20 in edges
+    )
+    assert batches.edges(lengths, 3) == list(least[1]) == [4, 10, 20]
+    assert batches.edges(lengths, 9) == sorted(set(lengths))
+    assert batches.edges([]) == batches.epoch_batches([], 60, 1, 0, shapes="buckets") == []
+
+
+def test_refused_shapes():
+    with pytest.raises(ValueError, match=r"shapes: expected .* got 'fixed'"):
+        batches.epoch_batches([1.0], 60, 1, 0, shapes="fixed")
+    with pytest.raises(ValueError, match="buckets: expected a number of at least 1"):
+        batches.epoch_batches([1.0], 60, 1, 0, shapes="buckets", buckets=0)
 
 
 def test_epochs_differ():
     seconds = [1 + i / 50 for i in range(60)]
-    assert batches.epoch_batches(seconds, 20, 1, 0) != batches.epoch_batches(seconds, 20, 1, 1)
+    for shapes in ("any", "buckets"):
+        first, second = (batches.epoch_batches(seconds, 20, 1, epoch, shapes) for epoch in (0, 1))
+        assert first != second
+
+
+def test_batches_of_buckets_are_padded_to_their_edges():
+    features = [torch.zeros(n, 3) for n in (4, 6)]
+    x, lengths = batches.collate(features, 8)
+    assert x.shape == (2, 8, 3)
+    assert lengths.tolist() == [4, 6]
+    assert (x[1, 6:] == chunks.SILENCE).all()
+    assert torch.equal(batches.collate(features)[0], x[:, :6])
 
 
 def test_masks_leave_the_padding_alone():

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Configurations of kernels/_decided.py, the small steps of a recorded Zipformer."""
+"""Configurations of kernels/_decided.py, the small steps of a recorded Zipformer, and of kernels/_casts.py."""
 
+import triton.language as tl
+
+from fastasr.kernels import _casts
 from fastasr.kernels import _decided as steps
 
 from .configuration import Configuration
@@ -35,3 +38,7 @@ def decided():
     yield configuration("scale", "scale", types, flat)
     yield configuration("limit", "limit", types, {"BLOCK": 256} | none, ())
     yield configuration("limit, masked", "limit", types, {"BLOCK": 256}, ())
+    own = {"FIELDS": 5, "SAMPLE": _casts.SAMPLE}
+    bits, cast = {"BITS": tl.int32}, {"DTYPE": tl.float32, "TO": tl.bfloat16, "BLOCK": _casts.BLOCK}
+    yield Configuration("decided casts, compare", _casts.compare_kernel, {"JOBS": "i64"}, own | bits, 4)
+    yield Configuration("decided casts, cast", _casts.cast_kernel, {"JOBS": "i64"}, own | cast, 8)

@@ -6,9 +6,12 @@ A pytest plugin: ``pytest -p tests.kernels.interpreter.plugin``, with TRITON_INT
 
 import numpy as np
 import pytest
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+from triton.runtime import interpreter
 
 from fastasr.kernels import layer_norm_lstm
 from fastasr.testing.checks import Case, parity
+from fastasr.testing.tape import Tape, TapeRecorder
 from tests.kernels.interpreter import blocks, faster, memory, repair
 
 faster.install()
@@ -32,6 +35,28 @@ def _quiet_numpy():
 @pytest.fixture
 def products_in_order(monkeypatch):
     monkeypatch.setattr(repair, "IN_ORDER", True)
+
+
+@pytest.fixture
+def launches_on_the_tape(monkeypatch):
+    """A tape that records notes launches, and its replays run them; they do not run while it records."""
+    run, rehearse = interpreter.GridExecutor.__call__, TapeRecorder.rehearse
+
+    def rehearsed(recorder, function):
+        before = dict(memory._of_jobs)
+        rehearse(recorder, function)
+        memory._of_jobs.clear()  # a call that keeps tensors is not recorded
+        memory._of_jobs.update(before)
+
+    def call(executor, *arguments, **options):
+        tape = _get_current_dispatch_mode()
+        if isinstance(tape, Tape):
+            tape.calls.append((lambda *a, **o: run(executor, *a, **o), arguments, options, []))
+        else:
+            run(executor, *arguments, **options)
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", call)
+    monkeypatch.setattr(TapeRecorder, "rehearse", rehearsed)
 
 
 @pytest.fixture

@@ -8,8 +8,6 @@ import random
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import _get_current_dispatch_mode
-from triton.runtime import interpreter
 
 from fastasr import backend, ops
 from fastasr._recording import recording
@@ -17,7 +15,6 @@ from fastasr.kernels import _jobs
 from fastasr.models.zipformer.balancer import Balancer
 from fastasr.models.zipformer.whitening import Whiten
 from fastasr.ops import _linear
-from fastasr.testing.tape import Tape
 from tests.graphs.recorded import graphed, reasons
 
 WIDTH = 32
@@ -41,17 +38,7 @@ class Branch(nn.Module):
 
 
 @pytest.fixture(autouse=True)
-def _launches_on_the_tape(monkeypatch):
-    run = interpreter.GridExecutor.__call__
-
-    def call(executor, *arguments, **options):
-        tape = _get_current_dispatch_mode()
-        if isinstance(tape, Tape):
-            tape.calls.append((lambda *a, **o: run(executor, *a, **o), arguments, options, []))
-        else:
-            run(executor, *arguments, **options)
-
-    monkeypatch.setattr(interpreter.GridExecutor, "__call__", call)
+def _on_the_tape(launches_on_the_tape, monkeypatch):
     monkeypatch.setattr(_linear, "MANY_ROWS", 0)
 
 
@@ -84,8 +71,8 @@ def found(monkeypatch, together, shares=False):
 def test_they_are_those_of_each_call(monkeypatch):
     (ours, none, launches), (alone, *_, of_bias) = found(monkeypatch, True), found(monkeypatch, False)
     assert none == []
-    assert len(launches) == 8  # four kernels in a rehearsal, and in the recording
-    assert len(of_bias) == 2
+    assert len(launches) == 12  # four kernels in a rehearsal and in the recording, and two of the casts
+    assert len(of_bias) == 6
     for a, b in zip(ours, alone, strict=True):
         assert a.isfinite().all()
         assert torch.equal(a, b)

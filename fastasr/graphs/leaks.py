@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finds tensors that a call makes and keeps, such as those of a cache. A replay would not make them again, and they
+would lie in memory that later replays overwrite.
+"""
+
+import gc
+import sys
+from collections.abc import Iterator, Sequence
+from types import CellType, FrameType, FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fastasr.graphs.recording import Unrecordable
+
+_CONTAINERS = (list, tuple, set, dict, CellType)
+
+
+class Made(TorchDispatchMode):
+    """Notes all tensors that are made inside the block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[tuple[StorageWeakRef, torch.Size]] = []
+
+    def __torch_dispatch__(
+        self,
+        function: OpOverload,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        found = function(*args, **(kwargs or {}))
+        taken = {_storage(t) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        self.made += [
+            (StorageWeakRef(t.untyped_storage()), t.shape)
+            for t in tree_leaves(found)
+            if isinstance(t, torch.Tensor) and _storage(t) not in taken
+        ]
+        return found
+
+    def check(self) -> None:
+        """Refuses the call if such a tensor is still there after the block."""
+        if self._left():
+            gc.collect()  # it may be part of a cycle
+            for storage, shape in self._left():
+                raise Unrecordable(f"a call keeps a tensor {_described(storage, shape)}")
+
+    def _left(self) -> list[tuple[StorageWeakRef, torch.Size]]:
+        self.made = [(storage, shape) for storage, shape in self.made if not storage.expired()]
+        return self.made
+
+
+def _storage(t: Tensor) -> int:
+    return t.untyped_storage()._cdata
+
+
+def _described(storage: StorageWeakRef, shape: torch.Size) -> str:
+    """Returns the shape of the tensor in Python that has the storage, and what holds it, as far as Python knows."""
+    everything = (o for o in gc.get_objects() if issubclass(type(o), torch.Tensor))
+    for t in [t for t in everything if _storage(t) == storage.cdata]:
+        if holder := _holder(t):
+            return f"{tuple(t.shape)}, in {holder}"
+    return f"{tuple(shape)}"
+
+
+def _holder(held: Any) -> str:
+    below = [held]
+    for _ in range(5):  # containers that lie in each other
+        above: list[Any] = []
+        for held in below:
+            if name := _global(held):
+                return name
+            for holder in gc.get_referrers(held):
+                if isinstance(holder, _CONTAINERS):
+                    if holder is not below:
+                        above.append(holder)
+                elif isinstance(holder, FunctionType):
+                    return holder.__qualname__
+                elif not isinstance(holder, (torch.Tensor, FrameType, Iterator)):
+                    return f"a {type(holder).__qualname__}"
+        below = above
+    return ""
+
+
+def _global(held: Any) -> str:
+    for module in [*sys.modules.values()]:
+        for name, value in [*getattr(module, "__dict__", {}).items()]:
+            if value is held:
+                return f"{module.__name__}.{name}"
+    return ""
