@@ -5,8 +5,6 @@ every frame rate, moves of recordings, and means over frames, each as one kernel
 Not public. Off CUDA, each function below runs its eager formula.
 """
 
-import importlib
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -16,16 +14,10 @@ from torch.autograd.function import once_differentiable
 from fastasr import packed_frames
 from fastasr._tables import share
 from fastasr._transforms import Function
-from fastasr.ops._dispatch import KernelFamily, Kernels, triton_kernels
+from fastasr.ops._dispatch import KernelFamily, triton_launchers
 
 
-def _load() -> Kernels:
-    """Returns the module of the launchers in place of a forward pass."""
-    launchers: Any = importlib.import_module("fastasr.kernels._row")
-    return Kernels("triton", launchers, None)
-
-
-FAMILY = KernelFamily("row", (), (replace(triton_kernels("_row"), load=_load),))
+FAMILY = KernelFamily("row", (), (triton_launchers("_row"),))
 
 
 class Tables(NamedTuple):
