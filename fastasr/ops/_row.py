@@ -16,7 +16,6 @@ from fastasr._tables import share
 from fastasr._transforms import Function
 from fastasr.ops._dispatch import KernelFamily, triton_launchers
 
-
 FAMILY = KernelFamily("row", (), (triton_launchers("_row"),))
 
 
