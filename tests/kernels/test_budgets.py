@@ -170,12 +170,15 @@ def test_budgets_have_no_spills(rows, architecture):
         "toeplitz_attention forward, both ways, padding, dropout, d=128, V=1024, fp32": (86, 100),
         "zipformer_attention forward, odd sizes, fp32": (86, 120),
         "zipformer_attention forward, odd sizes, tf32": (100,),
+        "zipformer_attention forward, recordings, equal, bf16": (86,),
         "zipformer_attention keys, chunks, padding, mask, fp32": (90, 100),
         "zipformer_attention keys, chunks, padding, mask, tf32": (80,),
         "zipformer_attention keys, fp32": (90, 120),
         "zipformer_attention keys, padding, bf16": (100,),
         "zipformer_attention queries, chunks, padding, mask, tf32": (86, 90),
         "zipformer_attention queries, odd sizes, bf16": (100,),
+        "zipformer_attention queries, recordings, chunks, penalty, equal, bf16": (120,),
+        "zipformer_attention queries, recordings, penalty, equal, bf16": (86,),
         "zipformer_attention_weights forward, 50 keys, tf32": (90,),
         "zipformer_attention_weights forward, chunks, padding, mask, tf32": (100,),
         "zipformer_attention_weights forward, odd sizes, bf16": (100,),
@@ -183,6 +186,7 @@ def test_budgets_have_no_spills(rows, architecture):
         "zipformer_attention_weights queries, recorded, bf16": (120,),
         "zipformer_attention_weights queries, chunks, padding, mask, fp32": (120,),
         "zipformer_attention_weights queries, penalty, tf32": (100,),
+        "zipformer_attention_weights queries, recordings, bf16": (100,),
         "zipformer_attention_weights queries, recordings, fp32": (90, 100),
     }
     place = budgets.LIKE.get(architecture, architecture)
