@@ -32,6 +32,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--compile-model", action="store_true", help="also the model under torch.compile (minutes)"
     )
+    parser.add_argument(
+        "--profile", action="store_true", help="also the kernels of whole models' steps by time, on a GPU"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--reps", type=int, help="rounds (default 15)")
@@ -66,6 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
                 fresh=options.fresh,
                 compile=not (options.no_compile or options.quick),
                 compile_model=options.compile_model,
+                profile=options.profile,
                 device=options.device,
                 dtype=getattr(torch, options.dtype),
                 patience=options.patience,

@@ -12,6 +12,9 @@ import torch
 from fastasr._nearest import nearest_or_all
 from fastasr.benchmarks import dispatch, models, ops, rows, upstream
 from fastasr.benchmarks.case import Report, Settings, measure
+from fastasr.benchmarks.device import verdict, whole_models
+from fastasr.benchmarks.device.machine import GPU, DryRun
+from fastasr.benchmarks.device.units import units
 from fastasr.benchmarks.environment import commit, device_name
 from fastasr.benchmarks.harness import wait_until_idle
 from fastasr.benchmarks.models import zipformer
@@ -19,18 +22,21 @@ from fastasr.benchmarks.rows import Row
 from fastasr.testing.speed import Case, sized, sizes_of
 
 QUICK = "a quick run: its figures mean nothing"
+MINUTES = 120.0  # for a whole model on a GPU
 SMALL = (20, 2)  # frames and sequences of an op's call in a quick run
 
 
 @dataclass(frozen=True)
 class Options:
     """The options of a run. ``names`` are ops, "dispatch", models, or the suites "ops" and "models"; empty means
-    everything, and in a quick run the ops.
+    everything, and in a quick run the ops. On a GPU the models are those of ``fastasr gpu --stages M``, each as a
+    whole; a quick run of them is a dry run.
 
     ``sizes`` are those of the ops' calls (``fastasr.testing.sized``) in the place of model sizes. ``quick`` is a
     functional run of small calls, whose figures mean nothing. ``fresh`` measures again what the file
     already has for this commit. ``compile`` adds torch.compile of the ops' formulas, ``compile_model`` of the whole
-    model as well (minutes). ``patience`` is how many seconds to wait for idle cores before each op or model.
+    model as well (minutes; on a GPU: to the sweep over the batch). ``profile`` adds the kernels of a whole model's
+    step by time, on a GPU. ``patience`` is how many seconds to wait for idle cores before each op or model.
     """
 
     names: tuple[str, ...] = ()
@@ -40,6 +46,7 @@ class Options:
     fresh: bool = False
     compile: bool = True
     compile_model: bool = False
+    profile: bool = False
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
     patience: float = 60.0
@@ -50,7 +57,7 @@ class Options:
 
         Raises ``ValueError`` for an unknown name, and for sizes that an op does not have.
         """
-        chosen = select(self.names or (("ops",) if self.quick else ()))
+        chosen = select(self.names or (("ops",) if self.quick else ()), self.on_gpu)
         if self.sizes and (not self.names or set(chosen) - set(ops.names())):
             raise ValueError(
                 "sizes are for ops: expected their names, got " + (", ".join(self.names) or "none")
@@ -58,6 +65,10 @@ class Options:
         for name in chosen if self.sizes else ():
             sized(name, **self.sizes)
         return chosen
+
+    @property
+    def on_gpu(self) -> bool:
+        return torch.device(self.device).type != "cpu"
 
     def cases(self, name: str) -> list[Case]:
         """Returns the cases of an op."""
@@ -83,12 +94,15 @@ class Summary:
 
 
 def known_names() -> list[str]:
-    return [*ops.names(), dispatch.NAME, *models.names()]
+    return [*ops.names(), dispatch.NAME, *models.names(), *whole_models.MODELS]
 
 
-def select(names: tuple[str, ...]) -> list[str]:
-    """Returns the known names that ``names`` stand for, in table order. Raises ``ValueError`` for an unknown one."""
-    suites = {"ops": ops.names(), "models": models.names(), "all": known_names()}
+def select(names: tuple[str, ...], on_gpu: bool = False) -> list[str]:
+    """Returns the known names that ``names`` stand for, in table order: suites have the models of a CPU or of a GPU.
+    Raises ``ValueError`` for an unknown one.
+    """
+    suites = {"ops": ops.names(), "models": list(whole_models.MODELS) if on_gpu else models.names()}
+    suites["all"] = [*suites["ops"], dispatch.NAME, *suites["models"]]
     chosen: set[str] = set()
     for name in names or ("all",):
         if name not in suites and name not in known_names():
@@ -162,7 +176,7 @@ def _units(name: str, options: Options, summary: Summary, report: Report) -> Ite
 
         yield from dispatch.measure(device=options.device, settings=settings, skip=skip, report=report)
     elif name in models.MODULES:
-        if torch.device(options.device).type != "cpu":
+        if options.on_gpu:
             report(f"{name}: measured on the CPU only")
             return
         measured = _zipformer(options, done) if name == zipformer.NAME else [_model(name, options, done)]
@@ -173,6 +187,8 @@ def _units(name: str, options: Options, summary: Summary, report: Report) -> Ite
                 reps=options.reps,
                 report=report,
             )
+    elif name in whole_models.MODELS:
+        yield from _on_gpu(name, options, summary, report)
     else:
         for case in options.cases(name):
 
@@ -187,6 +203,37 @@ def _units(name: str, options: Options, summary: Summary, report: Report) -> Ite
                 skip=skip_pass,
                 report=report,
             )
+
+
+def _on_gpu(name: str, options: Options, summary: Summary, report: Report) -> Iterator[list[Row]]:
+    """Yields the rows of a whole model. Its units are those of ``fastasr gpu --stages M``, and their files come into a
+    folder of the model's name."""
+    from fastasr.benchmarks.device.__main__ import Book  # It prepares the server of a GPU's processes.
+    from fastasr.benchmarks.device.__main__ import run as run_units
+
+    machine = DryRun() if options.quick else GPU()
+    if not (options.quick or options.on_gpu):
+        report(f"{name}: measured on a GPU only")
+        return
+    if reason := machine.why_not():
+        report(f"{name}: left out: {reason}")
+        return
+    kinds = {"whole model", "sweep", *(["profile"] if options.profile else [])}
+    every = units(machine, options.compile_model)
+    wanted = [unit for unit in every if (unit.stage, unit.op) == ("M", name) and unit.kind in kinds]
+    folder, resume = options.out.parent / name, not options.fresh
+    left = {unit.key for unit in Book(folder, machine, resume).left(wanted)}
+    summary.resumed += len(wanted) - len(left)
+    run_units(wanted, machine, folder, MINUTES, resume)
+    for record in verdict.records(folder / "units.json"):
+        if record["unit"] in left:
+            for title, (how, message) in verdict.findings(record).items():
+                if how in verdict.BAD:
+                    report(f"{record['unit']}, {title}: failed: {message}")
+            for text in (*verdict.notes(record), "\n".join(whole_models.profiles(record))):
+                if text:
+                    report(text)
+            yield from (list(unit.rows) for unit in verdict.timings([record]))
 
 
 def run(

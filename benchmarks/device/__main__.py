@@ -124,6 +124,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--kinds", nargs="+", metavar="KIND", help="units of these kinds alone, such as memcheck"
     )
+    parser.add_argument(
+        "--compile-model", action="store_true", help="sweep models under torch.compile over the batch too"
+    )
     parser.add_argument("--dry-run", action="store_true", help="without a GPU: a fake one takes the launches")
     options = parser.parse_args(arguments)
     if not options.stages or set(options.stages) - set("ABMC"):
@@ -132,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if reason := machine.why_not():
         print(f"fastasr gpu: {reason}", file=sys.stderr)
         return verdict.UNUSABLE
-    wanted = [unit for unit in units(machine) if unit.stage in options.stages]
+    wanted = [unit for unit in units(machine, options.compile_model) if unit.stage in options.stages]
     for option, field in (("only", "op"), ("kinds", "kind")):
         names = getattr(options, option)
         if names:

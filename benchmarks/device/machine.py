@@ -23,6 +23,7 @@ from fastasr.ops import _dispatch
 from fastasr.testing import samples
 from fastasr.testing.speed import Case, Cost, Implementation, computed, costs_of
 from fastasr.testing.table import Make, OpTable, Sample, flat, forward_and_backward, table
+from fastasr.testing.tape import TapeRecorder
 from fastasr.testing.tolerance import JUDGED_DRAWS
 
 FLUSHED_BYTES = 2**30  # more than any L2 cache
@@ -54,6 +55,7 @@ class GPU:
     """The current CUDA device."""
 
     device, dry = "cuda", False
+    recorder: type | None = None  # of a model's calls; None: CUDA graphs
     more_draws = JUDGED_DRAWS[:2]  # A call at a shape of training gets these draws if the first one fails.
 
     def why_not(self) -> str:
@@ -178,6 +180,7 @@ class DryRun(GPU):
     """
 
     device, dry = "cpu", True
+    recorder = TapeRecorder
     more_draws = JUDGED_DRAWS
 
     def why_not(self) -> str:

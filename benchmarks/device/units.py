@@ -44,9 +44,9 @@ class Unit:
         return f"{self.stage} {self.kind}: {self.name}"
 
 
-def units(machine: GPU) -> Iterator[Unit]:
+def units(machine: GPU, compiled: bool = False) -> Iterator[Unit]:
     """Yields the units of all stages: A, correctness; B, speed in bfloat16; M, whole models; C, float32,
-    sanitizers, tests.
+    sanitizers, tests. compiled: sweeps have ``torch.compile`` too.
     """
     ops = list(kernels())
     for op in (op for op, backend in kernels().items() if backend == "triton"):
@@ -69,11 +69,13 @@ def units(machine: GPU) -> Iterator[Unit]:
     yield from (Unit("B", "time", model, time_model, (model,), 300, model) for model in MODELS)
     yield from (timed("B", op, 0, bfloat16) for op in ops)
     for name in whole_models.MODELS:
-        yield Unit("M", "sweep", f"{name} over the batch", whole_models.sweep, (name,), 400, name)
+        for seconds, of in ((30, ""), (None, ", LibriSpeech-like")):
+            arguments = (name, seconds, ("compile",) if compiled and seconds else ())
+            yield Unit("M", "sweep", f"{name} over the batch{of}", whole_models.sweep, arguments, 600, name)
         for workload in whole_models.WORKLOADS:
             of = f"{name} {workload.case}"
             yield Unit("M", "whole model", of, whole_models.time_whole, (name, workload), 400, name)
-            yield Unit("M", "profile", of, whole_models.profile, (name, workload), 200, name)
+            yield Unit("M", "profile", of, whole_models.profile, (name, workload), 300, name)
     yield from (timed("C", op, 0, float32) for op in ops)
     for tool in SANITIZERS:
         yield from (Unit("C", tool, op, sanitize, (tool, op), 300, op, "device") for op in ops)

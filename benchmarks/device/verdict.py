@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fastasr.benchmarks.device import whole_models
 from fastasr.benchmarks.device.checks import CHECKS
 from fastasr.benchmarks.device.machine import kernels, to_watch
 from fastasr.benchmarks.device.timing import MODELS
@@ -19,7 +20,6 @@ RIGHT, WRONG, UNUSABLE, SLOW, UNFINISHED = range(5)  # exit codes
 SLOWER = 1.05  # An op is called slower from this many times the time of eager or torch.compile on.
 COLUMNS = (*CHECKS, *SANITIZERS, "tests")
 BAD = ("wrong", "hung", "crashed")
-SHOWN_KERNELS = 15  # The table of a step's profile has this many kernels, the longest.
 
 
 def records(file: Path) -> list[dict]:
@@ -230,8 +230,10 @@ def report(facts: dict, records: Sequence[dict], left: Sequence[str]) -> str:
         "A training step's time includes the gaps between its kernels.",
         times_table(found),
     ]
-    notes = [f"- {m}" for r in records for m in _notes(r)]
-    parts += ["## Left out", "\n".join(notes)] if notes else []
+    profiles = [line for r in records for line in whole_models.profiles(r)]
+    parts += ["\n".join(profiles).strip()] if profiles else []
+    left_out = [f"- {m}" for r in records for m in notes(r)]
+    parts += ["## Left out", "\n".join(left_out)] if left_out else []
     parts += ["## Not reached", "\n".join(f"- {key}" for key in left)] if left else []
     parts += ["## What to report"]
     if not bad and not slow:
@@ -251,7 +253,7 @@ def report(facts: dict, records: Sequence[dict], left: Sequence[str]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _notes(record: dict) -> Iterable[str]:
+def notes(record: dict) -> Iterable[str]:
     """Yields the parts left out of a unit, and why; of a training step, the time of its kernels, how far the norm of
     its gradients is from that in float32, and how far a recorded one is from the unrecorded one.
     """
@@ -263,8 +265,6 @@ def _notes(record: dict) -> Iterable[str]:
             yield f"{name}, {message['pass']}: {message['left_out']}: {_line(message['message'])}"
         if message.get("busy_ms"):
             yield f"{name}: the kernels of {message['of']} take {message['busy_ms']:.1f} ms of a step"
-        for kernel, launches, milliseconds in message.get("kernels", ())[:SHOWN_KERNELS]:
-            yield f"{name}: {milliseconds:.2f} ms in {launches} launches of {_line(kernel)}"
         if message.get("recorded_off") is not None:
             off, equal = message["recorded_off"], f"{message['equal_tensors']} of {message['tensors']}"
             yield f"{name}: recorded, it is {off:.2%} off the norm; {equal} tensors are equal to the bit"

@@ -8,12 +8,13 @@ call returns, ``peak_bytes`` all memory that torch holds of the device: weights,
 ``limit`` names the speed of the machine's host: hosts differ by a factor of four.
 """
 
+import contextlib
 import copy
 import random
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -36,12 +37,12 @@ from fastasr.benchmarks.time_limit import Expired, time_limit
 
 CALLS, ROUNDS, WARMUP = 10, 2, 4
 COMPILE_SECONDS = 120
-SWEPT = ("upstream", "fastasr", "recorded")
 MAX_DOUBLINGS = 10  # A sweep doubles the batch at most this often.
 # The most by which gradients of recorded steps may differ from those of unrecorded ones: a recorded Zipformer adds and
 # rounds by other kernels, in bfloat16. A row's ``recorded_off`` is the difference that was measured.
 OFF = 0.03
-SWAPPED = {"fastasr", "recorded", "row"}
+RECORDED = {"recorded", "row"}
+SWAPPED = RECORDED | {"fastasr"}
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,13 @@ WORKLOADS = (
     Workload(False, 48, None),
     Workload(True, 48, None),
 )
+# What a sweep runs: training on more and more recordings, of 30 s or of lengths like LibriSpeech's
+SWEPT = {
+    w.case: w
+    for seconds in (30, None)
+    for i in range(MAX_DOUBLINGS)
+    for w in [Workload(True, 1 << i, seconds)]
+}
 
 
 def _zipformer(dry: bool) -> torch.nn.Module:
@@ -120,18 +128,24 @@ class _Way:
         )
         self.parameters = [p for p in model.parameters() if p.requires_grad]
 
+    def output(self) -> Tensor:
+        dry = self.machine.dry
+        with (
+            torch.set_grad_enabled(self.training),
+            # upstream's Zipformer trains under autocast on a GPU alone
+            torch.autocast(self.machine.device, torch.bfloat16, enabled=not dry),
+            # A tape does not repeat all of our kernels for the CPU.
+            fastasr.backend("eager") if dry else contextlib.nullcontext(),
+        ):
+            return self.call(*self.inputs)[0]
+
     def step(self) -> None:
-        # upstream's Zipformer trains under autocast on a GPU alone
-        cast = torch.autocast(self.machine.device, torch.bfloat16, enabled=not self.machine.dry)
         if not self.training:
-            with torch.no_grad(), cast:
-                self.call(*self.inputs)
+            self.output()
             return
         for p in self.parameters:
             p.grad = None
-        with cast:
-            y = self.call(*self.inputs)[0].float()
-        weighted(y).backward()
+        weighted(self.output().float()).backward()
 
     def seeded(self) -> None:
         torch.manual_seed(0)
@@ -157,20 +171,36 @@ def _made(
     if key == "reduce-overhead":
         return model, torch.compile(model, mode="reduce-overhead")
     if key == "row":
-        x, masks = inputs
-        lengths = masks if masks.dim() == 1 else masks.sum(1)
-        room = fastasr.Graphs(frames=int(lengths.sum()), recordings=len(x), longest=x.shape[1])
-        fastasr.accelerate(model, ragged=True, graphs=room)
+        room = {"frames": _frames(inputs), "recordings": len(inputs[0]), "longest": inputs[0].shape[1]}
+        graphs = fastasr.Graphs(recorder=machine.recorder, **room)
+        fastasr.accelerate(model, ragged=True, graphs=graphs)
     elif key != "upstream":
-        fastasr.accelerate(model, graphs=key == "recorded")
+        graphs = fastasr.Graphs(recorder=machine.recorder)
+        fastasr.accelerate(model, graphs=graphs if key == "recorded" else False)
     return model, model
 
 
-def _ways(name: str, workload: Workload) -> tuple[str, ...]:
-    if workload.seconds is None:
-        return "upstream", "fastasr", "recorded", "row"
-    compiled = ("compile", "reduce-overhead") if workload.training in COMPILES[name] else ()
-    return ("upstream", *compiled, "fastasr", "recorded")
+def _frames(inputs: tuple) -> int:
+    """Returns the frames that exist in a batch of features and lengths, or features and a mask."""
+    return int(inputs[1].sum())
+
+
+def _ways(name: str, workload: Workload, compiled: Sequence[str] = ()) -> tuple[str, ...]:
+    """Returns the ways to run a model on a workload, with those of ``compiled`` that can run it."""
+    last = () if workload.seconds is not None else ("row",)
+    if last or workload.training not in COMPILES[name]:
+        compiled = ()
+    return ("upstream", *compiled, "fastasr", "recorded", *last)
+
+
+def _why_not_replayed(model: torch.nn.Module) -> str:
+    """Returns why a recorded model's calls are no replays, or "". A module that memory does not suffice to record
+    runs unrecorded, or its parts are recorded: this ends a sweep."""
+    kinds = [kind for its in fastasr.graph_state(model).values() for kind in its]
+    reasons = [kind.reason for kind in kinds if kind.reason]
+    ended = [reason for reason in reasons if reason.startswith(torch.OutOfMemoryError.__name__)]
+    replayed = any(kind.replayed for kind in kinds) and not ended
+    return "" if replayed else "; ".join(ended or reasons) or "no call is recorded"
 
 
 def time_whole(
@@ -186,7 +216,7 @@ def _time_whole(tell: Callable, machine: GPU, name: str, workload: Workload, way
     shipped = build(machine.dry)
     inputs = _inputs(machine, inputs_of, workload)
     made, memory = {}, {}
-    for key in ways or _ways(name, workload):
+    for key in ways or _ways(name, workload, () if machine.dry else ("compile", "reduce-overhead")):
         before = _held(machine)
         model, call = _made(machine, shipped, key, workload.training, inputs)
         way = _Way(machine, model, call, inputs, workload.training)
@@ -198,16 +228,19 @@ def _time_whole(tell: Callable, machine: GPU, name: str, workload: Workload, way
                     way.step()
                 machine.synchronize()
         except (Exception, Expired) as error:
-            if key in ("upstream", "fastasr", "recorded", "row"):
+            if key == "upstream" or key in SWAPPED:
                 raise
             tell(
                 {"left_out": key, "pass": workload.case, "message": f"{type(error).__name__}: {error}"[:300]}
             )
             continue
-        made[key], memory[key] = way, _held(machine, way.step) - before
-        if key in ("recorded", "row"):
+        if key in RECORDED:
             state = fastasr.graph_state(model)
             tell({"graphs": {path: [vars(kind) for kind in kinds] for path, kinds in state.items()}})
+            if reason := _why_not_replayed(model):
+                tell({"left_out": key, "pass": workload.case, "message": reason[:300]})
+                continue
+        made[key], memory[key] = way, _held(machine, way.step) - before
     tell(_differences(made, workload))
     walls, hosts = {key: [] for key in made}, {key: [] for key in made}
     for _ in range(1 if machine.dry else ROUNDS):
@@ -236,38 +269,49 @@ def _inputs(machine: GPU, inputs_of: Callable, workload: Workload) -> tuple:
     return tuple(t.to(machine.device) for t in inputs_of(small if machine.dry else workload))
 
 
-def sweep(tell: Callable, machine: GPU, name: str, ways: tuple[str, ...] = SWEPT) -> None:
-    """Times training steps on 1, 2, 4, ... recordings of 30 s, each way until the device's memory ends."""
-    reported(tell, "sweep", partial(_sweep, tell, machine, name, ways))
+def sweep(
+    tell: Callable, machine: GPU, name: str, seconds: int | None = 30, compiled: tuple[str, ...] = ()
+) -> None:
+    """Times training steps on 1, 2, 4, ... recordings of so many seconds, or of lengths like LibriSpeech's, each way
+    until the device's memory ends; also ``compiled``, "compile" or "reduce-overhead" or both, if it takes the model."""
+    reported(tell, "sweep", partial(_sweep, tell, machine, name, seconds, compiled))
 
 
-def _sweep(tell: Callable, machine: GPU, name: str, ways: tuple[str, ...]) -> None:
+def _sweep(tell: Callable, machine: GPU, name: str, seconds: int | None, compiled: tuple[str, ...]) -> None:
     build, inputs_of = MODELS[name]
     torch.manual_seed(0)
     shipped, host = build(machine.dry), yardstick(machine)
-    for key in ways:
-        model, call = _made(machine, shipped, key, True)
-        for batch in (1, 2) if machine.dry else (1 << i for i in range(MAX_DOUBLINGS)):
-            workload = Workload(True, batch, 30)
+    workloads = [w for w in SWEPT.values() if w.seconds == seconds][: 2 if machine.dry else None]
+    for key in _ways(name, workloads[0], compiled):
+        model = None
+        for workload in workloads:
             try:
-                way = _Way(machine, model, call, _inputs(machine, inputs_of, workload), True)
-                for _ in range(WARMUP):
-                    way.step()
+                inputs = _inputs(machine, inputs_of, workload)
+                if model is None or key in RECORDED:  # Graphs of smaller batches would hold memory.
+                    model = way = None
+                    _held(machine)
+                    model, call = _made(machine, shipped, key, True, inputs)
+                way = _Way(machine, model, call, inputs, True)
+                with time_limit(COMPILE_SECONDS) if key in compiled else contextlib.nullcontext():
+                    for _ in range(WARMUP):
+                        way.step()
+                why_not = _why_not_replayed(model) if key in RECORDED else ""
                 wall, queued = _clock(machine, way.step)
                 held = _held(machine, way.step)
-            except torch.OutOfMemoryError as error:
-                tell({"left_out": key, "pass": workload.case, "message": str(error)[:200]})
+            except (torch.OutOfMemoryError, Expired) as error:
+                why_not = str(error)
+            if why_not:
+                tell({"left_out": key, "pass": workload.case, "message": why_not[:200]})
                 break
             row = Row.measured(
-                suite="models", name=name, case=f"sweep, {workload.case}", shape=f"{batch}x3000x80",
+                suite="models", name=name, case=f"sweep, {workload.case}", shape="x".join(map(str, inputs[0].shape)),
                 dtype="bfloat16", device=machine.device, pass_="forward+backward", implementation=key,
                 median_ms=wall, q1_ms=wall, q3_ms=wall, reps=CALLS, host_ms=queued, limit=host,
                 peak_bytes=None if machine.dry else held,
             )  # fmt: skip
             tell({"rows": [row.to_dict()]})
-        del model, call
-        if not machine.dry:
-            torch.cuda.empty_cache()
+        model = way = call = None
+        _held(machine)
 
 
 def _held(machine: GPU, step: Callable = lambda: None) -> int:
@@ -301,11 +345,10 @@ def _differences(made: dict[str, _Way], workload: Workload) -> dict:
     if workload.training:
         ours, recorded = made["fastasr"].gradients(), made["recorded"].gradients()
     else:
-        with torch.no_grad(), torch.autocast(made["fastasr"].machine.device, torch.bfloat16):
-            outputs = {key: made[key].call(*made[key].inputs)[0].float() for key in made.keys() & SWAPPED}
+        outputs = {key: made[key].output().float() for key in made.keys() & SWAPPED}
         ours, recorded = [outputs["fastasr"]], [outputs["recorded"]]
         if "row" in outputs:
-            of_row = _difference_of_row(outputs["row"], ours[0], made["row"].inputs[0], workload)
+            of_row = _difference_of_row(outputs["row"], ours[0], made["row"].inputs)
     assert [g is None for g in ours] == [g is None for g in recorded], "other parameters have gradients"
     pairs = [(a, b) for a, b in zip(ours, recorded, strict=True) if a is not None]
     whole = sum((a.double() - b.double()).square().sum() for a, b in pairs) / sum(
@@ -317,11 +360,12 @@ def _differences(made: dict[str, _Way], workload: Workload) -> dict:
     return {"recorded_off": off, "equal_tensors": equal, "tensors": len(pairs), **of_row}
 
 
-def _difference_of_row(y: Tensor, padded: Tensor, x: Tensor, workload: Workload) -> dict:
+def _difference_of_row(y: Tensor, padded: Tensor, inputs: tuple) -> dict:
     """Returns how far a row's outputs, which are 0 in padding, are from the padded batch's."""
     exists = y.any(-1)
-    share, expected = exists.float().mean().item(), 100 * workload.speech / x[..., 0].numel()
-    assert abs(share - expected) <= OFF, f"a row gives {share:.1%} of the frames, and {expected:.1%} exist"
+    share, expected = exists.float().mean().item(), _frames(inputs) / inputs[0][..., 0].numel()
+    most = OFF + len(inputs[0]) / exists.numel()  # a frame of each recording
+    assert abs(share - expected) <= most, f"a row gives {share:.1%} of the frames, and {expected:.1%} exist"
     off = ((y - padded)[exists].norm() / padded[exists].norm()).item()
     assert off <= OFF, f"outputs of a row are off by {off:.2%} of the norm"
     return {"row_off": off}
@@ -343,17 +387,25 @@ def yardstick(machine: GPU) -> str:
 
 
 def profile(tell: Callable, machine: GPU, name: str, workload: Workload) -> None:
-    """Tells the kernels of a swapped model's step by time."""
+    """Tells the kernels of a model's step by time: as upstream ships it, swapped, recorded. The profiler sees the
+    kernels inside of a CUDA graph too."""
 
     def measure() -> None:
         build, inputs_of = MODELS[name]
         torch.manual_seed(0)
-        model, call = _made(machine, build(machine.dry), "fastasr", workload.training)
-        way = _Way(machine, model, call, _inputs(machine, inputs_of, workload), workload.training)
-        compiled_together(machine, way.seeded)
-        for _ in range(2):
-            way.seeded()
-        tell({"kernels": machine.kernels_by_time(way.seeded), "of": f"{name}, {workload.case}"})
+        shipped, inputs, found = build(machine.dry), _inputs(machine, inputs_of, workload), {}
+        for key in _ways(name, workload):
+            model, call = _made(machine, shipped, key, workload.training, inputs)
+            way = _Way(machine, model, call, inputs, workload.training)
+            if key == "fastasr":
+                compiled_together(machine, way.seeded)
+            for _ in range(WARMUP):
+                way.seeded()
+            if key in RECORDED and (reason := _why_not_replayed(model)):
+                tell({"left_out": key, "pass": workload.case, "message": reason[:300]})
+                continue
+            found[key] = machine.kernels_by_time(way.seeded)
+        tell({"kernels": found, "of": f"{name}, {workload.case}"})
 
     reported(tell, "profile", measure)
 
@@ -371,7 +423,7 @@ TITLES = {
     "fast_conformer_110m": "FastConformer 110M",
     "fast_conformer_600m": "FastConformer 0.6B",
 }
-SHOWN_KERNELS = 15
+SHOWN_KERNELS = 15  # A table of kernels has this many of each way, the longest.
 
 
 def _units(records: Iterable[dict]) -> list[Unit]:
@@ -465,47 +517,60 @@ def details(records: Sequence[dict]) -> str:
                 spent = [duration(ms) for ms in (row.median_ms, row.host_ms, row.busy_ms)]
                 lines.append((_label(row), column, *spent, memory, speech))
     head = ("", "", "wall clock", "host", "kernels", "memory", "speech per second")
-    parts = [*grid(head, lines, 5), "", _where(found), *_swept(records)]
-    for record in records:
-        for message in record["messages"]:
-            if message.get("kernels"):
-                parts += ["", *_kernels(record, message)]
-    return "\n".join(parts)
+    of_steps = (line for record in records for line in profiles(record))
+    return "\n".join([*grid(head, lines, 5), "", _where(found), *_swept(records), *of_steps])
 
 
 def _swept(records: Iterable[dict]) -> list[str]:
     """Returns the table of the sweeps: seconds of speech per second and memory, by batch; nothing without sweeps."""
     rows = [Row.from_dict(row) for r in records for m in r["messages"] for row in m.get("rows", ())]
-    rows = [row for row in rows if row.case.startswith("sweep")]
-    if not rows:
+    swept = [(row, w) for row in rows if (w := SWEPT.get(row.case.removeprefix("sweep, ")))]
+    if not swept:
         return []
-    cells = {}
-    for row in rows:
-        batch = int(row.shape.partition("x")[0])
+    order, cells = [*SWEPT.values()], {}
+    for row, w in swept:
         held = f", {row.peak_bytes / 1e9:.1f} GB" if row.peak_bytes is not None else ""
-        speech = f"{batch * 30 / row.median_ms * 1e3:,.0f} s{held}"
-        cells.setdefault((row.name, batch), {})[row.implementation] = speech
+        speech = f"{w.speech / row.median_ms * 1e3:,.0f} s{held}"
+        cells.setdefault((row.name, order.index(w)), {})[row.implementation] = speech
+    columns = [key for key in SHOWN if any(key in found for found in cells.values())]
     lines = [
-        (f"{TITLES[name]}, {batch} x 30 s", *(found.get(key, "–") for key in SWEPT))
-        for (name, batch), found in sorted(cells.items())
+        (f"{TITLES[name]}, {order[i].case}", *(found.get(key, "–") for key in columns))
+        for (name, i), found in sorted(cells.items())
     ]
-    head = ("training, speech per second and memory", *(SHOWN[key] for key in SWEPT))
-    return ["", *grid(head, lines, len(SWEPT)), "", conditions(rows)]
+    head = ("speech per second and memory", *(SHOWN[key] for key in columns))
+    return ["", *grid(head, lines, len(columns)), "", conditions([row for row, _ in swept])]
 
 
-def _kernels(record: dict, message: dict) -> list[str]:
-    """Returns the table of a profile. Names of kernels are cut after their template's first argument."""
-    kernels = message["kernels"]
-    total, launches = sum(ms for *_, ms in kernels), sum(count for _, count, _ in kernels)
-    title = (
-        f"Kernels of an unrecorded step of {message['of']}: {total:.1f} ms in {launches:,} launches "
-        f"({record['device_name']}, commit {record['commit']})."
-    )
-    lines = [
-        (f"`{name[:100]}`".replace("|", "\\|"), f"{count:,}", f"{ms:.2f}")
-        for name, count, ms in kernels[:SHOWN_KERNELS]
-    ]
-    return [title, "", *grid(("kernel", "launches", "ms"), lines, 2)]
+def profiles(record: dict) -> Iterator[str]:
+    """Yields the lines of the tables of a record's profiles: the longest kernels of each way to run a model, beside
+    each other. Names of kernels are cut."""
+    for message in record["messages"]:
+        if not any(message.get("kernels", {}).values()):
+            continue
+        of = {key: message["kernels"][key] for key in SHOWN if key in message["kernels"]}
+        sums, lines = [], {}
+        for key, found in of.items():
+            total, launches = sum(ms for *_, ms in found), sum(count for _, count, _ in found)
+            sums.append(f"{SHOWN[key]} {total:.1f} ms in {launches:,} launches")
+            for name, count, ms in found:
+                counts, spent = lines.setdefault(name[:100], {}).get(key, (0, 0.0))
+                lines[name[:100]][key] = counts + count, spent + ms
+        shown = {name[:100] for found in of.values() for name, *_ in found[:SHOWN_KERNELS]}
+        longest = sorted(shown, key=lambda name: -max(ms for _, ms in lines[name].values()))
+        where = f"({record['device_name']}, commit {record['commit']})"
+        yield from ("", f"Kernels of a step of {message['of']}: {'; '.join(sums)} {where}.", "")
+        cells = ((lines[name].get(key) for key in of) for name in longest)
+        table = [
+            (f"`{name}`".replace("|", "\\|"), *(text for cell in its for text in _spent(cell)))
+            for name, its in zip(longest, cells, strict=True)
+        ]
+        yield from grid(
+            ("kernel", *(c for key in of for c in (f"{SHOWN[key]}, launches", "ms"))), table, 2 * len(of)
+        )
+
+
+def _spent(cell: tuple[int, float] | None) -> tuple[str, str]:
+    return ("–", "–") if cell is None else (f"{cell[0]:,}", f"{cell[1]:.2f}")
 
 
 def _where(found: Sequence[Unit]) -> str:

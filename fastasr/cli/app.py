@@ -133,6 +133,9 @@ def bench(
     compile_model: Annotated[
         bool, typer.Option("--compile-model", help="Measure the model under torch.compile too (minutes).")
     ] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Also the kernels of whole models' steps by time, on a GPU.")
+    ] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     dtype: Annotated[
         str | None,
@@ -158,6 +161,7 @@ def bench(
             "--shape": shape,
             "--patience": patience,
             "--compile-model": compile_model,
+            "--profile": profile,
         }
         for option, given in single.items():
             if given:
@@ -185,6 +189,7 @@ def bench(
         fresh=fresh,
         compile_ops=not quick if compile_ops is None else compile_ops,
         compile_model=compile_model,
+        profile=profile,
         device=device,
         dtype=dtype or "float32",
         reps=reps,

@@ -67,6 +67,7 @@ def run(
     fresh: bool,
     compile_ops: bool,
     compile_model: bool,
+    profile: bool,
     device: str,
     dtype: str,
     reps: int | None,
@@ -86,6 +87,7 @@ def run(
         fresh=fresh,
         compile=compile_ops,
         compile_model=compile_model,
+        profile=profile,
         device=device,
         dtype=getattr(torch, dtype),
         patience=patience,
@@ -95,6 +97,8 @@ def run(
         chosen = options.select()
     except ValueError as error:
         fail(str(error).splitlines()[0])
+    if profile and not (options.on_gpu or quick):
+        fail("--profile: it is of whole models on a GPU: add --device cuda")
     console = err()
     if quick:
         console.print(f"[yellow]{runner.QUICK}[/]")

@@ -9,6 +9,7 @@ and the module's parameters.
 import contextlib
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from itertools import compress
 from typing import Any, Protocol
 
 import torch
@@ -62,13 +63,11 @@ class Gradients:
     def bytes(self) -> int:
         return sum(b.numel() * b.element_size() for b in self.buffers)
 
-    def given(self, found: Sequence[bool]) -> Iterable[Tensor | None]:
+    def given(self, found: Sequence[bool]) -> Iterable[Tensor]:
         """Returns the gradients for autograd as fresh views, because it keeps a gradient that nobody else holds, and
-        copies others. ``found`` says which parameters have one."""
+        copies others. ``found`` says which parameters have one; the rest is left out."""
         views = self._views([b.clone() for b in self.buffers]) if self.clones else self.views
-        if all(found):
-            return map(torch.Tensor.detach, views)
-        return [v.detach() if has else None for v, has in zip(views, found, strict=True)]
+        return map(torch.Tensor.detach, compress(views, found))
 
     def keep_accumulated(self) -> None:
         """Moves the gradients of earlier replays that are still some ``parameter.grad``: one copy for all of them."""
@@ -292,7 +291,7 @@ class _Replayed(Function):
         ctx.node = None
         inputs = iter(graph.inputs)
         found = [next(inputs) if t.requires_grad else None for t in graph.tensors]
-        ours = (g for g in graph.gradients.given(graph.found) if g is not None)
+        ours = graph.gradients.given(graph.found)
         return None, None, *(g if g is None else g.clone() for g in found), *ours
 
 

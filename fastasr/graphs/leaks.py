@@ -22,7 +22,7 @@ _CONTAINERS = (list, tuple, set, dict, CellType)
 
 
 class Made(TorchDispatchMode):
-    """Notes all tensors that are made inside the block."""
+    """Notes all tensors that are made inside the block, in which saved tensors have no hooks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,6 +35,10 @@ class Made(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+            raise Unrecordable(
+                "saved tensors have hooks, as in checkpointing, which run in the backward pass"
+            )
         found = function(*args, **(kwargs or {}))
         taken = {_storage(t) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
         self.made += [

@@ -30,7 +30,6 @@ from fastasr._transforms import is_transformed
 from fastasr.graphs.graph import Gradients, Graph, Node
 from fastasr.graphs.recording import Phases, Recorder, Unrecordable, hold
 from fastasr.models.common import attention_dropout
-from fastasr.models.common.plain import any_global_hook
 from fastasr.models.common.ragged import are_all_padded
 from fastasr.models.common.row import RowCall
 from fastasr.ops import _dispatch
@@ -517,8 +516,9 @@ def _put_back(module: nn.Module, before: Attributes) -> list[str]:
 
 
 def _why_not_now(module: nn.Module) -> str | None:
-    """Returns why no call is replayed now, "" if that is no loss, or None."""
-    if recording() is not None or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    """Returns why no call is replayed now, "" if that is no loss, or None. Under hooks of all modules and while
+    torch.jit traces, a bound forward is not run (:mod:`fastasr.swap.binding`)."""
+    if recording() is not None or torch.compiler.is_compiling():
         return ""
     if _left.is_ignored():  # fastasr itself compares both ways
         return ""
@@ -526,8 +526,6 @@ def _why_not_now(module: nn.Module) -> str | None:
         return "not replayed: the call is under a transform"
     if torch.is_grad_enabled() and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
         return "not replayed: saved tensors have hooks, as in checkpointing"
-    if any_global_hook():
-        return "not replayed: hooks of all modules are registered"
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         return ""
     return None

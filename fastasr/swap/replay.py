@@ -17,7 +17,7 @@ import functools
 import time
 from collections.abc import Callable, Sequence
 from types import NoneType
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -159,7 +159,7 @@ def _replay(
         value = value.detach()
         return value.clone().requires_grad_() if training and value.is_floating_point() else value
 
-    args, kwargs = _mapped(fresh, (args, kwargs))
+    args, kwargs = mapped(fresh, (args, kwargs))
     with torch.set_grad_enabled(training):
         outputs = tree_flatten(_sorted(shared(forward(*args, **kwargs))))[0]
         outputs = [t for t in outputs if isinstance(t, torch.Tensor)]
@@ -169,7 +169,7 @@ def _replay(
     return Outcome([(name, t.detach().clone()) for name, t in values], gradients)
 
 
-def _mapped(function: Callable[[Tensor], Any], value: Any) -> Any:
+def mapped(function: Callable[[Tensor], Any], value: Any) -> Any:
     """Returns ``value`` with ``function`` of its tensors, and copies of the objects that hold some: a forward updates a
     cache that it is given, and the next one must find it as it was."""
     copies = {}
@@ -215,11 +215,12 @@ def _gradients(
 
 
 class _DrawInLowPrecision(TorchFunctionMode):
-    """Makes fp64 code draw the numbers that the same code draws in ``dtype``, so that masks are the same."""
+    """Makes fp64 code draw the numbers that the same code draws in ``dtype`` or, where it names no dtype, in the
+    default one, so that masks are the same."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
-        self.dtype = dtype
+        self.dtype, self.default = dtype, torch.get_default_dtype()
 
     def __torch_function__(
         self,
@@ -229,8 +230,8 @@ class _DrawInLowPrecision(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = dict(kwargs or {})
-        if func in (torch.rand, torch.randn) and kwargs.get("dtype") is torch.float64:
-            kwargs["dtype"] = self.dtype
+        if func in (torch.rand, torch.randn) and kwargs.get("dtype") in (None, torch.float64):
+            kwargs["dtype"] = self.dtype if kwargs.get("dtype") else self.default
             return func(*args, **kwargs).double()
         if func is F.dropout and args and args[0].dtype is torch.float64:
             return self._dropout(*args, **kwargs)
@@ -244,8 +245,17 @@ class _DrawInLowPrecision(TorchFunctionMode):
 
 
 class StayInFp64(TorchDispatchMode):
-    """Replaces casts of fp64 tensors to fp32 by copies. Upstream's softmax and regularisers cast in their backward
-    passes."""
+    """Makes in fp64 what code casts to fp32, or makes in it, except random numbers. Upstream's softmax and regularisers
+    cast in their backward passes, and tables of positions are made in fp32 in a model of any dtype."""
+
+    def __enter__(self) -> Self:
+        self.default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)  # for a number times a mask, too
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        torch.set_default_dtype(self.default)
 
     def __torch_dispatch__(
         self,
@@ -255,8 +265,7 @@ class StayInFp64(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = dict(kwargs or {})
-        cast = func is torch.ops.aten._to_copy.default and kwargs.get("dtype") is torch.float32
-        if cast and args[0].dtype is torch.float64:
+        if kwargs.get("dtype") is torch.float32 and torch.Tag.nondeterministic_seeded not in func.tags:
             kwargs["dtype"] = torch.float64
         return func(*args, **kwargs)
 
@@ -279,6 +288,8 @@ class Reference:
             return
         if not self.outcome.has_shapes_of(upstream):
             self.outcome, call.without_fp64 = None, "it gives results of other shapes"
+        elif self.outcome.random != upstream.random:
+            self.outcome, call.without_fp64 = None, "it draws other random numbers"
 
     def _to_fp64(self, roundings: Roundings | None) -> None:
         """Exchanges every floating tensor of the module's state for one in fp64, and empties caches."""
@@ -301,7 +312,7 @@ class Reference:
     def _replay(self, roundings: Roundings | None) -> Outcome:
         def prepare(inputs: Any, stack: contextlib.ExitStack) -> Any:
             self._to_fp64(roundings)
-            inputs = _mapped(_double, inputs)
+            inputs = mapped(_double, inputs)
             if roundings is not None:
                 inputs = tree_map(roundings, inputs)
             devices = [t.device.type for t in tree_flatten(inputs)[0] if isinstance(t, torch.Tensor)]

@@ -14,6 +14,9 @@ The first of several like modules, and every module whose results differ by more
 in fp64. The other modules need none, since it could not change the verdict; the errors in their rows are the sum of the
 measured difference and the first one's error of upstream's code.
 
+Where upstream's own code gives NaN, at padding for example, the modules that get it are compared with 0 in its place:
+other orders of a sum spread NaN to other results.
+
 With dropout of attention weights, the training passes compare fastasr's formula with upstream's draws
 (:func:`fastasr.upstream_draws`), not the kernel, which drops other weights.
 
@@ -29,6 +32,7 @@ import contextlib
 import functools
 import inspect
 import itertools
+import math
 import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -44,7 +48,16 @@ from fastasr.ops import _reduced_weights
 from fastasr.swap import binding
 from fastasr.swap.interruption import deferred
 from fastasr.swap.progress import Progress
-from fastasr.swap.replay import Call, Likeness, Outcome, Reference, holds_shards, least_precise, likeness
+from fastasr.swap.replay import (
+    Call,
+    Likeness,
+    Outcome,
+    Reference,
+    holds_shards,
+    least_precise,
+    likeness,
+    mapped,
+)
 from fastasr.swap.report import REPLACED, ROLLED_BACK, Row, SwapReport, worst
 from fastasr.swap.rule import Rule
 from fastasr.swap.rules import swapped_modules
@@ -155,10 +168,14 @@ def _probed(
 def _refuse_nan(inputs: Any) -> None:
     """Raises ValueError if an input holds NaN, with which every comparison would hold. Masks may hold infinities."""
     for t in tree_flatten(inputs)[0]:
-        if isinstance(t, torch.Tensor) and t.is_floating_point() and t.isnan().any():
+        if _holds_nan(t):
             raise ValueError(
                 f"verify: inputs: expected numbers, got NaN in a tensor of shape {tuple(t.shape)}"
             )
+
+
+def _holds_nan(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point() and bool(value.isnan().any())
 
 
 def _about(model: nn.Module, inputs: Any) -> str:
@@ -283,8 +300,16 @@ class _Probe:
             return self.ours(*args, **kwargs)
         if self.checks.side == "capture" and self.errors is None and self.failure is None:
             self.checks.progress.step(self.path)
-            state = ModelState(self.module, args, kwargs, whole=self.checks.state)
-            self.failure = self._compare(args, kwargs, state)
+            inputs, named = args, kwargs
+            has_nan = any(map(_holds_nan, tree_flatten((args, kwargs))[0]))
+            if has_nan:
+                inputs, named = mapped(lambda t: t.nan_to_num(0.0, math.inf, -math.inf), (args, kwargs))
+            state = ModelState(self.module, inputs, named, whole=self.checks.state)
+            self.failure = self._compare(inputs, named, state)
+            if has_nan:
+                self.note = "; ".join(
+                    filter(None, (self.note, "compared with 0 in the place of its inputs' NaN"))
+                )
         before = torch.get_num_threads()
         self.checks.use_threads(self.likeness)
         result = self.upstream(*args, **kwargs)

@@ -340,8 +340,10 @@ def test_code_that_keeps_tensors_is_declined(keep, train):
     part, (keep, where) = model.layers[0].feed_forward1, KEEPS[keep]
     part.linear1 = Keeping(part.linear1, keep())
     recorded(model)
+    gc.disable()  # A cycle stays until somebody looks for it.
     with torch.set_grad_enabled(train):
         model(*batch())
+    gc.enable()
     KEPT.clear()
     (kind,) = kinds(model)
     assert kind.reason == (where and f"a call keeps a tensor (2, 5, 64), in {where}")
@@ -540,20 +542,6 @@ def test_loss_scaling():
             optimizer.zero_grad()
     for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=0, atol=0)
-
-
-def test_checkpointing_around_the_model():
-    ours, theirs = encoder().train(), encoder().train()
-    recorded(ours)
-    for model in (ours, theirs):
-        for seed in range(2):
-            torch.manual_seed(seed)
-            x, mask = batch(seed=seed)
-            y = torch.utils.checkpoint.checkpoint(
-                lambda t, m=model, k=mask: m(t, k)[0], x, use_reentrant=False
-            )
-            y.square().mean().backward()
-    same_gradients(ours, theirs, exact=False)
 
 
 # --------------------------------------------------------------------------- parts

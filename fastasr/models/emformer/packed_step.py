@@ -43,7 +43,7 @@ def step(
     length that have at most 128 rows with right context and memory. ``shared`` holds what the layers of the step have
     in common (lengths, history, kept). ``by_operations`` is a function that computes the same by the operations.
     """
-    weight = layer.attention.out_proj.weight
+    weight = next(layer.parameters(), None)  # A layer's attribute may be a parametrization, which computes.
     if not may_serve(layer, utterance, weight):
         note_declined(layer, utterance, weight, "infer")
         return None

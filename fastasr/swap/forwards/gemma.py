@@ -362,12 +362,12 @@ def gemma3n_subsampling(self: Upstream, audio_encodings: Tensor) -> Tensor:
         return type(self).forward(self, audio_encodings)
     x = F.pad(audio_encodings, (left, right, top, bottom)).to(conv.weight.dtype)
     y = _channels_last(conv, x)
-    wide = y.float()
+    wide = y.to(torch.promote_types(y.dtype, torch.float32))
     variance, mean = torch.var_mean(wide, (2, 3), correction=0)  # [B, T]
     count = torch.arange(1, wide.shape[1] + 1, dtype=wide.dtype, device=wide.device)
     so_far = mean.cumsum(1) / count
     spread = (variance + (mean - so_far).square()).cumsum(1) / count
-    scale = torch.rsqrt(spread + norm.eps)[:, :, None, None] * norm.weight.float()
+    scale = torch.rsqrt(spread + norm.eps)[:, :, None, None] * norm.weight.to(wide.dtype)
     centred = wide - so_far[:, :, None, None]
     if torch.is_grad_enabled():
         y = (centred * scale).to(y.dtype).relu()

@@ -163,6 +163,7 @@ ROTARY_BIAS = Rule(
     forward=models.RotaryRelativePositionBias.forward,
     structure=_rotary_bias_structure,
     known={"04daf756cc39cbb6fa17ef09": _ESPNET},
+    caches={"sine": None, "cosine": None},
     note=_BY_OFFSET,
 )
 
