@@ -254,6 +254,7 @@ def test_budgets_have_128_bit_accesses(rows, architecture):
         "pieces",
         "gated_depthwise_conv groups",
         "gated_depthwise_conv folded norm",
+        "zipformer_attention tables of rates",
         "weighted values forward",
         "decided limit",
         "casts, compare",
