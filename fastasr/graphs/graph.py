@@ -175,7 +175,9 @@ class Graph:
             back.end()
         return found
 
-    def _rehearse(self, recorder: Recorder, module: nn.Module, others: Sequence["Graph"]) -> list[Room]:
+    def _rehearse(
+        self, recorder: Recorder, module: nn.Module, others: Sequence["Graph"], again: bool = False
+    ) -> list[Room]:
         """Runs both passes once in the form in which they are recorded, and puts the module's buffers back. In this run
         libraries choose kernels and allocate workspaces, and it shows which parameters are only cast and whether the
         call keeps tensors. Returns the rooms that the passes take.
@@ -208,6 +210,8 @@ class Graph:
                     b.copy_(saved)
         for t in self.tensors:  # masks.seen keeps its answer with the mask
             vars(t).clear()
+        if not again and made.left():  # The first call makes a table that later ones read.
+            return self._rehearse(recorder, module, others, again=True)
         made.check()
         if uses is not None:
             castable = uses.castable(parameters)

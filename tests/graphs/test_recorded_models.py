@@ -328,6 +328,7 @@ KEEPS = {
     "global": (lambda: lambda y: KEPT.update(last=y), f"{__name__}.KEPT"),
     "nested": (lambda: lambda y: KEPT.update(last=[y.detach()]), f"{__name__}.KEPT"),
     "from outside": (lambda: lambda y: KEPT.update(last=OUTSIDE), None),
+    "once": (lambda: lambda y: KEPT or KEPT.update(table=y.detach()), None),
     "cycle": (lambda: cycle, None),
     "nothing": (lambda: lambda y: None, None),
 }
