@@ -8,7 +8,6 @@ channels); row r belongs to sequence r % batch, or as a table says.
     kernel      reads                          writes              bytes per element of a float32 stream, bf16 branches
     plus        src, y, number per sequence    sum, sum in bf16    12
     gradients   up to 5 gradients of a tensor  their sum, that of y  8 for the sum of two, 2 for y
-    choose      x, other                       one of them; gradients of both
     mask        numbers                        mask
     limit       gradient of each sequence      gradient of all
     either      weights                        weights or equal ones  4
@@ -98,24 +97,6 @@ def gradients_kernel(
         if DRAWN is not None:
             total *= _kept(DRAWN, RATE, OF, r, rows, batch).to(tl.float32)
         tl.store(DY + at, total.to(DY.dtype.element_ty), mask=keep)
-
-
-@triton.jit(do_not_specialize=["rows", "batch"], do_not_specialize_on_alignment=["DRAWN", "RATE"])
-def choose_kernel(
-    X, OTHER, DRAWN, RATE, OF, OUT, REST, rows, batch, columns, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
-):
-    """Writes x to OUT where the sequence was kept, elsewhere OTHER. With REST it writes 0 there, and to REST it writes
-    OTHER, plus x where the sequence was not kept."""
-    r, at, keep = _tile(columns, rows, BLOCK_R, BLOCK_C)
-    kept = _kept(DRAWN, RATE, OF, r, rows, batch)
-    x = tl.load(X + at, mask=keep, other=0.0).to(tl.float32)
-    other = tl.load(OTHER + at, mask=keep, other=0.0).to(tl.float32)
-    if REST is None:
-        tl.store(OUT + at, tl.where(kept, x, other).to(OUT.dtype.element_ty), mask=keep)
-    else:
-        tl.store(OUT + at, tl.where(kept, x, 0.0).to(OUT.dtype.element_ty), mask=keep)
-        rest = tl.where(kept, other, other + x)
-        tl.store(REST + at, rest.to(REST.dtype.element_ty), mask=keep)
 
 
 @triton.jit(do_not_specialize_on_alignment=["RATE", "SCALE"])
@@ -223,22 +204,6 @@ def gradients(grads: list, drawn, rate, of, dtype: torch.dtype | None, narrow: t
         given = [*grads, *[None] * (5 - len(grads))]
         _tiled(gradients_kernel, (*given, drawn, rate, of, total, dy), grads[0])
     return total, dy
-
-
-def chosen(x: torch.Tensor, other: torch.Tensor, drawn, rate, of) -> torch.Tensor:
-    """Returns contiguous x, or contiguous ``other`` where a sequence is dropped."""
-    out = torch.empty_like(x, dtype=torch.promote_types(x.dtype, other.dtype))
-    if out.numel():
-        _tiled(choose_kernel, (x, other, drawn, rate, of, out, None), out)
-    return out
-
-
-def parted(grad: torch.Tensor, more: torch.Tensor, drawn, rate, of, dtypes) -> tuple[torch.Tensor, ...]:
-    """Returns contiguous grad where a sequence is kept, else 0, and contiguous ``more`` plus the rest of it."""
-    kept, rest = (torch.empty_like(grad, dtype=dtype) for dtype in dtypes)
-    if grad.numel():
-        _tiled(choose_kernel, (grad, more, drawn, rate, of, kept, rest), grad)
-    return kept, rest
 
 
 def mask(drawn: torch.Tensor, rate: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -17,11 +17,12 @@ import torch
 import triton
 import triton.language as tl
 
-from fastasr._tables import table
-from fastasr.kernels._launch import cdiv, launch, next_power_of_2
+from fastasr._tables import share, table
+from fastasr.kernels._launch import as_bytes, cdiv, launch, next_power_of_2
 
 RECORDINGS = tl.constexpr(32)  # starts that are read at a time
 LAST = tl.constexpr(2**31 - 1)
+ORDER = tl.constexpr(64)  # frames of the tiles whose order ``bounds_kernel`` finds
 TABLE = {"BLOCK": 128, "num_warps": 4}
 BLOCKS = {"MANY": 128, "num_warps": 4}  # for ``pieces_kernel``
 
@@ -43,26 +44,129 @@ def recordings_of(i, STARTS, count):
     return begun, ended
 
 
-@triton.jit(do_not_specialize=["frames", "count"], do_not_specialize_on_alignment=["STARTS"])
-def bounds_kernel(STARTS, OUT, frames, count, BLOCK: tl.constexpr):
-    """Writes [first, end) of the recordings of a block of frames, two rows of ``frames`` numbers."""
+@triton.jit
+def _spans_of(i, STARTS, ENDS, count, factor):
+    """Returns the numbers of the recordings of frames i, where these end, and [first, end) as ``recordings_of``. With
+    ENDS recordings lie at [STARTS, ENDS), in frames of which ``factor`` are one here, and a frame of none has the
+    number of the recording before it, whose begin is the last one up to it."""
+    if ENDS is None:
+        first, end = recordings_of(i, STARTS, count)
+        number, own_end = first, end
+    else:
+        number = tl.zeros(i.shape, tl.int32)
+        for n in range(1, count, RECORDINGS):
+            r = n + tl.arange(0, RECORDINGS)
+            begin = tl.load(STARTS + r, mask=r < count, other=0) // factor
+            begun = (begin[None, :] <= i[:, None]) & (r < count)[None, :]  # [frames, RECORDINGS]
+            number += tl.sum(begun.to(tl.int32), axis=1)
+        begin = (tl.load(STARTS + number) // factor).to(tl.int32)
+        own_end = ((tl.load(ENDS + number) + (factor - 1)) // factor).to(tl.int32)
+        following = number + 1 < count
+        behind = (tl.load(STARTS + number + 1, mask=following, other=0) // factor).to(tl.int32)
+        behind = tl.where(following, behind, own_end)
+        inside = i < own_end
+        first, end = tl.where(inside, begin, behind), tl.where(inside, own_end, behind)
+    return number, own_end, first, end
+
+
+@triton.jit
+def _keys_of(tile, STARTS, ENDS, frames, count, factor):
+    """Returns how many keys tiles of ORDER frames meet, -1 for one that is not whole or does not exist."""
+    _number, _own, begin, _end = _spans_of(tile * ORDER, STARTS, ENDS, count, factor)
+    _number, _own, _begin, end = _spans_of((tile + 1) * ORDER - 1, STARTS, ENDS, count, factor)
+    return tl.where((tile + 1) * ORDER <= frames, tl.minimum(end, frames) - tl.minimum(begin, frames), -1)
+
+
+@triton.jit
+def _size(frames):
+    """Returns the numbers of the table of a rate."""
+    return tl.cdiv(3 * frames + tl.cdiv(frames, ORDER), 16) * 16
+
+
+@triton.jit(
+    do_not_specialize=["frames", "count", "factors"],
+    do_not_specialize_on_alignment=["STARTS", "ENDS", "OUT", "HIDDEN", "WHOSE"],
+)
+def bounds_kernel(STARTS, ENDS, OUT, HIDDEN, WHOSE, frames, count, factors, BLOCK: tl.constexpr):
+    """Writes [first, end) of the recordings of a block of frames, two rows of ``frames`` numbers; behind them the order
+    of the tiles of ORDER frames, those that meet most keys first, and one that is not whole last. With ENDS it writes
+    the tables of the rates whose factors are the bytes of ``factors``, program_id(1) being the rate: behind the order
+    how many frames of its recording begin with each frame, to HIDDEN where there is none, and to WHOSE where recordings
+    begin and end and each frame's number."""
+    factor = tl.full([], 1, tl.int32)
+    if ENDS is not None:
+        whole = frames
+        for rate in range(tl.program_id(1) + 1):
+            factor = ((factors >> (8 * rate)) & 255).to(tl.int32)
+            frames = whole // factor
+            if rate < tl.program_id(1):
+                OUT += _size(frames)
+                HIDDEN += tl.cdiv(frames, 16) * 16
+                WHOSE += 2 * count + tl.cdiv(frames, 2) * 2
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    first, end = recordings_of(i, STARTS, count)
+    number, own_end, first, end = _spans_of(i, STARTS, ENDS, count, factor)
     tl.store(OUT + i, tl.minimum(first, frames), mask=i < frames)
     tl.store(OUT + frames + i, tl.minimum(end, frames), mask=i < frames)
+    tile = tl.program_id(0) * (BLOCK // ORDER) + tl.arange(0, BLOCK // ORDER)
+    tiles = tl.cdiv(frames, ORDER)
+    own = _keys_of(tile, STARTS, ENDS, frames, count, factor)
+    place = tl.zeros([BLOCK // ORDER], tl.int32)
+    for n in range(0, tiles, RECORDINGS):
+        other = n + tl.arange(0, RECORDINGS)
+        keys = _keys_of(other, STARTS, ENDS, frames, count, factor)[None, :]
+        earlier = (keys > own[:, None]) | ((keys == own[:, None]) & (other[None, :] < tile[:, None]))
+        place += tl.sum((earlier & (other < tiles)[None, :]).to(tl.int32), axis=1)
+    tl.store(OUT + 2 * frames + place, tile, mask=tile < tiles)
+    if ENDS is not None:
+        tl.store(OUT + 2 * frames + tiles + i, own_end - i, mask=i < frames)
+        tl.store(HIDDEN + i, (i >= own_end).to(tl.uint8), mask=i < frames)
+        tl.store(WHOSE + 2 * count + i, number.to(tl.int64), mask=i < frames)
+        if tl.program_id(0) == 0:
+            for n in range(0, count, BLOCK):
+                r = n + tl.arange(0, BLOCK)
+                begin, behind = tl.load(STARTS + r, mask=r < count), tl.load(ENDS + r, mask=r < count)
+                tl.store(WHOSE + 2 * r, begin // factor, mask=r < count)
+                tl.store(WHOSE + 2 * r + 1, (behind + (factor - 1)) // factor, mask=r < count)
 
 
 def bounds(starts: torch.Tensor, frames: int) -> torch.Tensor:
     """Returns int32 (2, frames): the first frame of each frame's recording and the one behind its last, which are equal
-    for a frame that belongs to none. Neither row decreases.
+    for a frame that belongs to none. Neither row decreases. Behind them in memory lies the order in which ``dealt``
+    gives out tiles.
     """
 
     def made() -> torch.Tensor:
-        found = torch.empty(2, frames, dtype=torch.int32, device=starts.device)
-        launch(bounds_kernel, (cdiv(frames, TABLE["BLOCK"]),), starts, found, frames, len(starts), **TABLE)
-        return found
+        found = torch.empty(2 * frames + cdiv(frames, ORDER), dtype=torch.int32, device=starts.device)
+        launch(bounds_kernel, (cdiv(frames, TABLE["BLOCK"]),),
+            starts, None, found, None, None, frames, len(starts), 1, **TABLE,
+        )  # fmt: skip
+        return found[: 2 * frames].view(2, frames)
 
     return table(starts, ("bounds", frames), made)
+
+
+def tables(
+    begins: torch.Tensor, ends: torch.Tensor, frames: int, factors: tuple[int, ...]
+) -> list[tuple[torch.Tensor, ...]]:
+    """Returns what ``ops._row.tables`` returns, by one launch."""
+    sizes, count, device = [frames // factor for factor in factors], len(begins), begins.device
+    shares = [cdiv(3 * n + cdiv(n, ORDER), 16) * 16 for n in sizes]
+    flags, numbers = [cdiv(n, 16) * 16 for n in sizes], [2 * count + cdiv(n, 2) * 2 for n in sizes]
+    made = torch.empty(sum(shares), dtype=torch.int32, device=device)
+    hidden = torch.empty(sum(flags), dtype=torch.bool, device=device)
+    whose = torch.empty(sum(numbers), dtype=torch.int64, device=device)
+    code = sum(factor << 8 * i for i, factor in enumerate(factors))
+    launch(bounds_kernel, (max(1, cdiv(max(sizes), TABLE["BLOCK"])), len(factors)),
+        begins, ends, made, as_bytes(hidden), whose, frames, count, code, **TABLE,
+    )  # fmt: skip
+    found = []
+    parts = made.split(shares), hidden.split(flags), whose.split(numbers)
+    for n, of_rate, none, numbered in zip(sizes, *parts, strict=True):
+        starts, recording = numbered[: 2 * count], numbered[2 * count :][:n]
+        share(starts)
+        table(starts, ("bounds", n), lambda of_rate=of_rate, n=n: of_rate[: 2 * n].view(2, n))
+        found.append((starts, recording, of_rate[2 * n + cdiv(n, ORDER) :][:n], none[:n][None]))
+    return found
 
 
 @triton.jit
@@ -82,10 +186,12 @@ def _count(frames, chunk, group):
     do_not_specialize_on_alignment=["STARTS", "OUT"],
 )
 def groups_kernel(STARTS, OUT, frames, count, chunk, group, groups, BLOCK: tl.constexpr):
-    """Writes the groups that begin in a block of frames: three rows of ``groups`` numbers."""
+    """Writes the groups that begin in a block of frames: three rows of ``groups`` numbers, ``frames`` behind the last
+    group."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     begin, before = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32)
     end = begin + frames
+    last, total = tl.full([], 0, tl.int32), tl.full([], 0, tl.int32)
     for n in range(0, count, RECORDINGS):
         r = n + tl.arange(0, RECORDINGS)
         start = _start(STARTS, r, count, frames)
@@ -103,12 +209,16 @@ def groups_kernel(STARTS, OUT, frames, count, chunk, group, groups, BLOCK: tl.co
         begin = tl.maximum(begin, tl.max(tl.where(begun, start[None, :], 0), axis=1))
         end = tl.minimum(end, tl.min(tl.where(begun, frames, start[None, :]), axis=1))
         before += tl.sum(tl.where(begun, own[None, :], 0), axis=1)
+        last, total = tl.maximum(last, tl.max(start)), total + tl.sum(own)
     place = (i - begin) % chunk
     number = before + _count(i - begin - place, chunk, group) + place // group
     first = (i < frames) & (place % group == 0)
     tl.store(OUT + number, i, mask=first)
     tl.store(OUT + groups + number, begin, mask=first)
     tl.store(OUT + 2 * groups + number, end, mask=first)
+    none = (i >= total + _count(frames - last, chunk, group)) & (i < groups)
+    for row in range(3):
+        tl.store(OUT + row * groups + i, frames, mask=none)
 
 
 def groups(starts: torch.Tensor, frames: int, chunk: int, group: int) -> torch.Tensor:
@@ -120,7 +230,7 @@ def groups(starts: torch.Tensor, frames: int, chunk: int, group: int) -> torch.T
     most = (whole + rest) // (chunk * group)  # a recording's last group may be short of group - 1 frames
 
     def made() -> torch.Tensor:
-        found = torch.full((3, min(frames, most)), frames, dtype=torch.int32, device=starts.device)
+        found = torch.empty(3, min(frames, most), dtype=torch.int32, device=starts.device)
         launch(groups_kernel, (cdiv(frames, TABLE["BLOCK"]),),
             starts, found, frames, len(starts), chunk, group, found.shape[1], **TABLE,
         )  # fmt: skip

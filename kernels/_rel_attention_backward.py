@@ -85,7 +85,7 @@ def statistics_kernel(
 ):  # fmt: skip
     """Writes 1 / sum of the weights and delta of a block of queries of float32."""
     sizes = frames, keys, chunk, left, right, BOUNDS
-    head, sequence, block = dealt(tl.program_id(0), blocks, batch, BOUNDS)
+    head, sequence, block = dealt(tl.program_id(0), blocks, batch, BOUNDS, frames, BLOCK)
     lanes = tl.arange(0, BLOCK)
     i = block * BLOCK + lanes
     keep_i = i < frames
@@ -140,12 +140,11 @@ def queries_kernel(
     DS holds one of these."""
     PRECISE: tl.constexpr = Q.dtype.element_ty == tl.float32
     sizes = frames, keys, chunk, left, right, BOUNDS
-    head, sequence, block = dealt(tl.program_id(0), blocks, batch, BOUNDS)
+    head, sequence, block = dealt(tl.program_id(0), blocks, batch, BOUNDS, frames, BLOCK)
     first_block = 0
     if PIECES is not None:
         first_block, end_block = blocks_of(PIECES, piece, blocks)
-        block += first_block
-        if block >= end_block:
+        if (block < first_block) | (block >= end_block):
             return
     lanes = tl.arange(0, BLOCK)
     local = block * BLOCK + lanes
@@ -229,11 +228,12 @@ def offsets_kernel(
     of dS' R. With a span it also writes to SUMS what keys beyond it, those with R's first and last row, add to these.
     """
     PRECISE: tl.constexpr = DS.dtype.element_ty == tl.float32
-    head, sequence, block = dealt(tl.program_id(0), blocks, batch, BOUNDS)
+    head, sequence, block = dealt(tl.program_id(0), blocks, batch, BOUNDS, frames, BLOCK)
     if PIECES is not None:
         first_block, end_block = blocks_of(PIECES, piece, blocks)
-        if first_block + block >= end_block:
+        if (block < first_block) | (block >= end_block):
             return
+        block -= first_block
     lanes = tl.arange(0, BLOCK)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     i = (first_block + block) * BLOCK + lanes
@@ -307,7 +307,7 @@ def keys_kernel(
     also write the sums of dS over the queries, unless DKEY_BIAS is None.
     """
     PRECISE: tl.constexpr = Q.dtype.element_ty == tl.float32
-    head, sequence, block = dealt(tl.program_id(0), blocks, batch, BOUNDS)
+    head, sequence, block = dealt(tl.program_id(0), blocks, batch, BOUNDS, frames, BLOCK)
     sizes = frames, keys, chunk, left, right, BOUNDS
     lanes = tl.arange(0, BLOCK)
     j = block * BLOCK + lanes

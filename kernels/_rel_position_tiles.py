@@ -17,7 +17,7 @@ import triton.language as tl
 from fastasr._tables import table
 from fastasr.kernels._attention_tiles import NONE, load_rows, products
 from fastasr.kernels._launch import next_power_of_2
-from fastasr.kernels._recordings import bounds
+from fastasr.kernels._recordings import ORDER, bounds
 
 MASKED = tl.constexpr(-1000.0)
 ALONE = tl.constexpr(-896.0)  # above it, masked keys weigh exactly 0
@@ -31,14 +31,18 @@ def place(program, blocks, batch):
 
 
 @triton.jit
-def dealt(program, blocks, batch, BOUNDS):
-    """Returns the same. With recordings in a row, the programs of all heads follow block by block: if the longest
-    recordings come first, those with much to do begin first, and the last ones end together.
+def dealt(program, blocks, batch, BOUNDS, frames, BLOCK: tl.constexpr):
+    """Returns the same. With recordings in a row, the programs of all heads follow block by block, those of the longest
+    recordings first: who has much to do begins early, and the last ones end together. All blocks have programs.
     """
     if BOUNDS is not None:
         pairs = tl.num_programs(0) // blocks
         program = program % pairs * blocks + program // pairs
-    return place(program, blocks, batch)
+    head, sequence, block = place(program, blocks, batch)
+    if BOUNDS is not None and BLOCK <= ORDER:
+        EACH: tl.constexpr = ORDER // BLOCK
+        block = tl.load(BOUNDS + 2 * frames + block // EACH) * EACH + block % EACH
+    return head, sequence, block
 
 
 @triton.jit

@@ -73,20 +73,20 @@ def queries_kernel(
     frames, keys, left, first, rows, piece, batch, blocks, heads, offsets, chunk, left_chunks,
     x_time, x_batch, k_time, k_batch, v_time, v_batch, r_batch, mask_batch, ds_row, penalty, limit,
     DIM: tl.constexpr, POS_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PACKED: tl.constexpr, WINDOW: tl.constexpr,
-    WIDE_POS: tl.constexpr,
+    WIDE_POS: tl.constexpr, OTHERS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Writes dq of a block of the queries [first, first + rows) and of channels; programs of the first block of
-    channels also store maximum, 1 / sum and delta of the rows, dS where DS is not None, and dp. With PIECES of
-    _recordings.py DS holds one of these, number ``piece``. Equal weights have 1 / number in place of delta. What an
-    absent tensor would need is None too: ``piece``, and ``penalty`` and ``limit`` without a penalty."""
+    channels also store maximum, 1 / sum and delta of the rows, dS where DS is not None, dp, and with OTHERS the zeros
+    of heads without values. With PIECES of _recordings.py DS holds one of these, number ``piece``. Equal weights have
+    1 / number in place of delta. What an absent tensor would need is None too: ``piece``, and ``penalty`` and ``limit``
+    without a penalty."""
     PRECISE: tl.constexpr = X.dtype.element_ty == tl.float32
-    head, sequence, block = dealt(tl.program_id(0), blocks, batch, BOUNDS)
+    head, sequence, block = dealt(tl.program_id(0), blocks, batch, BOUNDS, frames, BLOCK_M)
     first_block = 0
     if PIECES is not None:
         first_block, end_block = blocks_of(PIECES, piece, blocks)
-        block += first_block
-        if block >= end_block:
+        if (block < first_block) | (block >= end_block):
             return
     local = block * BLOCK_M + tl.arange(0, BLOCK_M)
     i = first + local
@@ -207,6 +207,17 @@ def queries_kernel(
     c = tl.arange(0, BLOCK_P)[None, :]
     out = DX + 2 * heads * DIM + head * WIDE_POS + c
     tl.store(out, dp.to(DX.dtype.element_ty), mask=keep_i[:, None] & (c < WIDE_POS) & once)
+    if OTHERS:
+        served = tl.num_programs(0) // blocks // batch
+        if once & (head == served - 1):
+            none = tl.zeros([BLOCK_M, BLOCK_D], DX.dtype.element_ty)
+            for start in range(served * DIM, heads * DIM, BLOCK_D):
+                at = start + tl.arange(0, BLOCK_D)[None, :]
+                tl.store(DX + at, none, mask=keep_i[:, None] & (at < heads * DIM))
+                tl.store(DX + heads * DIM + at, none, mask=keep_i[:, None] & (at < heads * DIM))
+            for start in range(served * WIDE_POS, heads * WIDE_POS, BLOCK_D):
+                at = start + tl.arange(0, BLOCK_D)[None, :]
+                tl.store(DX + 2 * heads * DIM + at, none, mask=keep_i[:, None] & (at < heads * WIDE_POS))
 
 
 @triton.jit(
@@ -222,7 +233,7 @@ def keys_kernel(
 ):  # fmt: skip
     """Writes dS^T q and W^T G of a block of keys and of their channels; see ``queries``."""
     PRECISE: tl.constexpr = X.dtype.element_ty == tl.float32
-    head, sequence, block = dealt(tl.program_id(0), blocks, batch, BOUNDS)
+    head, sequence, block = dealt(tl.program_id(0), blocks, batch, BOUNDS, frames, BLOCK_N)
     j = block * BLOCK_N + tl.arange(0, BLOCK_N)
     keep_j = j < keys
     Q = X + sequence * x_batch + head * DIM

@@ -5,6 +5,8 @@
     dx_orig = grad (1 - scale)      dx = grad scale      dscale = sum over the dimensions scale lacks of
                                                                   grad (x - x_orig)
 
+On a row of recordings the scale is 0 in those that skip the module, which numbers on the device say.
+
 x is seen as a matrix (rows, K) with K = scale.numel(): scale is (C,) or (B, C), the last dimensions of x.
 
 Bytes per element of e bytes: forward 3e, backward 5e. FLOPs per element: 3 and 5. A 1500x20x192 bf16 tensor
@@ -24,8 +26,19 @@ from fastasr.kernels._parts import WARPS, add_parts, split_rows
 NUM_WARPS = 4  # forward
 
 
-@triton.jit(do_not_specialize=["rows"])
-def forward_kernel(X_ORIG, X, SCALE, Y, rows, columns, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+@triton.jit
+def _where_kept(values, DRAWN, RATE, OF, r, rows):
+    """Returns values of rows r, 0 in the rows of recordings whose number is not above the rate."""
+    if DRAWN is not None:
+        number = tl.load(DRAWN + tl.load(OF + r, mask=r < rows, other=0)).to(tl.float32)
+        values = tl.where((number > tl.load(RATE).to(tl.float32))[:, None], values, 0.0)
+    return values
+
+
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["DRAWN", "RATE", "OF"])
+def forward_kernel(
+    X_ORIG, X, SCALE, DRAWN, RATE, OF, Y, rows, columns, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+):
     column_tiles = tl.cdiv(columns, BLOCK_C)
     r = (tl.program_id(0) // column_tiles).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     c = (tl.program_id(0) % column_tiles).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -34,13 +47,17 @@ def forward_kernel(X_ORIG, X, SCALE, Y, rows, columns, BLOCK_R: tl.constexpr, BL
     x_orig = tl.load(X_ORIG + offsets, mask=keep, other=0.0).to(tl.float32)
     x = tl.load(X + offsets, mask=keep, other=0.0).to(tl.float32)
     scale = tl.load(SCALE + c, mask=c < columns, other=0.0).to(tl.float32)
-    y = tl.fma(x - x_orig, tl.broadcast_to(scale[None, :], x.shape), x_orig)
+    y = tl.fma(
+        _where_kept(x - x_orig, DRAWN, RATE, OF, r, rows), tl.broadcast_to(scale[None, :], x.shape), x_orig
+    )
     tl.store(Y + offsets, y.to(Y.dtype.element_ty), mask=keep)
 
 
-@triton.jit(do_not_specialize=["rows", "rows_per_part"])
+@triton.jit(
+    do_not_specialize=["rows", "rows_per_part"], do_not_specialize_on_alignment=["DRAWN", "RATE", "OF"]
+)
 def backward_kernel(
-    GRAD, X_ORIG, X, SCALE, DX_ORIG, DX, PARTS, rows, rows_per_part, columns,
+    GRAD, X_ORIG, X, SCALE, DRAWN, RATE, OF, DX_ORIG, DX, PARTS, rows, rows_per_part, columns,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     column_tiles = tl.cdiv(columns, BLOCK_C)
@@ -59,10 +76,11 @@ def backward_kernel(
         grad = tl.load(GRAD + offsets, mask=keep, other=0.0).to(tl.float32)
         x_orig = tl.load(X_ORIG + offsets, mask=keep, other=0.0).to(tl.float32)
         x = tl.load(X + offsets, mask=keep, other=0.0).to(tl.float32)
-        dx_orig = tl.fma(-grad, scale, grad)  # one rounding: grad (1 - scale) would have two
+        kept = _where_kept(grad, DRAWN, RATE, OF, r, end)
+        dx_orig = tl.fma(-kept, scale, grad)  # one rounding: grad (1 - scale) would have two
         tl.store(DX_ORIG + offsets, dx_orig.to(DX_ORIG.dtype.element_ty), mask=keep)
-        tl.store(DX + offsets, (grad * scale).to(DX.dtype.element_ty), mask=keep)
-        dscale = tl.fma(grad, x - x_orig, dscale)
+        tl.store(DX + offsets, (kept * scale).to(DX.dtype.element_ty), mask=keep)
+        dscale = tl.fma(kept, x - x_orig, dscale)
         first += BLOCK_R
     tl.store(PARTS + part * columns + c, tl.sum(dscale, axis=0), mask=in_row)
 
@@ -84,10 +102,13 @@ def _output_dtype(x_orig: torch.Tensor, x: torch.Tensor, scale: torch.Tensor) ->
     return torch.promote_types(torch.promote_types(x_orig.dtype, x.dtype), scale.dtype)
 
 
-def bypass_forward(x_orig: torch.Tensor, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def bypass_forward(
+    x_orig: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, numbers=None, rate=None, of=None
+) -> torch.Tensor:
     """Returns x_orig + (x - x_orig) * scale; x_orig and x have one shape, which ends in scale's shape.
 
-    Returns that shape in the promoted dtype of all three.
+    Returns that shape in the promoted dtype of all three. With ``numbers`` (R,) it is x_orig in the rows ``of`` whose
+    number is not above the rate; the scale is (C,) then.
     """
     y = torch.empty_like(x, dtype=_output_dtype(x_orig, x, scale))
     if x.numel():
@@ -96,13 +117,20 @@ def bypass_forward(x_orig: torch.Tensor, x: torch.Tensor, scale: torch.Tensor) -
         block_c = _block_columns(columns)
         block_r = 2048 // block_c
         launch(forward_kernel, (cdiv(rows, block_r) * cdiv(columns, block_c),),
-            x_orig, x, scale, y, rows, columns, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=NUM_WARPS,
+            x_orig, x, scale, numbers, rate, of, y, rows, columns,
+            BLOCK_R=block_r, BLOCK_C=block_c, num_warps=NUM_WARPS,
         )  # fmt: skip
     return y
 
 
 def bypass_backward(
-    grad: torch.Tensor, x_orig: torch.Tensor, x: torch.Tensor, scale: torch.Tensor
+    grad: torch.Tensor,
+    x_orig: torch.Tensor,
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    numbers=None,
+    rate=None,
+    of=None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns (dx_orig, dx, dscale) in the dtypes and shapes of x_orig, x and scale; ``grad`` is the
     output's gradient.
@@ -118,7 +146,7 @@ def bypass_backward(
     dscale = torch.empty_like(scale)
     table = x.new_empty((parts, columns), dtype=torch.float32)
     launch(backward_kernel, (parts * column_tiles,),
-        grad, x_orig, x, scale, dx_orig, dx, table, rows, rows_per_part, columns,
+        grad, x_orig, x, scale, numbers, rate, of, dx_orig, dx, table, rows, rows_per_part, columns,
         BLOCK_R=block_r, BLOCK_C=block_c, num_warps=WARPS,
     )  # fmt: skip
     add_parts(table, dscale)

@@ -90,7 +90,7 @@ def forward_kernel(
     PRECISE: tl.constexpr = Q.dtype.element_ty == tl.float32
     SUM: tl.constexpr = tl.float64 if PRECISE else tl.float32
     sizes = frames, keys, chunk, left, right, BOUNDS
-    head, sequence, block = dealt(tl.program_id(0), blocks, batch, BOUNDS)
+    head, sequence, block = dealt(tl.program_id(0), blocks, batch, BOUNDS, frames, BLOCK_M)
     i = block * BLOCK_M + tl.arange(0, BLOCK_M)
     c = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     keep_i = i < frames
@@ -413,7 +413,7 @@ def rel_attention_backward(
     blocks = cdiv(frames, block)
     met, lowest, highest = _met(sizes, block)
     row = (met + 1) * block  # a row of dS by offset
-    step = max(1, PIECE_BYTES // (pairs * row * q.element_size()) // block)
+    step = max(1, PIECE_BYTES // (pairs * row * q.element_size()) // block) if by_offset else blocks
     of_program = shapes["positions"]["WIDE"]  # blocks of offsets of a program
     programs = heads * cdiv(highest - lowest + 1, of_program)
     each = 1 if q.dtype == torch.float32 else _each(batch, programs)

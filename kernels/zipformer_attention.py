@@ -125,7 +125,7 @@ def forward_kernel(
 ):  # fmt: skip
     """Writes y of a block of queries and of columns."""
     PRECISE: tl.constexpr = X.dtype.element_ty == tl.float32
-    head, sequence, block = dealt(tl.program_id(0), blocks, batch, BOUNDS)
+    head, sequence, block = dealt(tl.program_id(0), blocks, batch, BOUNDS, frames, BLOCK_M)
     i = block * BLOCK_M + tl.arange(0, BLOCK_M)
     c = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     keep_i = i < frames
@@ -302,6 +302,19 @@ def zipformer_attention_forward(
     return y
 
 
+class PositionSums:
+    """Sums of the gradients of one tensor of positions: ``parts`` (tables, batch, offsets, heads * pos_dim), or None
+    before the first call."""
+
+    parts: torch.Tensor | None = None
+
+    def total(self, pos: torch.Tensor) -> torch.Tensor:
+        """Returns their sum, in the dtype and shape of the positions (1 or batch, offsets, heads * pos_dim)."""
+        dpos = torch.empty_like(pos)
+        add_tables(self.parts, dpos, self.parts.numel() // dpos.numel())
+        return dpos
+
+
 def zipformer_attention_backward(
     grad: torch.Tensor,
     x: torch.Tensor,
@@ -320,11 +333,13 @@ def zipformer_attention_backward(
     penalty: float = 0.0,
     limit: float = 0.0,
     act: torch.Tensor | None = None,
+    sums: PositionSums | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns (dx, dpos, dvalue, dcached_key), without elements where the argument is None. All tensors
     are contiguous.
 
     act: one number; if it is 0, there is no penalty.
+    sums: what calls with ``starts``, and all but the values the same, add dpos to. They return none.
     """
     frames, batch, width = x.shape
     none = x.new_empty(0)
@@ -345,7 +360,7 @@ def zipformer_attention_backward(
         bool(penalty),
         equal is not None,
     )
-    dx = torch.empty_like(x) if value_heads == heads else torch.zeros_like(x)
+    dx = torch.empty_like(x)
     dvalue = torch.empty_like(value)
     pairs = value_heads * batch
     maximum, inverse, delta = (x.new_empty(pairs * frames, dtype=torch.float32) for _ in range(3))
@@ -360,7 +375,7 @@ def zipformer_attention_backward(
 
     tile = shapes["queries"]
     columns = cdiv(dim, tile["BLOCK_D"])
-    diagonals = _Diagonals(x, o, starts, pairs, shapes) if o.pos_dim else None
+    diagonals = _Diagonals(x, o, starts, pairs, shapes, sums) if o.pos_dim else None
     rows = diagonals.rows if diagonals else frames
     for piece, first in diagonals.turns if diagonals else [(None, 0)]:
         count = min(rows, frames - first)
@@ -369,7 +384,8 @@ def zipformer_attention_backward(
             grad, x, o.key, o.r, *masks, diagonals and diagonals.pieces, *numbers, value, dx,
             diagonals and diagonals.ds, maximum, inverse, delta,
             frames, o.keys, o.left, first, count, piece, batch, blocks, heads, o.offsets, o.chunk, o.left_chunks,
-            *strides, diagonals.row if diagonals else 0, *large, **constants, WIDE_POS=own_pos, **tile,
+            *strides, diagonals.row if diagonals else 0, *large, **constants, WIDE_POS=own_pos,
+            OTHERS=value_heads < heads, **tile,
         )  # fmt: skip
         if diagonals:
             diagonals.add(piece, first, count)
@@ -389,7 +405,12 @@ def zipformer_attention_backward(
     if o.left:
         dcached.copy_(dkey[: o.left])
         dx[..., heads * dim : 2 * heads * dim].copy_(dkey[o.left :])
-    dpos = diagonals.total(pos.shape[0]) if diagonals else none if pos is None else torch.zeros_like(pos)
+    if sums is not None or pos is None:
+        dpos = none
+    elif diagonals is None:
+        dpos = torch.zeros_like(pos)
+    else:
+        dpos = diagonals.sums.total(pos)
     return dx, dpos, dvalue, dcached
 
 
@@ -398,7 +419,10 @@ class _Diagonals:
     or, with recordings in a row, (the number of a piece of _recordings.py, 0).
     """
 
-    def __init__(self, x: torch.Tensor, o, starts: torch.Tensor | None, pairs: int, shapes: dict[str, dict]):
+    def __init__(
+        self, x: torch.Tensor, o, starts: torch.Tensor | None, pairs: int, shapes: dict[str, dict], sums
+    ):
+        self.sums = PositionSums() if sums is None else sums
         self.x, self.o, self.pairs, self.tile = x, o, pairs, shapes["positions"]
         self.block, self.columns = shapes["queries"]["BLOCK_M"], shapes["queries"]["BLOCK_N"]
         self.blocks, self.shares, self.pieces, self.several = cdiv(o.frames, self.block), 1, None, True
@@ -417,12 +441,16 @@ class _Diagonals:
                 starts, o.bounds, reach, reach, self.block, self.columns, 0, room
             )
             self.row, self.rows, self.turns = size, o.frames, [(piece, 0) for piece in range(count)]
-            self.shares = min(self.blocks, cdiv(PROGRAMS, pairs * cdiv(o.offsets, self.tile["BLOCK_O"])))
-            self.several = count > 1 or pairs < o.pairs  # else the shares of one piece write whole tables
+            programs = (pairs if sums is None else o.batch) * cdiv(o.offsets, self.tile["BLOCK_O"])
+            self.shares = min(self.blocks, cdiv(PROGRAMS, programs))
+            first = self.sums.parts is None
+            self.several = count > 1 or pairs < o.pairs or not first  # else the shares write whole tables
         self.ds = x.new_empty(pairs * size)
-        dtype = torch.float64 if x.dtype == torch.float32 else torch.float32
-        shape = self.shares, o.batch, o.offsets, o.heads * o.pos_dim
-        self.parts = (torch.zeros if self.several else torch.empty)(shape, dtype=dtype, device=x.device)
+        if self.sums.parts is None:
+            dtype = torch.float64 if x.dtype == torch.float32 else torch.float32
+            shape = self.shares, o.batch, o.offsets, o.heads * o.pos_dim
+            new = torch.zeros if self.several else torch.empty
+            self.sums.parts = new(shape, dtype=dtype, device=x.device)
 
     def add(self, piece: int | None, first: int, rows: int) -> None:
         o, x = self.o, self.x
@@ -432,13 +460,7 @@ class _Diagonals:
         blocks = cdiv(end - base, self.tile["BLOCK_O"])
         own = (None,) * 3 if piece is None else (piece, self.blocks, self.shares)
         launch(positions_kernel, (self.pairs * self.shares * blocks,),
-            self.ds, x, o.bounds, self.pieces, self.parts, o.center, o.frames, o.keys, first, rows, base, *own,
+            self.ds, x, o.bounds, self.pieces, self.sums.parts, o.center, o.frames, o.keys, first, rows, base, *own,
             o.batch, blocks, o.heads, o.offsets, self.row, x.stride(0), x.stride(1),
             DIM=o.dim, POS_DIM=o.pos_dim, ADD=self.several, COLUMNS=self.columns, **self.tile,
         )  # fmt: skip
-
-    def total(self, sequences: int) -> torch.Tensor:
-        """Returns dR, (sequences, offsets, heads * pos_dim); sequences is 1 or the batch."""
-        dpos = self.x.new_empty(sequences, *self.parts.shape[2:])
-        add_tables(self.parts, dpos, self.parts.numel() // dpos.numel())
-        return dpos

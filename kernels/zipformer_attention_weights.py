@@ -89,7 +89,7 @@ def forward_kernel(
 ):  # fmt: skip
     """Writes W of a block of queries. WHOLE: one block holds all keys."""
     PRECISE: tl.constexpr = X.dtype.element_ty == tl.float32
-    head, sequence, block = dealt(tl.program_id(0), blocks, batch, BOUNDS)
+    head, sequence, block = dealt(tl.program_id(0), blocks, batch, BOUNDS, frames, BLOCK_M)
     i = block * BLOCK_M + tl.arange(0, BLOCK_M)
     keep_i = i < frames
     Q = X + sequence * x_batch + head * DIM
@@ -177,7 +177,7 @@ def queries_kernel(
     if ACT is not None:  # noqa: SIM102, the inner condition is known on the device alone
         if (tl.load(ACT) != 0.0) != PENALTY:
             return
-    head, sequence, block = dealt(tl.program_id(0), blocks, batch, BOUNDS)
+    head, sequence, block = dealt(tl.program_id(0), blocks, batch, BOUNDS, frames, BLOCK_M)
     i = block * BLOCK_M + tl.arange(0, BLOCK_M)
     keep_i = i < frames
     once = tl.program_id(1) == 0
@@ -281,7 +281,7 @@ def keys_kernel(
     DIM: tl.constexpr, WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Writes dS^T q of a block of keys and of channels. WINDOW: dS is 0 outside it, unless ACT is not."""
-    head, sequence, block = dealt(tl.program_id(0), blocks, batch, BOUNDS)
+    head, sequence, block = dealt(tl.program_id(0), blocks, batch, BOUNDS, frames, BLOCK_N)
     j = block * BLOCK_N + tl.arange(0, BLOCK_N)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     X += sequence * x_batch + head * DIM

@@ -9,6 +9,7 @@ and the module's parameters.
 import contextlib
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from itertools import compress
 from typing import Any, Protocol
 
 import torch
@@ -62,13 +63,11 @@ class Gradients:
     def bytes(self) -> int:
         return sum(b.numel() * b.element_size() for b in self.buffers)
 
-    def given(self, found: Sequence[bool]) -> Iterable[Tensor | None]:
+    def given(self, found: Sequence[bool]) -> Iterable[Tensor]:
         """Returns the gradients for autograd as fresh views, because it keeps a gradient that nobody else holds, and
-        copies others. ``found`` says which parameters have one."""
+        copies others. ``found`` says which parameters have one; the rest is left out."""
         views = self._views([b.clone() for b in self.buffers]) if self.clones else self.views
-        if all(found):
-            return map(torch.Tensor.detach, views)
-        return [v.detach() if has else None for v, has in zip(views, found, strict=True)]
+        return map(torch.Tensor.detach, compress(views, found))
 
     def keep_accumulated(self) -> None:
         """Moves the gradients of earlier replays that are still some ``parameter.grad``: one copy for all of them."""
@@ -181,7 +180,9 @@ class Graph:
             back.end()
         return found
 
-    def _rehearse(self, recorder: Recorder, module: nn.Module, others: Sequence["Graph"]) -> list[Room]:
+    def _rehearse(
+        self, recorder: Recorder, module: nn.Module, others: Sequence["Graph"], again: bool = False
+    ) -> list[Room]:
         """Runs both passes once in the form in which they are recorded, and puts the module's buffers back. In this run
         libraries choose kernels and allocate workspaces, and it shows which parameters are only cast and whether the
         call keeps tensors. Returns the rooms that the passes take.
@@ -214,6 +215,8 @@ class Graph:
                     b.copy_(saved)
         for t in self.tensors:  # masks.seen keeps its answer with the mask
             vars(t).clear()
+        if not again and made.left():  # The first call makes a table that later ones read.
+            return self._rehearse(recorder, module, others, again=True)
         made.check()
         if uses is not None:
             castable = uses.castable(parameters)
@@ -297,7 +300,7 @@ class _Replayed(Function):
         ctx.node = None
         inputs = iter(graph.inputs)
         found = [next(inputs) if t.requires_grad else None for t in graph.tensors]
-        ours = (g for g in graph.gradients.given(graph.found) if g is not None)
+        ours = graph.gradients.given(graph.found)
         return None, None, *(g if g is None else g.clone() for g in found), *ours
 
 

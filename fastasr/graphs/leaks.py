@@ -50,12 +50,13 @@ class Made(TorchDispatchMode):
 
     def check(self) -> None:
         """Refuses the call if such a tensor is still there after the block."""
-        if self._left():
-            gc.collect()  # it may be part of a cycle
-            for storage, shape in self._left():
-                raise Unrecordable(f"a call keeps a tensor {_described(storage, shape)}")
+        for storage, shape in self.left():
+            raise Unrecordable(f"a call keeps a tensor {_described(storage, shape)}")
 
-    def _left(self) -> list[tuple[StorageWeakRef, torch.Size]]:
+    def left(self) -> list[tuple[StorageWeakRef, torch.Size]]:
+        """Returns the tensors that are still there."""
+        if not all(storage.expired() for storage, _ in self.made):
+            gc.collect()  # they may be parts of cycles
         self.made = [(storage, shape) for storage, shape in self.made if not storage.expired()]
         return self.made
 

@@ -66,25 +66,6 @@ def gradients(
     return None if dtype is None else total.clone() if total is grads[0] else total.to(dtype), dy
 
 
-def chosen(x: Tensor, other: Tensor, drawn: Drawn) -> Tensor:
-    """Returns x (T, B, C), and in dropped sequences ``other``."""
-    kernels = _kernels(x, other)
-    if kernels is not None:
-        return kernels.chosen(x.contiguous(), other.contiguous(), *drawn)
-    return torch.where(drawn.mask(torch.bool), x, other)
-
-
-def parted(
-    grad: Tensor, more: Tensor, drawn: Drawn, dtypes: tuple[torch.dtype, torch.dtype]
-) -> tuple[Tensor, Tensor]:
-    """Returns the gradients of x and ``other`` of :func:`chosen`, of these ``dtypes``, the latter plus ``more``."""
-    kernels = _kernels(grad, more)
-    if kernels is not None:
-        return kernels.parted(grad.contiguous(), more.contiguous(), *drawn, dtypes)
-    kept = drawn.mask(torch.bool)
-    return torch.where(kept, grad, 0.0).to(dtypes[0]), torch.where(kept, more, more + grad).to(dtypes[1])
-
-
 def mask(drawn: Tensor, rate: Tensor, scale: Tensor) -> Tensor:
     """Returns scale where drawn > rate, else 0, in the dtype of ``drawn``."""
     kernels = _kernels(drawn)

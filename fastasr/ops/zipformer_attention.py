@@ -11,12 +11,13 @@ Zipformer's training gives dS the penalty of large scores on some calls, and rep
 others, which is a constant: dW is 0 there, and dV = Wᵀ G with the new W.
 """
 
-from typing import Annotated
+import importlib
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
-from fastasr.ops._op import Arguments, Op, op
+from fastasr.ops._op import OPS, Arguments, Op, op
 from fastasr.ops._zipformer_attention import (
     AttentionMask,
     CachedKey,
@@ -107,3 +108,43 @@ def zipformer_attention(
     heads = len(weights)
     value = value.reshape(*value.shape[:2], heads, value.shape[2] // heads).permute(2, 1, 0, 3)
     return torch.matmul(weights, value).permute(2, 1, 0, 3).flatten(2)
+
+
+# --------------------------------------------------------------------------- recorded passes
+def position_sums(x: Tensor) -> Any:
+    """Returns what :func:`gradients` adds the gradient of positions to, for x like this one; None where no kernels for
+    it serve x."""
+    kernels = OPS["zipformer_attention"].family.kernels(x)
+    if kernels is None or kernels.backend != "triton":
+        return None
+    return importlib.import_module("fastasr.kernels.zipformer_attention").PositionSums()
+
+
+def gradients(
+    grad: Tensor,
+    x: Tensor,
+    pos: Tensor,
+    value: Tensor,
+    num_heads: int,
+    query_head_dim: int,
+    sums: Any,
+    *,
+    value_heads: int,
+    key_padding_mask: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    starts: Tensor | None = None,
+    chunk_size: int = -1,
+    left_context_chunks: int = -1,
+    score_penalty: float = 0.0,
+    score_limit: float = 0.0,
+    act: Tensor | None = None,
+    equal: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Returns the gradients of x and value, and adds that of pos to ``sums``. The arguments are those of the op, of one
+    dtype, contiguous."""
+    kernels: Any = OPS["zipformer_attention"].family.kernels(x)
+    dx, _, dvalue, _ = kernels.backward(
+        grad, x, pos, value, None, key_padding_mask, attn_mask, starts, num_heads, query_head_dim, value_heads,
+        chunk_size, left_context_chunks, equal, score_penalty, score_limit, act, sums,
+    )  # fmt: skip
+    return dx, dvalue

@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from fastasr.ops import _decided, _folded_norm, _linear, _weighted_values
+from fastasr.ops import _decided, _folded_norm, _linear, _row, _weighted_values
 from fastasr.ops.balancer_gradient import Balanced, sums_of
+from fastasr.ops.bypass import dropped, dropped_gradients
 from fastasr.ops.whitening_gradient import Whitened, moments_of
 
 
@@ -36,7 +37,8 @@ def launch(device: str) -> None:
             _decided.gradients([src, src, src, y, y], kept, torch.float32, dtype)
         row, branch = src[:, :1].contiguous(), y[:, :1].contiguous()
         _decided.plus(row, branch, of_row, dtype)
-        _decided.parted(_decided.chosen(branch, row, of_row), row, of_row, (dtype, torch.float32))
+        skipping = row, branch, uniform(70), of_row
+        dropped_gradients(dropped(*skipping), *skipping)
         _decided.mask(y, rate, scale)
         _decided.either(uniform(1, 2, 9, 16, dtype=dtype)[..., :9], act)
         weights, values = uniform(5, 2, 9, 16, dtype=dtype)[..., :9], y
@@ -56,6 +58,12 @@ def launch(device: str) -> None:
     conv = torch.nn.Conv1d(70, 70, 9, groups=70, device=device).requires_grad_(False)
     norm = torch.nn.BatchNorm1d(70, device=device).requires_grad_(False)
     _folded_norm.folded(conv, norm, torch.float32)
+    begins, lengths = (torch.tensor(n, dtype=torch.int64, device=device) for n in ([0, 4], [3, 5]))
+    leaves = [uniform(9, 1, 70).requires_grad_(), uniform(2).requires_grad_()]
+    (tables,) = _row.tables(leaves[0], begins, begins + lengths, 10, (1,))
+    with torch.enable_grad():
+        means = _row.averaged(_row.moved(leaves[0], begins, begins, lengths, 10), tables.left, leaves[1])
+        torch.autograd.grad(means, leaves, torch.ones_like(means))
     x = uniform(70)
     for end in (None, lambda leaf, *rest: later(*rest)):
         _decided.limited(x, x, limits, None, end)

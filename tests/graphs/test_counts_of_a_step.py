@@ -67,10 +67,8 @@ RECORDED = {"torch": 1341, "fastasr": 2133}
 MOST_RECORDED = 3500
 # The same of a call in inference.
 INFERENCE = {"zipformer": {"torch": 422, "fastasr": 379}, "fast_conformer": {"torch": 282, "fastasr": 173}}
-# Kernels of a recorded training step of a FastConformer, of which a row has few more than a padded batch.
-PADDED, ROW = {"torch": 1133, "fastasr": 622}, 1.01
-# The same of a Zipformer, each of whose three consumers of attention weights computes them on a row.
-ZIPFORMER_ROW = 1.07
+# Kernels of a recorded training step of a FastConformer.
+PADDED = {"torch": 1133, "fastasr": 622}
 
 
 class CountingTapes(TapeRecorder):
@@ -209,8 +207,7 @@ def test_a_zipformer_on_a_row(chunk_size, monkeypatch):
         fastasr.restore(model)
     (row, calls_of_row), (padded, calls) = found[True], found[False]
     more = calls_of_row - calls
-    limit = ZIPFORMER_ROW * sum(padded.values())
-    assert sum(row.values()) <= limit, f"{row}, padded {padded}\n{more.most_common(30)}"
+    assert sum(row.values()) <= sum(padded.values()), f"{row}, padded {padded}\n{more.most_common(30)}"
 
 
 def test_kernels_of_a_recorded_step_do_not_grow(monkeypatch):
@@ -270,7 +267,7 @@ def recorded_fast_conformer(on_a_row):
     return kernels_of(tapes)
 
 
-def test_a_recorded_row_has_few_more_kernels_than_a_padded_batch(monkeypatch):
+def test_a_recorded_row_has_no_more_kernels_than_a_padded_batch(monkeypatch):
     monkeypatch.setattr(masks, "on_gpu", lambda device: True)
     monkeypatch.setattr(torch.nn.functional, "layer_norm", norm_as_on_cuda)
     padded, calls = recorded_fast_conformer(False)
@@ -279,4 +276,4 @@ def test_a_recorded_row_has_few_more_kernels_than_a_padded_batch(monkeypatch):
         f"{padded}\n{calls.most_common(30)}"
     )
     more = calls_of_row - calls
-    assert sum(row.values()) <= ROW * sum(padded.values()), f"{row}, padded {padded}\n{more.most_common(30)}"
+    assert sum(row.values()) <= sum(padded.values()), f"{row}, padded {padded}\n{more.most_common(30)}"

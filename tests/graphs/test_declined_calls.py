@@ -9,6 +9,7 @@ from recorded import graphed, reasons
 from steps import numbers, seeded
 from torch.autograd import forward_ad
 from torch.nn.modules import module as modules
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 
 from fastasr import _left
@@ -169,3 +170,15 @@ def test_a_gradient_that_others_have_is_not_changed_in_place():
         found.append(x.grad)
     torch.testing.assert_close(*found)
     assert [kind.replayed for kind in graphs.kinds.values()] == [1]
+
+
+def test_parameters_without_memory_of_their_own():
+    ours, graphs, theirs = pair()
+    for model in (ours, theirs):
+        weight = model.linear.weight.detach()
+        model.linear.weight = torch.nn.Parameter(TwoTensor(weight, weight.clone()))
+    for _ in range(2):
+        same(ours(features()).a, theirs(features()).a)
+    assert reasons(graphs) == [
+        "it has a parameter or buffer that is a TwoTensor, which has no memory of its own"
+    ]

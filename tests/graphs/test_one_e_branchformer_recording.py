@@ -114,6 +114,7 @@ def test_without_graphs(kind, train):
 
 OPTIONS = {
     **{kind: {"input_layer": kind} for kind in WIDE},
+    "ESPnet's conv2d8": {"kind": "espnet", "input_layer": "conv2d8"},
     "frames": {"input_layer": "linear"},
     "layers within the gate": {"use_linear_after_conv": True, "gate_activation": "swish"},
     "no feed-forward blocks": {"use_ffn": False, "merge_conv_kernel": 9, "cgmlp_conv_kernel": 3},
@@ -212,7 +213,6 @@ NOT_ON_A_ROW = {
     "checkpoints": ("ours", {"gradient_checkpoint_layers": [1]}, {}, None, "it checkpoints activations"),
     "weights": ("ours", {"zero_triu": True}, {}, None, "layer 0: its attention forms the weights"),
     "no positions": ("espnet", {"input_layer": None}, {}, None, "its positions are not relative ones"),
-    "conv2d8": ("espnet", {"input_layer": "conv2d8"}, {}, None, "its positions are not relative ones"),
     "conv1d2": ("espnet", {"input_layer": "conv1d2"}, {}, None, "its input layer has modules that are not torch's"),
     "a layer": ("espnet", {}, _exclude("encoders.1"), None, "layer 1: it is not swapped"),
     "attention": ("espnet", {}, _exclude("encoders.0.attn"), None, "layer 0: its attention is not swapped"),

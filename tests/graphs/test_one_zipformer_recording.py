@@ -140,9 +140,9 @@ def of_whitening(model):
     return [m.prob for m in model.modules() if isinstance(m, Whiten) or type(m).__name__ == "Whiten"]
 
 
-def same_steps(ours, theirs, count, packed=False):
+def same_steps(ours, theirs, count, packed=False, batches=()):
     """Asserts that training steps have the same values, gradients, draws and probabilities of whitening."""
-    for seed, lengths in enumerate(drawn(count, recordings=RECORDINGS)):
+    for seed, lengths in enumerate(batches or drawn(count, recordings=RECORDINGS)):
         inputs, results = batch(lengths, seed=seed), []
         for each, more in ((ours, packed), (theirs, False)):
             seeded(seed)
@@ -165,6 +165,14 @@ def test_training_steps_as_without_padding(form, batch_count):
     assert len(graphs.graphs) == 1
     (found,) = fastasr.graph_state(ours)[""]
     assert (found.recorded, found.replayed, found.reason) == (1, 11, None)
+
+
+def test_training_steps_that_no_row_holds():
+    model = encoder("ours").train()
+    theirs = without_padding(copy.deepcopy(model))
+    ours, graphs = recorded(model)
+    same_steps(ours, theirs, 2, batches=([FRAMES // 3] * 4, [LONGEST + 1, 1, 0, 9]))
+    assert not graphs.graphs
 
 
 def test_every_decision(monkeypatch):

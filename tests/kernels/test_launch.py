@@ -25,6 +25,10 @@ from fastasr.testing.fake_gpu import fake_gpu
 
 TRITON = {op for op, backend in gpu_backends().items() if backend == "triton"}
 TABLES = {name: table(name) for name in TRITON}
+NO_ROW, TILE = (
+    (None,) * 3,
+    {"BLOCK_R": 8, "BLOCK_C": 256, "num_warps": 4},
+)  # arguments of bypass.forward_kernel
 
 
 @cache
@@ -104,7 +108,7 @@ def test_tensors_on_two_devices_are_refused():
         with pytest.raises(
             ValueError, match="forward_kernel: expected tensors on one CUDA device, got X_ORIG on"
         ):
-            launch(bypass.forward_kernel, (1,), x, x, scale, x, 4, 64, BLOCK_R=8, BLOCK_C=256, num_warps=4)
+            launch(bypass.forward_kernel, (1,), x, x, scale, *NO_ROW, x, 4, 64, **TILE)
         assert not gpu.launches
 
 
@@ -112,8 +116,8 @@ def test_a_kernel_is_compiled_once_for_what_selects_its_code():
     """Dtypes, alignment, numbers that are 1 or multiples of 16, constants and the device select the code."""
 
     def run(x, scale, rows, columns, block=8):
-        arguments = x, x, scale, torch.empty_like(x), rows, columns
-        launch(bypass.forward_kernel, (1,), *arguments, BLOCK_R=block, BLOCK_C=256, num_warps=4)
+        arguments = x, x, scale, *NO_ROW, torch.empty_like(x), rows, columns
+        launch(bypass.forward_kernel, (1,), *arguments, **TILE | {"BLOCK_R": block})
 
     x, scale = torch.zeros(80), torch.zeros(64)
     with fake_gpu() as gpu:
@@ -209,7 +213,7 @@ def test_hooks_of_profilers_see_every_launch(hooked, monkeypatch):
     chain.add(lambda metadata: seen.append(metadata.get()["name"]))
 
     def run():
-        launch(bypass.forward_kernel, (1,), x, x, x[0], x, 4, 64, BLOCK_R=8, BLOCK_C=256, num_warps=4)
+        launch(bypass.forward_kernel, (1,), x, x, x[0], *NO_ROW, x, 4, 64, **TILE)
 
     with fake_gpu() as gpu:
         run()

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastasr._tables import share
 from fastasr.models.common import plumbing
-from fastasr.packed_frames import PackedFrames, begins_in_batch, moved
+from fastasr.ops import _row
+from fastasr.packed_frames import PackedFrames, begins_in_batch
 
 MULTIPLE = 16  # Rows have a multiple of so many frames, as tensor cores like them.
 
@@ -47,17 +47,16 @@ class Spans(NamedTuple):
         begins = torch.cat([begins, slots.sum()[None].expand(more)])
         return cls(begins, begins + torch.cat([lengths, lengths.new_zeros(more)]))
 
-    def inside(self, begin: int, count: int, device: torch.device) -> Tensor:
-        """Returns which of the frames begin … begin + count − 1 belong to a recording, (1, count)."""
-        frame = torch.arange(begin, begin + count, device=device, dtype=torch.int64)
-        before = torch.searchsorted(self.begins[1:], frame, right=True)
-        inside = frame < self.ends[before]
-        return (inside if begin >= 0 else inside & (frame >= 0))[None]
+    def outside(self, begin: int, count: int, like: Tensor) -> Tensor:
+        """Returns which of the frames begin … begin + count − 1, which hold what ``like`` does, belong to nobody,
+        (1, count)."""
+        (tables,) = _row.tables(like, *self, begin + count, (1,))
+        return tables.hidden if begin == 0 else F.pad(tables.hidden, (-begin, 0), value=True)
 
-    def row(self, frames: int) -> Row:
-        """Returns the Row of these frames."""
-        hidden = ~self.inside(0, frames, self.begins.device)
-        return Row(hidden, _starts(*self))
+    def row(self, x: Tensor) -> Row:
+        """Returns the Row of the frames x (1, N, ...)."""
+        (tables,) = _row.tables(x, *self, x.shape[1], (1,))
+        return Row(tables.hidden, tables.starts)
 
     def packed(self, given: Tensor | PackedFrames, frames: int) -> Tensor:
         """Returns the row (1, ``frames``, ...) of a batch (B, T, ...) or of PackedFrames, 0 at frames of nobody."""
@@ -65,18 +64,18 @@ class Spans(NamedTuple):
             rows, begins = given.frames, given.begins
         else:
             rows, begins = given.flatten(0, 1), begins_in_batch(len(given), given.shape[1], given.device)
-        return moved(rows, begins, *self._first(len(begins)), frames)[None]
+        return _row.moved(rows, begins, *self._first(len(begins)), frames)[None]
 
     def unpacked(self, row: Tensor, batch: int, frames: int) -> Tensor:
         """Returns the batch (B, T, ...) of a row (1, N, ...), 0 behind each recording's end."""
         begins, lengths = self._first(batch)
-        rows = moved(row[0], begins, begins_in_batch(batch, frames, row.device), lengths, batch * frames)
+        rows = _row.moved(row[0], begins, begins_in_batch(batch, frames, row.device), lengths, batch * frames)
         return rows.unflatten(0, (batch, frames))
 
     def without_gaps(self, row: Tensor, batch: int, frames: int) -> PackedFrames:
         """Returns ``frames`` PackedFrames of the first ``batch`` recordings of a row (1, N, ...)."""
         begins, lengths = self._first(batch)
-        return PackedFrames(moved(row[0], begins, lengths.cumsum(0) - lengths, lengths, frames), lengths)
+        return PackedFrames(_row.moved(row[0], begins, lengths.cumsum(0) - lengths, lengths, frames), lengths)
 
     def _first(self, batch: int) -> tuple[Tensor, Tensor]:
         """Returns where the first ``batch`` recordings begin, and their lengths."""
@@ -85,36 +84,46 @@ class Spans(NamedTuple):
 
 class RowFrames:
     """The frames of a row of ``count`` recordings at one rate, as modules ask for them by ``ragged.current()``. The
-    ``spans`` begin at multiples of every factor of ``at_rate``; no recording has more frames than ``longest``."""
+    ``spans`` begin at multiples of all ``factors``, those of ``at_rate``; no recording has more frames than
+    ``longest``. ``like`` is what the frames hold."""
 
-    def __init__(self, spans: Spans, frames: int, longest: int) -> None:
-        self.spans, self.frames, self.longest = spans, frames, longest
+    def __init__(
+        self, spans: Spans, frames: int, longest: int, like: Tensor, factors: tuple[int, ...] = ()
+    ) -> None:
+        self.spans, self.frames, self.longest, self._like = spans, frames, longest, like
         self.count = len(spans.begins)
+        self._factors = 1, *factors
         self._rates: dict[int, RowRate] = {}
 
     @functools.cached_property
-    def _frame(self) -> Tensor:
-        return torch.arange(self.frames, device=self.spans.begins.device, dtype=torch.int64)
+    def _tables(self) -> dict[int, _row.Tables]:
+        found = _row.tables(self._like, *self.spans, self.frames, self._factors)
+        return dict(zip(self._factors, found, strict=True))
 
-    @functools.cached_property
+    @property
     def recording(self) -> Tensor:
-        """Returns the number of each frame's recording, (N,): of frames of nobody the one before them."""
-        return torch.searchsorted(self.spans.begins[1:], self._frame, right=True)
+        """The number of each frame's recording, (N,): of frames of nobody that of the one before them."""
+        return self._tables[1].recording
 
-    @functools.cached_property
+    @property
     def left(self) -> Tensor:
-        """Returns how many frames of its recording begin with each frame, (N,): 0 or less for frames of nobody."""
-        return self.spans.ends.index_select(0, self.recording) - self._frame
+        """How many frames of its recording begin with each frame, (N,): 0 or less for frames of nobody."""
+        return self._tables[1].left
 
-    @functools.cached_property
+    @property
     def hidden(self) -> Tensor:
-        """Returns True at frames of nobody, (1, N)."""
-        return (self.left <= 0)[None]
+        """True at frames of nobody, (1, N)."""
+        return self._tables[1].hidden
 
-    @functools.cached_property
+    @property
     def starts(self) -> Tensor:
-        """Returns where recordings begin and end, (2R,), as ``ops.zipformer_attention`` takes it."""
-        return _starts(*self.spans)
+        """Where recordings begin and end, (2R,), as ``ops.zipformer_attention`` takes it."""
+        return self._tables[1].starts
+
+    @property
+    def knows_gaps(self) -> bool:
+        """Says whether frames of nobody see nothing in attention by kernels."""
+        return self._tables[1].gaps
 
     def repeated(self, values: Tensor) -> Tensor:
         """Returns values (R, ...) of the recordings, which need no gradient, repeated for their frames, (N, ...)."""
@@ -126,40 +135,29 @@ class RowFrames:
             self._rates[factor] = RowRate(self, factor)
         return self._rates[factor]
 
+    def slower(self, factor: int) -> "RowFrames":
+        """Returns the row of which a frame is ``factor`` of these."""
+        tables = self._tables[factor]
+        spans = Spans(tables.starts[::2], tables.starts[1::2])
+        found = RowFrames(spans, self.frames // factor, -(-self.longest // factor), self._like)
+        found._tables = {1: tables}
+        return found
+
 
 class RowRate:
     """Maps frames of a row to those of ``slower``, the row after downsampling by ``factor``, and back."""
 
     def __init__(self, row: RowFrames, factor: int) -> None:
-        self.row, self.factor = row, factor
-        begins, ends = row.spans
-        slower = Spans(begins // factor, (ends + (factor - 1)) // factor)
-        self.slower = RowFrames(slower, row.frames // factor, -(-row.longest // factor))
-
-    @functools.cached_property
-    def counted(self) -> Tensor:
-        """Returns whether weight j counts for frame i of each group, (N', factor, factor): frame j is the recording's,
-        or else i is its last one."""
-        number = torch.arange(1, self.factor + 1, device=self.row.spans.begins.device, dtype=torch.int64)
-        left = self.row.left[:: self.factor]
-        return torch.minimum(number, left[:, None])[:, None] == number[:, None]
+        self.row, self.factor, self.slower = row, factor, row.slower(factor)
 
     def averaged(self, rows: Tensor, weights: Tensor) -> Tensor:
         """Returns Σ_i weights[i] rows[factor t + i], (N', ...), for weights (factor,): behind a recording's end, its
         last frame counts again."""
-        shares = (self.counted * weights).sum(-1)
-        shares = shares.view(*shares.shape, *(1,) * (rows.dim() - 1))
-        return (rows.unflatten(0, (-1, self.factor)) * shares).sum(1)
+        return _row.averaged(rows, self.row.left, weights)
 
     def upsampled(self, rows: Tensor) -> Tensor:
         """Returns rows (N', ...) of ``slower``, repeated, as (N, ...)."""
         return rows.unsqueeze(1).expand(-1, self.factor, *rows.shape[1:]).flatten(0, 1)
-
-
-def _starts(begins: Tensor, ends: Tensor) -> Tensor:
-    starts = torch.stack([begins, ends], 1).flatten()
-    share(starts)
-    return starts
 
 
 def all_frames(features: Tensor) -> Tensor:

@@ -71,7 +71,7 @@ def _why_not_front(encoder: Any) -> str | None:
     front, positions = encoder.embed, positions_of(encoder)
     if is_watched(front) or not is_plain_named(positions, ("RelPositionalEncoding",), encoder):
         return "its positions are not relative ones, or it has hooks in front of the layers"
-    modules: Any = front[:-1] if isinstance(front, torch.nn.Sequential) else [*front.conv, front.out[0]]
+    modules: Any = front[:-1] if isinstance(front, torch.nn.Sequential) else [*front.conv, _projection(front)]
     convs = [
         m for m in modules if is_plain(m, torch.nn.Conv2d) and (m.padding, m.dilation) == ((0, 0), (1, 1))
     ]
@@ -83,8 +83,14 @@ def _why_not_front(encoder: Any) -> str | None:
 def positions_of(encoder: Any) -> Any:
     """Returns the module that makes the positions behind the input layer, or None."""
     front = encoder.embed
+    if hasattr(front, "pos_enc"):  # ESPnet's input layer conv2d8
+        return front.pos_enc
     last = front if isinstance(front, torch.nn.Sequential) else getattr(front, "out", None)
     return last[-1] if isinstance(last, torch.nn.Sequential) and len(last) else None
+
+
+def _projection(front: Any) -> Any:
+    return front.out[0] if isinstance(front.out, torch.nn.Sequential) else front.out
 
 
 def _steps(encoder: Any) -> list[tuple[int, int]]:
@@ -186,10 +192,10 @@ def encoded(encoder: Any, features: Tensor, begins: Tensor, ends: Tensor, table:
         x = features
         x = front[:-1](x)
     else:
-        x = front.out[0](front.conv(features.unsqueeze(1)).transpose(1, 2).flatten(2))
+        x = _projection(front)(front.conv(features.unsqueeze(1)).transpose(1, 2).flatten(2))
     steps, positions = _steps(encoder), positions_of(encoder)
     begins, lengths = begins // math.prod(stride for _, stride in steps), ends - begins
-    row = Spans(begins, begins + _subsampled(steps, lengths)).row(x.shape[1])
+    row = Spans(begins, begins + _subsampled(steps, lengths)).row(x)
     x, table = positions.dropout(x * positions.xscale), positions.dropout(table.unsqueeze(0))
     share = encoder.layer_drop_rate if encoder.training else 0.0
     for layer in encoder.encoders:

@@ -90,7 +90,7 @@ def encoded(
     front = encoder.subsampling
     layers, spans = front.layers, Spans(begins, ends)
     x = plumbing.linear(front.linear, convolved(layers, features, spans)) * encoder.input_scale
-    row = subsampled(layers, spans).row(x.shape[1])
+    row = subsampled(layers, spans).row(x)
     positions = encoder.encode_positions(x[:, : subsampled(layers, longest)])
     x = F.dropout(x, encoder.dropout, encoder.training)
     return through_blocks(encoder, x, row, positions)

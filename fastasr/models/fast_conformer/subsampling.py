@@ -143,7 +143,8 @@ def _strip(layers: Layers, x: Tensor, lengths: Lengths, begin: int, count: int, 
     x = _part(x, *levels[0], left)
     if second is None:
         return _within(stem(first, x), levels[1][0], _after(1, lengths, left)).transpose(2, 3).flatten(2)
-    mask = _inside(_after(1, lengths, left), *levels[1], x.device)
+    outside = _outside(_after(1, lengths, left), *levels[1], x)
+    mask = None if outside is None else ~outside
     h = ops.conv_subsampling(x, first.weight, first.bias, second.weight, second.bias, mask, left=left)
     for i, (begin, _) in enumerate(levels[2:]):
         depthwise, pointwise = layers[2 + 3 * i], layers[3 + 3 * i]
@@ -180,31 +181,31 @@ def _after(stages: int, lengths: Any, left: int = 1) -> Any:
     )
 
 
-def _inside(lengths: Lengths, begin: int, count: int, device: torch.device) -> Tensor | None:
-    """Returns which of the frames begin … begin + count − 1 lie in their sequence, (B, count), or None where all of a
-    list of lengths do."""
+def _outside(lengths: Lengths, begin: int, count: int, x: Tensor) -> Tensor | None:
+    """Returns which of the frames begin … begin + count − 1 of a map of x lie outside their sequence, (B, count), or
+    None where none of a list of lengths do."""
     if isinstance(lengths, Spans):
-        return lengths.inside(begin, count, device)
+        return lengths.outside(begin, count, x)
     if isinstance(lengths, list):
         if begin >= 0 and begin + count <= min(lengths, default=0):
             return None
-        lengths = torch.tensor(lengths, device=device, dtype=torch.int64)
-    frame = torch.arange(begin, begin + count, device=device, dtype=torch.int64)
-    inside = frame < lengths.unsqueeze(1)
-    return inside if begin >= 0 else inside & (frame >= 0)
+        lengths = torch.tensor(lengths, device=x.device, dtype=torch.int64)
+    frame = torch.arange(begin, begin + count, device=x.device, dtype=torch.int64)
+    outside = frame >= lengths.unsqueeze(1)
+    return outside if begin >= 0 else outside | (frame < 0)
 
 
 def _within(h: Tensor, begin: int, lengths: Lengths) -> Tensor:
     """Returns h (B, n, F, C), which begins at frame ``begin``, with 0 at frames outside their sequence. On CPU h itself
     changes while no gradient is wanted."""
-    inside = _inside(lengths, begin, h.shape[1], h.device)
-    if inside is None:
+    outside = _outside(lengths, begin, h.shape[1], h)
+    if outside is None:
         return h  # Most strips save a pass over memory here.
     if not on_host(h):  # Another device would wait for the numbers of these frames.
-        return h.masked_fill(~inside[..., None, None], 0.0)
-    outside = (~inside).flatten().nonzero()[:, 0]
+        return h.masked_fill(outside[..., None, None], 0.0)
+    behind = outside.flatten().nonzero()[:, 0]
     rows = h.flatten(0, 1)
-    rows = rows.index_fill(0, outside, 0.0) if h.requires_grad else rows.index_fill_(0, outside, 0.0)
+    rows = rows.index_fill(0, behind, 0.0) if h.requires_grad else rows.index_fill_(0, behind, 0.0)
     return rows.view(h.shape)
 
 

@@ -21,6 +21,7 @@ from fastasr._recording import recording
 from fastasr._tables import share
 from fastasr.models.common.plain import runs
 from fastasr.models.common.ragged import current, frames_of_nobody
+from fastasr.models.common.row import RowFrames
 from fastasr.models.zipformer import score_penalty
 from fastasr.models.zipformer.autograd_graph import is_same
 from fastasr.models.zipformer.balancer import Balancer
@@ -32,10 +33,12 @@ from fastasr.models.zipformer.packed_weights import dropped, of_one_call, of_rec
 from fastasr.models.zipformer.residuals import forked
 from fastasr.models.zipformer.schedules import FloatLike, ScheduledFloat, whitening_schedule
 from fastasr.models.zipformer.self_attention import Weights, check_cache
-from fastasr.models.zipformer.unmaterialised import UnmaterialisedWeights
+from fastasr.models.zipformer.unmaterialised import UnmaterialisedWeights, collected
 from fastasr.models.zipformer.whitening import Whiten
 from fastasr.ops import zipformer_attention_weights
+from fastasr.ops._dispatch import served
 from fastasr.ops._zipformer_attention import scores
+from fastasr.ops.zipformer_attention import position_sums
 
 if TYPE_CHECKING:
     pass
@@ -160,11 +163,13 @@ class RelPositionMultiheadAttentionWeights(torch.nn.Module):
                 act = None if penalized is True else penalized.values[:1]
                 penalty = {"score_penalty": SCORE_PENALTY, "score_limit": SCORE_LIMIT, "act": act}
                 nobody = frames_of_nobody(projected)
-                if nobody is not None:  # their scores are 0, so that they get no penalty
+                if nobody is not None and not _knows_gaps(projected):  # scores of 0 get no penalty
                     projected = projected.masked_fill(nobody.unsqueeze(-1), 0.0)
             sizes = self.num_heads, self.query_head_dim
-            *first, last = _of_consumers(projected, relative)
-            return UnmaterialisedWeights(*last, *sizes, penalty=penalty, first=first[::-1], **masks)
+            (*first, last), sums = _of_consumers(projected, relative)
+            return UnmaterialisedWeights(
+                *last, *sizes, penalty=penalty, first=first[::-1], sums=sums, **masks
+            )
 
         return of_recordings(described, projected, relative, masks)
 
@@ -258,14 +263,28 @@ def plain(
     return zipformer_attention_weights(module.in_proj(x), module.linear_pos(pos_emb), *sizes, **masks)
 
 
-def _of_consumers(projected: Tensor, relative: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
-    """Returns the operands for each consumer of the weights. Consumers share the tables that kernels make of the
-    positions; in a recorded pass one kernel adds up the gradients of a tensor."""
+def _knows_gaps(projected: Tensor) -> bool:
+    """Says whether attention leaves the scores of frames of nobody out itself."""
+    packing = current()
+    return isinstance(packing, RowFrames) and packing.knows_gaps and served("zipformer_attention", projected)
+
+
+def _of_consumers(
+    projected: Tensor, relative: Tensor | None
+) -> tuple[list[tuple[Tensor, Tensor | None]], Any]:
+    """Returns the operands for each consumer of the weights, and what their backward passes add the gradient of the
+    positions to, or None. Consumers share the tables that kernels make of the positions; in a recorded pass one kernel
+    adds up the gradients of the projection."""
+    operands = forked(projected, wide=CONSUMERS, narrow=0)
     if relative is None:
-        return [(t, None) for t in forked(projected, wide=CONSUMERS, narrow=0)]
-    positions = forked(relative.view_as(relative), wide=CONSUMERS, narrow=0)
+        return [(t, None) for t in operands], None
+    sums = None if recording() is None or not torch.is_grad_enabled() else position_sums(projected)
+    if sums is None:
+        positions = forked(relative.view_as(relative), wide=CONSUMERS, narrow=0)
+    else:
+        positions = collected(relative, sums, CONSUMERS)
     share(*positions)
-    return [*zip(forked(projected, wide=CONSUMERS, narrow=0), positions, strict=True)]
+    return [*zip(operands, positions, strict=True)], sums
 
 
 def draw_for_entropy(

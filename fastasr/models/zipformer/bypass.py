@@ -9,16 +9,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastasr import ops
 from fastasr._recording import recording
+from fastasr._transforms import Function
 from fastasr.models.common.ragged import current
 from fastasr.models.common.row import RowFrames
 from fastasr.models.zipformer.decisions import is_zero, rate
 from fastasr.models.zipformer.parameter_limits import limit_param_value, recorded_limit, recorded_limits
-from fastasr.models.zipformer.residuals import chosen
 from fastasr.models.zipformer.schedules import FloatLike, ScheduledFloat
 from fastasr.ops._decided import Drawn
+from fastasr.ops.bypass import dropped, dropped_gradients
 
 
 class BypassModule(torch.nn.Module):
@@ -81,6 +83,19 @@ class BypassModule(torch.nn.Module):
         return ops.bypass(src_orig.squeeze(1), src.squeeze(1), packing.repeated(scale)).unsqueeze(1)
 
 
+class _Dropped(Function):
+    @staticmethod
+    def forward(ctx: Any, src_orig: Tensor, src: Tensor, scale: Tensor, *drawn: Tensor) -> Tensor:
+        ctx.save_for_backward(src_orig, src, scale, *drawn)
+        return dropped(src_orig, src, scale, Drawn(*drawn))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        src_orig, src, scale, *drawn = ctx.saved_tensors
+        return *dropped_gradients(grad, src_orig, src, scale, Drawn(*drawn)), None, None, None
+
+
 def _on_row(self: Any, row: RowFrames, src_orig: Tensor, src: Tensor) -> Tensor:
     """Does as ``forward`` with one scale for all frames: where a recording skips the module, src_orig takes the place
     of src. No sequence goes straight through."""
@@ -91,7 +106,6 @@ def _on_row(self: Any, row: RowFrames, src_orig: Tensor, src: Tensor) -> Tensor:
         if not is_zero(skip_rate):
             drawn = torch.rand(row.count, 1, device=scale.device)
             if isinstance(skip_rate, Tensor):
-                src, src_orig = chosen(src, src_orig, Drawn(drawn, skip_rate, row.recording))
-            else:
-                src = torch.where(row.repeated(drawn > skip_rate).unsqueeze(1), src, src_orig)
+                return _Dropped.apply(src_orig, src, scale, drawn, skip_rate, row.recording)
+            src = torch.where(row.repeated(drawn > skip_rate).unsqueeze(1), src, src_orig)
     return ops.bypass(src_orig, src, scale)

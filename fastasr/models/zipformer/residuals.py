@@ -38,11 +38,6 @@ def plus(src: Tensor, y: Tensor, mask: Drawn | Tensor | None = None) -> tuple[Te
     )
 
 
-def chosen(x: Tensor, other: Tensor, drawn: Drawn) -> tuple[Tensor, Tensor]:
-    """Returns x, and in dropped sequences ``other``; and ``other`` for a further consumer, in a recorded pass."""
-    return _Chosen.apply(x, other, *drawn)
-
-
 def _narrow(src: Tensor) -> torch.dtype | None:
     """Returns the dtype in which branches take ``src``, or None if it is that of ``src``."""
     dtype = autocast_dtype(src)
@@ -71,20 +66,6 @@ class _Plus(Function):
         drawn = None if numbers is None else Drawn(numbers, rate, of)
         total, dy = _decided.gradients(grads, drawn, None if passed else of_src, of_y)
         return grads[0] if passed else total, dy, None, None, None, None
-
-
-class _Chosen(Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, other: Tensor, numbers: Tensor, rate: Tensor, of: Any
-    ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(numbers, rate, of)
-        ctx.dtypes = x.dtype, other.dtype
-        return _decided.chosen(x, other, Drawn(numbers, rate, of)), other.view_as(other)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, of_other: Tensor) -> tuple[Tensor | None, ...]:
-        return *_decided.parted(grad, of_other, Drawn(*ctx.saved_tensors), ctx.dtypes), None, None, None
 
 
 class _Forked(Function):

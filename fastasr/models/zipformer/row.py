@@ -95,7 +95,8 @@ def packed(
 def encoded(encoder: "Zipformer", x: Tensor, begins: Tensor, ends: Tensor, longest: int) -> Tensor:
     """Frames (N, 1, channels) of recordings, which lie at [begins, ends), both (R,), and have at most ``longest``
     frames -> (N / 2, 1, width)."""
-    row = RowFrames(Spans(begins, ends), len(x), longest)
+    factors = sorted({*encoder.downsampling_factor, encoder.downsample_output.downsample} - {1})
+    row = RowFrames(Spans(begins, ends), len(x), longest, x, tuple(factors))
     feature_masks = encoder.get_feature_masks(x.expand(-1, row.count, -1))
     chunks = encoder.get_chunk_info()
     check_chunks(encoder, *chunks)

@@ -287,13 +287,13 @@ def _laid_out(capacity: Capacity, x: Tensor | PackedFrames, x_lens: Tensor) -> R
 
 def encoded(front_end: Any, x: Tensor, begins: Tensor, ends: Tensor) -> Tensor:
     """Features (1, 2 N + 7, features) of recordings, which lie at [begins, ends), both (R,) -> (1, N, channels)."""
-    row = RowFrames(Spans(begins, ends), x.shape[1], x.shape[1])
+    row = RowFrames(Spans(begins, ends), x.shape[1], x.shape[1], x)
     x = x.unsqueeze(1)
     if _runs_channels_last(front_end, x):
         x = x.to(memory_format=torch.channels_last)
     for module in front_end.conv:
         if isinstance(module, torch.nn.Conv2d):
-            row = _behind(row, module)
+            row = _behind(row, module, x)
         with in_use(row):
             x = module(x)
     # The ConvNeXt layer must not see frames that upstream would compute from padding.
@@ -302,13 +302,13 @@ def encoded(front_end: Any, x: Tensor, begins: Tensor, ends: Tensor) -> Tensor:
         return _finished(front_end, x)
 
 
-def _behind(row: RowFrames, conv: torch.nn.Conv2d) -> RowFrames:
+def _behind(row: RowFrames, conv: torch.nn.Conv2d, x: Tensor) -> RowFrames:
     """Returns the frames behind a convolution over the valid ones of each recording."""
     taps, stride = conv.kernel_size[0], conv.stride[0]
     begins, ends = row.spans
     lengths = ((ends - begins - taps) // stride + 1).clamp(min=0)
     begins = begins // stride
-    return RowFrames(Spans(begins, begins + lengths), (row.frames - taps) // stride + 1, row.longest)
+    return RowFrames(Spans(begins, begins + lengths), (row.frames - taps) // stride + 1, row.longest, x)
 
 
 def of_packed(front_end: Any, given: PackedFrames) -> tuple[PackedFrames, Tensor]:

@@ -12,10 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from fastasr._transforms import Function
 from fastasr.models.zipformer.self_attention import Weights
 from fastasr.ops import zipformer_attention, zipformer_attention_weights
 from fastasr.ops._zipformer_attention import equalised
+from fastasr.ops.zipformer_attention import gradients
 
 
 class UnmaterialisedWeights:
@@ -25,7 +28,8 @@ class UnmaterialisedWeights:
     ``weights[0:n]``, ``weights @ values`` and ``weighted(values)`` stay unmaterialised; anything else (comparisons,
     sums, products, other indices, torch functions) works on ``materialised()``. ``equal`` and the arguments in
     ``penalty``, which the first weighted sum applies, are those of ``fastasr.ops.zipformer_attention``. The first
-    weighted sums take their projection and positions from the end of ``first``, and leave the rest to later ones.
+    weighted sums take their projection and positions from the end of ``first``, and leave the rest to later ones. With
+    ``sums`` the positions are of :func:`collected`.
     """
 
     def __init__(
@@ -38,12 +42,13 @@ class UnmaterialisedWeights:
         equal: Tensor | None = None,
         penalty: dict[str, Any] | None = None,
         first: list[tuple[Tensor, Tensor | None]] | None = None,
+        sums: Any = None,
         **masks: Any,
     ) -> None:
         self.projected, self.positions, self.first = projected, positions, [] if first is None else first
         self.num_heads, self.query_head_dim, self.masks = num_heads, query_head_dim, masks
         self.heads = num_heads if heads is None else heads
-        self.equal, self.penalty = equal, penalty or {}
+        self.equal, self.penalty, self.sums = equal, penalty or {}, sums
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -66,10 +71,11 @@ class UnmaterialisedWeights:
         """values (time, batch, heads * dim) -> their weighted sums, same shape."""
         penalty, self.penalty = self.penalty, {}
         projected, positions = self.first.pop() if self.first else (self.projected, self.positions)
-        return zipformer_attention(
-            projected, positions, values, self.num_heads, self.query_head_dim, value_heads=self.heads,
-            equal=self.equal, **penalty, **self.masks,
-        )  # fmt: skip
+        sizes = self.num_heads, self.query_head_dim
+        options = {"value_heads": self.heads, "equal": self.equal, **penalty, **self.masks}
+        if self.sums is not None:
+            return _Weighted.apply(projected, positions, values, sizes, options, self.sums)
+        return zipformer_attention(projected, positions, values, *sizes, **options)
 
     def materialised(self) -> Tensor:
         """Returns the weights as a tensor."""
@@ -93,7 +99,7 @@ class UnmaterialisedWeights:
     def _of(self, heads: int, equal: Tensor | None) -> "UnmaterialisedWeights":
         """Returns weights of the first ``heads`` heads, without the penalty."""
         call = self.projected, self.positions, self.num_heads, self.query_head_dim, heads, equal
-        return UnmaterialisedWeights(*call, first=self.first, **self.masks)
+        return UnmaterialisedWeights(*call, first=self.first, sums=self.sums, **self.masks)
 
     def _parts(self) -> Iterable:
         """Returns q, k and p of the first ``heads`` heads."""
@@ -142,6 +148,60 @@ class UnmaterialisedWeights:
 
     def __len__(self) -> int:
         return self.heads
+
+
+class _Weighted(Function):
+    """The weighted sums of a recorded pass, whose gradient of positions goes to ``sums``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        projected: Tensor,
+        positions: Tensor,
+        values: Tensor,
+        sizes: tuple[int, int],
+        options: dict[str, Any],
+        sums: Any,
+    ) -> Tensor:
+        y = zipformer_attention(projected, positions, values, *sizes, **options)
+        ctx.dtypes = projected.dtype, values.dtype
+        ctx.save_for_backward(*(t.to(y.dtype).contiguous() for t in (projected, positions, values)))
+        ctx.sizes, ctx.options, ctx.sums = sizes, options, sums
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, positions, values = ctx.saved_tensors
+        heads, dim = ctx.sizes
+        found = gradients(grad.contiguous(), x, positions, values, heads, dim, ctx.sums, **ctx.options)
+        of_x, of_values = (g.to(dtype) for g, dtype in zip(found, ctx.dtypes, strict=True))
+        return of_x, None, of_values, None, None, None
+
+
+class _Collected(Function):
+    @staticmethod
+    def forward(ctx: Any, positions: Tensor, sums: Any, count: int) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(positions)
+        ctx.sums = sums
+        ctx.set_materialize_grads(False)
+        return tuple(positions.view_as(positions) for _ in range(count))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        (positions,) = ctx.saved_tensors
+        found = [g for g in grads if g is not None]
+        if ctx.sums.parts is not None:
+            found.append(ctx.sums.total(positions))
+            ctx.sums.parts = None
+        return sum(found[1:], found[0]) if found else None, None, None
+
+
+def collected(positions: Tensor, sums: Any, count: int) -> tuple[Tensor, ...]:
+    """Returns the positions for ``count`` consumers, whose backward passes add their gradients to ``sums``."""
+    result: tuple[Tensor, ...] = _Collected.apply(positions, sums, count)
+    return result
 
 
 def _on_tensors(name: str) -> Callable[..., Tensor]:

@@ -108,7 +108,7 @@ def encoded(encoder: Upstream, features: Tensor, begins: Tensor, ends: Tensor, l
     frames -> hidden states (1, N, width)."""
     front, spans = encoder.pre_encode, Spans(begins, ends)
     x = plumbing.linear(front.out, convolved(front.conv, features, spans))
-    row = subsampled(front.conv, spans).row(x.shape[1])
+    row = subsampled(front.conv, spans).row(x)
     _, positions = encoder.pos_enc(x=x[:, : subsampled(front.conv, longest)])
     x = encoder.pos_enc.dropout(x * encoder.pos_enc.xscale if encoder.pos_enc.xscale else x)
     for share, layer in zip(encoder.layer_drop_probs, encoder.layers, strict=True):

@@ -37,6 +37,7 @@ _FRONTS = {
     "30094f6a8bd4c0724db53f4f",  # Conv2dSubsampling1
     "8b79634dd32bbed41ab72b02",  # Conv2dSubsampling2
     "1b9d9f7300d8ae9f7a1d950e",  # Conv2dSubsampling6
+    "a0cc4ae754f53da9151c9551",  # Conv2dSubsampling8
 }
 
 _CONVOLUTIONS = ("pointwise_conv1", "depthwise_conv", "norm", "activation", "pointwise_conv2")

@@ -27,16 +27,6 @@ def decided():
         few = given | dict.fromkeys("CDE")
         yield configuration(f"gradients{label}, bf16 branch", "gradients", stream, few)
         yield configuration(f"gradients{label}, fp32", "gradients", alone, few)
-        if label:
-            for name, types in (
-                ("bf16 branch", {"X": "bf16", "OTHER": "fp32"}),
-                ("fp32", {"X": "fp32", "OTHER": "fp32"}),
-            ):
-                yield configuration(
-                    f"choose{label}, {name}", "choose", types | {"OUT": "fp32"}, given | {"REST": None}
-                )
-                back = {"X": "fp32", "OTHER": "fp32", "OUT": types["X"], "REST": "fp32"}
-                yield configuration(f"choose{label}, {name}, gradients", "choose", back, given)
     five = {"A": "fp32", "B": "fp32", "C": "fp32", "D": "bf16", "E": "bf16", "TOTAL": "fp32"}
     yield configuration("gradients of five", "gradients", five, tile | none | {"DY": None})
     flat = {"BLOCK": steps.BLOCK}

@@ -28,7 +28,7 @@ def configurations(generation: int):
         packed = pos_dim == 4 and element != "fp32"
         fixed = {"DIM": dim, "POS_DIM": pos_dim, "VALUE_DIM": value_dim}
         fixed |= {"PACKED": packed, "WIDE_POS": pos_dim}
-        fixed |= {"COLUMNS": shapes["queries"]["BLOCK_N"]}
+        fixed |= {"COLUMNS": shapes["queries"]["BLOCK_N"], "OTHERS": value_dim > 100}
         absent = [tensor for tensor, word in words.items() if word not in label]
         fixed |= {"ADD": True, "WINDOW": "chunks" in label} | dict.fromkeys(absent)
         return Configuration(
@@ -70,4 +70,7 @@ def configurations(generation: int):
     types = {"STARTS": "i64", "OUT": "i32"}
     table = dict(_recordings.TABLE)
     warps = table.pop("num_warps")
-    yield Configuration("zipformer_attention bounds", _recordings.bounds_kernel, types, table, warps)
+    alone = table | dict.fromkeys(("ENDS", "HIDDEN", "WHOSE"))
+    yield Configuration("zipformer_attention bounds", _recordings.bounds_kernel, types, alone, warps)
+    types |= {"ENDS": "i64", "HIDDEN": "u8", "WHOSE": "i64"}
+    yield Configuration("zipformer_attention tables of rates", _recordings.bounds_kernel, types, table, warps)

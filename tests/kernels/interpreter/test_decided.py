@@ -11,6 +11,7 @@ from fastasr.models.zipformer.self_attention import weighted
 from fastasr.models.zipformer.shared_weights import FirstHead, SharedWeights
 from fastasr.ops import _decided, nonlin_attention, zipformer_attention_weights
 from fastasr.ops._decided import Drawn
+from fastasr.ops.bypass import dropped, dropped_gradients
 from fastasr.ops.zipformer_attention_weights import gradients
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -57,10 +58,26 @@ def test_frames_of_a_row(frames, of_x):
     x, other = torch.randn(frames, 1, 130).to(of_x), torch.randn(frames, 1, 130)
     same(lambda: _decided.plus(other, x, kept, of_x))
     same(lambda: _decided.gradients([other], kept, F32, of_x))
-    same(lambda: [_decided.chosen(x, other, kept)])
-    same(lambda: _decided.parted(other, 2 * other, kept, (of_x, F32)))
-    stays = (kept.numbers > kept.rate)[kept.of, 0]
-    assert torch.equal(_decided.chosen(x, other, kept)[~stays], other[~stays])
+
+
+@pytest.mark.parametrize("of_x", [F32, BF16], ids=str)
+def test_a_bypass_of_a_row(of_x):
+    """Recordings that skip the module have the stream, and so has its gradient."""
+    kept = drawn(4)._replace(of=torch.randint(4, (70,)).sort().values)
+    x, other, grad = torch.randn(70, 1, 130).to(of_x), *torch.randn(2, 70, 1, 130)
+    given = other, x, torch.rand(130), kept
+    skips = ~(kept.numbers > kept.rate)[kept.of, 0]
+    found = []
+    for name in ("eager", "triton"):
+        with backend(name):
+            found.append((dropped(*given), *dropped_gradients(grad, *given)))
+        y, *grads = found[-1]
+        assert torch.equal(y[skips], other[skips])
+        assert torch.equal(grads[0][skips], grad[skips])
+        assert not grads[1][skips].any()
+    for a, b in zip(*found, strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

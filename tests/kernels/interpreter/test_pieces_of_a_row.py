@@ -148,3 +148,34 @@ def test_groups_are_those_of_each_recording():
         expected = list(groups_of(lengths, chunk, group))
         found = [tuple(column) for column in table.T.tolist() if column[0] < frames]
         assert found == expected, (lengths, chunk, group)
+
+
+def order_of(bounds):
+    return bounds.as_strided(
+        (-(-bounds.shape[1] // 64),), (1,), 2 * bounds.shape[1] + bounds.storage_offset()
+    )
+
+
+def test_tiles_of_long_recordings_come_first():
+    starts = torch.tensor([0, 10, 70, 400, 464, 600])  # and 37 frames of no recording
+    bounds = _recordings.bounds(starts, 637)
+    keys = [bounds[1][min(t + 63, 636)] - bounds[0][t] for t in range(0, 637, 64)]
+    order = order_of(bounds).tolist()
+    assert order == [*sorted(range(9), key=lambda tile: -keys[tile]), 9]
+    assert order[0] == 6  # frames of 330 and of 64 meet
+
+
+def test_the_order_changes_no_bit(monkeypatch):
+    monkeypatch.setattr(zipformer_attention, "PIECE_BYTES", 1 << 15)
+    x, pos = torch.randn(FRAMES, 1, 72), torch.randn(1, 2 * LONGEST - 1, 8)
+    value, g = torch.randn(2, FRAMES, 1, 32)
+    starts, found = STARTS.clone(), []
+    share(starts)
+    given = CHUNKS | {"starts": starts}
+    for _ in range(2):
+        with backend("triton"):
+            found.append(results(lambda *t: ops.zipformer_attention(*t, 2, 16, **given), (x, pos, value), g))
+        order = order_of(_recordings.bounds(starts, FRAMES))
+        assert order.tolist() == [1, 0, 2, 3] or found[1:]
+        order.copy_(torch.arange(4))
+    assert all(map(torch.equal, *found))

@@ -70,7 +70,7 @@ def run(width, seed, recorded, kernels, autocast=False, on_row=False):
     positions, padding = torch.randn(1, 25, 8), torch.arange(13) >= torch.tensor([[13], [9]])
     row = None
     if on_row:
-        row, padding = RowFrames(Spans(torch.tensor([0, 16]), torch.tensor([13, 25])), 32, 13), None
+        row, padding = RowFrames(Spans(torch.tensor([0, 16]), torch.tensor([13, 25])), 32, 13, x), None
     back = AtOnce(x.device, runs=True)
     ahead = AtOnce(x.device, back, runs=True) if recorded else None
     # that of kernels has linear's bias gradient by our own sum too, which it has in recorded calls alone
