@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from families import FAMILIES
 from steps import close, moved, numbers, seeded
 from tiny_zipformer import plain_swoosh
 
@@ -122,6 +123,28 @@ def test_torch_export(head, x, strict):
     program = torch.export.export(head, (x,), strict=strict)
     assert any("fastasr" in str(node.target) for node in program.graph.nodes)
     close(program.module()(x), expected)
+
+
+class Run(torch.nn.Module):
+    def __init__(self, model, run):
+        super().__init__()
+        self.model, self.run = model, run
+
+    def forward(self):
+        return self.run(self.model)
+
+
+@pytest.mark.parametrize("name", ["e-branchformer", "nemo transformer"])
+def test_strict_export_of_an_encoder(name):
+    """A mask may be as long as the greatest length, which the exporter does not know to be the features'."""
+    model, run = FAMILIES[name]()
+    expected = run(model.eval())
+    fastasr.accelerate(model)
+    with torch.no_grad():
+        program = torch.export.export(Run(model, run), (), strict=True)
+    assert any("rel_attention" in str(node.target) for node in program.graph.nodes)
+    for actual, wanted in zip(program.module()(), expected, strict=True):
+        close(actual, wanted)
 
 
 def test_scripted_submodules_are_declined(head, x):

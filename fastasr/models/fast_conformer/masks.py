@@ -110,14 +110,20 @@ def of_nemo(mask: "BlockMask | None", batch: int, frames: int, cls: type) -> dic
     context = _OF_NEMO.get(tuple(part.__qualname__ for part in parts))
     if context is None or {part.__module__ for part in parts} != {cls.__module__}:
         return None
+    if torch.compiler.is_compiling():
+        return {"key_padding_mask": _hidden_keys(mask, batch, frames), **context}
     name = f"_fastasr_hidden_{torch.is_inference_mode_enabled()}"
     kept = getattr(mask, name, None)
     if kept is None:
-        of_sequence = torch.arange(batch, device=mask.kv_num_blocks.device, dtype=torch.int64)
-        key = torch.arange(frames, device=of_sequence.device, dtype=torch.int64)
-        kept = ~function(of_sequence[:, None], key.new_zeros(()), key[-1:], key)
+        kept = _hidden_keys(mask, batch, frames)
         setattr(mask, name, kept)
     return {"key_padding_mask": kept, **context}
+
+
+def _hidden_keys(mask: "BlockMask", batch: int, frames: int) -> Tensor:
+    of_sequence = torch.arange(batch, device=mask.kv_num_blocks.device, dtype=torch.int64)
+    key = torch.arange(frames, device=of_sequence.device, dtype=torch.int64)
+    return ~mask.mask_mod(of_sequence[:, None], key.new_zeros(()), key[-1:], key)
 
 
 def unread(known: bool, implementation: str | None) -> str:
