@@ -8,7 +8,14 @@ import torch
 from fastasr.swap.replay import StayInFp64
 
 
+@contextlib.contextmanager
 def computing_in(dtype):
     """Keeps upstream in ``dtype``: in fp64 its softmax and regularisers cast to fp32, and constants of its dropout have
     the default dtype."""
-    return StayInFp64() if dtype is torch.float64 else contextlib.nullcontext()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with StayInFp64() if dtype is torch.float64 else contextlib.nullcontext():
+            yield
+    finally:
+        torch.set_default_dtype(before)

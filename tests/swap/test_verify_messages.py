@@ -37,6 +37,14 @@ def inputs():
     return {"input_features": torch.randn(2, 30, SIZES["num_mel_bins"])}
 
 
+@pytest.fixture(autouse=True)
+def _python_hears_ctrl_c():
+    """What a shell starts in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class Terminal(io.StringIO):
     def isatty(self):
         return True

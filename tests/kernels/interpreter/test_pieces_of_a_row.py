@@ -63,13 +63,12 @@ def test_rel_attention(monkeypatch, programs, room):
     agree((y, *found), exact(lambda *t: ops.rel_attention.definition(*t, **given), leaves, g))
 
 
-@pytest.mark.parametrize(("programs", "room"), SIZES)
-@pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"value_heads": 1}, CHUNKS, PENALTY, CHUNKS | PENALTY, EQUAL, CHUNKS | PENALTY | EQUAL],
-    ids=lambda options: ", ".join(options) or "plain",
-)
+OPTIONS = [{}, {"value_heads": 1}, CHUNKS, PENALTY, CHUNKS | PENALTY, EQUAL, CHUNKS | PENALTY | EQUAL]
+# options, programs, bytes of a piece, shared positions: both of the last for each size, by turns
+CASES = [(options, *size, (i + j) % 2) for i, options in enumerate(OPTIONS) for j, size in enumerate(SIZES)]
+
+
+@pytest.mark.parametrize(("options", "programs", "room", "shared"), CASES)
 def test_zipformer_attention(memory_of_nan, monkeypatch, programs, room, shared, options):
     """Sequences have positions of their own, or share them. Scores are multiples of 1/64: rounding puts none on another
     side of the limit."""
