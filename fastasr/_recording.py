@@ -69,6 +69,11 @@ def recording() -> Recording | None:
     return _thread.recording
 
 
+def storage_of(t: Tensor) -> int:
+    """Returns what tells whether two tensors lie in the same memory, while both exist."""
+    return t.untyped_storage()._cdata
+
+
 def on_host(t: Tensor) -> bool:
     """Says whether reading values of ``t`` costs no wait: it lies on the CPU, and nothing records the call."""
     return t.is_cpu and recording() is None

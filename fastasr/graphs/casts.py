@@ -16,6 +16,7 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fastasr._recording import storage_of
 from fastasr.ops._dispatch import KernelFamily, triton_launchers
 from fastasr.ops._kept import are_counted, counter
 
@@ -29,7 +30,7 @@ class Uses(TorchDispatchMode):
     def __init__(self, parameters: Sequence[Tensor], dtype: torch.dtype) -> None:
         super().__init__()
         self.dtype = dtype
-        self.sizes = {_storage(p): p.numel() for p in parameters}
+        self.sizes = {storage_of(p): p.numel() for p in parameters}
         self.casts: Counter[int] = Counter()
         self.others: set[int] = set()
 
@@ -49,28 +50,24 @@ class Uses(TorchDispatchMode):
         used = [
             t
             for t in tree_leaves((args, kwargs))
-            if isinstance(t, torch.Tensor) and _storage(t) in self.sizes
+            if isinstance(t, torch.Tensor) and storage_of(t) in self.sizes
         ]
         if used and not _is_view(function):
-            (whole,) = {t.numel() == self.sizes[_storage(t)] for t in used} or {False}
+            (whole,) = {t.numel() == self.sizes[storage_of(t)] for t in used} or {False}
             if function is torch.ops.aten._to_copy.default and kwargs.get("dtype") is self.dtype and whole:
-                self.casts[_storage(used[0])] += 1
+                self.casts[storage_of(used[0])] += 1
             else:
-                self.others.update(map(_storage, used))
+                self.others.update(map(storage_of, used))
         return function(*args, **kwargs)
 
     def castable(self, parameters: Sequence[Tensor]) -> list[Tensor]:
         """Returns the parameters that the pass does not need in their own dtype."""
-        alone = Counter(map(_storage, parameters))  # two parameters may be views of one tensor
+        alone = Counter(map(storage_of, parameters))  # two parameters may be views of one tensor
         return [
             p
             for p in parameters
-            if alone[key := _storage(p)] == self.casts[key] == 1 and key not in self.others and p.numel()
+            if alone[key := storage_of(p)] == self.casts[key] == 1 and key not in self.others and p.numel()
         ]
-
-
-def _storage(t: Tensor) -> int:
-    return t.untyped_storage()._cdata
 
 
 def _leaves(parameters: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:

@@ -10,12 +10,12 @@ from types import CellType, FrameType, FunctionType
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch._ops import OpOverload
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fastasr._recording import storage_of
 from fastasr.graphs.recording import Unrecordable
 
 _CONTAINERS = (list, tuple, set, dict, CellType)
@@ -40,11 +40,11 @@ class Made(TorchDispatchMode):
                 "saved tensors have hooks, as in checkpointing, which run in the backward pass"
             )
         found = function(*args, **(kwargs or {}))
-        taken = {_storage(t) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        taken = {storage_of(t) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
         self.made += [
             (StorageWeakRef(t.untyped_storage()), t.shape)
             for t in tree_leaves(found)
-            if isinstance(t, torch.Tensor) and _storage(t) not in taken
+            if isinstance(t, torch.Tensor) and storage_of(t) not in taken
         ]
         return found
 
@@ -61,14 +61,10 @@ class Made(TorchDispatchMode):
         return self.made
 
 
-def _storage(t: Tensor) -> int:
-    return t.untyped_storage()._cdata
-
-
 def _described(storage: StorageWeakRef, shape: torch.Size) -> str:
     """Returns the shape of the tensor in Python that has the storage, and what holds it, as far as Python knows."""
     everything = (o for o in gc.get_objects() if issubclass(type(o), torch.Tensor))
-    for t in [t for t in everything if _storage(t) == storage.cdata]:
+    for t in [t for t in everything if storage_of(t) == storage.cdata]:
         if holder := _holder(t):
             return f"{tuple(t.shape)}, in {holder}"
     return f"{tuple(shape)}"

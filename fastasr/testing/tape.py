@@ -17,7 +17,7 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from fastasr._recording import Recording, recorded_by
+from fastasr._recording import Recording, recorded_by, storage_of
 
 _WAITS = {
     "aten::_local_scalar_dense", "aten::item", "aten::nonzero", "aten::masked_select", "aten::equal",
@@ -36,10 +36,6 @@ T = TypeVar("T")
 
 class Waits(RuntimeError):
     """A GPU would wait for the host here, which a CUDA graph cannot record."""
-
-
-def _storage(t: Tensor) -> int:
-    return t.untyped_storage()._cdata
 
 
 class Tape(TorchDispatchMode):
@@ -67,19 +63,19 @@ class Tape(TorchDispatchMode):
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
         written = self._written(function, args, kwargs)
         for t in tensors:
-            if _storage(t) not in self.made:
-                self.read.setdefault(_storage(t), _same(t))
+            if storage_of(t) not in self.made:
+                self.read.setdefault(storage_of(t), _same(t))
         for t in written:
-            if _storage(t) not in self.made and _storage(t) not in self._before:
-                self._before[_storage(t)] = (
+            if storage_of(t) not in self.made and storage_of(t) not in self._before:
+                self._before[storage_of(t)] = (
                     _same(t),
                     torch.empty(0, dtype=t.dtype).set_(t.untyped_storage()).clone(),
                 )
         found = function(*args, **kwargs)
         results = [t for t in tree_leaves(found) if isinstance(t, torch.Tensor)]
-        taken = {_storage(t) for t in tensors}
-        new = [t for t in results if _storage(t) not in taken]
-        self.made |= {_storage(t): _same(t) for t in new}
+        taken = {storage_of(t) for t in tensors}
+        new = [t for t in results if storage_of(t) not in taken]
+        self.made |= {storage_of(t): _same(t) for t in new}
         short = name.split("::")[1]
         if short in _EMPTY:
             return found
