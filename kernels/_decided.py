@@ -230,11 +230,11 @@ def limited(
     grad: torch.Tensor, x: torch.Tensor, limits: torch.Tensor, drawn, rate, later=None
 ) -> torch.Tensor:
     """Returns the limited gradient of contiguous x; with ``drawn``, ``grad`` has a row for each sequence.
-    ``later(x, out, do, work)`` says whether it will ``do`` this with that of others.
+    ``later(out, do, work)`` says whether it will ``do`` this with that of others.
     """
     out = torch.empty_like(x)
     work = grad, x, drawn, rate, limits, out
-    if out.numel() and not (later and _is_job(*work) and later(x, out, limited_of_jobs, work)):
+    if out.numel() and not (later and _is_job(*work) and later(out, limited_of_jobs, work)):
         rows = 1 if drawn is None else drawn.numel()
         block = min(BLOCK, max(32, next_power_of_2(x.numel())))
         launch(limit_kernel, (cdiv(x.numel(), block),),

@@ -90,8 +90,8 @@ def limited(
     later: Callable[..., bool] | None = None,
 ) -> Tensor:
     """Returns the gradient of x, turned where it would push x further out of its limits. ``limits`` holds whether
-    they apply, the least and the greatest x. With ``drawn``, ``grad`` is the gradient of :func:`scaled`. ``later`` is a
-    recording's: it may have the kernels do this at the end of the pass.
+    they apply, the least and the greatest x. With ``drawn``, ``grad`` is the gradient of :func:`scaled`. ``later``
+    says whether the kernels' work is done at the end of a recorded pass (``ops._linear.late``).
     """
     kernels = _kernels(x[None], grad)
     if kernels is not None:

@@ -65,6 +65,6 @@ def launch(device: str) -> None:
         means = _row.averaged(_row.moved(leaves[0], begins, begins, lengths, 10), tables.left, leaves[1])
         torch.autograd.grad(means, leaves, torch.ones_like(means))
     x = uniform(70)
-    for end in (None, lambda leaf, *rest: later(*rest)):
+    for end in (None, later):
         _decided.limited(x, x, limits, None, end)
         _decided.limited(_decided.scaled(x, drawn), x, limits, drawn, end)

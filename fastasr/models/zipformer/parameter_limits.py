@@ -7,6 +7,7 @@ gradient g, below ``min`` it becomes -|g|, above ``max`` it becomes |g|.
 
 import random
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -73,7 +74,7 @@ def recorded_limit(x: Tensor, limits: Tensor, drawn: Drawn | None = None) -> Ten
     C).
     """
     now = recording()
-    later = now and now.back and now.back.later
+    later = None if now is None or now.back is None else partial(now.back.later, x)
     return (
         _Limited.apply(later, x, limits)
         if drawn is None

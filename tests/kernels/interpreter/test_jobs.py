@@ -114,7 +114,7 @@ def test_limits_of_parameters(dtype):
             numbers = (torch.rand(4, 1).to(dtype), rate) if rows else (None, None)
             x, of_call = 2 * torch.randn(shape), (limits, *numbers)
             grad = torch.randn((*rows, *shape))
-            late = _decided.limited(grad, x, *of_call, lambda x, out, do, work: works.append(work) or True)
+            late = _decided.limited(grad, x, *of_call, lambda out, do, work: works.append(work) or True)
             pairs.append((late, _decided.limited(grad, x, *of_call)))
     assert len(works) == len(pairs)
     _decided.limited_of_jobs(works, table)
