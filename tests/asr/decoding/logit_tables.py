@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A transducer whose logits are a table, and every path through a tiny lattice."""
+"""A transducer whose logits are a table, every path through a tiny lattice, and streams side by side."""
 
 import itertools
 import math
 
 import torch
+
+from fastasr.asr import decoding
 
 
 class TableTransducer:
@@ -49,6 +51,19 @@ def ctc_probabilities(log_probs):
         total = sum(float(log_probs[t, token]) for t, token in enumerate(path))
         found[tokens] = _log_add(found.get(tokens, -math.inf), total)
     return found
+
+
+def in_chunks(search, x, lengths, step):
+    """Returns the result of streams that are joined for each chunk, in another order each time, and split behind it."""
+    states, order = [search.start() for _ in lengths], [*range(len(lengths))]
+    for first in range(0, max(lengths), step):
+        order = [*order[1:], order[0]]
+        part = x[order, first : first + step]
+        there = (torch.tensor(lengths)[order] - first).clamp(0, part.shape[1])
+        joined = decoding.join_states([states[n] for n in order])
+        for n, state in zip(order, decoding.split_state(search.advance(joined, part, there)), strict=True):
+            states[n] = state
+    return search.result(decoding.join_states(states))
 
 
 def _log_add(a, b):
