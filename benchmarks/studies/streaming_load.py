@@ -29,8 +29,8 @@ from fastasr.benchmarks.models.transcribe import LEFT_CONTEXT
 from fastasr.benchmarks.models.zipformer_streaming import PADDING
 from fastasr.benchmarks.plots import COLOURS, OTHER_COLOUR, png, pyplot
 from fastasr.benchmarks.studies import results
+from fastasr.benchmarks.studies.results import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 NAMES = (*streaming_peers.ENGINES, streaming_peers.SCRIPTED, streaming_peers.ONNX, streaming_peers.ONNX_INT8)
 FRAME = 0.02  # seconds of an encoder's frame, before its output is halved
 OVERLOAD = 4  # A run is given up at this many chunks of delay.

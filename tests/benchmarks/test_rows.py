@@ -9,35 +9,6 @@ import torch
 from fastasr.benchmarks import environment, rows
 from fastasr.benchmarks.rows import Row
 
-KEYS = [
-    "suite",
-    "name",
-    "case",
-    "shape",
-    "dtype",
-    "device",
-    "pass",
-    "implementation",
-    "median_ms",
-    "q1_ms",
-    "q3_ms",
-    "reps",
-    "peak_bytes",
-    "bytes",
-    "flops",
-    "fraction_of_limit",
-    "limit",
-    "code",
-    "commit",
-    "torch",
-    "triton",
-    "cuda",
-    "device_name",
-    "threads",
-    "python",
-    "date",
-]
-
 
 def row(**changes) -> Row:
     fields = {
@@ -59,7 +30,6 @@ def row(**changes) -> Row:
 
 def test_a_row_is_stamped_with_its_environment():
     stamped = row().to_dict()
-    assert set(KEYS) <= set(stamped)
     assert stamped["torch"] == torch.__version__
     assert stamped["threads"] == torch.get_num_threads()
     assert stamped["commit"]
@@ -122,6 +92,5 @@ def test_unknown_fields_are_dropped():
     assert not hasattr(Row.from_dict({**row().to_dict(), "later": 1}), "later")
 
 
-def test_commit_is_stable_within_a_run():
-    assert environment.commit() == environment.commit()
+def test_a_cpu_has_a_name():
     assert environment.cpu_name()
