@@ -156,13 +156,13 @@ class LoadMeter:
         return max(0.0, round((busy - own) / wall, 2))
 
 
+IDLE = 0.15  # cores that other processes may use
+
+
 def wait_until_idle(
-    limit: float = 0.15,
-    patience: float = 60.0,
-    window: float = 0.5,
-    report: Callable[[str], None] | None = None,
+    patience: float = 60.0, window: float = 0.5, report: Callable[[str], None] | None = None
 ) -> float | None:
-    """Waits until other processes use less than ``limit`` cores over ``window`` seconds, for at most ``patience``
+    """Waits until other processes use less than ``IDLE`` cores over ``window`` seconds, for at most ``patience``
     seconds. Returns the last load seen, in cores (None where it cannot be read).
     """
     end = time.monotonic() + patience
@@ -171,7 +171,7 @@ def wait_until_idle(
         meter = LoadMeter()
         time.sleep(window)
         load = meter.other_cores()
-        if load is None or load < limit:
+        if load is None or load < IDLE:
             return load
         if time.monotonic() >= end:
             if report is not None:

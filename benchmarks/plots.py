@@ -105,10 +105,10 @@ def plain(axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def png(picture, dpi: int = 130) -> bytes:
+def png(picture) -> bytes:
     """Returns the picture as PNG and closes the figure."""
     buffer = io.BytesIO()
-    picture.savefig(buffer, format="png", dpi=dpi, facecolor="white")
+    picture.savefig(buffer, format="png", dpi=130, facecolor="white")
     pyplot().close(picture)
     return buffer.getvalue()
 

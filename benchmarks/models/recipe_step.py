@@ -46,14 +46,14 @@ def shape_name(size: str, duration: float) -> str:
     return f"{size}, batches of {duration:g} s"
 
 
-def _made_up(count: int = 8) -> tuple[list, list]:
+def _made_up() -> tuple[list, list]:
     """Returns noise and letters for a quick run."""
     from fastasr.asr.recipe import speech
 
     generator = torch.Generator().manual_seed(0)
     found = [
         speech.Utterance(f"noise {i}", [torch.randn(120 + 10 * i, speech.BINS, generator=generator)], "a b c")
-        for i in range(count)
+        for i in range(8)
     ]
     return found, found[:1]
 

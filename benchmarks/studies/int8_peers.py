@@ -311,15 +311,7 @@ def joined(utterances, longer_than, silence=SILENCE):
 
 
 def _whole(loaded, utterances, _):
-    from fastasr.asr import decoding
-
-    read = []
-    for utterance in utterances:
-        x = utterance.features[0].unsqueeze(0)
-        x = torch.nn.functional.pad(x, (0, 0, 0, 32), value=SILENCE)
-        y, frames = decoding.encode(loaded.model, x, torch.tensor([x.shape[1]]))
-        read.append(loaded.units.decode(decoding.greedy_search(loaded.model, y, frames).tokens[0]))
-    return read
+    return [loaded.transcribe_features(utterance.features[0])[0] for utterance in utterances]
 
 
 def _streaming(loaded, utterances, weights):

@@ -112,8 +112,14 @@ class Recogniser:
         """Returns (text, Decoded) of a whole recording. PyTorch models encode it at once, ONNX models in chunks."""
         if isinstance(self.model, tuple):
             return list(self.stream([samples], method, beam))[-1]
+        return self.transcribe_features(speech.fbank(samples, self.rate, self.bins), method, beam)
+
+    def transcribe_features(
+        self, x: Tensor, method: str = "greedy", beam: int = 4
+    ) -> tuple[str, decoding.Decoded]:
+        """Returns (text, Decoded) of a whole recording's features (frames, bins), which a PyTorch model encodes at
+        once."""
         search = self._search(method, beam)
-        x = speech.fbank(samples, self.rate, self.bins)
         # A stream ends with this much silence, which the front end needs for the last word's frames.
         x = torch.nn.functional.pad(x, (0, 0, 0, 32), value=decoding.chunks.SILENCE).unsqueeze(0)
         lengths = torch.tensor([x.shape[1]], dtype=torch.int64, device="cpu")
