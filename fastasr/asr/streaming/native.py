@@ -75,17 +75,13 @@ class NativeBackend(Backend):
         return encoder, stacks
 
     def reset(self, slot: int) -> None:
-        """Puts the slot to the beginning of a stream."""
         self._check_slots([slot])
         self._states[slot].zero_()
         self._counters[slot].zero_()
 
     @torch.no_grad()
     def step(self, features: Tensor, slots: list[int]) -> Tensor:
-        """features (n, 2 chunk_size + 13, bins), float32, slots: n of them, each once -> (n, chunk_size / 2, channels).
-
-        Raises ValueError for features of another shape or dtype, and for slots that do not exist or are repeated.
-        """
+        """Raises ValueError for features of another shape or dtype, and for slots that do not exist or are repeated."""
         if is_transformed():
             refuse("streaming.NativeBackend.step")
         slots = list(slots)
@@ -121,16 +117,13 @@ class NativeBackend(Backend):
         )
 
     def export_states(self, slot: int) -> list[Tensor]:
-        """Returns upstream's list of states for a batch of one: six tensors per layer, the front end's left padding and
-        processed_lens."""
         self._check_slots([slot])
         states = [torch.empty(shape, dtype=torch.float32, device="cpu") for shape in self._shapes]
         self._ops.zipformer_chunk_states(self._sizes, self._states, self._counters, slot, states, False)
         return [*states, self._counters[slot, :1].to(torch.int32)]
 
     def import_states(self, slot: int, states: list[Tensor]) -> None:
-        """Copies states from ``export_states`` or from upstream's wrapper into the slot. Raises ValueError if their
-        shapes do not fit."""
+        """Raises ValueError if the shapes of the states do not fit."""
         self._check_slots([slot])
         check_states(
             states,
