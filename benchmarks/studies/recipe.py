@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 
 from fastasr import files
+from fastasr.asr import decoding
 from fastasr.asr.recipe import checkpoints, recogniser, sizes, speech, training
 from fastasr.asr.recipe.curves import read, smoothed
 from fastasr.benchmarks.environment import stamp
@@ -50,7 +51,6 @@ LABELS = {
 }
 FIRST = (10, 40, 100, 200)  # The page gives the largest difference over this many steps.
 POINTS = 300  # about this many points of the long run are drawn
-METHODS = ("greedy", "beam", "ctc-greedy", "ctc-beam")
 OTHER_ENCODERS = "recipe_encoders.json"  # beside the JSON of the run
 NAMES = {
     "zipformer": "Zipformer",
@@ -116,7 +116,7 @@ def agreement(run: Path, held_out) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         recogniser.export(run, folder)
         readers = recogniser.load(run), recogniser.load(folder)
-        different = {m: recogniser.disagreements(*readers, held_out, m) for m in METHODS}
+        different = {m: recogniser.disagreements(*readers, held_out, m) for m in decoding.METHODS}
     return {
         "recordings": len(held_out),
         "same text": {m: len(held_out) - len(found) for m, found in different.items()},
@@ -236,7 +236,7 @@ def _run(found: dict) -> str:
         *grid(("step", *wrong), scores, 3),
         "",
         "The ONNX files, streaming, read the text that the checkpoint reads in "
-        + ", ".join(f"{same[m]} of {onnx['recordings']} recordings ({m})" for m in METHODS)
+        + ", ".join(f"{same[m]} of {onnx['recordings']} recordings ({m})" for m in decoding.METHODS)
         + ".",
         "",
         "Relative difference of a step's loss from that of fastasr, same seed:",

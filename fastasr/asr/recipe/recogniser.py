@@ -48,16 +48,9 @@ class Recogniser:
         return self.model[method.startswith("ctc-")] if isinstance(self.model, tuple) else self.model
 
     def _search(self, method: str, beam: int) -> Any:
-        model = self._model(method)
-        made = {
-            "greedy": lambda: decoding.GreedySearch(model),
-            "beam": lambda: decoding.ModifiedBeamSearch(model, beam=beam),
-            "ctc-greedy": decoding.CtcGreedySearch,
-            "ctc-beam": lambda: decoding.CtcPrefixBeamSearch(beam=beam),
-        }
-        if method not in made:
-            raise ValueError(f"method must be one of {', '.join(made)}, got {method!r}")
-        return made[method]()
+        if method not in decoding.METHODS:
+            raise ValueError(f"method must be one of {', '.join(decoding.METHODS)}, got {method!r}")
+        return decoding.METHODS[method](self._model(method), beam, 0.0)
 
     def samples(self, path: Path | str, convert: bool = False) -> Tensor:
         """Returns a recording's samples at the model's rate. It resamples another rate if ``convert`` is set and raises

@@ -12,6 +12,7 @@ pytest.importorskip("matplotlib")
 
 from tiny_runs import TINY, trainer
 
+from fastasr.asr import decoding
 from fastasr.asr.recipe import checkpoints
 from fastasr.benchmarks.markdown import marks
 from fastasr.benchmarks.studies import recipe
@@ -53,7 +54,7 @@ def test_onnx_files_read_what_the_checkpoint_reads(found, speech_sets):
     count = len(speech_sets[1])
     assert found["onnx"] == {
         "recordings": count,
-        "same text": dict.fromkeys(recipe.METHODS, count),
+        "same text": dict.fromkeys(decoding.METHODS, count),
         "different": {},
     }
 

@@ -12,7 +12,6 @@ from fastasr.asr.streaming import EndpointRules, FbankStream, Result, StreamingE
 from fastasr.asr.streaming.recogniser import FRAME
 
 pytest.importorskip("kaldi_native_fbank")
-METHODS = ("greedy", "beam", "ctc-greedy", "ctc-beam")
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +36,7 @@ def alone(model, recogniser, samples, method):
     return search.result(state)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", decoding.METHODS)
 def test_streams_together_are_as_alone(model, recordings, method):
     with StreamingRecogniser(
         model, engine(model), method, beam=3, to_text=lambda tokens: " ".join(map(str, tokens))
