@@ -21,12 +21,12 @@ from pathlib import Path
 import torch
 
 from fastasr import files
+from fastasr.asr.decoding.chunks import RIGHT_CONTEXT
 from fastasr.benchmarks import upstream
 from fastasr.benchmarks.environment import stamp
 from fastasr.benchmarks.markdown import grid
 from fastasr.benchmarks.models import streaming_peers
 from fastasr.benchmarks.models.transcribe import LEFT_CONTEXT
-from fastasr.benchmarks.models.zipformer_streaming import PADDING
 from fastasr.benchmarks.plots import COLOURS, OTHER_COLOUR, png, pyplot
 from fastasr.benchmarks.studies import results
 from fastasr.benchmarks.studies.results import ROOT
@@ -107,7 +107,7 @@ def measure(
     try:
         period = chunk * FRAME
         generator = torch.Generator().manual_seed(1)
-        frames = 2 * chunk + PADDING
+        frames = 2 * chunk + RIGHT_CONTEXT
         features = torch.randn(most, frames, upstream.BINS, generator=generator)
         found = {}
         for name in names:
