@@ -29,7 +29,6 @@ from fastasr.benchmarks.models import streaming_peers
 from fastasr.benchmarks.models.transcribe import LEFT_CONTEXT
 from fastasr.benchmarks.plots import COLOURS, OTHER_COLOUR, png, pyplot
 from fastasr.benchmarks.studies import results
-from fastasr.benchmarks.studies.results import ROOT
 
 NAMES = (*streaming_peers.ENGINES, streaming_peers.SCRIPTED, streaming_peers.ONNX, streaming_peers.ONNX_INT8)
 FRAME = 0.02  # seconds of an encoder's frame, before its output is halved
@@ -224,7 +223,7 @@ def main(arguments=None):
     parser.add_argument("--batch", type=int, default=16, help="chunks in a call at most")
     parser.add_argument("--attempts", type=int, default=3, help="of each number of streams at most")
     parser.add_argument("--most", type=int, default=256, help="streams at most")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "plots" / "streaming_load.png")
+    parser.add_argument("--out", type=Path, default=results.ROOT / "docs" / "plots" / "streaming_load.png")
     options = parser.parse_args(arguments)
     sizes = options.size, options.chunk, options.threads, options.seconds, options.batch
     code = results.run(
