@@ -4,6 +4,7 @@
 import itertools
 import math
 
+import pytest
 import torch
 
 from fastasr.asr import decoding
@@ -53,8 +54,9 @@ def ctc_probabilities(log_probs):
     return found
 
 
-def in_chunks(search, x, lengths, step):
-    """Returns the result of streams that are joined for each chunk, in another order each time, and split behind it."""
+def same_in_chunks(search, x, lengths, step, whole):
+    """Asserts that streams give the result ``whole`` that are joined for each chunk, in another order each time, and
+    split behind it."""
     states, order = [search.start() for _ in lengths], [*range(len(lengths))]
     for first in range(0, max(lengths), step):
         order = [*order[1:], order[0]]
@@ -63,7 +65,10 @@ def in_chunks(search, x, lengths, step):
         joined = decoding.join_states([states[n] for n in order])
         for n, state in zip(order, decoding.split_state(search.advance(joined, part, there)), strict=True):
             states[n] = state
-    return search.result(decoding.join_states(states))
+    found = search.result(decoding.join_states(states))
+    assert found.tokens == whole.tokens
+    assert found.timestamps == whole.timestamps
+    assert found.scores == pytest.approx(whole.scores, rel=1e-5)
 
 
 def _log_add(a, b):

@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from logit_tables import in_chunks
+from logit_tables import same_in_chunks
 from steps import seeded
 from tiny_parakeet import SIZES
 from tiny_recogniser import RECOGNISER, STREAMING
@@ -124,10 +124,7 @@ def test_greedy_search(name, most):
     assert found.timestamps == [stamps for _, stamps, _ in expected]
     assert found.scores == pytest.approx([score for *_, score in expected], rel=1e-4, abs=1e-5)
     assert sum(map(len, found.tokens)) > 5
-    chunks = in_chunks(search, x, LENGTHS, 5)
-    assert chunks.tokens == found.tokens
-    assert chunks.timestamps == found.timestamps
-    assert chunks.scores == pytest.approx(found.scores, rel=1e-5)
+    same_in_chunks(search, x, LENGTHS, 5, found)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from logit_tables import in_chunks
+from logit_tables import same_in_chunks
 from steps import seeded
 from test_predictors import parakeet, rnnt
 
@@ -102,10 +102,7 @@ def test_chunks_and_single_sequences_give_what_the_batch_gives(name):
     search = decoding.ModifiedBeamSearch(model, beam=3, temperature=1.5, blank_penalty=0.3)
     whole = search.result(search.advance(search.start(len(LENGTHS)), x, torch.tensor(LENGTHS)))
     assert any(whole.tokens)
-    chunks = in_chunks(search, x, LENGTHS, 5)
-    assert chunks.tokens == whole.tokens
-    assert chunks.timestamps == whole.timestamps
-    assert chunks.scores == pytest.approx(whole.scores, rel=1e-5)
+    same_in_chunks(search, x, LENGTHS, 5, whole)
     for n, length in enumerate(LENGTHS):
         alone = search.result(search.advance(search.start(), x[n : n + 1, :length]))
         assert alone.tokens == [whole.tokens[n]]
