@@ -79,16 +79,17 @@ def _source(configuration: Configuration) -> tuple[ASTSource, dict]:
         else "i32"
         for name in names
     }
-    aligned = {n for n in names if signature[n].startswith("*") or n in configuration.divisible}
+    divisible = set(configuration.divisible) - configuration.constants.keys()
+    aligned = {n for n in names if signature[n].startswith("*") or n in divisible}
     source = ASTSource(
         configuration.kernel,
         signature,
         constexprs={(names.index(n),): v for n, v in configuration.constants.items() if n in names},
         attrs={(names.index(n),): [["tt.divisibility", 16]] for n in sorted(aligned)},
     )
-    options = {"num_warps": configuration.warps, "num_stages": configuration.stages}
-    options |= {name: value for name, value in configuration.constants.items() if name in PRECISE}
-    return source, options | {"maxnreg": configuration.most_registers}
+    given = {"num_stages": 3} | configuration.constants  # Triton's own choice
+    options = {name: given[name] for name in ("num_warps", "num_stages", *PRECISE) if name in given}
+    return source, options | {"maxnreg": given.get("maxnreg")}
 
 
 def fingerprint(compilations: Compilations) -> str:
