@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Samples of bypass, and its benchmark at the sizes of Zipformer-M's stacks 0 and 3."""
 
-import math
 from functools import partial
 
 from torch import Tensor
@@ -78,18 +77,14 @@ def _upstream(x_orig: Tensor, x: Tensor, scale: Tensor) -> Implementation:
     return module(bypass, x_orig, x, bypass_scale=scale)
 
 
-def _case(*shape: int) -> Case:
-    n = math.prod(shape)
+def sized(T: int = 796, B: int = 4, C: int = 192) -> Case:
+    shape, n = (T, B, C), T * B * C
     passes = costs((3 * n, 0), (5 * n, 0))  # x_orig, x; y. x_orig, x, dy; dx_orig, dx
     return case(
         "bypass", shape, lambda m: _bypass(m, shape), passes, copy=True, others={"upstream": _upstream}
     )
 
 
-def sized(T: int = 796, B: int = 4, C: int = 192) -> Case:
-    return _case(T, B, C)
-
-
-CASES = (_case(796, 4, 192), _case(100, 4, 512))
-ON_DEVICE = (*(_case(FRAMES, BATCH, c) for c in (192, 512, 768)), _case(188, BATCH, 512))
+CASES = (sized(796, 4, 192), sized(100, 4, 512))
+ON_DEVICE = (*(sized(FRAMES, BATCH, c) for c in (192, 512, 768)), sized(188, BATCH, 512))
 WATCH = "2048 elements per program; the scale's gradient in two stages"

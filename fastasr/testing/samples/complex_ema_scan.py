@@ -82,18 +82,14 @@ def by_fft(
     return (y + omega.to(wide).unsqueeze(-1) * x).to(x.dtype)
 
 
-def _case(length: int, batch: int = 4, channels: int = 512, states: int = 16) -> Case:
+def sized(L: int = 2048, B: int = 4, D: int = 512, N: int = 16) -> Case:
     def arguments(make: Make) -> dict:
-        return AVERAGE.call(make, length, batch, channels, states, spread=0.2, theta=-4.0, layout="BDL")
+        return AVERAGE.call(make, L, B, D, N, spread=0.2, theta=-4.0, layout="BDL")
 
     others = {"fft": lambda **call: computed(by_fft, call)}
-    return measured("complex_ema_scan", "", (batch, channels, length), arguments, others=others)
+    return measured("complex_ema_scan", "", (B, D, L), arguments, others=others)
 
 
-def sized(L: int = 2048, B: int = 4, D: int = 512, N: int = 16) -> Case:
-    return _case(L, B, D, N)
-
-
-CASES = tuple(_case(length) for length in (1, 64, 200, 512, 2048))
-ON_DEVICE = (_case(2048),)
+CASES = tuple(sized(length) for length in (1, 64, 200, 512, 2048))
+ON_DEVICE = (sized(2048),)
 WATCH = "the device's `sinpi` and `cospi`; what two complex states per pass cost"

@@ -28,7 +28,7 @@ from fastasr.testing.speed import (
     costs,
     upstream_member,
 )
-from fastasr.testing.table import Invalid, Make, OpTable, Sample
+from fastasr.testing.table import Invalid, Make, OpTable, Sample, sampler
 
 
 def _call(
@@ -57,19 +57,8 @@ def _given(make: Make, arguments: dict) -> dict:
     return {name: value(make) if callable(value) else value for name, value in arguments.items()}
 
 
-def _sample(
-    name: str,
-    sizes: tuple[int, ...],
-    thorough: bool = False,
-    large: bool = False,
-    draws: int = 1,
-    **more: Any,
-) -> Sample:
-    """Returns the sample ``_call(make, *sizes, **more)``."""
-    return Sample(name, lambda make: _call(make, *sizes, **more), True, thorough, large, draws)
-
-
-_small = partial(_sample, draws=8)  # a few hundred numbers, whose errors are compared over several draws
+_sample = sampler(_call)
+_small = sampler(_call, draws=8)  # a few hundred numbers, whose errors are compared over several draws
 
 
 def _padding(frames: int, *lengths: int) -> Callable[[Make], Tensor]:

@@ -167,31 +167,26 @@ TABLE = OpTable(
 # --- the benchmark
 
 
-def _case(*sizes: int, query: int = weights.QUERY_DIM, dim: int = 12) -> Case:
-    frames, batch, heads = sizes
-    pos = weights.POS_DIM
-    scores, rows = heads * batch * frames * frames, frames * batch * heads
-    values, result = rows * (2 * query + pos + dim), rows * dim
-    product, weighting = 2 * scores * (query + pos), 2 * scores * dim
-    forward = values + result, product + weighting
-    backward = 2 * values + result, 3 * product + 2 * weighting
-
-    def arguments(make: Make, *sizes: int) -> dict:
-        return _valued(make, partial(weights.ragged, query=query)(make, *sizes), dim=dim)
-
-    return weights.measured("zipformer_attention", arguments, forward, backward, *sizes)
-
-
 def sized(
     T: int = 796, B: int = 4, num_heads: int = 4, query_head_dim: int = weights.QUERY_DIM, E: int = 48
 ) -> Case:
     if E % num_heads:
         raise ValueError(f"E: expected a multiple of num_heads = {num_heads}, got {E}")
-    return _case(T, B, num_heads, query=query_head_dim, dim=E // num_heads)
+    pos, dim = weights.POS_DIM, E // num_heads
+    scores, rows = num_heads * B * T * T, T * B * num_heads
+    values, result = rows * (2 * query_head_dim + pos + dim), rows * dim
+    product, weighting = 2 * scores * (query_head_dim + pos), 2 * scores * dim
+    forward = values + result, product + weighting
+    backward = 2 * values + result, 3 * product + 2 * weighting
+
+    def arguments(make: Make, frames: int, batch: int, heads: int) -> dict:
+        return _valued(make, weights.ragged(make, frames, batch, heads, query_head_dim), dim=dim)
+
+    return weights.measured("zipformer_attention", arguments, forward, backward, T, B, num_heads)
 
 
-CASES = (_case(796, 4, 4), _case(2998, 1, 4))
-ON_DEVICE = (_case(FRAMES, BATCH, 4), _case(188, BATCH, 8))
+CASES = (sized(), sized(2998, 1))
+ON_DEVICE = (sized(FRAMES, BATCH), sized(188, BATCH, 8, E=96))
 WATCH = (
     "tiles under a running maximum with four warps; pieces of dS added in order; recordings in a row; a penalty and "
     "equal weights that numbers on the device decide"
