@@ -60,10 +60,6 @@ def norm_tile(
     norms: int = 1,
 ) -> dict[str, int]:
     """Returns the tile and the warps of a kernel that normalises rows."""
-    block_r, block_c, warps = _layer_norm.row_blocks(
-        channels, _layer_norm.forward_elements(generation, norms)
-    )
     if kernel == "backward":
-        elements, warps, _ = _layer_norm.backward_tile(channels, DTYPES[dtype], gated, masked, generation)
-        block_r = max(1, elements // block_c)
-    return {"BLOCK_R": block_r, "BLOCK_C": block_c, "num_warps": warps}
+        return _layer_norm.backward_tile(channels, DTYPES[dtype], gated, masked, generation)[0]
+    return _layer_norm.forward_tile(channels, generation, norms)

@@ -26,11 +26,11 @@ def configurations():  # the weight's gradient is that of gated_depthwise_conv
         if dtype == "fp16":
             continue
         for channels in (512, 1536):
-            whole = _layer_norm.row_blocks(channels, gate.NORMALISE_ELEMENTS, gate.NORMALISE_WARPS)
-            parts = (max(1, gate.GRADIENT_ELEMENTS // whole[1]), whole[1], gate.GRADIENT_WARPS)
-            for name, (block_r, block_c, warps) in (("normalise", whole), ("norm_gradient", parts)):
-                constants = {"BLOCK_R": block_r, "BLOCK_C": block_c, "MASK": None, "num_warps": warps}
-                constants |= {"TILE_K": gate.BLOCK_K, "TILE_C": gate.BLOCK_C}
+            whole = _layer_norm.row_tile(channels, gate.NORMALISE_ELEMENTS, gate.NORMALISE_WARPS)
+            block_r = max(1, gate.GRADIENT_ELEMENTS // whole["BLOCK_C"])
+            parts = whole | {"BLOCK_R": block_r, "num_warps": gate.GRADIENT_WARPS}
+            for name, of_rows in (("normalise", whole), ("norm_gradient", parts)):
+                constants = of_rows | {"MASK": None, "TILE_K": gate.BLOCK_K, "TILE_C": gate.BLOCK_C}
                 kernel = getattr(gate, f"{name}_kernel")
                 name = f"conv_spatial_gate {name.replace('_', ' ')}, C={channels}, {dtype}"
                 yield Configuration(name, kernel, types, constants, divisible, ("eps",))
