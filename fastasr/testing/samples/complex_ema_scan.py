@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastasr.testing.samples.ema_scan import Average, measured
 from fastasr.testing.speed import Case, computed
-from fastasr.testing.table import Invalid, Make, Sample
+from fastasr.testing.table import Make, Sample, invalid
 
 
 def _parameters(make: Make, rows: int, states: int, spread: float, means: dict) -> dict:
@@ -34,7 +34,7 @@ def _as_the_module_has_them(make: Make) -> dict:
 
 
 AVERAGE = Average("complex_ema_scan", _parameters, {"alpha": 0.0, "delta": 0.0, "theta": -1.0}, "omega", (2,))
-_shared, _sample, _changed = AVERAGE.table(), AVERAGE.sample, AVERAGE.changed
+_shared, _sample = AVERAGE.table(), AVERAGE.sample
 TABLE = replace(
     _shared,
     samples=(
@@ -47,15 +47,13 @@ TABLE = replace(
     ),
     invalid=(
         *_shared.invalid,
-        Invalid("theta per state", _changed(theta=lambda m: m.normal(8, 4)), ValueError, "theta"),
-        Invalid("gamma is real", _changed(gamma=lambda m: m.normal(8, 4)), ValueError, "gamma"),
-        Invalid(
-            "complex state of another batch",
-            _changed(state=lambda m: m.normal(2, 8, 4).cfloat()),
-            ValueError,
-            "state",
+        *invalid(
+            lambda m: AVERAGE.call(m, 7, 3, 8),
+            ("theta per state", "theta", lambda m: m.normal(8, 4)),
+            ("gamma is real", "gamma", lambda m: m.normal(8, 4)),
+            ("complex state of another batch", "state", lambda m: m.normal(2, 8, 4).cfloat()),
+            ("state is half of it", "state", lambda m: m.normal(3, 8, 4)),
         ),
-        Invalid("state is half of it", _changed(state=lambda m: m.normal(3, 8, 4)), ValueError, "state"),
     ),
 )
 

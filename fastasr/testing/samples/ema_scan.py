@@ -17,7 +17,7 @@ from torch import Tensor
 from fastasr.ops.ema_scan import Layout
 from fastasr.testing.fuzz import Shape
 from fastasr.testing.speed import BOTH, FORWARD, Case, Implementation, case, costs, module, upstream_member
-from fastasr.testing.table import Invalid, Make, OpTable, Sample, changed
+from fastasr.testing.table import Invalid, Make, OpTable, Sample, invalid
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,9 +67,6 @@ class Average:
         if mask:
             arguments["padding_mask"] = make.uniform(batch, length) > 0.7
         return arguments
-
-    def changed(self, **arguments: Any) -> Callable[[Make], dict]:
-        return changed(lambda m: self.call(m, 7, 3, 8), **arguments)
 
     def sample(
         self, name: str, *sizes: int, exact: bool = True, thorough: bool = False, **options: Any
@@ -136,28 +133,26 @@ class Average:
                 ),
             ),
             invalid=(
-                Invalid("no states", self.changed(**{first: lambda m: m.normal(8, 0)}), ValueError, first),
-                Invalid("65 states", self.changed(**{first: lambda m: m.normal(8, 65)}), ValueError, first),
-                Invalid("bidirectional with one half", self.changed(**both), ValueError, first),
+                *invalid(
+                    lambda m: self.call(m, 7, 3, 8),
+                    ("no states", first, lambda m: m.normal(8, 0)),
+                    ("65 states", first, lambda m: m.normal(8, 65)),
+                    ("residual would broadcast", self.residual, lambda m: m.normal(1)),
+                    ("no taps", "truncation", 0),
+                    ("a float of taps", "truncation", 3.0, TypeError),
+                ),
+                *invalid(
+                    lambda m: self.call(m, 7, 3, 8, return_state=True),
+                    ("truncation with a state", "truncation", 3),
+                ),
                 Invalid(
-                    "residual would broadcast",
-                    self.changed(**{self.residual: lambda m: m.normal(1)}),
-                    ValueError,
-                    self.residual,
+                    "bidirectional with one half", lambda m: self.call(m, 7, 3, 8) | both, ValueError, first
                 ),
                 Invalid(
                     "bidirectional with a state",
                     lambda m: self.call(m, 7, 3, 8, **both) | {"return_state": True},
                     ValueError,
                     "direction",
-                ),
-                Invalid("no taps", self.changed(truncation=0), ValueError, "truncation"),
-                Invalid("a float of taps", self.changed(truncation=3.0), TypeError, "truncation"),
-                Invalid(
-                    "truncation with a state",
-                    self.changed(truncation=3, return_state=True),
-                    ValueError,
-                    "truncation",
                 ),
             ),
             random=self.random,

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from fastasr.testing.fuzz import Shape
-from fastasr.testing.samples.rnnt_joiner import changed, dropout
+from fastasr.testing.samples.rnnt_joiner import dropout
 from fastasr.testing.speed import Case, Cost, case, costs_of
-from fastasr.testing.table import Make, OpTable, Sample
+from fastasr.testing.table import Make, OpTable, Sample, invalid
 
 
 def _call(
@@ -106,14 +106,14 @@ TABLE = OpTable(
         Sample("no sequences", lambda m: _call(m, 0, 4, 3, 8, 7, 5)),
         Sample("no channels", lambda m: _call(m, 2, 4, 3, 0, 7, 5)),
     ),
-    invalid=changed(
+    invalid=invalid(
         lambda m: _call(m, 2, 4, 5, 8, 7, 5, **dropout(m, 0.5, 3)),
-        ("durations without tokens", "weight", torch.zeros(5, 8), ValueError),
+        ("durations without tokens", "weight", torch.zeros(5, 8)),
         ("weight in half precision", "weight", torch.zeros(12, 8).half(), TypeError),
-        ("a symbol outside the vocabulary", "symbols", torch.full((2, 5), 7), ValueError),
-        ("beyond the frames", "boundary", torch.tensor([[0, 0, 5, 4], [0, 0, 5, 5]]), ValueError),
-        ("outside", "termination_symbol", 7, ValueError),
-        ("dropout without a seed", "dropout_seed", None, ValueError),
+        ("a symbol outside the vocabulary", "symbols", torch.full((2, 5), 7)),
+        ("beyond the frames", "boundary", torch.tensor([[0, 0, 5, 4], [0, 0, 5, 5]])),
+        ("outside", "termination_symbol", 7),
+        ("dropout without a seed", "dropout_seed", None),
     ),
     thread_invariant=False,
     unread=("am", "lm"),
