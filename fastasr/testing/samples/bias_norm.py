@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Samples of bias_norm, and its benchmark at the sizes of Zipformer-M's stacks 0 and 3."""
 
-from functools import partial
-
 from torch import Tensor
 
 from fastasr.testing.speed import BATCH, FRAMES, Case, Implementation, case, costs, module, upstream_member
-from fastasr.testing.table import Invalid, Make, OpTable, Sample, changed
+from fastasr.testing.table import Make, OpTable, Sample, invalid
 
 
 def _norm(make: Make, shape: tuple[int, ...], channel_dim: int = -1, scale: float = 1.0) -> dict:
@@ -16,9 +14,6 @@ def _norm(make: Make, shape: tuple[int, ...], channel_dim: int = -1, scale: floa
         "log_scale": make.normal(scale=0.3),
         "channel_dim": channel_dim,
     }
-
-
-_with = partial(changed, lambda m: _norm(m, (3, 2, 8)))
 
 
 TABLE = OpTable(
@@ -62,7 +57,7 @@ TABLE = OpTable(
             exact=False,
         ),
     ),
-    invalid=(Invalid("bias of another size", _with(bias=lambda m: m.normal(7)), ValueError, "bias"),),
+    invalid=invalid(lambda m: _norm(m, (3, 2, 8)), ("bias of another size", "bias", lambda m: m.normal(7))),
     rows=("x",),
     random=lambda m, shape: _norm(m, (*shape(), shape.size())),
 )

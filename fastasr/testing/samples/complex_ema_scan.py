@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastasr.testing.samples.ema_scan import Average, measured
 from fastasr.testing.speed import Case, computed
-from fastasr.testing.table import Make, Sample, invalid
+from fastasr.testing.table import Make, Sample, invalid, sampler
 
 
 def _parameters(make: Make, rows: int, states: int, spread: float, means: dict) -> dict:
@@ -34,15 +34,15 @@ def _as_the_module_has_them(make: Make) -> dict:
 
 
 AVERAGE = Average("complex_ema_scan", _parameters, {"alpha": 0.0, "delta": 0.0, "theta": -1.0}, "omega", (2,))
-_shared, _sample = AVERAGE.table(), AVERAGE.sample
+_shared, _sample = AVERAGE.table(), sampler(AVERAGE.call)
 TABLE = replace(
     _shared,
     samples=(
         *_shared.samples,
-        _sample("layer", 200, 4, 64, 16, layout="BDL"),
-        _sample("long, few channels", 5000, 1, 3, activation="silu", state=True),
-        _sample("|q| close to 1, slow", 700, 1, 40, alpha=-7.0, delta=-3.0, theta=-9.0, state=True),
-        _sample("|q| close to 1, fast", 700, 1, 40, alpha=-7.0, delta=-3.0, theta=2.0),
+        _sample("layer", (200, 4, 64, 16), layout="BDL"),
+        _sample("long, few channels", (5000, 1, 3), activation="silu", state=True),
+        _sample("|q| close to 1, slow", (700, 1, 40), alpha=-7.0, delta=-3.0, theta=-9.0, state=True),
+        _sample("|q| close to 1, fast", (700, 1, 40), alpha=-7.0, delta=-3.0, theta=2.0),
         Sample("parameters as the module has them", _as_the_module_has_them),
     ),
     invalid=(
