@@ -9,9 +9,9 @@ channels); row r belongs to sequence r % batch, or as a table says.
     plus        src, y, number per sequence    sum, sum in bf16    12
     gradients   up to 5 gradients of a tensor  their sum, that of y  8 for the sum of two, 2 for y
     mask        numbers                        mask
+    scale       a parameter                    itself, or 0, for each sequence
     limit       gradient of each sequence      gradient of all
     either      weights                        weights or equal ones  4
-    heads       values                         values by head, padded
 """
 
 from collections.abc import Sequence

@@ -5,8 +5,8 @@ import torch
 import triton
 import triton.language as tl
 
-from fastasr.kernels._launch import next_power_of_2
-from fastasr.kernels._parts import ELEMENTS, WARPS
+from fastasr.kernels._launch import generation, next_power_of_2
+from fastasr.kernels._parts import ELEMENTS, WARPS, split_rows
 
 # Rows live in registers: up to 4096 channels take at most 8 elements in each thread; wider rows spill.
 MAX_CHANNELS = 65536
@@ -85,22 +85,26 @@ def row_width(channels: int) -> int:
     return max(32, next_power_of_2(channels))
 
 
-def row_blocks(channels: int, elements: int, least: int = 1) -> tuple[int, int, int]:
-    """Returns (rows per tile, padded channels, warps) for ``elements`` per warp; ``least`` to 16 warps."""
+def _tile(elements: int, channels: int, warps: int) -> dict[str, int]:
     block_c = row_width(channels)
-    warps = max(least, min(16, block_c // elements))
-    return max(1, elements * warps // block_c), block_c, warps
+    return {"BLOCK_R": max(1, elements // block_c), "BLOCK_C": block_c, "num_warps": warps}
 
 
-def forward_elements(generation: int, norms: int = 1) -> int:
-    """Returns the elements of a warp in the forward; a second norm of the row would spill with more."""
-    return 256 if generation >= 90 or norms > 1 else 512
+def row_tile(channels: int, elements: int, least: int = 1) -> dict[str, int]:
+    """Returns a tile of whole rows with its warps, ``least`` to 16, which have so many ``elements`` each."""
+    warps = max(least, min(16, row_width(channels) // elements))
+    return _tile(elements * warps, channels, warps)
+
+
+def forward_tile(channels: int, generation: int, norms: int = 1) -> dict[str, int]:
+    """Returns the tile of the forward; with more elements in a warp, a second norm of the row would spill."""
+    return row_tile(channels, 256 if generation >= 90 or norms > 1 else 512)
 
 
 def backward_tile(
     channels: int, dtype: torch.dtype, gated: bool, masked: bool, generation: int
-) -> tuple[int, int, int]:
-    """Returns (elements of a tile of the backward, its warps, programs on a multiprocessor). Where 16 warps would
+) -> tuple[dict[str, int], int]:
+    """Returns the tile of the backward, and the programs on a multiprocessor. Where 16 warps would
     spill, programs have eight at most, whose threads may have twice the registers.
 
     On 9.0, in 16 bits, many programs of one row or few hide the barriers of a row's sums: in a trial on an H200 they
@@ -110,10 +114,27 @@ def backward_tile(
     spills = gated and (dtype == torch.float32 or masked or generation >= 100)
     most = WARPS // 2 if spills else WARPS
     if dtype == torch.float32 or generation != 90:
-        return ELEMENTS * most // WARPS, most, WARPS // most
+        return _tile(ELEMENTS * most // WARPS, channels, most), WARPS // most
     share = 256 if gated else 128  # elements of a warp
     warps = max(512 // share, min(most, row_width(channels) // share))
-    return 512, warps, ELEMENTS // share // warps
+    return _tile(512, channels, warps), ELEMENTS // share // warps
+
+
+def backward_parts(
+    x: torch.Tensor, dtype: torch.dtype, gated: bool = False, masked: bool = False, sums: int = 2
+) -> tuple[torch.Tensor, int, dict[str, int]]:
+    """Returns what a backward over the rows of x takes whose numbers have this dtype: an empty table (sums, parts, C)
+    of the parameters' gradients, the rows of a part, and the tile.
+    """
+    channels = x.shape[-1]
+    tile, resident = backward_tile(channels, dtype, gated, masked, generation(x))
+    block_r, block_c = tile["BLOCK_R"], tile["BLOCK_C"]
+    _, rows_per_part, parts = split_rows(
+        x.numel() // channels, block_c, x, elements=block_r * block_c, resident=resident
+    )
+    shares = torch.float64 if dtype == torch.float32 else torch.float32
+    table = torch.empty((sums, parts, channels), dtype=shares, device=x.device)
+    return table, rows_per_part, tile
 
 
 def row_stride(t: torch.Tensor | None) -> int:

@@ -20,19 +20,17 @@ import triton.language as tl
 
 from fastasr.kernels._launch import cdiv, contiguous_like, generation, launch
 from fastasr.kernels._layer_norm import (
-    backward_tile,
-    forward_elements,
+    backward_parts,
+    forward_tile,
     inverse_root,
     limited,
     load_tile,
     normed,
-    row_blocks,
     row_mean,
     row_stride,
-    row_width,
     within,
 )
-from fastasr.kernels._parts import add_pair, add_parts, split_rows, store_pair
+from fastasr.kernels._parts import add_pair, add_parts, store_pair
 
 LAYER, RMS = range(2)
 
@@ -166,12 +164,11 @@ def add_norm_forward(
     y = contiguous_like(x, update.dtype)
     if x.numel():
         rows = x.numel() // channels
-        elements = forward_elements(generation(x), norms=1 if update_weight is None else 2)
-        block_r, block_c, warps = row_blocks(channels, elements)
+        tile = forward_tile(channels, generation(x), norms=1 if update_weight is None else 2)
         *limits, is_limited = _limits(update_limit, limit)
-        launch(forward_kernel, (cdiv(rows, block_r),),
+        launch(forward_kernel, (cdiv(rows, tile["BLOCK_R"]),),
             x, update, update_weight, weight, bias, t, y, rows, channels, row_stride(x), row_stride(update), eps, scale,
-            *limits, CENTRED=kind == LAYER, LIMITED=is_limited, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=warps,
+            *limits, CENTRED=kind == LAYER, LIMITED=is_limited, **tile,
         )  # fmt: skip
     return t, y
 
@@ -203,22 +200,15 @@ def add_norm_backward(
         return dx, dupdate, *sums
     rows = x.numel() // channels
     dtype = _dtype(x, update)
-    elements, warps, resident = backward_tile(
-        channels, dtype, update_weight is not None, False, generation(x)
-    )
-    block_r, rows_per_part, parts = split_rows(
-        rows, row_width(channels), x, elements=elements, resident=resident
-    )
-    shares = torch.float64 if dtype == torch.float32 else torch.float32
-    tables = 2 if update_weight is None else 3
-    table = torch.empty((tables, parts, channels), dtype=shares, device=x.device)
+    gated = update_weight is not None
+    table, rows_per_part, tile = backward_parts(x, dtype, gated, sums=2 + gated)
     *limits, is_limited = _limits(update_limit, limit)
-    launch(backward_kernel, (parts,),
+    launch(backward_kernel, (table.shape[1],),
         grad_t, grad_y, x, update, update_weight, weight, bias, dx, dupdate, table, rows, rows_per_part, channels,
         row_stride(x), row_stride(update), eps, scale, *limits, T_TYPE=TYPES[dtype], CENTRED=kind == LAYER,
-        LIMITED=is_limited, BLOCK_R=block_r, BLOCK_C=row_width(channels), num_warps=warps,
+        LIMITED=is_limited, **tile,
     )  # fmt: skip
-    add_pair(table if update_weight is None else table[:2], dweight, dbias)
-    if update_weight is not None:
+    add_pair(table[:2], dweight, dbias)
+    if gated:
         add_parts(table[2], dupdate_weight)
     return dx, dupdate, *sums

@@ -25,7 +25,7 @@ import triton.language as tl
 from fastasr.kernels import _sliding_taps as sliding
 from fastasr.kernels._activation import activate_with_slope
 from fastasr.kernels._launch import cdiv, contiguous_like, launch
-from fastasr.kernels._layer_norm import MAX_CHANNELS, normalise, row_blocks, row_mean, row_width
+from fastasr.kernels._layer_norm import MAX_CHANNELS, normalise, row_mean, row_tile, row_width
 from fastasr.kernels._parts import add_pair, split_rows, store_pair
 
 BLOCK_C, NUM_WARPS = sliding.BLOCK_C, 4  # for a program that convolves
@@ -238,13 +238,13 @@ class _Call:
         self.c_tiles = cdiv(self.channels, BLOCK_C)
         self.u, self.u_steps = sliding.tiles(self.batch, self.frames, self.channels, x)
         self.table = torch.empty(self.c_tiles, self.taps, BLOCK_C, dtype=torch.float32, device=x.device)
-        block_r, block_c, warps = row_blocks(self.channels, NORMALISE_ELEMENTS, NORMALISE_WARPS)
-        programs = cdiv(self.rows, block_r)
+        tile = row_tile(self.channels, NORMALISE_ELEMENTS, NORMALISE_WARPS)
+        programs = cdiv(self.rows, tile["BLOCK_R"])
         tables = cdiv(self.taps, BLOCK_K) * self.c_tiles
         launch(normalise_kernel, (programs + tables,),
             self.gate, self.mask, norm_weight, norm_bias, weight, self.u, self.table, *self.strides,
             self.frames, self.rows, programs, self.channels, self.taps, eps,
-            BLOCK_R=block_r, BLOCK_C=block_c, TILE_K=BLOCK_K, TILE_C=BLOCK_C, num_warps=warps,
+            TILE_K=BLOCK_K, TILE_C=BLOCK_C, **tile,
         )  # fmt: skip
         self.sizes = self.frames, self.batch, self.channels
         self.form = convolving(self.taps, self.frames) | {"num_warps": NUM_WARPS}

@@ -18,17 +18,15 @@ import triton.language as tl
 from fastasr.kernels._activation import activate_with_slope
 from fastasr.kernels._launch import cdiv, generation, launch
 from fastasr.kernels._layer_norm import (
-    backward_tile,
-    forward_elements,
+    backward_parts,
+    forward_tile,
     limited,
     load_tile,
     normed,
-    row_blocks,
     row_mean,
-    row_width,
     within,
 )
-from fastasr.kernels._parts import add_pair, split_rows, store_pair
+from fastasr.kernels._parts import add_pair, store_pair
 
 LAYER, RMS = range(2)
 
@@ -114,11 +112,10 @@ def norm_activation_forward(
     y = torch.empty_like(x)
     if x.numel():
         rows = x.numel() // channels
-        block_r, block_c, warps = row_blocks(channels, forward_elements(generation(x)))
-        launch(forward_kernel, (cdiv(rows, block_r),),
+        tile = forward_tile(channels, generation(x))
+        launch(forward_kernel, (cdiv(rows, tile["BLOCK_R"]),),
             x, weight, bias, y, rows, channels, eps, limit,
-            CENTRED=kind == LAYER, LIMITED=limit > 0, ACTIVATION=activation,
-            BLOCK_R=block_r, BLOCK_C=block_c, num_warps=warps,
+            CENTRED=kind == LAYER, LIMITED=limit > 0, ACTIVATION=activation, **tile,
         )  # fmt: skip
     return y, None
 
@@ -141,15 +138,10 @@ def norm_activation_backward(
     if not x.numel():
         return dx, dweight.zero_(), dbias.zero_()
     rows = x.numel() // channels
-    elements, warps, resident = backward_tile(channels, x.dtype, False, False, generation(x))
-    block_c = row_width(channels)
-    block_r, rows_per_part, parts = split_rows(rows, block_c, x, elements=elements, resident=resident)
-    shares = torch.float64 if x.dtype == torch.float32 else torch.float32
-    table = torch.empty((2, parts, channels), dtype=shares, device=x.device)
-    launch(backward_kernel, (parts,),
+    table, rows_per_part, tile = backward_parts(x, x.dtype)
+    launch(backward_kernel, (table.shape[1],),
         grad, x, weight, bias, dx, table, rows, rows_per_part, channels, eps, limit,
-        CENTRED=kind == LAYER, LIMITED=limit > 0, ACTIVATION=activation,
-        BLOCK_R=block_r, BLOCK_C=block_c, num_warps=warps,
+        CENTRED=kind == LAYER, LIMITED=limit > 0, ACTIVATION=activation, **tile,
     )  # fmt: skip
     add_pair(table, dweight, dbias)
     return dx, dweight, dbias

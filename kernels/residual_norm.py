@@ -24,16 +24,14 @@ import triton.language as tl
 from fastasr.kernels._activation import activate_with_slope, sigmoid_pair
 from fastasr.kernels._launch import cdiv, contiguous_like, generation, launch
 from fastasr.kernels._layer_norm import (
-    backward_tile,
-    forward_elements,
+    backward_parts,
+    forward_tile,
     load_tile,
     normalise,
-    row_blocks,
     row_mean,
     row_stride,
-    row_width,
 )
-from fastasr.kernels._parts import add_pair, split_rows, store_pair
+from fastasr.kernels._parts import add_pair, store_pair
 
 
 @triton.jit
@@ -153,11 +151,10 @@ def residual_norm_forward(
     y = contiguous_like(x)
     if x.numel():
         rows = x.numel() // channels
-        block_r, block_c, warps = row_blocks(channels, forward_elements(generation(x)))
-        launch(forward_kernel, (cdiv(rows, block_r),),
+        tile = forward_tile(channels, generation(x))
+        launch(forward_kernel, (cdiv(rows, tile["BLOCK_R"]),),
             x, update, candidate, hidden, mask, weight, bias, y, rows, channels,
-            *map(row_stride, (x, update, candidate, hidden)), eps,
-            ACTIVATION=activation, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=warps,
+            *map(row_stride, (x, update, candidate, hidden)), eps, ACTIVATION=activation, **tile,
         )  # fmt: skip
     return y, None
 
@@ -185,16 +182,11 @@ def residual_norm_backward(
     if not x.numel():
         return dx, dupdate, dsum, torch.zeros_like(weight), torch.zeros_like(bias)
     rows = x.numel() // channels
-    block_c = row_width(channels)
-    elements, warps, resident = backward_tile(channels, x.dtype, gated, mask is not None, generation(x))
-    block_r, rows_per_part, parts = split_rows(rows, block_c, x, elements=elements, resident=resident)
     dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
-    shares = torch.float64 if x.dtype == torch.float32 else torch.float32
-    table = torch.empty((2, parts, channels), dtype=shares, device=x.device)
-    launch(backward_kernel, (parts,),
+    table, rows_per_part, tile = backward_parts(x, x.dtype, gated, mask is not None)
+    launch(backward_kernel, (table.shape[1],),
         grad, x, update, candidate, hidden, mask, weight, dx, dupdate, dsum, table, rows, rows_per_part, channels,
-        *map(row_stride, (x, update, candidate, hidden)), eps,
-        ACTIVATION=activation, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=warps,
+        *map(row_stride, (x, update, candidate, hidden)), eps, ACTIVATION=activation, **tile,
     )  # fmt: skip
     add_pair(table, dweight, dbias)
     return dx, dupdate, dsum, dweight, dbias

@@ -11,7 +11,7 @@ rounded to it, as eager's are, and its result is float32.
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ Chunk = tuple[Tensor, Tensor, Tensor]  # rows, hidden, logits
 
 @dataclass
 class Joiner:
-    """The operands, contiguous and in the dtypes the kernels take."""
+    """The operands, which become contiguous and get the dtypes that the kernels take."""
 
     am: Tensor
     lm: Tensor
@@ -45,40 +45,21 @@ class Joiner:
     hat: bool
     durations: int  # the number of outputs behind the tokens
     dropout: float
-    wide: torch.dtype = torch.float32  # the dtype of the results
-    short: bool = False  # whether products multiply bfloat16
+    wide: torch.dtype = field(init=False)  # the dtype of the results
+    short: bool = field(init=False)  # whether products multiply bfloat16
 
-    @classmethod
-    def of(
-        cls,
-        am: Tensor,
-        lm: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        symbols: Tensor,
-        starts: Tensor,
-        boundary: Tensor | None,
-        seed: Tensor | None,
-        s_range: int,
-        blank: int,
-        activation: int,
-        hat: bool,
-        durations: int,
-        dropout: float,
-    ) -> "Joiner":
-        dtype = torch.promote_types(am.dtype, lm.dtype)
-        wide = torch.promote_types(torch.promote_types(dtype, weight.dtype), torch.float32)
+    def __post_init__(self) -> None:
+        dtype = torch.promote_types(self.am.dtype, self.lm.dtype)
+        wide = torch.promote_types(torch.promote_types(dtype, self.weight.dtype), torch.float32)
         if wide is torch.float64:
             dtype = wide
-        short = weight.dtype is torch.bfloat16 and wide is torch.float32 and weight.shape[1] > 0
-        short = short and not _reduced_weights.why_not("bf16")
-        am, lm = am.to(dtype).contiguous(), lm.to(dtype).contiguous()
-        weight = (weight if short else weight.to(wide)).contiguous()
-        bias = None if bias is None else bias.to(wide).contiguous()
-        boundary = None if boundary is None else boundary.contiguous()
-        symbols, starts = symbols.contiguous(), starts.contiguous()
-        options = s_range, blank, activation, hat, durations, dropout
-        return cls(am, lm, weight, bias, symbols, starts, boundary, seed, *options, wide, short)
+        short = self.weight.dtype is torch.bfloat16 and wide is torch.float32 and self.weight.shape[1] > 0
+        self.wide, self.short = wide, short and not _reduced_weights.why_not("bf16")
+        self.am, self.lm = self.am.to(dtype).contiguous(), self.lm.to(dtype).contiguous()
+        self.weight = (self.weight if self.short else self.weight.to(wide)).contiguous()
+        self.bias = None if self.bias is None else self.bias.to(wide).contiguous()
+        self.boundary = None if self.boundary is None else self.boundary.contiguous()
+        self.symbols, self.starts = self.symbols.contiguous(), self.starts.contiguous()
 
     def rows(self, *grads: Tensor) -> Tensor:
         """Returns (rows, 4): place among the results, frame, context and symbol of every row to compute."""
@@ -129,7 +110,7 @@ def _without_autocast() -> AbstractContextManager[object]:
 def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Chunk] | None]:
     """Returns (symbol_logprobs, blank_logprobs, duration_logprobs, L, the chunks if they are kept)."""
     *operands, need_gradients, keep = arguments
-    p = Joiner.of(*operands)
+    p = Joiner(*operands)
     shape = (*p.starts.shape, p.s_range)
     px, py = (torch.full(shape, -torch.inf, dtype=p.wide, device="cpu") for _ in range(2))
     durations = px.new_full((*shape, p.durations), -torch.inf) if p.durations else px.new_empty((*shape, 0))
@@ -151,7 +132,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns (dam, dlm, dweight, dbias), with zeros for those that are not needed."""
     *operands, normaliser, needs, kept = arguments
-    p = Joiner.of(*operands)
+    p = Joiner(*operands)
     gx, gy = grad_symbol.to(p.wide).contiguous(), grad_blank.to(p.wide).contiguous()
     gz, active = gy.new_empty(*gy.shape, 0), gy
     if grad_durations is not None:

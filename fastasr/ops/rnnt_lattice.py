@@ -66,20 +66,6 @@ def _launch(op: Op, kernels: Kernels, a: Arguments, dtype: torch.dtype, keep: bo
     return launch(_call, kernels, a, dtype, keep)
 
 
-def _fast(
-    kernels: Kernels,
-    keep: bool,
-    symbol_logprobs: Tensor,
-    blank_logprobs: Tensor,
-    boundary: Tensor | None,
-    return_occupation: bool,
-) -> tuple[Any, ...]:
-    if return_occupation:
-        return _call(kernels, keep, symbol_logprobs, blank_logprobs, boundary, True)
-    scores, shares = kernels.forward(symbol_logprobs, blank_logprobs, boundary, keep)
-    return scores, None, None, shares
-
-
 # --------------------------------------------------------------------------- the op
 @op(
     "cpu triton",
@@ -89,7 +75,7 @@ def _fast(
     "symbol_logprobs.shape[1] symbol_logprobs.shape[2] blank_logprobs.shape[2]",
     check=_check,
     launch=_launch,
-    fast=_fast,
+    fast=_call,
 )
 def rnnt_lattice(
     symbol_logprobs: Annotated[Tensor, "B S W"],

@@ -176,22 +176,6 @@ def _launch(op: Op, kernels: Kernels, a: Arguments, dtype: torch.dtype, keep: bo
     return launch(_call, kernels, a, dtype, keep)
 
 
-def _fast(
-    kernels: Kernels,
-    keep: bool,
-    symbol_logprobs: Tensor,
-    blank_logprobs: Tensor,
-    starts: Tensor,
-    boundary: Tensor | None,
-    modified: bool,
-    return_occupation: bool,
-) -> tuple[Any, ...]:
-    if return_occupation:
-        return _call(kernels, keep, symbol_logprobs, blank_logprobs, starts, boundary, modified, True)
-    scores, shares = kernels.forward(symbol_logprobs, blank_logprobs, starts, boundary, modified, keep)
-    return scores, None, None, shares
-
-
 # --------------------------------------------------------------------------- the op
 @op(
     "cpu triton",
@@ -200,7 +184,7 @@ def _fast(
     backward="grad scores shares starts boundary symbol_logprobs.shape[2] modified",
     check=_check,
     launch=_launch,
-    fast=_fast,
+    fast=_call,
 )
 def rnnt_pruned_lattice(
     symbol_logprobs: Annotated[Tensor, "B T R, R >= 1"],

@@ -124,6 +124,17 @@ class Invalid:
         object.__setattr__(self, "arguments", placed(self.arguments))
 
 
+def invalid(call: Callable[[Make], dict], *cases: tuple) -> tuple[Invalid, ...]:
+    """Returns calls with one argument changed, which the error's message names.
+
+    Cases: name, argument, value or a function of ``Make``, and the error unless it is ``ValueError``.
+    """
+    return tuple(
+        Invalid(name, changed(call, **{argument: value}), error[0] if error else ValueError, argument)
+        for name, argument, value, *error in cases
+    )
+
+
 def _returned(op: Declared, arguments: dict, found: Any) -> Any:
     """Turns the operator's results into those of the public function for its keyword arguments."""
     asked = [not o.flag or arguments.get(o.flag) for o in op.outputs]

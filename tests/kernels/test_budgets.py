@@ -67,7 +67,6 @@ def compiled(request) -> dict:
 
 def _nearest(names: Iterable[str], name: str) -> str:
     """Returns the name of the section whose version is nearest to that of ``name``."""
-
     return min(names, key=lambda other: abs(_version(other) - _version(name)))
 
 

@@ -25,10 +25,8 @@ from fastasr.testing.fake_gpu import fake_gpu
 
 TRITON = {op for op, backend in gpu_backends().items() if backend == "triton"}
 TABLES = {name: table(name) for name in TRITON}
-NO_ROW, TILE = (
-    (None,) * 3,
-    {"BLOCK_R": 8, "BLOCK_C": 256, "num_warps": 4},
-)  # arguments of bypass.forward_kernel
+# arguments of bypass.forward_kernel
+NO_ROW, TILE = (None,) * 3, {"BLOCK_R": 8, "BLOCK_C": 256, "num_warps": 4}
 
 
 @cache

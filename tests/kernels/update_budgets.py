@@ -10,8 +10,6 @@
                                                          on one architecture, of a random twentieth (--seed), or of
                                                          all (--all); without a section for this Triton, of the
                                                          twentieth alone
-    python tests/kernels/update_budgets.py --amd 1       prints what gfx942 needs for one configuration of each kernel,
-                                                         or of a share of them
 
 No GPU is needed: Triton's wheel ships ptxas and cuobjdump. A compilation takes about 0.7 s, and all of them for one
 Triton 40 minutes. A run that is stopped loses the last few configurations at most: the first command goes on from
@@ -81,16 +79,17 @@ def _source(configuration: Configuration) -> tuple[ASTSource, dict]:
         else "i32"
         for name in names
     }
-    aligned = {n for n in names if signature[n].startswith("*") or n in configuration.divisible}
+    divisible = set(configuration.divisible) - configuration.constants.keys()
+    aligned = {n for n in names if signature[n].startswith("*") or n in divisible}
     source = ASTSource(
         configuration.kernel,
         signature,
         constexprs={(names.index(n),): v for n, v in configuration.constants.items() if n in names},
         attrs={(names.index(n),): [["tt.divisibility", 16]] for n in sorted(aligned)},
     )
-    options = {"num_warps": configuration.warps, "num_stages": configuration.stages}
-    options |= {name: value for name, value in configuration.constants.items() if name in PRECISE}
-    return source, options | {"maxnreg": configuration.most_registers}
+    given = {"num_stages": 3} | configuration.constants  # Triton's own choice
+    options = {name: given[name] for name in ("num_warps", "num_stages", *PRECISE) if name in given}
+    return source, options | {"maxnreg": given.get("maxnreg")}
 
 
 def fingerprint(compilations: Compilations) -> str:
@@ -155,15 +154,6 @@ def measure(configuration: Configuration, architecture: int) -> dict[str, int]:
     }
 
 
-def measure_amd(configuration: Configuration) -> dict[str, int]:
-    """Returns what a kernel takes of gfx942 (MI300): bytes of shared memory, and registers that it spills."""
-    source, options = _source(configuration)
-    del options["maxnreg"]  # NVIDIA's assembler knows it
-    code = triton.compile(source, target=GPUTarget("hip", "gfx942", 64), options=PRECISE | options)
-    spilled = re.search(r"vgpr_spill_count:\s*(\d+)", code.asm["amdgcn"])
-    return {"shared": code.metadata.shared, "spills": int(spilled[1])}
-
-
 def section() -> str:
     """Returns the name of this Triton's section of budgets.toml."""
     return f"triton {'.'.join(triton.__version__.split('.')[:2])}"
@@ -189,15 +179,8 @@ def main() -> None:
     parser.add_argument(
         "--seed", help="with --json: compile a twentieth of the others, each for one architecture"
     )
-    parser.add_argument("--amd", metavar="SHARE", type=float, help="print what kernels take of gfx942")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
-    if arguments.amd:
-        draw = random.Random(arguments.seed)
-        of_kernel = {of_name[80].kernel: (name, of_name[80]) for name, of_name in compilations().items()}
-        chosen = [row for row in of_kernel.values() if draw.random() < arguments.amd]
-        json.dump({name: measure_amd(own) for name, own in chosen}, sys.stdout)
-        return
     chosen = {
         name: (fingerprint(of_name), of_name)
         for name, of_name in compilations().items()

@@ -30,7 +30,7 @@ from fastasr.ops._runtime import (
     operand,
     wide,
 )
-from fastasr.ops.rnnt_lattice import _check, _fast, _kept_shape, _launch
+from fastasr.ops.rnnt_lattice import _call, _check, _kept_shape, _launch
 from fastasr.ops.rnnt_lattice import rnnt_lattice as formula
 
 op = OPS["rnnt_lattice"]
@@ -124,7 +124,7 @@ def rnnt_lattice(
         try:
             if is_grad_enabled() and (symbol_logprobs.requires_grad or blank_logprobs.requires_grad):
                 return apply(kernels, True, symbol_logprobs, blank_logprobs, boundary, return_occupation)
-            scores, symbol_occupation, blank_occupation, _ = _fast(
+            scores, symbol_occupation, blank_occupation, _ = _call(
                 kernels, False, symbol_logprobs, blank_logprobs, boundary, return_occupation
             )
             return (scores, symbol_occupation, blank_occupation) if return_occupation else scores
@@ -247,7 +247,7 @@ class RnntLattice(Function):
     @staticmethod
     def forward(ctx, kernels, direct, symbol_logprobs, blank_logprobs, boundary, return_occupation):
         if direct:
-            scores, symbol_occupation, blank_occupation, shares = _fast(
+            scores, symbol_occupation, blank_occupation, shares = _call(
                 kernels, True, symbol_logprobs, blank_logprobs, boundary, return_occupation
             )
         else:

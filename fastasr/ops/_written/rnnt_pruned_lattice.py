@@ -30,7 +30,7 @@ from fastasr.ops._runtime import (
     operand,
     wide,
 )
-from fastasr.ops.rnnt_pruned_lattice import _check, _fast, _kept_shape, _launch
+from fastasr.ops.rnnt_pruned_lattice import _call, _check, _kept_shape, _launch
 from fastasr.ops.rnnt_pruned_lattice import rnnt_pruned_lattice as formula
 
 op = OPS["rnnt_pruned_lattice"]
@@ -142,7 +142,7 @@ def rnnt_pruned_lattice(
                     kernels, True, symbol_logprobs, blank_logprobs, starts, boundary, modified,
                     return_occupation,
                 )  # fmt: skip
-            scores, symbol_occupation, blank_occupation, _ = _fast(
+            scores, symbol_occupation, blank_occupation, _ = _call(
                 kernels, False, symbol_logprobs, blank_logprobs, starts, boundary, modified, return_occupation
             )
             return (scores, symbol_occupation, blank_occupation) if return_occupation else scores
@@ -296,7 +296,7 @@ class RnntPrunedLattice(Function):
         ctx, kernels, direct, symbol_logprobs, blank_logprobs, starts, boundary, modified, return_occupation
     ):
         if direct:
-            scores, symbol_occupation, blank_occupation, shares = _fast(
+            scores, symbol_occupation, blank_occupation, shares = _call(
                 kernels, True, symbol_logprobs, blank_logprobs, starts, boundary, modified, return_occupation
             )
         else:

@@ -1,13 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Samples of bypass, and its benchmark at the sizes of Zipformer-M's stacks 0 and 3."""
 
-import math
-from functools import partial
-
 from torch import Tensor
 
 from fastasr.testing.speed import BATCH, FRAMES, Case, Implementation, case, costs, module, upstream_member
-from fastasr.testing.table import Invalid, Make, OpTable, Sample, changed
+from fastasr.testing.table import Make, OpTable, Sample, invalid
 
 
 def _bypass(make: Make, shape: tuple[int, ...], scale_dims: int = 1) -> dict:
@@ -16,9 +13,6 @@ def _bypass(make: Make, shape: tuple[int, ...], scale_dims: int = 1) -> dict:
         "x": make.normal(*shape),
         "scale": make.uniform(*shape[len(shape) - scale_dims :]),
     }
-
-
-_with = partial(changed, lambda m: _bypass(m, (3, 2, 8)))
 
 
 TABLE = OpTable(
@@ -54,16 +48,12 @@ TABLE = OpTable(
         Sample("no rows", lambda m: _bypass(m, (0, 3, 8))),
         Sample("no channels", lambda m: _bypass(m, (4, 0))),
     ),
-    invalid=(
-        Invalid("scale of another size", _with(scale=lambda m: m.normal(7)), ValueError, "scale"),
-        Invalid("scale would broadcast", _with(scale=lambda m: m.normal(2, 1)), ValueError, "scale"),
-        Invalid("scale has no dimensions", _with(scale=lambda m: m.normal()), ValueError, "scale"),
-        Invalid(
-            "scale has more dimensions than x",
-            _with(scale=lambda m: m.normal(1, 3, 2, 8)),
-            ValueError,
-            "scale",
-        ),
+    invalid=invalid(
+        lambda m: _bypass(m, (3, 2, 8)),
+        ("scale of another size", "scale", lambda m: m.normal(7)),
+        ("scale would broadcast", "scale", lambda m: m.normal(2, 1)),
+        ("scale has no dimensions", "scale", lambda m: m.normal()),
+        ("scale has more dimensions than x", "scale", lambda m: m.normal(1, 3, 2, 8)),
     ),
     rows=("x_orig", "x"),
     random=lambda m, shape: _bypass(m, shape() or (3,)),
@@ -78,18 +68,14 @@ def _upstream(x_orig: Tensor, x: Tensor, scale: Tensor) -> Implementation:
     return module(bypass, x_orig, x, bypass_scale=scale)
 
 
-def _case(*shape: int) -> Case:
-    n = math.prod(shape)
+def sized(T: int = 796, B: int = 4, C: int = 192) -> Case:
+    shape, n = (T, B, C), T * B * C
     passes = costs((3 * n, 0), (5 * n, 0))  # x_orig, x; y. x_orig, x, dy; dx_orig, dx
     return case(
         "bypass", shape, lambda m: _bypass(m, shape), passes, copy=True, others={"upstream": _upstream}
     )
 
 
-def sized(T: int = 796, B: int = 4, C: int = 192) -> Case:
-    return _case(T, B, C)
-
-
-CASES = (_case(796, 4, 192), _case(100, 4, 512))
-ON_DEVICE = (*(_case(FRAMES, BATCH, c) for c in (192, 512, 768)), _case(188, BATCH, 512))
+CASES = (sized(796, 4, 192), sized(100, 4, 512))
+ON_DEVICE = (*(sized(FRAMES, BATCH, c) for c in (192, 512, 768)), sized(188, BATCH, 512))
 WATCH = "2048 elements per program; the scale's gradient in two stages"

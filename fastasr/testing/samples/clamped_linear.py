@@ -74,25 +74,21 @@ TABLE = OpTable(
 # --- the benchmark
 
 
-def _case(shape: tuple[int, ...], outputs: int) -> Case:
-    text, width, rows = "x".join(map(str, shape)), shape[-1], math.prod(shape[:-1])
+def sized(T: int = 750, B: int = 1, K: int = 1024, N: int = 1024) -> Case:
+    text, rows = f"{B}x{T}x{K}", B * T
 
     def costs(size: int) -> dict[str, Cost]:
-        product, moved = 2 * rows * width * outputs, (rows * width + width * outputs + rows * outputs) * size
+        product, moved = 2 * rows * K * N, (rows * K + K * N + rows * N) * size
         return {
             FORWARD: Cost(moved, product),
             BACKWARD: Cost(2 * moved, 2 * product),
-            BOTH: Cost(3 * moved + rows * outputs * size, 3 * product),  # z is kept
+            BOTH: Cost(3 * moved + rows * N * size, 3 * product),  # z is kept
         }
 
-    arguments = lambda m: _call(m, shape, outputs, ALL, activation="silu")  # noqa: E731
-    return case("clamped_linear", f"{text}->{outputs}, silu", arguments, costs, shape=text)
+    arguments = lambda m: _call(m, (B, T, K), N, ALL, activation="silu")  # noqa: E731
+    return case("clamped_linear", f"{text}->{N}, silu", arguments, costs, shape=text)
 
 
-def sized(T: int = 750, B: int = 1, K: int = 1024, N: int = 1024) -> Case:
-    return _case((B, T, K), N)
-
-
-CASES = (_case((1, 750, 1024), 4096),)
-ON_DEVICE = (_case((16, 750, 1024), 4096),)
+CASES = (sized(N=4096),)
+ON_DEVICE = (sized(B=16, N=4096),)
 WATCH = "bounds read from the device; z overwritten in place; no gradient outside the bounds"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastasr.testing.samples.ema_scan import Average, measured
 from fastasr.testing.speed import Case, computed
-from fastasr.testing.table import Invalid, Make, Sample
+from fastasr.testing.table import Make, Sample, invalid, sampler
 
 
 def _parameters(make: Make, rows: int, states: int, spread: float, means: dict) -> dict:
@@ -34,28 +34,26 @@ def _as_the_module_has_them(make: Make) -> dict:
 
 
 AVERAGE = Average("complex_ema_scan", _parameters, {"alpha": 0.0, "delta": 0.0, "theta": -1.0}, "omega", (2,))
-_shared, _sample, _changed = AVERAGE.table(), AVERAGE.sample, AVERAGE.changed
+_shared, _sample = AVERAGE.table(), sampler(AVERAGE.call)
 TABLE = replace(
     _shared,
     samples=(
         *_shared.samples,
-        _sample("layer", 200, 4, 64, 16, layout="BDL"),
-        _sample("long, few channels", 5000, 1, 3, activation="silu", state=True),
-        _sample("|q| close to 1, slow", 700, 1, 40, alpha=-7.0, delta=-3.0, theta=-9.0, state=True),
-        _sample("|q| close to 1, fast", 700, 1, 40, alpha=-7.0, delta=-3.0, theta=2.0),
+        _sample("layer", (200, 4, 64, 16), layout="BDL"),
+        _sample("long, few channels", (5000, 1, 3), activation="silu", state=True),
+        _sample("|q| close to 1, slow", (700, 1, 40), alpha=-7.0, delta=-3.0, theta=-9.0, state=True),
+        _sample("|q| close to 1, fast", (700, 1, 40), alpha=-7.0, delta=-3.0, theta=2.0),
         Sample("parameters as the module has them", _as_the_module_has_them),
     ),
     invalid=(
         *_shared.invalid,
-        Invalid("theta per state", _changed(theta=lambda m: m.normal(8, 4)), ValueError, "theta"),
-        Invalid("gamma is real", _changed(gamma=lambda m: m.normal(8, 4)), ValueError, "gamma"),
-        Invalid(
-            "complex state of another batch",
-            _changed(state=lambda m: m.normal(2, 8, 4).cfloat()),
-            ValueError,
-            "state",
+        *invalid(
+            lambda m: AVERAGE.call(m, 7, 3, 8),
+            ("theta per state", "theta", lambda m: m.normal(8, 4)),
+            ("gamma is real", "gamma", lambda m: m.normal(8, 4)),
+            ("complex state of another batch", "state", lambda m: m.normal(2, 8, 4).cfloat()),
+            ("state is half of it", "state", lambda m: m.normal(3, 8, 4)),
         ),
-        Invalid("state is half of it", _changed(state=lambda m: m.normal(3, 8, 4)), ValueError, "state"),
     ),
 )
 
@@ -82,18 +80,14 @@ def by_fft(
     return (y + omega.to(wide).unsqueeze(-1) * x).to(x.dtype)
 
 
-def _case(length: int, batch: int = 4, channels: int = 512, states: int = 16) -> Case:
+def sized(L: int = 2048, B: int = 4, D: int = 512, N: int = 16) -> Case:
     def arguments(make: Make) -> dict:
-        return AVERAGE.call(make, length, batch, channels, states, spread=0.2, theta=-4.0, layout="BDL")
+        return AVERAGE.call(make, L, B, D, N, spread=0.2, theta=-4.0, layout="BDL")
 
     others = {"fft": lambda **call: computed(by_fft, call)}
-    return measured("complex_ema_scan", "", (batch, channels, length), arguments, others=others)
+    return measured("complex_ema_scan", "", (B, D, L), arguments, others=others)
 
 
-def sized(L: int = 2048, B: int = 4, D: int = 512, N: int = 16) -> Case:
-    return _case(L, B, D, N)
-
-
-CASES = tuple(_case(length) for length in (1, 64, 200, 512, 2048))
-ON_DEVICE = (_case(2048),)
+CASES = tuple(sized(length) for length in (1, 64, 200, 512, 2048))
+ON_DEVICE = (sized(2048),)
 WATCH = "the device's `sinpi` and `cospi`; what two complex states per pass cost"

@@ -3,7 +3,6 @@
 large one, 1024 of a small one. Upstream is ESPnet's ConvolutionalSpatialGatingUnit.
 """
 
-import math
 from typing import Any
 
 from torch import Tensor
@@ -99,21 +98,17 @@ def _upstream(
     return module(unit, x, **parameters)
 
 
-def _case(*shape: int, taps: int = 31) -> Case:
-    (batch, frames, channels), n = shape, math.prod(shape)
-    passes = costs((3 * n, 2 * n * taps), (5 * n, 6 * n * taps))
+def sized(T: int = 400, B: int = 4, C: int = 1536, K: int = 31) -> Case:
+    shape, n = (B, T, C), B * T * C
+    passes = costs((3 * n, 2 * n * K), (5 * n, 6 * n * K))
 
     def arguments(make: Make) -> dict:
-        return _call(make, batch, frames, channels, taps, masked=False, eps=1e-12)
+        return _call(make, *shape, K, masked=False, eps=1e-12)
 
     others = {"upstream": _upstream}
-    return case("conv_spatial_gate", shape, arguments, passes, f", {taps} taps", others=others)
+    return case("conv_spatial_gate", shape, arguments, passes, f", {K} taps", others=others)
 
 
-def sized(T: int = 400, B: int = 4, C: int = 1536, K: int = 31) -> Case:
-    return _case(B, T, C, taps=K)
-
-
-CASES = (_case(4, 400, 1536), _case(4, 400, 512))
-ON_DEVICE = (_case(BATCH, 750, 1536), _case(BATCH, 750, 512))
+CASES = (sized(), sized(C=512))
+ON_DEVICE = (sized(750, BATCH), sized(750, BATCH, 512))
 WATCH = "groups of eight frames from registers; rows of up to 65536 channels in registers; seven launches backward"

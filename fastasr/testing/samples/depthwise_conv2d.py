@@ -6,7 +6,6 @@ Upstream is its torch.nn.Conv2d on maps with channels first, as in its front end
 """
 
 import math
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from fastasr.testing.fuzz import Shape
 from fastasr.testing.speed import BATCH, FORWARD, FRAMES, Case, Implementation, case, costs, module
-from fastasr.testing.table import Invalid, Make, OpTable, Sample, changed
+from fastasr.testing.table import Make, OpTable, Sample, invalid
 
 
 def _maps(
@@ -32,9 +31,6 @@ def _maps(
         "padding": padding,
         **options,
     }
-
-
-_with = partial(changed, lambda m: _maps(m, (2, 5, 4, 3), (3, 3), (1, 1)))
 
 
 def _random(make: Make, shape: Shape) -> dict:
@@ -79,16 +75,17 @@ TABLE = OpTable(
         Sample("NaN in one pixel", lambda m: _one_bad_pixel(m, float("nan")), exact=False),
     ),
     invalid=(
-        Invalid(
-            "x is smaller than the kernel",
-            _with(padding=(0, 0), x=lambda m: m.normal(2, 2, 4, 3)),
-            ValueError,
-            "x",
+        *invalid(
+            lambda m: _maps(m, (2, 5, 4, 3), (3, 3), (0, 0)),
+            ("x is smaller than the kernel", "x", lambda m: m.normal(2, 2, 4, 3)),
         ),
-        Invalid("x has no frames", _with(x=lambda m: m.normal(2, 0, 4, 3)), ValueError, "x"),
-        Invalid("weight has no taps", _with(weight=lambda m: m.normal(3, 1, 3, 0)), ValueError, "weight"),
-        Invalid("negative padding", _with(padding=(-1, 1)), ValueError, "padding"),
-        Invalid("padding beyond the taps", _with(padding=(1, 3)), ValueError, "padding"),
+        *invalid(
+            lambda m: _maps(m, (2, 5, 4, 3), (3, 3), (1, 1)),
+            ("x has no frames", "x", lambda m: m.normal(2, 0, 4, 3)),
+            ("weight has no taps", "weight", lambda m: m.normal(3, 1, 3, 0)),
+            ("negative padding", "padding", (-1, 1)),
+            ("padding beyond the taps", "padding", (1, 3)),
+        ),
     ),
     rows=("x",),
     random=_random,

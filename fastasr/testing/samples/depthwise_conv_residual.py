@@ -5,8 +5,6 @@ the 3 taps that ESPnet and RETURNN use by default and the 31 of ESPnet's large r
 Upstream is ESPnet's code of the merge: a torch.nn.Conv1d between two transpositions, and the sum.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -100,24 +98,13 @@ def _upstream(x: Tensor, weight: Tensor, bias: Tensor) -> Implementation:
     return module(merge, x, weight=weight, bias=bias)
 
 
-def _case(*shape: int, taps: int = 3) -> Case:
-    (batch, frames, channels), n = shape, math.prod(shape)
-    passes = costs((2 * n, 2 * n * taps), (3 * n, 4 * n * taps))  # x; y. x, dy; dx
-    note, others = f", {taps} taps", {"upstream": _upstream}
-    return case(
-        "depthwise_conv_residual",
-        shape,
-        lambda m: _call(m, batch, frames, channels, taps),
-        passes,
-        note,
-        others=others,
-    )
-
-
 def sized(T: int = 400, B: int = 4, C: int = 1024, K: int = 3) -> Case:
-    return _case(B, T, C, taps=K)
+    shape, n = (B, T, C), B * T * C
+    passes = costs((2 * n, 2 * n * K), (3 * n, 4 * n * K))  # x; y. x, dy; dx
+    note, others = f", {K} taps", {"upstream": _upstream}
+    return case("depthwise_conv_residual", shape, lambda m: _call(m, *shape, K), passes, note, others=others)
 
 
-CASES = (_case(4, 400, 1024), _case(4, 400, 1024, taps=31))
-ON_DEVICE = (_case(BATCH, FRAMES // 2, 1024),)
+CASES = (sized(), sized(K=31))
+ON_DEVICE = (sized(FRAMES // 2, BATCH),)
 WATCH = "x read as a map of one pixel's width; groups of four frames where there are three taps"

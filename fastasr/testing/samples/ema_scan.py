@@ -17,7 +17,7 @@ from torch import Tensor
 from fastasr.ops.ema_scan import Layout
 from fastasr.testing.fuzz import Shape
 from fastasr.testing.speed import BOTH, FORWARD, Case, Implementation, case, costs, module, upstream_member
-from fastasr.testing.table import Invalid, Make, OpTable, Sample, changed
+from fastasr.testing.table import Invalid, Make, OpTable, Sample, invalid, sampler
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,14 +68,6 @@ class Average:
             arguments["padding_mask"] = make.uniform(batch, length) > 0.7
         return arguments
 
-    def changed(self, **arguments: Any) -> Callable[[Make], dict]:
-        return changed(lambda m: self.call(m, 7, 3, 8), **arguments)
-
-    def sample(
-        self, name: str, *sizes: int, exact: bool = True, thorough: bool = False, **options: Any
-    ) -> Sample:
-        return Sample(name, lambda m: self.call(m, *sizes, **options), exact, thorough)
-
     def random(self, make: Make, shape: Shape) -> dict:
         # relu and tanh are left out, because they map infinities to numbers, and a convolution and a scan have NaNs at
         # different places. Truncations are left out, because an infinity affects more than its window; the op's own
@@ -95,35 +87,37 @@ class Average:
 
     def table(self) -> OpTable:
         """Returns the table with the samples that both ops share."""
-        sample, (first, second, *_) = self.sample, self.means
+        sample, (first, second, *_) = sampler(self.call), self.means
         close_to_1: dict[str, Any] = {first: -7.0, second: -3.0}
         close_to_0: dict[str, Any] = {first: 12.0, second: 12.0}
         both: dict[str, Any] = {"direction": "bidirectional"}
         return OpTable(
             op=self.op,
             samples=(
-                sample("lbd", 9, 2, 6, thorough=True),
-                sample("state", 7, 2, 5, 3, state=True, activation="silu", layout="BLD", thorough=True),
-                sample("reverse", 8, 3, 4, 2, state=True, mask=True, direction="reverse", thorough=True),
-                sample("bidirectional", 6, 2, 5, 2, layout="BDL", activation="gelu", thorough=True, **both),
-                sample("truncated", 9, 2, 5, 2, truncation=3, mask=True, activation="tanh", thorough=True),
-                sample("channels and a tail", 75, 2, 65, activation="relu", mask=True),
-                sample("batch first", 100, 3, 48, layout="BLD", activation="gelu"),
-                sample("one state", 90, 2, 33, 1),
-                sample("five states", 90, 2, 33, 5, activation="silu", state=True),
-                sample("64 states", 40, 2, 20, 64, **both),
-                sample("bidirectional, truncated", 150, 2, 30, truncation=20, mask=True, **both),
-                sample("reverse, truncated", 150, 2, 30, 6, direction="reverse", truncation=64, layout="BDL"),
-                sample("truncation beyond the end", 20, 2, 8, truncation=50),
-                sample("|q| close to 1", 700, 1, 40, state=True, **close_to_1),
-                sample("|q| close to 0", 300, 1, 40, state=True, **close_to_0),
-                sample("|q| is 0 and 1", 20, 2, 64, spread=100.0),
-                sample("close to 1, truncated", 700, 1, 40, truncation=100, **close_to_1),
-                sample("one step", 1, 4, 70, state=True, activation="silu"),
-                sample("one step, no state", 1, 3, 33),
-                sample("no steps", 0, 2, 5, state=True),
-                sample("no batch", 6, 0, 5, state=True),
-                sample("no channels", 6, 2, 0, state=True),
+                sample("lbd", (9, 2, 6), thorough=True),
+                sample("state", (7, 2, 5, 3), state=True, activation="silu", layout="BLD", thorough=True),
+                sample("reverse", (8, 3, 4, 2), state=True, mask=True, direction="reverse", thorough=True),
+                sample("bidirectional", (6, 2, 5, 2), layout="BDL", activation="gelu", thorough=True, **both),
+                sample("truncated", (9, 2, 5, 2), truncation=3, mask=True, activation="tanh", thorough=True),
+                sample("channels and a tail", (75, 2, 65), activation="relu", mask=True),
+                sample("batch first", (100, 3, 48), layout="BLD", activation="gelu"),
+                sample("one state", (90, 2, 33, 1)),
+                sample("five states", (90, 2, 33, 5), activation="silu", state=True),
+                sample("64 states", (40, 2, 20, 64), **both),
+                sample("bidirectional, truncated", (150, 2, 30), truncation=20, mask=True, **both),
+                sample(
+                    "reverse, truncated", (150, 2, 30, 6), direction="reverse", truncation=64, layout="BDL"
+                ),
+                sample("truncation beyond the end", (20, 2, 8), truncation=50),
+                sample("|q| close to 1", (700, 1, 40), state=True, **close_to_1),
+                sample("|q| close to 0", (300, 1, 40), state=True, **close_to_0),
+                sample("|q| is 0 and 1", (20, 2, 64), spread=100.0),
+                sample("close to 1, truncated", (700, 1, 40), truncation=100, **close_to_1),
+                sample("one step", (1, 4, 70), state=True, activation="silu"),
+                sample("one step, no state", (1, 3, 33)),
+                sample("no steps", (0, 2, 5), state=True),
+                sample("no batch", (6, 0, 5), state=True),
+                sample("no channels", (6, 2, 0), state=True),
                 Sample("no residual", lambda m: self.call(m, 40, 2, 24) | {self.residual: None}),
                 # with several states, an infinity may meet an infinity of the other sign
                 Sample(
@@ -136,28 +130,26 @@ class Average:
                 ),
             ),
             invalid=(
-                Invalid("no states", self.changed(**{first: lambda m: m.normal(8, 0)}), ValueError, first),
-                Invalid("65 states", self.changed(**{first: lambda m: m.normal(8, 65)}), ValueError, first),
-                Invalid("bidirectional with one half", self.changed(**both), ValueError, first),
+                *invalid(
+                    lambda m: self.call(m, 7, 3, 8),
+                    ("no states", first, lambda m: m.normal(8, 0)),
+                    ("65 states", first, lambda m: m.normal(8, 65)),
+                    ("residual would broadcast", self.residual, lambda m: m.normal(1)),
+                    ("no taps", "truncation", 0),
+                    ("a float of taps", "truncation", 3.0, TypeError),
+                ),
+                *invalid(
+                    lambda m: self.call(m, 7, 3, 8, return_state=True),
+                    ("truncation with a state", "truncation", 3),
+                ),
                 Invalid(
-                    "residual would broadcast",
-                    self.changed(**{self.residual: lambda m: m.normal(1)}),
-                    ValueError,
-                    self.residual,
+                    "bidirectional with one half", lambda m: self.call(m, 7, 3, 8) | both, ValueError, first
                 ),
                 Invalid(
                     "bidirectional with a state",
                     lambda m: self.call(m, 7, 3, 8, **both) | {"return_state": True},
                     ValueError,
                     "direction",
-                ),
-                Invalid("no taps", self.changed(truncation=0), ValueError, "truncation"),
-                Invalid("a float of taps", self.changed(truncation=3.0), TypeError, "truncation"),
-                Invalid(
-                    "truncation with a state",
-                    self.changed(truncation=3, return_state=True),
-                    ValueError,
-                    "truncation",
                 ),
             ),
             random=self.random,
@@ -172,17 +164,17 @@ def _parameters(make: Make, rows: int, states: int, spread: float, means: dict) 
 
 
 AVERAGE = Average("ema_scan", _parameters, {"damping": 0.0, "decay": 0.0}, "residual")
-_shared, _sample = AVERAGE.table(), AVERAGE.sample
+_shared, _sample = AVERAGE.table(), sampler(AVERAGE.call)
 TABLE = replace(
     _shared,
     samples=(
         *_shared.samples,
-        _sample("layer", 200, 4, 64, activation="silu", mask=True),
-        _sample("time last", 83, 2, 70, layout="BDL", activation="tanh", mask=True),
-        _sample("16 states", 70, 2, 40, 16, state=True),
-        _sample("one channel", 130, 3, 1, layout="BDL"),
+        _sample("layer", (200, 4, 64), activation="silu", mask=True),
+        _sample("time last", (83, 2, 70), layout="BDL", activation="tanh", mask=True),
+        _sample("16 states", (70, 2, 40, 16), state=True),
+        _sample("one channel", (130, 3, 1), layout="BDL"),
         # 13 channels, because with 3 the gradients have 12 numbers and eager is better by chance in 4 of 24 draws
-        _sample("long, few channels", 5000, 1, 13, activation="silu", state=True),
+        _sample("long, few channels", (5000, 1, 13), activation="silu", state=True),
         Sample(
             "three-dimensional parameters",
             lambda m: {

@@ -8,6 +8,7 @@ one step with its cache.
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -29,7 +30,7 @@ from fastasr.testing.speed import (
     module,
     upstream_member,
 )
-from fastasr.testing.table import Invalid, Make, OpTable, Sample
+from fastasr.testing.table import Invalid, Make, OpTable, Sample, sampler
 
 
 def _plain(make: Make, frames: int, batch: int, channels: int, taps: int, **options: Any) -> dict:
@@ -68,9 +69,11 @@ def _causal(
     }
 
 
-def _stream(make: Make, frames: int, batch: int, channels: int, taps: int, chunk: int = -1) -> dict:
+def _stream(
+    make: Make, frames: int, batch: int, channels: int, taps: int, chunk: int = -1, **options: Any
+) -> dict:
     cache = make.normal(batch, channels, taps // 2)
-    return _causal(make, frames, batch, channels, taps, chunk, cache=cache, return_cache=True)
+    return _causal(make, frames, batch, channels, taps, chunk, cache=cache, return_cache=True, **options)
 
 
 def _without(name: str, partner: str, make: Make) -> dict:
@@ -108,16 +111,20 @@ def _random(make: Make, shape: Shape) -> dict:
     return (_causal if form == "causal" else _stream)(make, frames, batch, channels, taps, chunk) | options
 
 
-def _one_bad_frame(make: Make, arguments: dict, value: float) -> dict:
-    arguments["h"][9, 0, 3] = value
-    return arguments
+def _one_bad_frame(sample: Sample, value: float = math.nan) -> Sample:
+    def arguments(make: Make) -> dict:
+        made = sample.arguments(make)
+        made["h"][9, 0, 3] = value
+        return made
+
+    return replace(sample, arguments=arguments, exact=False)
 
 
-def _saturated_gates(make: Make, arguments: dict) -> dict:
+def _saturated_gates(make: Make) -> dict:
     """Makes gates so large that the logistic function is 0 or 1; the exponential must not overflow there."""
-    channels = arguments["weight"].shape[0]
-    for frame, value in enumerate((-88.0, -104.0, -6e4, -float("inf"), 88.0, 6e4, float("inf"))):
-        arguments["h"][frame, 0, channels + frame] = value
+    arguments = _plain(make, 40, 2, 20, 5)
+    for frame, value in enumerate((-88.0, -104.0, -6e4, -math.inf, 88.0, 6e4, math.inf)):
+        arguments["h"][frame, 0, 20 + frame] = value
     return arguments
 
 
@@ -127,124 +134,101 @@ NEEDS = (
     ("causal_bias", "causal_weight"),
     ("chunk_size", "causal_weight"),
 )
+plain, past, causal = sampler(_plain), sampler(_past), sampler(_causal)
+stream, recordings = sampler(_stream), sampler(_recordings)
 TABLE = OpTable(
     op="gated_depthwise_conv",
     samples=(
-        Sample("plain", lambda m: _plain(m, 14, 2, 12, 7), thorough=True),
-        Sample("chunks", lambda m: _causal(m, 24, 3, 12, 5, 4), thorough=True),
-        Sample("stream", lambda m: _stream(m, 13, 2, 12, 5, 6), thorough=True),
-        Sample(
+        plain("plain", (14, 2, 12, 7), thorough=True),
+        causal("chunks", (24, 3, 12, 5, 4), thorough=True),
+        stream("stream", (13, 2, 12, 5, 6), thorough=True),
+        causal(
             "identity, no biases",
-            lambda m: _causal(m, 12, 2, 10, 3, activation="identity") | {"bias": None, "causal_bias": None},
+            (12, 2, 10, 3),
+            activation="identity",
+            bias=None,
+            causal_bias=None,
             thorough=True,
         ),
-        Sample(
+        plain(
             "weight is a matrix, no mask",
-            lambda m: (
-                _plain(m, 30, 3, 16, 5, activation="identity")
-                | {"weight": m.normal(16, 5), "padding_mask": None}
-            ),
+            (30, 3, 16, 5),
+            activation="identity",
+            weight=lambda m: m.normal(16, 5),
+            padding_mask=None,
         ),
-        Sample("SiLU", lambda m: _plain(m, 14, 2, 12, 9, activation="silu"), thorough=True),
-        Sample(
-            "gate of SiLU", lambda m: _past(m, 13, 2, 12, 3, 1, activation="silu", gate="silu"), thorough=True
-        ),
-        Sample(
-            "gate of SiLU, identity", lambda m: _plain(m, 70, 3, 40, 3, activation="identity", gate="silu")
-        ),
-        Sample("gate of SiLU, chunks", lambda m: _stream(m, 24, 3, 12, 5, 4) | {"gate": "silu"}),
-        Sample("SiLU, chunks", lambda m: _causal(m, 24, 3, 12, 5, 4, activation="silu")),
-        Sample(
-            "causal by delay, cached", lambda m: _past(m, 12, 2, 10, 9, 4, activation="silu"), thorough=True
-        ),
-        Sample(
-            "even, cached",
-            lambda m: _past(m, 13, 2, 10, 4, 0, activation="identity", return_cache=True),
-            thorough=True,
-        ),
-        Sample("even, none of the past", lambda m: _plain(m, 70, 2, 33, 4, delay=-2)),
-        Sample("causal by delay, longer than a block", lambda m: _past(m, 150, 2, 40, 31, 15)),
-        Sample(
-            "causal by delay, shorter than the kernel",
-            lambda m: _past(m, 3, 2, 40, 31, 15, return_cache=True),
-        ),
-        Sample("one tap", lambda m: _plain(m, 160, 3, 64, 1)),
-        Sample("one tap, causal", lambda m: _stream(m, 40, 2, 24, 1, 5)),
-        Sample("shorter than the kernel", lambda m: _plain(m, 7, 3, 80, 31)),
-        Sample("one frame, causal", lambda m: _stream(m, 1, 8, 33, 15)),
-        Sample("recordings", lambda m: _recordings(m, 30, 2, 12, 7, 0, 11, 13, 30), thorough=True),
-        Sample(
+        plain("SiLU", (14, 2, 12, 9), activation="silu", thorough=True),
+        past("gate of SiLU", (13, 2, 12, 3, 1), activation="silu", gate="silu", thorough=True),
+        plain("gate of SiLU, identity", (70, 3, 40, 3), activation="identity", gate="silu"),
+        stream("gate of SiLU, chunks", (24, 3, 12, 5, 4), gate="silu"),
+        causal("SiLU, chunks", (24, 3, 12, 5, 4), activation="silu"),
+        past("causal by delay, cached", (12, 2, 10, 9, 4), activation="silu", thorough=True),
+        past("even, cached", (13, 2, 10, 4, 0), activation="identity", return_cache=True, thorough=True),
+        plain("even, none of the past", (70, 2, 33, 4), delay=-2),
+        past("causal by delay, longer than a block", (150, 2, 40, 31, 15)),
+        past("causal by delay, shorter than the kernel", (3, 2, 40, 31, 15), return_cache=True),
+        plain("one tap", (160, 3, 64, 1)),
+        stream("one tap, causal", (40, 2, 24, 1, 5)),
+        plain("shorter than the kernel", (7, 3, 80, 31)),
+        stream("one frame, causal", (1, 8, 33, 15)),
+        recordings("recordings", (30, 2, 12, 7, 0, 11, 13, 30), thorough=True),
+        recordings(
             "recordings, SiLU, even, starts in any order and some equal",
-            lambda m: _recordings(m, 45, 2, 10, 4, 20, 3, 40, 20, 20, delay=1, activation="silu"),
+            (45, 2, 10, 4, 20, 3, 40, 20, 20),
+            delay=1,
+            activation="silu",
             thorough=True,
         ),
-        Sample(
+        recordings(
             "recordings, identity, no mask, gate of SiLU",
-            lambda m: (
-                _recordings(m, 90, 1, 40, 31, 0, 33, 70, 90, activation="identity", gate="silu")
-                | {"bias": None, "padding_mask": None}
-            ),
+            (90, 1, 40, 31, 0, 33, 70, 90),
+            activation="identity",
+            gate="silu",
+            bias=None,
+            padding_mask=None,
         ),
-        Sample(
-            "starts outside of the frames",
-            lambda m: _recordings(m, 20, 3, 66, 5, 2**40, -3, 9, delay=-2, activation="identity"),
+        recordings(
+            "starts outside of the frames", (20, 3, 66, 5, 2**40, -3, 9), delay=-2, activation="identity"
         ),
-        Sample(
+        recordings(
             "recordings, chunks, some of them shorter",
-            lambda m: _recordings(m, 30, 2, 12, 5, 3, 0, 11, 11, 13, 28, chunk=4),
+            (30, 2, 12, 5, 3, 0, 11, 11, 13, 28),
+            chunk=4,
             thorough=True,
         ),
-        Sample(
+        recordings(
             "recordings, whole ones are chunks",
-            lambda m: _recordings(m, 31, 2, 12, 7, 25, 2, 20, 4, chunk=-1, activation="identity"),
+            (31, 2, 12, 7, 25, 2, 20, 4),
+            chunk=-1,
+            activation="identity",
             thorough=True,
         ),
-        Sample("recordings, chunks of 12", lambda m: _recordings(m, 90, 3, 66, 9, 1, 40, 55, 90, chunk=12)),
-        Sample("recordings, chunks of 1", lambda m: _recordings(m, 20, 2, 33, 3, 7, 12, chunk=1)),
-        Sample("no frames, recordings", lambda m: _recordings(m, 0, 3, 8, 5, 0, 0)),
-        Sample("one tap, recordings", lambda m: _recordings(m, 12, 2, 24, 1, 4, 7)),
-        Sample("encoder, recordings", lambda m: _recordings(m, 600, 1, 96, 31, 0, 250, 420, 600), large=True),
-        Sample(
-            "encoder, recordings, chunks of 32",
-            lambda m: _recordings(m, 400, 1, 96, 31, 0, 250, 256, 300, chunk=32),
-            large=True,
+        recordings("recordings, chunks of 12", (90, 3, 66, 9, 1, 40, 55, 90), chunk=12),
+        recordings("recordings, chunks of 1", (20, 2, 33, 3, 7, 12), chunk=1),
+        recordings("no frames, recordings", (0, 3, 8, 5, 0, 0)),
+        recordings("one tap, recordings", (12, 2, 24, 1, 4, 7)),
+        recordings("encoder, recordings", (600, 1, 96, 31, 0, 250, 420, 600), large=True),
+        recordings(
+            "encoder, recordings, chunks of 32", (400, 1, 96, 31, 0, 250, 256, 300), chunk=32, large=True
         ),
-        Sample("encoder", lambda m: _plain(m, 150, 4, 192, 31), large=True),
-        Sample("encoder, identity", lambda m: _plain(m, 100, 5, 96, 15, activation="identity"), large=True),
-        Sample("encoder, chunks of 32", lambda m: _causal(m, 150, 3, 64, 31, 32), large=True),
-        Sample("encoder, chunks of 4", lambda m: _causal(m, 70, 3, 80, 15, 4), large=True),
-        Sample("two blocks of channels, chunks of 4", lambda m: _causal(m, 40, 2, 66, 5, 4)),
-        Sample(
-            "encoder, chunks of 2, identity", lambda m: _causal(m, 70, 3, 64, 15, 2, activation="identity")
-        ),
-        Sample("chunks longer than a block", lambda m: _causal(m, 230, 2, 33, 31, 100), large=True),
-        Sample("whole sequence, causal", lambda m: _causal(m, 150, 2, 64, 31), large=True),
-        Sample("no frames", lambda m: _plain(m, 0, 3, 8, 5)),
-        Sample("no frames, causal", lambda m: _stream(m, 0, 3, 8, 5)),
-        Sample("no frames, causal by delay", lambda m: _past(m, 0, 3, 8, 5, 2)),
-        Sample("no sequences", lambda m: _causal(m, 4, 0, 8, 5, 2)),
-        Sample("no channels", lambda m: _causal(m, 4, 2, 0, 5, 2)),
-        Sample("saturated gates", lambda m: _saturated_gates(m, _plain(m, 40, 2, 20, 5))),
-        Sample(
-            "infinity in one frame",
-            lambda m: _one_bad_frame(m, _plain(m, 20, 2, 8, 5), float("inf")),
-            exact=False,
-        ),
-        Sample(
-            "NaN in one frame, chunks",
-            lambda m: _one_bad_frame(m, _causal(m, 20, 2, 8, 5, 4), float("nan")),
-            exact=False,
-        ),
-        Sample(
-            "NaN in one frame, recordings",
-            lambda m: _one_bad_frame(m, _recordings(m, 20, 2, 8, 5, 10), float("nan")),
-            exact=False,
-        ),
-        Sample(
-            "NaN in one frame, recordings in chunks",
-            lambda m: _one_bad_frame(m, _recordings(m, 24, 2, 8, 5, 10, chunk=8), float("nan")),
-            exact=False,
-        ),
+        plain("encoder", (150, 4, 192, 31), large=True),
+        plain("encoder, identity", (100, 5, 96, 15), activation="identity", large=True),
+        causal("encoder, chunks of 32", (150, 3, 64, 31, 32), large=True),
+        causal("encoder, chunks of 4", (70, 3, 80, 15, 4), large=True),
+        causal("two blocks of channels, chunks of 4", (40, 2, 66, 5, 4)),
+        causal("encoder, chunks of 2, identity", (70, 3, 64, 15, 2), activation="identity"),
+        causal("chunks longer than a block", (230, 2, 33, 31, 100), large=True),
+        causal("whole sequence, causal", (150, 2, 64, 31), large=True),
+        plain("no frames", (0, 3, 8, 5)),
+        stream("no frames, causal", (0, 3, 8, 5)),
+        past("no frames, causal by delay", (0, 3, 8, 5, 2)),
+        causal("no sequences", (4, 0, 8, 5, 2)),
+        causal("no channels", (4, 2, 0, 5, 2)),
+        Sample("saturated gates", _saturated_gates),
+        _one_bad_frame(plain("infinity in one frame", (20, 2, 8, 5)), math.inf),
+        _one_bad_frame(causal("NaN in one frame, chunks", (20, 2, 8, 5, 4))),
+        _one_bad_frame(recordings("NaN in one frame, recordings", (20, 2, 8, 5, 10))),
+        _one_bad_frame(recordings("NaN in one frame, recordings in chunks", (24, 2, 8, 5, 10), chunk=8)),
     ),
     unread=("weight", "causal_weight"),  # some taps reach no frame of a short sequence
     random=_random,

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Samples of gated_residual_norm, and its benchmark at the sizes of ESPnet's MEGA decoder."""
 
-import math
 from functools import partial
 from typing import Any
 
@@ -68,21 +67,11 @@ TABLE = OpTable(
 # --- the benchmark
 
 
-def _case(*shape: int) -> Case:
-    (length, batch, channels), n = shape, math.prod(shape)
-    passes = costs((5 * n, 0), (8 * n, 0))
-    return case(
-        "gated_residual_norm",
-        shape,
-        lambda m: _slices(m, length, batch, channels, between=1152),
-        passes,
-        copy=True,
-    )
-
-
 def sized(T: int = 200, B: int = 4, C: int = 512) -> Case:
-    return _case(T, B, C)
+    shape, n = (T, B, C), T * B * C
+    passes = costs((5 * n, 0), (8 * n, 0))
+    return case("gated_residual_norm", shape, lambda m: _slices(m, *shape, between=1152), passes, copy=True)
 
 
-CASES = ON_DEVICE = (_case(200, 4, 512), _case(1024, 4, 512))
+CASES = ON_DEVICE = (sized(), sized(1024))
 WATCH = "the mean in two parts; `ex2` and the reciprocal of the gate; 800 rows in as many parts"

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from fastasr.testing.speed import BOTH, FORWARD, Case, Cost, Implementation, case, parameters, upstream_member
-from fastasr.testing.table import Make, OpTable, Sample
+from fastasr.testing.table import Make, OpTable, Sample, sampler
 
 
 def lstm(
@@ -29,38 +29,27 @@ def lstm(
     return arguments
 
 
-def _sample(
-    name: str,
-    *sizes: int,
-    exact: bool = True,
-    thorough: bool = False,
-    large: bool = False,
-    draws: int = 4,
-    **options: Any,
-) -> Sample:
-    return Sample(name, lambda m: lstm(m, *sizes, **options), exact, thorough, large, draws)
-
-
+_sample = sampler(lstm, draws=4)
 TABLE = OpTable(
     op="layer_norm_lstm",
     samples=(
-        _sample("sequence", 5, 2, 3, 4, thorough=True, large=True, draws=16),
-        _sample("sequence with a state", 3, 3, 5, 6, state=True, thorough=True, draws=16),
-        _sample("one step", 1, 2, 7, 12, state=True, thorough=True, draws=16),
-        _sample("predictor", 20, 4, 64, 128, large=True, draws=6),
-        _sample("two blocks of units", 2, 3, 3, 20, state=True),
-        _sample("two blocks of sequences", 1, 18, 2, 7),
-        _sample("units and a tail", 12, 3, 40, 70, state=True, large=True),
-        _sample("three units", 9, 5, 33, 19, state=True, large=True),
-        _sample("two steps of one sequence", 2, 1, 48, 96, state=True, large=True),
-        _sample("one step of seven sequences", 1, 7, 64, 130, state=True, large=True),
-        _sample("many sequences", 4, 37, 16, 65, large=True),
-        _sample("narrow input", 15, 2, 1, 32, large=True),
-        _sample("small epsilon", 10, 4, 24, 48, eps=1e-5, large=True),
-        _sample("one unit", 6, 2, 3, 1, exact=False),
-        _sample("no steps", 0, 2, 3, 4, state=True, exact=False),
-        _sample("no sequences", 3, 0, 5, 6, state=True, exact=False),
-        _sample("no inputs", 2, 1, 0, 7, exact=False),
+        _sample("sequence", (5, 2, 3, 4), thorough=True, large=True, draws=16),
+        _sample("sequence with a state", (3, 3, 5, 6), state=True, thorough=True, draws=16),
+        _sample("one step", (1, 2, 7, 12), state=True, thorough=True, draws=16),
+        _sample("predictor", (20, 4, 64, 128), large=True, draws=6),
+        _sample("two blocks of units", (2, 3, 3, 20), state=True),
+        _sample("two blocks of sequences", (1, 18, 2, 7)),
+        _sample("units and a tail", (12, 3, 40, 70), state=True, large=True),
+        _sample("three units", (9, 5, 33, 19), state=True, large=True),
+        _sample("two steps of one sequence", (2, 1, 48, 96), state=True, large=True),
+        _sample("one step of seven sequences", (1, 7, 64, 130), state=True, large=True),
+        _sample("many sequences", (4, 37, 16, 65), large=True),
+        _sample("narrow input", (15, 2, 1, 32), large=True),
+        _sample("small epsilon", (10, 4, 24, 48), eps=1e-5, large=True),
+        _sample("one unit", (6, 2, 3, 1), exact=False),
+        _sample("no steps", (0, 2, 3, 4), state=True, exact=False),
+        _sample("no sequences", (3, 0, 5, 6), state=True, exact=False),
+        _sample("no inputs", (2, 1, 0, 7), exact=False),
         Sample(
             "NaN and inf",
             lambda m: (

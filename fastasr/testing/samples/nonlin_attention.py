@@ -51,19 +51,15 @@ TABLE = OpTable(
 # --- the benchmark
 
 
-def _case(frames: int, batch: int, width: int) -> Case:
-    scores, rows = batch * frames * frames, frames * batch * width
-    passes = costs(
-        (scores + 8 * rows, 2 * scores * width),  # W; s, v, x, x, o, o, z, y
-        (2 * scores + 20 * rows, 4 * scores * width),
-    )
-    return case("nonlin_attention", (frames, batch, width), lambda m: _call(m, frames, batch, width), passes)
-
-
 def sized(T: int = 796, B: int = 4, D: int = 144) -> Case:
-    return _case(T, B, D)
+    scores, rows = B * T * T, T * B * D
+    passes = costs(
+        (scores + 8 * rows, 2 * scores * D),  # W; s, v, x, x, o, o, z, y
+        (2 * scores + 20 * rows, 4 * scores * D),
+    )
+    return case("nonlin_attention", (T, B, D), lambda m: _call(m, T, B, D), passes)
 
 
-CASES = (_case(796, 4, 144), _case(100, 4, 384))
-ON_DEVICE = (_case(FRAMES, BATCH, 144), _case(188, BATCH, 384))
+CASES = (sized(796, 4, 144), sized(100, 4, 384))
+ON_DEVICE = (sized(FRAMES, BATCH, 144), sized(188, BATCH, 384))
 WATCH = "the gate's tanh; rows of two layouts"

@@ -89,15 +89,11 @@ TABLE = OpTable(
 # --- the benchmark
 
 
-def _case(*shape: int) -> Case:
-    n = math.prod(shape)
+def sized(T: int = 750, B: int = 4, C: int = 1024) -> Case:
+    shape, n = (B, T, C), B * T * C
     passes = costs((2 * n, 0), (3 * n, 0))  # x; y. x, dy; dx
     return case("norm_activation", shape, lambda m: _call(m, shape), passes, copy=True)
 
 
-def sized(T: int = 750, B: int = 4, C: int = 1024) -> Case:
-    return _case(B, T, C)
-
-
-CASES = ON_DEVICE = (_case(4, 750, 1024), _case(16, 188, 512))
+CASES = ON_DEVICE = (sized(), sized(188, 16, 512))
 WATCH = "the mean in two parts; `ex2` and the reciprocal of the activation; it uses residual_norm's tiles"

@@ -28,7 +28,7 @@ from fastasr.testing.speed import (
     costs,
     upstream_member,
 )
-from fastasr.testing.table import Invalid, Make, OpTable, Sample
+from fastasr.testing.table import Invalid, Make, OpTable, Sample, sampler
 
 
 def _call(
@@ -57,19 +57,8 @@ def _given(make: Make, arguments: dict) -> dict:
     return {name: value(make) if callable(value) else value for name, value in arguments.items()}
 
 
-def _sample(
-    name: str,
-    sizes: tuple[int, ...],
-    thorough: bool = False,
-    large: bool = False,
-    draws: int = 1,
-    **more: Any,
-) -> Sample:
-    """Returns the sample ``_call(make, *sizes, **more)``."""
-    return Sample(name, lambda make: _call(make, *sizes, **more), True, thorough, large, draws)
-
-
-_small = partial(_sample, draws=8)  # a few hundred numbers, whose errors are compared over several draws
+_sample = sampler(_call)
+_small = sampler(_call, draws=8)  # a few hundred numbers, whose errors are compared over several draws
 
 
 def _padding(frames: int, *lengths: int) -> Callable[[Make], Tensor]:
@@ -419,43 +408,20 @@ TABLE = OpTable(
         _sample("no frames, keys of a cache", (2, 0, 2, 8), cached=3),
         _sample("no sequences", (0, 5, 2, 8)),
     ),
-    invalid=(
-        Invalid(
-            "recordings and a cache",
-            lambda m: _call(m, 1, 4, 1, 4, cached=2, **_recordings(0, 4)),
-            ValueError,
-            "k",
-        ),
-        Invalid(
-            "recordings and chunks",
-            lambda m: _call(m, 1, 4, 1, 4, **_recordings(0, 4), **_context(2, 0, 2)),
-            ValueError,
-            "chunk_size",
-        ),
-        Invalid("no starts", lambda m: _call(m, 1, 4, 1, 4, **_recordings()), ValueError, "starts"),
-        Invalid(
-            "a negative context", lambda m: _call(m, 1, 4, 1, 4, **_context(-2, 0)), ValueError, "context"
-        ),
-        Invalid(
-            "a span of one side", lambda m: _call(m, 1, 4, 1, 4, pos_span=(3, -1)), ValueError, "pos_span"
-        ),
-        Invalid(
-            "a span alone",
-            lambda m: _call(m, 1, 4, 1, 4, pos_span=(3, 1), **_without("pos", "bias_v")),
-            ValueError,
-            "pos_span",
-        ),
-        Invalid(
-            "positions beyond the span", lambda m: _call(m, 1, 4, 1, 4, pos_span=(3, 1)), ValueError, "pos"
-        ),
-        Invalid("a bias of position alone", lambda m: _call(m, 1, 4, 1, 4, pos=None), ValueError, "bias_v"),
-        Invalid(
-            "a gate alone",
-            lambda m: _call(m, 1, 4, 1, 4, offset_gate=m.normal(1, 4, 1)),
-            ValueError,
-            "offset_gate",
-        ),
-        Invalid("fewer keys than queries", lambda m: _call(m, 1, 4, 1, 4, cached=-1), ValueError, "k"),
+    invalid=tuple(
+        Invalid(name, partial(_call, batch=1, frames=4, heads=1, width=4, **given), ValueError, blamed)
+        for name, blamed, given in (
+            ("recordings and a cache", "k", {"cached": 2} | _recordings(0, 4)),
+            ("recordings and chunks", "chunk_size", _recordings(0, 4) | _context(2, 0, 2)),
+            ("no starts", "starts", _recordings()),
+            ("a negative context", "context", _context(-2, 0)),
+            ("a span of one side", "pos_span", {"pos_span": (3, -1)}),
+            ("a span alone", "pos_span", {"pos_span": (3, 1)} | _without("pos", "bias_v")),
+            ("positions beyond the span", "pos", {"pos_span": (3, 1)}),
+            ("a bias of position alone", "bias_v", _without("pos")),
+            ("a gate alone", "offset_gate", {"offset_gate": lambda make: make.normal(1, 4, 1)}),
+            ("fewer keys than queries", "k", {"cached": -1}),
+        )
     ),
     unread=("k", "v"),  # the op may skip hidden keys
     random=_random,
@@ -534,19 +500,18 @@ def flex(device: str) -> Callable:
     return run
 
 
-def _case(frames: int, batch: int, heads: int = HEADS, width: int = WIDTH) -> Case:
+def sized(T: int = 400, B: int = 4, H: int = HEADS, D: int = WIDTH) -> Case:
     def arguments(make: Make) -> dict:
-        lengths = torch.linspace(frames, frames * 0.8, batch).long()
-        return _call(make, batch, frames, heads, width, key_padding_mask=_padding(frames, *lengths))
+        lengths = torch.linspace(T, T * 0.8, B).long()
+        return _call(make, B, T, H, D, key_padding_mask=_padding(T, *lengths))
 
     others = {
         "additive mask": lambda **call: computed(additive, call),
         "FlexAttention": lambda **call: computed(flex(call["q"].device), call),
-        "upstream": lambda **call: computed(espnet(heads, width, call["q"].device), call),
+        "upstream": lambda **call: computed(espnet(H, D, call["q"].device), call),
     }
-    name = f"{batch}x{frames}, {heads} heads of {width}"
-    passes = _passes(batch, frames, frames * frames, heads, width)
-    return case("rel_attention", name, arguments, passes, others=others)
+    name = f"{B}x{T}, {H} heads of {D}"
+    return case("rel_attention", name, arguments, _passes(B, T, T * T, H, D), others=others)
 
 
 def _passes(
@@ -574,12 +539,8 @@ def _chunks(frames: int, batch: int, left: int = 70, chunk_size: int = 14) -> Ca
     )
 
 
-def sized(T: int = 400, B: int = 4, H: int = HEADS, D: int = WIDTH) -> Case:
-    return _case(T, B, H, D)
-
-
-CASES = (_case(400, 4), _case(1500, 1), _chunks(1500, 1))
-ON_DEVICE = (_case(400, BATCH), _case(FRAMES, BATCH), _chunks(FRAMES, BATCH))
+CASES = (sized(400, 4), sized(1500, 1), _chunks(1500, 1))
+ON_DEVICE = (sized(400, BATCH), sized(FRAMES, BATCH), _chunks(FRAMES, BATCH))
 WATCH = (
     "scores by offset shifted by `tl.gather` in registers; dropout by a hash; heads of up to 128; contexts; "
     "delta from y in 16 bits"

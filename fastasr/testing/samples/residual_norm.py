@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Samples of residual_norm, and its benchmark at the sizes of ESPnet's MEGA decoder."""
 
-import math
-
 from fastasr.testing.speed import Case, case, costs
 from fastasr.testing.table import Make, OpTable, Sample
 
@@ -50,14 +48,10 @@ TABLE = OpTable(
 # --- the benchmark
 
 
-def _case(*shape: int) -> Case:
-    n = math.prod(shape)
+def sized(T: int = 200, B: int = 4, C: int = 512) -> Case:
+    shape, n = (T, B, C), T * B * C
     return case("residual_norm", shape, lambda m: _call(m, shape), costs((3 * n, 0), (4 * n, 0)), copy=True)
 
 
-def sized(T: int = 200, B: int = 4, C: int = 512) -> Case:
-    return _case(T, B, C)
-
-
-CASES = ON_DEVICE = (_case(200, 4, 512), _case(1024, 4, 512))
+CASES = ON_DEVICE = (sized(), sized(1024))
 WATCH = "the mean in two parts; 512 elements per warp forward and 256 backward"

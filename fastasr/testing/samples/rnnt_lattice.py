@@ -3,7 +3,6 @@
 frames."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from fastasr.testing.speed import (
     simple,
     upstream_member,
 )
-from fastasr.testing.table import Invalid, Make, OpTable, Sample, sampler
+from fastasr.testing.table import Make, OpTable, Sample, invalid, sampler
 
 
 def _lattice(
@@ -121,20 +120,11 @@ TABLE = OpTable(
         Sample("-inf, occupations", _special(-float("inf"), return_occupation=True), exact=False),
         _sample("unreachable, occupations", (1, 6, 4), modified=True, return_occupation=True, exact=False),
     ),
-    invalid=(
-        Invalid(
-            "frames",
-            lambda m: _lattice(m, 2, 3, 4) | {"symbol_logprobs": m.normal(2, 3, 6)},
-            ValueError,
-            "symbol_logprobs",
-        ),
+    invalid=invalid(
+        lambda m: _lattice(m, 2, 3, 4),
+        ("frames", "symbol_logprobs", lambda m: m.normal(2, 3, 6)),
         *(
-            Invalid(
-                name,
-                partial(_lattice, batch=2, symbols=3, frames=4, boundary=[[0, 0, 3, 4], row]),
-                ValueError,
-                "boundary",
-            )
+            (name, "boundary", torch.tensor([[0, 0, 3, 4], row]))
             for name, row in (
                 ("symbols outside", [0, 0, 4, 4]),
                 ("frames outside", [0, 0, 3, 5]),

@@ -163,34 +163,6 @@ def upstream(
     return run
 
 
-def _case(
-    segment: int,
-    right: int,
-    frames: int = 400,
-    batch: int = 4,
-    heads: int = HEADS,
-    width: int = WIDTH,
-    left: int = LEFT,
-) -> Case:
-    queries, keys = rows_of(frames, segment, right, 0)
-    row, pairs = batch * heads * width, 0
-    for start in range(0, frames, segment):
-        end = min(start + segment, frames)
-        pairs += batch * heads * (right + end - start) * (right + end - max(0, start - left))
-    passes = costs(
-        ((2 * queries + 2 * keys) * row, 4 * width * pairs),
-        ((3 * queries + 4 * keys) * row, 10 * width * pairs),
-    )
-    name, shape = f"{frames}x{batch}, segment {segment}, right {right}", f"{frames}x{batch}x{heads * width}"
-    sizes = batch, heads, width, frames, segment, left, right, 0
-    others = {
-        "upstream": lambda **call: computed(
-            upstream(segment, right, frames, batch, heads, width, left, call["query"].device), call
-        )
-    }
-    return case("segment_attention", name, lambda m: _slices(m, *sizes), passes, shape=shape, others=others)
-
-
 def sized(
     frames: int = 400,
     B: int = 4,
@@ -200,9 +172,24 @@ def sized(
     left_context_length: int = LEFT,
     right_context_length: int = 4,
 ) -> Case:
-    context = num_heads, D, left_context_length
-    return _case(segment_length, right_context_length, frames, B, *context)
+    segment, left, right = segment_length, left_context_length, right_context_length
+    queries, keys = rows_of(frames, segment, right, 0)
+    row, pairs = B * num_heads * D, 0
+    for start in range(0, frames, segment):
+        end = min(start + segment, frames)
+        pairs += B * num_heads * (right + end - start) * (right + end - max(0, start - left))
+    passes = costs(
+        ((2 * queries + 2 * keys) * row, 4 * D * pairs), ((3 * queries + 4 * keys) * row, 10 * D * pairs)
+    )
+    name, shape = f"{frames}x{B}, segment {segment}, right {right}", f"{frames}x{B}x{num_heads * D}"
+    sizes = B, num_heads, D, frames, segment, left, right, 0
+    others = {
+        "upstream": lambda **call: computed(
+            upstream(segment, right, frames, B, num_heads, D, left, call["query"].device), call
+        )
+    }
+    return case("segment_attention", name, lambda m: _slices(m, *sizes), passes, shape=shape, others=others)
 
 
-CASES = ON_DEVICE = (_case(16, 4), _case(4, 1))
+CASES = ON_DEVICE = (sized(), sized(segment_length=4, right_context_length=1))
 WATCH = "rows gathered by segment; intervals as masks; more than one block of channels"

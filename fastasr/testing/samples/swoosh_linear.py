@@ -5,7 +5,6 @@ There, forward is inference without dropout. The passes with gradients are a tra
 shared over time, as upstream trains.
 """
 
-import math
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
@@ -148,9 +147,12 @@ def _upstream(x: Tensor, weight: Tensor, bias: Tensor) -> Implementation:
     return Implementation(partial(training, x), wanted, inference=partial(inference, x))
 
 
-def _case(shape: tuple[int, ...], outputs: int) -> Case:
+def sized(T: int = 796, B: int = 4, K: int = 512, N: int = 192) -> Case:
+    def arguments(make: Make) -> dict:
+        return affine(make, (T, B, K), N)
+
     def make(device: str, dtype: torch.dtype) -> dict[str, Callable[[], Implementation]]:
-        given = cache(lambda: affine(Make(dtype, device), shape, outputs))
+        given = cache(lambda: arguments(Make(dtype, device)))
         return {
             "eager": lambda: _formula(formula, **given()),
             "compile": lambda: _formula(compiled(formula), **given()),
@@ -158,24 +160,12 @@ def _case(shape: tuple[int, ...], outputs: int) -> Case:
             "fastasr": lambda: _fastasr(**given()),
         }
 
-    text, inputs, rows = "x".join(map(str, shape)), shape[-1], math.prod(shape[:-1])
-    product, weight = 2 * rows * inputs * outputs, inputs * outputs
-    forward = rows * inputs + weight + rows * outputs
-    passes = costs((forward, product), (forward + rows * inputs + weight, 2 * product))
-    return Case(
-        "swoosh_linear",
-        f"{text}->{outputs}",
-        text,
-        make,
-        passes,
-        arguments=lambda m: affine(m, shape, outputs),
-    )
+    text, rows, weight = f"{T}x{B}x{K}", T * B, K * N
+    product, forward = 2 * rows * weight, rows * K + weight + rows * N
+    passes = costs((forward, product), (forward + rows * K + weight, 2 * product))
+    return Case("swoosh_linear", f"{text}->{N}", text, make, passes, arguments=arguments)
 
 
-def sized(T: int = 796, B: int = 4, K: int = 512, N: int = 192) -> Case:
-    return _case((T, B, K), N)
-
-
-CASES = (_case((796, 4, 512), 192), _case((100, 4, 1536), 512))
-ON_DEVICE = (_case((FRAMES, BATCH, 512), 192), _case((FRAMES, BATCH, 1536), 512))
+CASES = (sized(), sized(100, 4, 1536, 512))
+ON_DEVICE = (sized(FRAMES, BATCH, 512, 192), sized(FRAMES, BATCH, 1536, 512))
 WATCH = "the masked kernels; the product in torch beside them"

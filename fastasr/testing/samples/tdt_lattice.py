@@ -21,7 +21,7 @@ from fastasr.testing.speed import (
     simple,
     upstream_member,
 )
-from fastasr.testing.table import Invalid, Make, OpTable, Sample
+from fastasr.testing.table import Make, OpTable, Sample, invalid
 
 PARAKEET = (0, 1, 2, 3, 4)
 
@@ -68,10 +68,6 @@ def _random(make: Make, shape: Shape) -> dict:
     return _lattice(make, batch, frames, symbols, durations, boundary=rows)
 
 
-def _invalid(name: str, argument: str, **changed: Any) -> Invalid:
-    return Invalid(name, lambda m: _lattice(m, 2, 4, 3) | changed, ValueError, argument)
-
-
 RAGGED = [[0, 0, 5, 9], [1, 2, 4, 7], [0, 0, 0, 3], [2, 1, 2, 9]]
 TABLE = OpTable(
     op="tdt_lattice",
@@ -100,15 +96,11 @@ TABLE = OpTable(
             for value in (float("nan"), float("inf"), -float("inf"))
         ),
     ),
-    invalid=(
-        Invalid(
-            "cells",
-            lambda m: _lattice(m, 2, 4, 3) | {"duration_logprobs": m.normal(2, 4, 3, 5)},
-            ValueError,
-            "duration_logprobs",
-        ),
+    invalid=invalid(
+        lambda m: _lattice(m, 2, 4, 3),
+        ("cells", "duration_logprobs", lambda m: m.normal(2, 4, 3, 5)),
         *(
-            _invalid(name, argument, **{argument: torch.tensor(value)})
+            (name, argument, torch.tensor(value))
             for name, argument, value in (
                 ("symbols outside", "boundary", [[0, 0, 3, 4], [0, 0, 4, 4]]),
                 ("frames outside", "boundary", [[0, 0, 3, 4], [0, 0, 3, 5]]),

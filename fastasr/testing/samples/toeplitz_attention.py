@@ -151,25 +151,20 @@ TABLE = OpTable(
 # --- the benchmark
 
 
-def _case(length: int, batch: int, keys: int = 128, values: int = 1024) -> Case:
+def sized(L: int = 200, B: int = 4, D: int = 128, V: int = 1024) -> Case:
     between = 512  # the projection's other columns, between query_key and gate
 
     def arguments(make: Make) -> dict:
-        return _slices(make, length, batch, keys, values, between, between, activate_value=True)
+        return _slices(make, L, B, D, V, between, between, activate_value=True)
 
-    frames, pairs = length * batch, batch * length * (length + 1) // 2  # causal
+    frames, pairs = L * B, B * L * (L + 1) // 2  # causal
     passes = costs(
-        (frames * (keys + 3 * values), 2 * pairs * (keys + values)),
+        (frames * (D + 3 * V), 2 * pairs * (D + V)),
         # scores again; weights' gradient and the values'; the queries' and the keys'
-        (frames * (2 * keys + 6 * values), 2 * pairs * (3 * keys + 2 * values)),
+        (frames * (2 * D + 6 * V), 2 * pairs * (3 * D + 2 * V)),
     )
-    name, shape = f"{length}x{batch}, {keys}, {values}", f"{length}x{batch}x{values}"
-    return case("toeplitz_attention", name, arguments, passes, shape=shape)
+    return case("toeplitz_attention", f"{L}x{B}, {D}, {V}", arguments, passes, shape=f"{L}x{B}x{V}")
 
 
-def sized(L: int = 200, B: int = 4, D: int = 128, V: int = 1024) -> Case:
-    return _case(L, B, D, V)
-
-
-CASES = ON_DEVICE = (_case(200, 4), _case(1024, 4))
+CASES = ON_DEVICE = (sized(), sized(1024))
 WATCH = "unaligned loads in the bias's gradient; float64 sums for float32; 150 channels"

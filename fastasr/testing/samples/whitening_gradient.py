@@ -130,10 +130,12 @@ def _upstream(grad: Tensor, x: Tensor, num_groups: int, limit: float, grad_scale
     return Implementation(lambda: torch.autograd.grad(y, leaf, grad, retain_graph=True)[0], parameters())
 
 
-def _case(*shape: int, groups: int = 1) -> Case:
+def sized(T: int = 796, B: int = 4, D: int = 192, num_groups: int = 1) -> Case:
+    shape = (T, B, D)
+
     def costs(size: int) -> dict[str, Cost]:
         # x twice, grad twice; y. Both products
-        return {FORWARD: Cost(5 * math.prod(shape) * size, 4 * math.prod(shape) * shape[-1] // groups)}
+        return {FORWARD: Cost(5 * math.prod(shape) * size, 4 * math.prod(shape) * D // num_groups)}
 
     options: dict[str, Any] = {
         "copy": True,
@@ -141,13 +143,9 @@ def _case(*shape: int, groups: int = 1) -> Case:
         "differentiable": (),
         "others": {"upstream": _upstream},
     }
-    return case("whitening_gradient", shape, lambda m: _call(m, shape, groups), costs, **options)
+    return case("whitening_gradient", shape, lambda m: _call(m, shape, num_groups), costs, **options)
 
 
-def sized(T: int = 796, B: int = 4, D: int = 192, num_groups: int = 1) -> Case:
-    return _case(T, B, D, groups=num_groups)
-
-
-CASES = (_case(796, 4, 192), _case(100, 4, 512), _case(796, 4, 128, groups=4))
-ON_DEVICE = (_case(FRAMES, BATCH, 192), _case(188, BATCH, 512), _case(FRAMES, BATCH, 128, groups=4))
+CASES = (sized(796, 4, 192), sized(100, 4, 512), sized(796, 4, 128, 4))
+ON_DEVICE = (sized(FRAMES, BATCH, 192), sized(188, BATCH, 512), sized(FRAMES, BATCH, 128, 4))
 WATCH = "float32 products without TF32; w of channels whose mean is tens of times their deviation; padding"

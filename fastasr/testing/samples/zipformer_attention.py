@@ -3,7 +3,6 @@
 self-attention of Zipformer-M's stack 0 with 16 s of four utterances, and 60 s of one."""
 
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from fastasr.testing.fuzz import Shape
 from fastasr.testing.samples import zipformer_attention_weights as weights
 from fastasr.testing.speed import BATCH, FRAMES, Case
-from fastasr.testing.table import Invalid, Make, OpTable, Sample, changed, sampler
+from fastasr.testing.table import Make, OpTable, Sample, invalid, sampler
 
 
 def _valued(make: Make, arguments: dict, heads: int | None = None, dim: int = 3) -> dict:
@@ -31,9 +30,6 @@ _VALUE_DIM = {"wide heads": 12, "stack 3": 12}
 def _sample(sample: Sample) -> Sample:
     dim = _VALUE_DIM.get(sample.name, 3)
     return replace(sample, arguments=lambda m: _valued(m, sample.arguments(m), dim=dim))
-
-
-_with = partial(changed, lambda m: _valued(m, weights._call(m, 5, 2)))
 
 
 def _decision(yes: bool | None) -> Tensor | None:
@@ -154,9 +150,10 @@ TABLE = OpTable(
             large=True,
         ),
     ),
-    invalid=(
-        Invalid("value does not divide", _with(value=lambda m: m.normal(5, 2, 7)), ValueError, "value"),
-        Invalid("values of three heads", _with(value_heads=3), ValueError, "value_heads"),
+    invalid=invalid(
+        lambda m: _valued(m, weights._call(m, 5, 2)),
+        ("value does not divide", "value", lambda m: m.normal(5, 2, 7)),
+        ("values of three heads", "value_heads", 3),
     ),
     penalties=("score_penalty",),
     unread=("value",),  # the op may skip hidden keys
@@ -167,31 +164,26 @@ TABLE = OpTable(
 # --- the benchmark
 
 
-def _case(*sizes: int, query: int = weights.QUERY_DIM, dim: int = 12) -> Case:
-    frames, batch, heads = sizes
-    pos = weights.POS_DIM
-    scores, rows = heads * batch * frames * frames, frames * batch * heads
-    values, result = rows * (2 * query + pos + dim), rows * dim
-    product, weighting = 2 * scores * (query + pos), 2 * scores * dim
-    forward = values + result, product + weighting
-    backward = 2 * values + result, 3 * product + 2 * weighting
-
-    def arguments(make: Make, *sizes: int) -> dict:
-        return _valued(make, partial(weights.ragged, query=query)(make, *sizes), dim=dim)
-
-    return weights.measured("zipformer_attention", arguments, forward, backward, *sizes)
-
-
 def sized(
     T: int = 796, B: int = 4, num_heads: int = 4, query_head_dim: int = weights.QUERY_DIM, E: int = 48
 ) -> Case:
     if E % num_heads:
         raise ValueError(f"E: expected a multiple of num_heads = {num_heads}, got {E}")
-    return _case(T, B, num_heads, query=query_head_dim, dim=E // num_heads)
+    pos, dim = weights.POS_DIM, E // num_heads
+    scores, rows = num_heads * B * T * T, T * B * num_heads
+    values, result = rows * (2 * query_head_dim + pos + dim), rows * dim
+    product, weighting = 2 * scores * (query_head_dim + pos), 2 * scores * dim
+    forward = values + result, product + weighting
+    backward = 2 * values + result, 3 * product + 2 * weighting
+
+    def arguments(make: Make, frames: int, batch: int, heads: int) -> dict:
+        return _valued(make, weights.ragged(make, frames, batch, heads, query_head_dim), dim=dim)
+
+    return weights.measured("zipformer_attention", arguments, forward, backward, T, B, num_heads)
 
 
-CASES = (_case(796, 4, 4), _case(2998, 1, 4))
-ON_DEVICE = (_case(FRAMES, BATCH, 4), _case(188, BATCH, 8))
+CASES = (sized(), sized(2998, 1))
+ON_DEVICE = (sized(FRAMES, BATCH), sized(188, BATCH, 8, E=96))
 WATCH = (
     "tiles under a running maximum with four warps; pieces of dS added in order; recordings in a row; a penalty and "
     "equal weights that numbers on the device decide"

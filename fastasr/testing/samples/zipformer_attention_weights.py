@@ -265,21 +265,16 @@ def measured(
     return case(op, name, lambda m: arguments(m, *sizes), passes, **options)
 
 
-def _case(*sizes: int, query: int = QUERY_DIM) -> Case:
-    frames, batch, heads = sizes
-    scores, values = heads * batch * frames * frames, frames * batch * heads * (2 * query + POS_DIM)
-    product = 2 * scores * (query + POS_DIM)
+def sized(T: int = 796, B: int = 4, num_heads: int = 4, query_head_dim: int = QUERY_DIM) -> Case:
+    scores, values = num_heads * B * T * T, T * B * num_heads * (2 * query_head_dim + POS_DIM)
+    product = 2 * scores * (query_head_dim + POS_DIM)
     forward = scores + values, product  # W; x
     backward = 2 * scores + 2 * values, 2 * product  # W, dW; x, dx
     others = {"upstream": _upstream}
-    arguments = partial(ragged, query=query)
-    return measured("zipformer_attention_weights", arguments, forward, backward, *sizes, others=others)
+    name, arguments = "zipformer_attention_weights", partial(ragged, query=query_head_dim)
+    return measured(name, arguments, forward, backward, T, B, num_heads, others=others)
 
 
-def sized(T: int = 796, B: int = 4, num_heads: int = 4, query_head_dim: int = QUERY_DIM) -> Case:
-    return _case(T, B, num_heads, query=query_head_dim)
-
-
-CASES = (_case(796, 4, 4), _case(398, 4, 4), _case(100, 4, 8), _case(2998, 1, 4))
-ON_DEVICE = (_case(FRAMES, BATCH, 4), _case(188, BATCH, 8))
+CASES = (sized(), sized(398), sized(100, 4, 8), sized(2998, 1))
+ON_DEVICE = (sized(FRAMES, BATCH), sized(188, BATCH, 8))
 WATCH = "packed 64-bit loads of R; keys outside the chunk window; 16×512 in one piece; recordings in a row"

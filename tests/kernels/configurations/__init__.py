@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The configurations of every Triton kernel that the launchers use at model shapes: kernel, constants, types, warps.
+"""The configurations of every Triton kernel that the launchers use at model shapes.
 
 Each file of kernels has a file of its name here, with a function ``configurations``.
 """

@@ -12,11 +12,11 @@ from .configuration import Configuration
 def decided():
     tile = {"BLOCK_R": steps.ROWS, "BLOCK_C": steps.COLUMNS}
     numbers = dict.fromkeys(("DRAWN", "RATE", "SCALE", "LIMITS", "ACT"), "fp32") | {"OF": "i64"}
-    none = dict.fromkeys(("DRAWN", "RATE", "OF"))
+    none, warps = dict.fromkeys(("DRAWN", "RATE", "OF")), {"num_warps": steps.WARPS}
 
     def configuration(name, kernel, types, constants, divisible=("columns",)):
         function = getattr(steps, f"{kernel}_kernel")
-        return Configuration(f"decided {name}", function, numbers | types, constants, steps.WARPS, divisible)
+        return Configuration(f"decided {name}", function, numbers | types, constants | warps, divisible)
 
     stream = {"SRC": "fp32", "OUT": "fp32", "TOTAL": "fp32", "Y": "bf16", "NARROW": "bf16", "DY": "bf16"}
     stream |= {"A": "fp32", "B": "bf16"}
@@ -39,8 +39,9 @@ def decided():
     yield configuration("limit", "limit", types, {"BLOCK": 256} | none, ())
     yield configuration("limit, masked", "limit", types, {"BLOCK": 256}, ())
     own = {"FIELDS": 8, "DTYPE": tl.float32, "DRAWN": tl.bfloat16, "MASKED": True, "BLOCK": steps.CHANNELS}
-    yield Configuration("decided limit, jobs", steps.limit_of_jobs_kernel, {"JOBS": "i64"}, own, steps.WARPS)
+    yield Configuration("decided limit, jobs", steps.limit_of_jobs_kernel, {"JOBS": "i64"}, own | warps)
     own = {"FIELDS": 5, "SAMPLE": _casts.SAMPLE}
-    bits, cast = {"BITS": tl.int32}, {"DTYPE": tl.float32, "TO": tl.bfloat16, "BLOCK": _casts.BLOCK}
-    yield Configuration("decided casts, compare", _casts.compare_kernel, {"JOBS": "i64"}, own | bits, 4)
-    yield Configuration("decided casts, cast", _casts.cast_kernel, {"JOBS": "i64"}, own | cast, 8)
+    bits = {"BITS": tl.int32, "num_warps": 4}
+    cast = {"DTYPE": tl.float32, "TO": tl.bfloat16, "BLOCK": _casts.BLOCK, "num_warps": 8}
+    yield Configuration("decided casts, compare", _casts.compare_kernel, {"JOBS": "i64"}, own | bits)
+    yield Configuration("decided casts, cast", _casts.cast_kernel, {"JOBS": "i64"}, own | cast)

@@ -11,8 +11,5 @@ def lattices(module, letter: str, sizes: tuple[int, ...], types: dict, divisible
             label = f"{'modified' if modified else 'regular'}, {letter}={size}"
             for kernel in ("forward", "backward"):
                 name = f"{module.__name__.rpartition('.')[2]} {kernel}, {label}"
-                function, constants = (
-                    getattr(module, f"{kernel}_kernel"),
-                    {"BLOCK": lanes, "MODIFIED": modified},
-                )
-                yield Configuration(name, function, types, constants, warps, divisible)
+                constants = {"BLOCK": lanes, "MODIFIED": modified, "num_warps": warps}
+                yield Configuration(name, getattr(module, f"{kernel}_kernel"), types, constants, divisible)

@@ -4,7 +4,7 @@
 from fastasr.kernels import _parts, _row, bypass
 
 from ._decided import decided
-from .configuration import Configuration, reduce_tile
+from .configuration import Configuration
 
 
 def configurations():
@@ -21,29 +21,25 @@ def configurations():
         ):
             wide = 64 if kernel == "backward" and dtype in ("bf16", "fp16") else 256
             for block_c in (wide, 32) if dtype in ("fp32", "bf16") else (wide,):
-                constants = {"BLOCK_R": elements // block_c, "BLOCK_C": block_c}
+                constants = {"BLOCK_R": elements // block_c, "BLOCK_C": block_c, "num_warps": warps}
                 constants |= {} if "row" in dtype else none
                 function = getattr(bypass, f"{kernel}_kernel")
                 name = f"bypass {kernel}, tile {elements // block_c}x{block_c}, {dtype}"
-                yield Configuration(name, function, types, constants, warps, ("columns",))
-    one = {"BLOCK_R": _parts.ELEMENTS // 32, "BLOCK_C": 32, "columns": 1} | none
+                yield Configuration(name, function, types, constants, ("columns",))
+    tile = {"BLOCK_R": _parts.ELEMENTS // 32, "BLOCK_C": 32, "num_warps": _parts.WARPS}
     types = every["fp32"] | {"PARTS": "fp32"}
     name = "bypass backward, one column, fp32"
-    yield Configuration(name, bypass.backward_kernel, types, one, _parts.WARPS)
+    yield Configuration(name, bypass.backward_kernel, types, tile | none | {"columns": 1})
     for block_p in (128, 256, _parts.MAX_PARTS):
-        constants, warps = reduce_tile(block_p)
-        types = {"PARTS": "fp32", "OUT": "fp32"}
-        name = f"bypass parts, {block_p}"
-        yield Configuration(name, _parts.add_parts_kernel, types, constants, warps, ("columns",))
+        name, types = f"bypass parts, {block_p}", {"PARTS": "fp32", "OUT": "fp32"}
+        yield Configuration(name, _parts.add_parts_kernel, types, _parts.reduce_tile(block_p), ("columns",))
     yield from decided()
     types = dict.fromkeys(("X", "DX", "WEIGHTS", "Y", "G", "PARTS"), "fp32") | {"LEFT": "i32"}
     types |= dict.fromkeys(("BEFORE", "AFTER", "LENGTHS"), "i64")
-    tile = dict(_row.TILE)
-    warps, both = tile.pop("num_warps"), ("columns",)
     for dtype in ("fp32", "bf16"):
         elements = types | {"X": dtype, "Y": dtype}
-        yield Configuration(f"row move, {dtype}", _row.move_kernel, elements, tile, warps, both)
+        yield Configuration(f"row move, {dtype}", _row.move_kernel, elements, _row.TILE, ("columns",))
     for factor in (2, 4, 8):
         for kernel, more in (("average", {}), ("average_gradient", {"LANES": factor})):
             name, function = f"row {kernel} of {factor}", getattr(_row, f"{kernel}_kernel")
-            yield Configuration(name, function, types, tile | {"FACTOR": factor} | more, warps, both)
+            yield Configuration(name, function, types, _row.TILE | {"FACTOR": factor} | more, ("columns",))

@@ -7,11 +7,11 @@ from .configuration import Configuration
 
 
 def configurations():
-    flat = {"TAIL": False, "BLOCK": kernels.BLOCK}
+    flat = {"TAIL": False, "BLOCK": kernels.BLOCK, "num_warps": kernels.NUM_WARPS}
     alone = {"NEXT_LOW": None, "NEXT_HIGH": None}
     for dtype in ("fp32", "bf16"):
         types = dict.fromkeys(("Z", "Y", "GRAD", "DZ", "LOW", "HIGH", "NEXT_LOW", "NEXT_HIGH"), dtype)
         for label, constants in (("silu, next", {"ACTIVATION": 1}), ("identity", {"ACTIVATION": 0, **alone})):
             for name, kernel in (("forward", kernels.forward_kernel), ("backward", kernels.backward_kernel)):
                 name = f"clamped_linear {name}, {label}, {dtype}"
-                yield Configuration(name, kernel, types, constants | flat, kernels.NUM_WARPS)
+                yield Configuration(name, kernel, types, constants | flat)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastasr.kernels import _parts
+from fastasr.kernels import _layer_norm
 
 # Bytes of shared memory that a program may have, by architecture.
 SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
@@ -20,20 +20,17 @@ PRODUCTS = ("fp32", "tf32", "bf16")  # "tf32": tensors of float32 whose products
 class Configuration:
     """A kernel with everything that selects its code.
 
-    ``types`` are the element types of the pointers (other arguments are i32). ``divisible`` names the integers that
-    Triton knows to be multiples of 16, ``floats`` the numbers that are fp32. ``stages`` belongs to the pipeline of
-    loads. ``most_registers`` is what a launcher allows each thread.
+    ``types`` are the element types of the pointers (other arguments are i32). ``constants`` are the kernel's constants
+    and Triton's options, as a launcher names them. ``divisible`` names the integers that Triton knows to be multiples
+    of 16, ``floats`` the numbers that are fp32.
     """
 
     name: str
     kernel: object
     types: dict[str, str]
     constants: dict
-    warps: int
     divisible: tuple[str, ...] = ()
     floats: tuple[str, ...] = ()
-    stages: int = 3  # Triton's own choice
-    most_registers: int | None = None  # the assembler's own choice
     architectures: tuple[int, ...] = ARCHITECTURES  # what ``configurations`` fills in
 
 
@@ -53,7 +50,16 @@ def element_type(dtype: str) -> str:
     return "fp32" if dtype == "tf32" else dtype
 
 
-def reduce_tile(parts: int) -> tuple[dict[str, int], int]:
-    """Returns (constants, warps) of a kernel that adds up so many parts."""
-    constants = _parts.reduce_tile(parts)
-    return constants, constants.pop("num_warps")
+def norm_tile(
+    kernel: str,
+    channels: int,
+    dtype: str,
+    generation: int,
+    gated: bool = False,
+    masked: bool = False,
+    norms: int = 1,
+) -> dict[str, int]:
+    """Returns the tile and the warps of a kernel that normalises rows."""
+    if kernel == "backward":
+        return _layer_norm.backward_tile(channels, DTYPES[dtype], gated, masked, generation)[0]
+    return _layer_norm.forward_tile(channels, generation, norms)

@@ -8,18 +8,16 @@ from .configuration import PRODUCTS, Configuration, element_type, setting
 
 
 def configurations():
-    parts = {"BLOCK_P": 4 * conv.MAX_PARTS, "BLOCK_C": conv.BLOCK_SUM}
+    parts = {"BLOCK_P": 4 * conv.MAX_PARTS, "BLOCK_C": conv.BLOCK_SUM, "num_warps": 4}
     like = ("G", "X", "WEIGHT", "BIAS", "DEPTHWISE", "DEPTHWISE_BIAS", "Y", "DWEIGHT", "DBIAS")
     for dtype in (*PRODUCTS, "fp16"):
         types = dict.fromkeys(like, element_type(dtype)) | {"MASK": "u8", "PARTS": "fp32", "SHARES": "fp32"}
         with setting(dtype) as torch_dtype:
             shapes = conv.tiles(torch_dtype)
         for name, tile in shapes.items():
-            constants = dict(tile)
-            warps, stages = constants.pop("num_warps"), constants.pop("num_stages")
             kernel = getattr(conv, f"{name}_kernel")
             name = f"conv_subsampling {name.replace('_', ' ')}, {dtype}"
-            yield Configuration(name, kernel, types, constants, warps, ("C",), stages=stages)
+            yield Configuration(name, kernel, types, tile, ("C",))
         if dtype != "tf32":
             name = f"conv_subsampling add parts, {dtype}"
-            yield Configuration(name, _maps.add_map_taps_kernel, types, parts, 4, ("C",))
+            yield Configuration(name, _maps.add_map_taps_kernel, types, parts, ("C",))

@@ -17,7 +17,7 @@ def configurations():
     absent = dict.fromkeys((*chunk_causal, "DCAUSAL_BIAS", "GROUPS"))
     strides = (f"{of}{by}_stride" for of in ("", "grad_", "y_", "q_", "dh_") for by in ("time", "batch"))
     divisible = ("C", *strides)
-    block_c = {"BLOCK_C": conv.BLOCK_C}
+    block_c = {"BLOCK_C": conv.BLOCK_C, "num_warps": conv.NUM_WARPS}
     for dtype in ("fp32", "bf16"):
         types = dict.fromkeys((*inputs, *between, *outputs), dtype)
         types |= {"MASK": "u8", "TABLE": "fp32", "PARTS": "fp32", "GROUPS": "i32"}
@@ -29,7 +29,7 @@ def configurations():
                 none.pop("GROUPS", None)
             else:
                 none["GROUPS"] = None
-            outer = none | conv.convolving(31, 32 if chunked else 1500, chunked)
+            outer = block_c | none | conv.convolving(31, 32 if chunked else 1500, chunked)
             only_q = {} if chunked else dict.fromkeys(("R", "V"))
             for kernel, constants in (
                 ("gate", block_c | none | {"GATE": 0, "BLOCK_T": conv.BLOCK_T, "BLOCK_K": conv.BLOCK_K}),
@@ -42,22 +42,20 @@ def configurations():
                     continue  # the same as without recordings
                 name = f"gated_depthwise_conv {kernel.replace('_', ' ')}, {form}, {dtype}"
                 function = getattr(sliding if kernel == "add_taps" else conv, f"{kernel}_kernel")
-                yield Configuration(name, function, types, constants, conv.NUM_WARPS, divisible)
+                yield Configuration(name, function, types, constants, divisible)
             name = f"gated_depthwise_conv weight gradient, {form}, {dtype}"
             strides = ("C", "g_batch", "g_time", "x_batch", "x_time")
             yield taps_gradients(name, types, 31, sliding.LINE, strides, (True, True), chunked, recordings)
             if chunked:
                 name = f"gated_depthwise_conv edge gradient, {form}, {dtype}"
-                constants = block_c | none | {"BLOCK_R": conv.BLOCK_R}
-                yield Configuration(
-                    name, conv.edge_gradient_kernel, types, constants, conv.EDGE_WARPS, divisible
-                )
+                constants = block_c | none | {"BLOCK_R": conv.BLOCK_R, "num_warps": conv.EDGE_WARPS}
+                yield Configuration(name, conv.edge_gradient_kernel, types, constants, divisible)
         name = f"gated_depthwise_conv weight gradient, no activation, {dtype}"
         yield taps_gradients(name, types, 31, sliding.LINE, strides, (False, True))
-        rows = absent | conv.convolving(31, 1500, False) | {"GATE": 0, "TILED": False}
+        rows = block_c | absent | conv.convolving(31, 1500, False) | {"GATE": 0, "TILED": False}
         name = f"gated_depthwise_conv input gradient, no activation, {dtype}"
-        yield Configuration(name, conv.input_gradient_kernel, types, rows, conv.NUM_WARPS, divisible)
-        silu = conv.convolving(31, 1500, False) | absent | {"ACTIVATION": 2}
+        yield Configuration(name, conv.input_gradient_kernel, types, rows, divisible)
+        silu = block_c | absent | conv.convolving(31, 1500, False) | {"ACTIVATION": 2}
         gate = block_c | absent | {"GATE": 1, "BLOCK_T": conv.BLOCK_T, "BLOCK_K": conv.BLOCK_K}
         for kernel, constants in (
             ("forward", silu),
@@ -67,14 +65,10 @@ def configurations():
         ):
             name = f"gated_depthwise_conv {kernel.replace('_', ' ')}, SiLU, {dtype}"
             function = getattr(conv, f"{kernel}_kernel")
-            yield Configuration(name, function, types, constants, conv.NUM_WARPS, divisible)
-    table = dict(_recordings.TABLE)
-    warps = table.pop("num_warps")
-    types = {"STARTS": "i64", "OUT": "i32"}
-    yield Configuration("gated_depthwise_conv groups", _recordings.groups_kernel, types, table, warps)
-    table = dict(_folded_norm.TILE)
-    warps = table.pop("num_warps")
+            yield Configuration(name, function, types, constants, divisible)
+    types, table = {"STARTS": "i64", "OUT": "i32"}, _recordings.TABLE
+    yield Configuration("gated_depthwise_conv groups", _recordings.groups_kernel, types, table)
     types = dict.fromkeys(("W", "B", "MEAN", "VARIANCE", "NORM_W", "NORM_B"), "fp32")
     types |= {"OUT_W": "bf16", "OUT_B": "bf16"}
     name = "gated_depthwise_conv folded norm, bf16"
-    yield Configuration(name, _folded_norm.folded_kernel, types, table, warps, ("channels",), ("eps",))
+    yield Configuration(name, _folded_norm.folded_kernel, types, _folded_norm.TILE, ("channels",), ("eps",))

@@ -16,16 +16,12 @@ def configurations():
         for units, batch, label in ((512, 16, ""), (512, 1, ", one step")):
             with setting(dtype) as torch_dtype:
                 shape = module.shapes(units, batch, 128, torch_dtype)
-            warps, stages, registers = (shape.pop(key) for key in ("num_warps", "num_stages", "maxnreg"))
             absent = {"ARRIVED": None, "NORMED": None, "SCALES": None} if batch == 1 else {}
             for name in ("forward",) if batch == 1 else ("forward", "backward"):
                 kernel = getattr(module, f"{name}_kernel")
                 narrow = ", bf16 parameters" * (parameters == "bf16")
                 name = f"layer_norm_lstm {name}, H={units}{label}{narrow}, {dtype}"
-                numbers = ("units",), ("eps",), stages
-                yield Configuration(
-                    name, kernel, types, shape | absent, warps, *numbers, most_registers=registers
-                )
-    constants = {"BLOCK_R": module.PART_ROWS, "BLOCK_C": module.BLOCK_P}
+                yield Configuration(name, kernel, types, shape | absent, ("units",), ("eps",))
+    constants = {"BLOCK_R": module.PART_ROWS, "BLOCK_C": module.BLOCK_P, "num_warps": 4}
     name, divisible = "layer_norm_lstm norm gradient", ("row", "columns")
-    yield Configuration(name, module.norm_gradient_kernel, types, constants, 4, divisible)
+    yield Configuration(name, module.norm_gradient_kernel, types, constants, divisible)

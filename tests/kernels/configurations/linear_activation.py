@@ -7,17 +7,12 @@ from .configuration import Configuration
 
 
 def configurations():
-    flat = {"TAIL": False, "BLOCK": kernels.BLOCK}
-    tile = {"BLOCK_R": kernels.BLOCK_R, "BLOCK_C": kernels.BLOCK_C}
+    tile = {"TAIL": False, "BLOCK": kernels.BLOCK, "BLOCK_R": kernels.BLOCK_R, "BLOCK_C": kernels.BLOCK_C}
     for dtype in ("fp32", "bf16"):
         types = dict.fromkeys(("Z", "Y", "GRAD", "DZ"), dtype) | {"PARTS": "fp32"}
         for label, number in (("silu", 1), ("gelu", 4)):
-            for name, kernel, constants in (
-                ("forward", kernels.forward_kernel, flat),
-                ("backward", kernels.backward_kernel, tile),
-                ("gated forward", kernels.gated_forward_kernel, tile),
-                ("gated backward", kernels.gated_backward_kernel, tile),
-            ):
-                name = f"linear_activation {name}, {label}, {dtype}"
-                constants = {"ACTIVATION": number, **constants}
-                yield Configuration(name, kernel, types, constants, kernels.NUM_WARPS, ("C",))
+            constants = tile | {"ACTIVATION": number, "num_warps": kernels.NUM_WARPS}
+            for kernel in ("forward", "backward", "gated_forward", "gated_backward"):
+                name = f"linear_activation {kernel.replace('_', ' ')}, {label}, {dtype}"
+                function = getattr(kernels, f"{kernel}_kernel")
+                yield Configuration(name, function, types, constants, ("C",))

@@ -7,18 +7,15 @@ from .configuration import Configuration
 
 
 def configurations():
+    divisible = ("width", "stride")
     names = ("P", "X", "SUMS", "Y", "U", "GRAD", "DX", "DP")
-    tile = {"BLOCK_T": module.BLOCK_T, "BLOCK_C": module.BLOCK_C}
+    tile = {"BLOCK_T": module.BLOCK_T, "BLOCK_C": module.BLOCK_C, "num_warps": module.NUM_WARPS}
     for dtype in ("fp32", "bf16", "fp16"):
         types = dict.fromkeys(names, dtype)
         for kernel in ("gate", "product", "operands", "gradient"):
-            function = getattr(module, f"{kernel}_kernel")
-            constants = tile if kernel == "product" else tile | {"PRECISE": dtype == "fp32"}
-            name = f"nonlin_attention {kernel}, {dtype}"
-            divisible = ("width", "stride")
-            constants = constants | ({"CONSTANT": None} if kernel == "operands" else {})
-            yield Configuration(name, function, types, constants, module.NUM_WARPS, divisible)
+            function, name = getattr(module, f"{kernel}_kernel"), f"nonlin_attention {kernel}, {dtype}"
+            constants = tile | {"PRECISE": dtype == "fp32", "CONSTANT": None}
+            yield Configuration(name, function, types, constants, divisible)
     types |= dict.fromkeys(names, "bf16") | {"CONSTANT": "fp32"}
-    constants, divisible = tile | {"PRECISE": False}, ("width", "stride")
-    name = "nonlin_attention operands, recorded, bf16"
-    yield Configuration(name, module.operands_kernel, types, constants, module.NUM_WARPS, divisible)
+    name, constants = "nonlin_attention operands, recorded, bf16", tile | {"PRECISE": False}
+    yield Configuration(name, module.operands_kernel, types, constants, divisible)

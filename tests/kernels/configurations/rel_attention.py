@@ -8,26 +8,8 @@ from .configuration import PRODUCTS, Configuration, element_type, setting
 
 
 def configurations(generation: int):
-    like = (
-        "Q",
-        "K",
-        "V",
-        "POS",
-        "U",
-        "W",
-        "BIAS",
-        "GATE",
-        "KEY_BIAS",
-        "DGATE",
-        "Y",
-        "G",
-        "DS",
-        "DQ",
-        "DK",
-        "DV",
-        "DU",
-        "DW",
-    )
+    like = ("Q", "K", "V", "POS", "U", "W", "BIAS", "GATE", "KEY_BIAS", "DGATE")
+    like += ("Y", "G", "DS", "DQ", "DK", "DV", "DU", "DW")
     wide = dict.fromkeys(("LSE", "INVERSE", "DELTA", "CONTENT", "EDGES"), "fp32")
     strides = [f"{name}_{of}" for name in ("q", "v") for of in ("time", "batch")]
     strides += ["k_batch", "g_batch", "ds_row", "width", "r_time", "r_head", "p_row", "p_head"]
@@ -40,19 +22,12 @@ def configurations(generation: int):
         with setting(dtype) as torch_dtype:
             shapes = module.tiles(dim, value, torch_dtype, generation, hiding, dropping, limited, recordings)
         shapes["biases"] = module.BIASES
-        options = dict(shapes[name])
-        warps, stages = options.pop("num_warps"), options.pop("num_stages", 3)
         types = dict.fromkeys(like, element) | wide | masks
         types |= dict.fromkeys(
             ("PARTS", "SUMS", "BIASES", "DKEY_BIAS"), "fp64" if element == "fp32" else "fp32"
         )
-        words = [
-            ("PADDING", "padding"),
-            ("MASK", "mask"),
-            ("SEED", "dropout"),
-            ("BOUNDS", "recordings"),
-            ("PIECES", "recordings"),
-        ]
+        words = [("PADDING", "padding"), ("MASK", "mask"), ("SEED", "dropout")]
+        words += [(of, "recordings") for of in ("BOUNDS", "PIECES")]
         words += [(of, "gated bias") for of in ("BIAS", "GATE", "DGATE", "BIASES")]
         words += [(of, "span") for of in ("EDGES", "SUMS") if name != "edges"]
         words += [(of, "key bias") for of in ("KEY_BIAS", "DKEY_BIAS")]
@@ -65,11 +40,9 @@ def configurations(generation: int):
             f"rel_attention {name}{label and ', ' + label}, {dtype}",
             getattr(module, f"{name}_kernel"),
             types | ({"DQ": "fp32"} if name == "queries" else {}),
-            {"DIM": dim, "VALUE_DIM": value, "WINDOW": limited, **dict.fromkeys(absent)} | options,
-            warps,
+            {"DIM": dim, "VALUE_DIM": value, "WINDOW": limited, **dict.fromkeys(absent)} | shapes[name],
             strides,
             ("scale", "factor", "cap"),
-            stages,
         )
 
     for value in (64, 100):
@@ -117,5 +90,4 @@ def configurations(generation: int):
         yield configuration("biases", "", dtype)
     types, table = {"BOUNDS": "i32", "OUT": "i64"}, {"BLOCK": 32, "COLUMNS": 32, "MORE": 32, "COUNTED": 2}
     table |= _recordings.BLOCKS
-    warps = table.pop("num_warps")
-    yield Configuration("rel_attention pieces", _recordings.pieces_kernel, types, table, warps)
+    yield Configuration("rel_attention pieces", _recordings.pieces_kernel, types, table)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The configurations of kernels/residual_norm.py."""
 
-from fastasr.kernels import _layer_norm, _parts, residual_norm
+from fastasr.kernels import _parts, residual_norm
 
-from .configuration import DTYPES, Configuration, reduce_tile
+from .configuration import Configuration, norm_tile
 
 
 def configurations(generation: int):
@@ -17,21 +17,15 @@ def configurations(generation: int):
     def configuration(
         label: str, kernel: str, dtype: str, channels: int, constants: dict, parameter: str = "fp32"
     ):
-        block_r, block_c, warps = _layer_norm.row_blocks(channels, _layer_norm.forward_elements(generation))
-        if kernel == "backward":
-            elements, warps, _ = _layer_norm.backward_tile(
-                channels, DTYPES[dtype], "CANDIDATE" not in constants, "MASK" not in constants, generation
-            )
-            block_r = max(1, elements // block_c)
+        given = "CANDIDATE" not in constants, "MASK" not in constants
         return Configuration(
             f"residual_norm {kernel}, {label}, {dtype}",
             getattr(residual_norm, f"{kernel}_kernel"),
             dict.fromkeys((*inputs, *outputs), dtype)
             | dict.fromkeys(parameters, parameter)
             | {"PARTS": shares[dtype]},
-            constants | {"BLOCK_R": block_r, "BLOCK_C": block_c},
-            warps,
-            strides if channels > 1 else (),
+            constants | norm_tile(kernel, channels, dtype, generation, *given),
+            strides,
             ("eps",),
         )
 
@@ -48,10 +42,10 @@ def configurations(generation: int):
     ones = dict.fromkeys(strides, 1)  # Triton makes integers that are 1 constants
     yield configuration("C=1, gated", "backward", "fp32", 1, {**gated, **ones})
     # layer_norm_lstm takes 16 columns
-    sixteen = {"BLOCK_P": 128, "BLOCK_C": 16}, 4
-    for constants, warps in (reduce_tile(128), reduce_tile(256), reduce_tile(2048), sixteen):
+    sixteen = {"BLOCK_P": 128, "BLOCK_C": 16, "num_warps": 4}
+    for constants in (*map(_parts.reduce_tile, (128, 256, 2048)), sixteen):
         block_p = "{BLOCK_P}x{BLOCK_C}".format(**constants)
         for dtype, parameter in (("fp32", "fp32"), ("fp64", "fp32"), ("fp32", "bf16")):
             name = f"residual_norm parts, {block_p}, {dtype}" + ", bf16 sums" * (parameter == "bf16")
             types = dict.fromkeys(parameters, parameter) | {"PARTS": dtype}
-            yield Configuration(name, _parts.add_pair_kernel, types, constants, warps, ("columns",))
+            yield Configuration(name, _parts.add_pair_kernel, types, constants, ("columns",))

@@ -18,19 +18,16 @@ def configurations(generation: int):
 
     def configuration(name: str, label: str, dtype: str, d: int = 512, tile: dict | None = None, **constants):
         with setting(dtype) as torch_dtype:
-            options = dict(tile or (extra | module.tiles(d, torch_dtype, generation))[name])
-        warps, stages, element = options.pop("num_warps"), options.pop("num_stages", 3), element_type(dtype)
-        precise = {"PRECISE": element == "fp32"} if name == "frame_gradient" else {}
+            options = tile or (extra | module.tiles(d, torch_dtype, generation))[name]
+        element = element_type(dtype)
         return Configuration(
             f"rnnt_joiner {name.replace('_', ' ')}{label and ', ' + label}, D={d}, {dtype}",
             getattr(module, f"{name}_kernel"),
             types
             | dict.fromkeys(like, element)
             | {"PARTS": "fp32" if name == "logits_gradient" and element != "fp32" else "fp64"},
-            {"ACTIVATION": 3, "HAT": False, "SEED": None} | options | precise | constants,
-            warps,
+            {"ACTIVATION": 3, "HAT": False, "SEED": None, "PRECISE": element == "fp32"} | options | constants,
             ("width", "d_stride", "share", *(("D", "V") if d % 16 == 0 else ())),
-            stages=stages,
         )
 
     for dtype in (*PRODUCTS, "fp16"):

@@ -12,6 +12,6 @@ def configurations():
     types = dict.fromkeys(names, "fp32") | {"BOUNDARY": "i64"}
     yield from lattices(module, "T", (40, 750), types, ("share_row",))  # T=2000 has the lanes of 750
     lanes, warps = module._lanes(750)
-    constants = {"BLOCK": lanes, "MODIFIED": False, "BOUNDARY": None, "SHARES": None}
+    constants = {"BLOCK": lanes, "MODIFIED": False, "BOUNDARY": None, "SHARES": None, "num_warps": warps}
     name = "rnnt_lattice forward, no shares, T=750"
-    yield Configuration(name, module.forward_kernel, types, constants, warps)
+    yield Configuration(name, module.forward_kernel, types, constants)

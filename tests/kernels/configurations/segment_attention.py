@@ -15,8 +15,7 @@ def configurations(generation: int):
     def configuration(name: str, label: str, dtype: str, dim: int = 64, lanes: int = 1876):
         everything = "dropout" in label
         with setting(dtype) as torch_dtype:
-            options = dict(module.tiles(dim, torch_dtype, generation, lanes, everything)[name])
-        warps, stages = options.pop("num_warps"), options.pop("num_stages")
+            tile = module.tiles(dim, torch_dtype, generation, lanes, everything)[name]
         remembers = everything or "step" in label
         absent = (
             () if everything else ("DROPOUT", "LENGTHS") if remembers else ("DROPOUT", "HISTORY", "LENGTHS")
@@ -26,11 +25,9 @@ def configurations(generation: int):
             f"segment_attention {name}{label and ', ' + label}, {dtype}",
             getattr(module, f"{name}_kernel"),
             dict.fromkeys(like, element_type(dtype)) | wide | bounds,
-            fixed | options,
-            warps,
+            fixed | tile,
             strides,
             ("scale",),
-            stages,
         )
 
     for dtype in PRODUCTS:

@@ -5,7 +5,9 @@ import torch
 
 from fastasr.kernels import _jobs, _parts, _sum_rows, swoosh
 
-from .configuration import DTYPES, Configuration, reduce_tile
+from .configuration import DTYPES, Configuration
+
+WARPS = {"num_warps": 4}
 
 
 def configurations():
@@ -21,41 +23,36 @@ def configurations():
             else:
                 forward, backward = swoosh.forward_flat, swoosh.backward_flat
                 tile = {"TAIL": False, "BLOCK": swoosh.BLOCK}
-            common = {"RIGHT": False, "KIND": kind, **tile, **({"MASK": None} if kind == 0 else {})}
+            common = tile | WARPS | {"RIGHT": False, "KIND": kind} | ({"MASK": None} if kind == 0 else {})
             common |= {} if kind == 4 else {"MASK_ROW": None}
             divisible = ("columns",)
-            yield Configuration(f"swoosh forward, {label}, {dtype}", forward, types, common, 4, divisible)
+            yield Configuration(f"swoosh forward, {label}, {dtype}", forward, types, common, divisible)
             for output in (False, True):
                 constants = {**common, "OUTPUT": output, **({} if output else {"Y": None})}
                 name = f"swoosh backward{' + output' if output else ''}, {label}, {dtype}"
-                yield Configuration(name, backward, types, constants, 4, divisible)
+                yield Configuration(name, backward, types, constants, divisible)
     for dtype, shares, of_shares in (("fp32", "fp64", torch.float64), ("bf16", "fp32", torch.float32)):
         types, block_c = {"X": dtype, "PARTS": shares}, _sum_rows.COLUMNS
-        tile = {"BLOCK_R": _parts.ELEMENTS // block_c, "BLOCK_C": block_c}
-        yield Configuration(
-            f"swoosh sum, {dtype}", _sum_rows.sum_kernel, types, tile, _parts.WARPS, ("columns",)
-        )
-        constants, warps = reduce_tile(512)
+        tile = {"BLOCK_R": _parts.ELEMENTS // block_c, "BLOCK_C": block_c, "num_warps": _parts.WARPS}
+        yield Configuration(f"swoosh sum, {dtype}", _sum_rows.sum_kernel, types, tile, ("columns",))
+        constants = _parts.reduce_tile(512)
         types = {"PARTS": shares, "OUT": dtype}
         name = f"swoosh sum, parts, {dtype}"
-        yield Configuration(name, _parts.add_parts_kernel, types, constants, warps, ("columns",))
-        constants |= {"FIELDS": 4, "DTYPE": _jobs.TYPES[of_shares], "TO": _jobs.TYPES[DTYPES[dtype]]}
+        yield Configuration(name, _parts.add_parts_kernel, types, constants, ("columns",))
+        constants = constants | {
+            "FIELDS": 4,
+            "DTYPE": _jobs.TYPES[of_shares],
+            "TO": _jobs.TYPES[DTYPES[dtype]],
+        }
         name, kernel = f"swoosh sum, parts of jobs, {dtype}", _parts.add_parts_of_jobs_kernel
-        yield Configuration(name, kernel, {"JOBS": "i64"}, constants, warps)
+        yield Configuration(name, kernel, {"JOBS": "i64"}, constants)
     types = dict.fromkeys(("X", "Y"), "bf16")
-    base = {"RIGHT": True, "KIND": 0, "MASK": None, "BLOCK": swoosh.BLOCK}
-    yield Configuration("swooshR forward, tail, bf16", swoosh.forward_flat, types, {**base, "TAIL": True}, 4)
+    tail = {"RIGHT": True, "KIND": 0, "MASK": None, "TAIL": True, "BLOCK": swoosh.BLOCK}
+    yield Configuration("swooshR forward, tail, bf16", swoosh.forward_flat, types, tail | WARPS)
     types = dict.fromkeys(("X", "Y", "MASK"), "bf16")
-    narrow = {"RIGHT": True, "KIND": 3, "GROUPED": True, "BLOCK_R": 64, "BLOCK_C": 32, "MASK_ROW": None}
+    narrow = WARPS | {"RIGHT": True, "BLOCK_R": 64, "BLOCK_C": 32, "MASK_ROW": None}
+    groups, one = {"KIND": 3, "GROUPED": True}, {"KIND": 2, "GROUPED": False, "columns": 1}
     name = "swooshR forward, groups, column mask of 32, bf16"
-    yield Configuration(name, swoosh.forward_tile, types, narrow, 4, ("columns",))
-    one = {
-        "RIGHT": True,
-        "KIND": 2,
-        "GROUPED": False,
-        "BLOCK_R": 64,
-        "BLOCK_C": 32,
-        "columns": 1,
-        "MASK_ROW": None,
-    }
-    yield Configuration("swooshR forward, row mask, one column, bf16", swoosh.forward_tile, types, one, 4)
+    yield Configuration(name, swoosh.forward_tile, types, narrow | groups, ("columns",))
+    name = "swooshR forward, row mask, one column, bf16"
+    yield Configuration(name, swoosh.forward_tile, types, narrow | one)

@@ -14,8 +14,6 @@ def configurations():
         for kernel in ("forward", "backward"):
             function = getattr(module, f"{kernel}_kernel")
             name = f"tdt_lattice {kernel}, S={symbols}"
-            yield Configuration(name, function, types, {"BLOCK": lanes}, warps)
-    constants = {"BLOCK": lanes, "BOUNDARY": None, "SHARES": None}
-    yield Configuration(
-        "tdt_lattice forward, no shares, S=600", module.forward_kernel, types, constants, warps
-    )
+            yield Configuration(name, function, types, {"BLOCK": lanes, "num_warps": warps})
+    constants = {"BLOCK": lanes, "BOUNDARY": None, "SHARES": None, "num_warps": warps}
+    yield Configuration("tdt_lattice forward, no shares, S=600", module.forward_kernel, types, constants)

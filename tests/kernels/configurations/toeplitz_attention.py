@@ -7,30 +7,8 @@ from .configuration import PRODUCTS, Configuration, element_type, setting
 
 
 def configurations(generation: int):
-    like = (
-        "X",
-        "VALUE",
-        "GATE",
-        "GRAD",
-        "MIXED",
-        "QUERY",
-        "KEY",
-        "ACTIVE",
-        "G",
-        "DGATE",
-        "Y",
-        "WEIGHTS",
-        "SLOPES",
-        "DQUERY",
-        "DKEY",
-        "DV",
-        "DVALUE",
-        "DX",
-        "WEIGHT",
-        "SHIFT",
-        "NARROW",
-        "OUT",
-    )
+    like = ("X", "VALUE", "GATE", "GRAD", "MIXED", "QUERY", "KEY", "ACTIVE", "WEIGHT", "SHIFT", "NARROW")
+    like += ("G", "DGATE", "Y", "WEIGHTS", "SLOPES", "DQUERY", "DKEY", "DV", "DVALUE", "DX", "OUT")
     wide = ("BIAS", "DROPOUT", "PARTS")
     strides = [f"{name}_{of}" for name in ("x", "value", "gate", "grad") for of in ("time", "batch")]
     plain = {"HIDDEN": None, "DROPOUT": None}
@@ -39,8 +17,7 @@ def configurations(generation: int):
     def configuration(name: str, label: str, dtype: str, d: int = 128, v: int = 1024, full=True, **constants):
         with setting(dtype) as torch_dtype:
             width, shapes = module.tiles(d, v, torch_dtype, generation, "DROPOUT" not in constants, full)
-        options = dict(shapes[name] if name in shapes else extra.get(name, {"num_warps": 4}))
-        warps, stages = options.pop("num_warps"), options.pop("num_stages", 3)
+        options = shapes[name] if name in shapes else extra.get(name, {"num_warps": 4})
         element = element_type(dtype)
         pointers = dict.fromkeys(like, element) | dict.fromkeys(wide, "fp32")
         pointers |= {"PADDING": "i8", "HIDDEN": "i8"} | ({"PARTS": "fp64"} if element == "fp32" else {})
@@ -49,10 +26,8 @@ def configurations(generation: int):
             getattr(module, f"{name}_kernel"),
             pointers,
             {"CAUSAL": True, "ACTIVATION": 1, "WIDTH": width} | options | constants,
-            warps,
             ("D", "V", *strides, "out_time", "stride"),
             ("scale",),
-            stages,
         )
 
     for name in ("forward", "slopes"):

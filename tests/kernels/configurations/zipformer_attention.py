@@ -23,8 +23,7 @@ def configurations(generation: int):
             hiding, recordings = "mask" in label or "chunks" in label, "recordings" in label
             sizes = dim, pos_dim, value_dim, torch_dtype, generation
             shapes = module.tiles(*sizes, hiding, recordings, "penalty" in label, "equal" in label)
-        options = dict(shapes[name])
-        warps, stages, element = options.pop("num_warps"), options.pop("num_stages"), element_type(dtype)
+        element = element_type(dtype)
         packed = pos_dim == 4 and element != "fp32"
         fixed = {"DIM": dim, "POS_DIM": pos_dim, "VALUE_DIM": value_dim}
         fixed |= {"PACKED": packed, "WIDE_POS": pos_dim}
@@ -39,11 +38,9 @@ def configurations(generation: int):
             | given
             | {"PARTS": "fp64" if element == "fp32" else "fp32"}
             | ({"R": "i64"} if packed else {}),
-            fixed | options,
-            warps,
+            fixed | shapes[name],
             strides,
             ("penalty", "limit"),
-            stages,
         )
 
     for dtype in (*PRODUCTS, "fp16"):
@@ -68,9 +65,8 @@ def configurations(generation: int):
         if dtype in ("fp32", "bf16"):
             yield configuration("positions", "recordings", dtype)
     types = {"STARTS": "i64", "OUT": "i32"}
-    table = dict(_recordings.TABLE)
-    warps = table.pop("num_warps")
+    table = _recordings.TABLE
     alone = table | dict.fromkeys(("ENDS", "HIDDEN", "WHOSE"))
-    yield Configuration("zipformer_attention bounds", _recordings.bounds_kernel, types, alone, warps)
+    yield Configuration("zipformer_attention bounds", _recordings.bounds_kernel, types, alone)
     types |= {"ENDS": "i64", "HIDDEN": "u8", "WHOSE": "i64"}
-    yield Configuration("zipformer_attention tables of rates", _recordings.bounds_kernel, types, table, warps)
+    yield Configuration("zipformer_attention tables of rates", _recordings.bounds_kernel, types, table)

@@ -26,8 +26,7 @@ def configurations(generation: int):
                 "mask" in label or ("recordings" in label and generation == 100),
                 "PENALTY" in constants,
             )
-        options, element = dict(shapes[name]), element_type(dtype)
-        warps, stages = options.pop("num_warps"), options.pop("num_stages")
+        element = element_type(dtype)
         packed = pos_dim == 4 and element != "fp32"
         pointers = dict.fromkeys(like, element) | masked | ({"R": "i64"} if packed else {})
         pointers["PARTS"] = "fp64" if element == "fp32" else "fp32"
@@ -45,11 +44,9 @@ def configurations(generation: int):
             f"zipformer_attention_weights {name}{label and ', ' + label}, {dtype}",
             getattr(module, f"{name}_kernel"),
             pointers,
-            fixed | options | constants,
-            warps,
+            fixed | shapes[name] | constants,
             strides,
             ("penalty", "limit"),
-            stages,
         )
 
     for dtype in (*PRODUCTS, "fp16"):
@@ -76,9 +73,8 @@ def configurations(generation: int):
             yield configuration(name, "odd sizes", dtype, 1500, 40, 6)
     for dtype in ("fp32", "bf16"):
         types = {"PARTS": "fp64" if dtype == "fp32" else "fp32", "OUT": dtype}
-        constants, warps = {"BLOCK": _parts.TABLES["BLOCK"]}, _parts.TABLES["num_warps"]
         name = f"zipformer_attention_weights parts, {dtype}"
-        yield Configuration(name, _parts.add_tables_kernel, types, constants, warps, ("size",))
+        yield Configuration(name, _parts.add_tables_kernel, types, _parts.TABLES, ("size",))
     strides = tuple(f"{name}_{of}" for name in ("w", "dw") for of in ("head", "batch", "row"))
     for dtype in PRODUCTS:
         types = dict.fromkeys(("W", "V", "Y", "G", "DW", "DV"), element_type(dtype))
@@ -88,6 +84,5 @@ def configurations(generation: int):
             for name, constants in shapes.items():
                 kernel = getattr(_weighted_values, f"{name}_kernel")
                 constants |= {"ADD": True} if name == "backward" else {}
-                warps, stages = constants.pop("num_warps"), constants.pop("num_stages")
                 label = f"zipformer_attention_weights weighted values {name}, {dim} channels, {dtype}"
-                yield Configuration(label, kernel, types, constants, warps, strides, stages=stages)
+                yield Configuration(label, kernel, types, constants, strides)
