@@ -22,8 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+from fastasr.models.transducer.predictors import find_predictor
 from fastasr.ops import _reduced_weights
-from fastasr.swap import binding, rules
+from fastasr.swap import binding
 from fastasr.swap.state import ModelState
 
 FLOAT32 = "float32"
@@ -213,7 +214,8 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter, b
 
 def _searched(model: nn.Module) -> set[int]:
     """Returns the ids of the parameters of predictors and joint networks whose transducers greedy search knows."""
-    return {id(w) for module in model.modules() for part in rules.searched(module) for w in part.parameters()}
+    predictors = filter(None, map(find_predictor, model.modules()))
+    return {id(w) for predictor in predictors for part in predictor.parts() for w in part.parameters()}
 
 
 def _why_not(weight: nn.Parameter, by_us: bool) -> str:
