@@ -286,6 +286,30 @@ def test_the_bounds_of_gemma4_act():
     assert min(inside.values()) > 100, inside
 
 
+def call_of_gemma4_attention(*lengths):
+    """Returns an attention module and the arguments of its call for recordings of these lengths."""
+    _, ours, _ = pair("gemma 4")
+    module, calls = ours.eval().layers[0].self_attn, []
+    hook = module.register_forward_pre_hook(lambda _, *given: calls.append(given), with_kwargs=True)
+    with torch.no_grad():
+        families.gemma4(lengths)()[1](ours)
+    hook.remove()
+    return module, *calls[0]
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_write_to_a_mask_of_gemma4_is_noticed(inference):
+    with torch.inference_mode(inference), torch.no_grad():
+        module, args, given = call_of_gemma4_attention(30, 25)
+        (name,) = (name for name, t in given.items() if "mask" in name)
+        _, _, shorter = call_of_gemma4_attention(30, 10)
+        before = module(*args, **given)[0]
+        given[name].numpy()[...] = shorter[name].numpy()
+        found, expected = module(*args, **given)[0], module(*args, **given | {name: shorter[name]})[0]
+    assert not torch.equal(before, expected)
+    assert torch.equal(found, expected)
+
+
 def test_gemma_near_the_largest_half():
     """Norms read infinities as the largest number of float16, as upstream clamps them."""
     theirs, ours, call = pair("gemma 4")
