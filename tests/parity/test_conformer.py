@@ -79,19 +79,6 @@ def test_modules(name, training):
             close(a, b, 1e-10, path)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_whole_model(name):
-    ours, theirs = pair(name, training=False)
-    x, lengths, tolerance = torch.randn(3, 21, WIDTH, dtype=torch.float64), torch.tensor([21, 13, 1]), 1e-10
-    if name == "speechbrain":  # its attention has float32 weights whatever the dtype
-        ours, theirs, x, tolerance = ours.float(), theirs.float(), x.float(), 2e-5
-    with torch.no_grad():
-        close(call(name, ours, x, lengths), call(name, theirs, x, lengths), tolerance)
-    fastasr.restore(ours)
-    with torch.no_grad():
-        assert torch.equal(call(name, ours, x, lengths), call(name, theirs, x, lengths))
-
-
 class Chunks(torch.nn.Module):
     """Calls SpeechBrain's convolution module with dynamic chunks."""
 
@@ -148,19 +135,6 @@ def test_group_norm_and_order():
         ours, theirs = pair("torchaudio", training=True, dropout=0.0, **options)
         x, lengths = torch.randn(3, 21, WIDTH, dtype=torch.float64), torch.tensor([21, 13, 5])
         close(call("torchaudio", ours, x, lengths), call("torchaudio", theirs, x, lengths), 1e-10)
-
-
-@pytest.mark.parametrize("name", ["torchaudio", "wav2vec2"])
-def test_hooks_inside_are_called(name):
-    """A hook on a module that the fused forward goes past brings upstream's forward back."""
-    ours, theirs = pair(name, training=False)
-    gate = next(m for m in ours.modules() if isinstance(m, torch.nn.GLU))
-    seen = []
-    gate.register_forward_hook(lambda *_: seen.append(1))
-    x, lengths = torch.randn(3, 21, WIDTH, dtype=torch.float64), torch.tensor([21, 13, 5])
-    with torch.no_grad():
-        close(call(name, ours, x, lengths), call(name, theirs, x, lengths), 1e-10)
-    assert seen
 
 
 def test_another_module_in_the_sequence_is_declined():

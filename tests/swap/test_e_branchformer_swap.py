@@ -126,26 +126,3 @@ def test_what_is_declined():
     ):
         assert report[path].status == "skipped"
         assert reason in report[path].reason
-
-
-def test_watched_and_replaced_parts_are_called():
-    model = encoder()
-    expected = model(*batch())[0]
-    fastasr.accelerate(model)
-    seen = []
-    unit = model.encoders[0].cgmlp.csgu
-    for module in (unit.norm, unit.conv, unit.act, unit.dropout, model.encoders[0].feed_forward.w_1):
-        module.register_forward_hook(lambda *arguments: seen.append(arguments[0]))
-    close(model(*batch())[0], expected)
-    assert len(seen) == 5
-
-
-def test_a_hook_of_the_cgmlp_sees_positions_as_upstream():
-    theirs, ours = encoder(), encoder()
-    fastasr.accelerate(ours)
-    results = []
-    for model in (theirs, ours):
-        gated = model.encoders[0].cgmlp
-        gated.register_forward_hook(lambda module, args, output: (2 * output[0], output[1]))
-        results.append(model(*batch())[0])
-    close(results[1], results[0])

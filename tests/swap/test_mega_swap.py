@@ -223,14 +223,6 @@ def test_coefficients_follow_the_parameters(model):
     assert model.mega_blocks[0][0].multihead_damped_ema._coeffs is None
 
 
-def test_stacked_states_keep_their_type(model):
-    fastasr.accelerate(model.double())
-    stacked = model.stack_qk_states([torch.ones(2, 8).double(), torch.ones(1, 8).double()], 8)
-    assert stacked.dtype == torch.float64
-    meta = model.stack_qk_states([torch.ones(2, 8, device="meta"), torch.ones(1, 8, device="meta")], 8)
-    assert meta.device.type == "meta"
-
-
 # --------------------------------------------------------------------------- what is declined
 def reason(model, path):
     row = fastasr.explain(model)[path]
@@ -285,28 +277,6 @@ def test_other_structures_are_declined(model):
     assert "truncation_length is -1" in reason(model, "mega_blocks.0.0.multihead_damped_ema")
     model.num_blocks = 3
     assert "mega_blocks does not hold 3 pairs" in reason(model, "")
-
-
-def test_wrapped_projections_are_called(model):
-    """The block around a projection is still served, whatever stands in for the projection."""
-    expected = model(labels())
-
-    class Wrapped(torch.nn.Module):
-        def __init__(self, inner):
-            super().__init__()
-            self.inner = inner
-            self.calls = 0
-
-        def forward(self, x):
-            self.calls += 1
-            return self.inner(x)
-
-    block = model.mega_blocks[0][0]
-    block.proj_h = Wrapped(block.proj_h)
-    report = fastasr.accelerate(model)
-    assert report["mega_blocks.0.0"].status == "replaced"
-    close(model(labels()), expected)
-    assert block.proj_h.calls == 1
 
 
 def test_restore_lets_go_of_packed_weights(model):

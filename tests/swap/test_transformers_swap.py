@@ -243,19 +243,6 @@ def test_what_is_declined():
         assert reason in report[path].reason
 
 
-def test_watched_and_replaced_parts_are_called():
-    model = encoder()
-    expected = hidden(model)
-    fastasr.accelerate(model)
-    seen = []
-    conv, stem = model.layers[0].conv, model.subsampling.layers[0]
-    parts = (stem, conv.pointwise_conv1, conv.depthwise_conv, conv.norm, conv.activation)
-    for module in (*parts, model.layers[0].feed_forward1.activation, model.layers[0].self_attn.q_proj):
-        module.register_forward_hook(lambda *arguments: seen.append(arguments[0]))
-    close(hidden(model), expected)
-    assert len(seen) == 7
-
-
 def test_recorded_parts_run_the_forward_that_was_bound():
     model = encoder(**STILL)
     for _ in range(2):
