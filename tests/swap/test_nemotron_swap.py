@@ -88,16 +88,6 @@ def _with_shared_tensors(cache):
     return other
 
 
-def test_swap_and_verify():
-    model = encoder()
-    expected = model(**batch(), num_lookahead_tokens=3).last_hidden_state
-    report = fastasr.accelerate(model, verify=batch())
-    assert report.ok, str(report)
-    assert {row.class_name for row in report.replaced} == SWAPPED | {"Linear"}
-    same(model(**batch(), num_lookahead_tokens=3).last_hidden_state, expected)
-    assert fastasr.restore(model) == len(report.replaced)
-
-
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("look_ahead", [13, 6, 1, 0])
 def test_a_recording_and_its_chunks(look_ahead, dtype):
