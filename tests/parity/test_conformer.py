@@ -16,7 +16,7 @@ from families import (
     torchaudio_conformer,
     wav2vec2_conformer,
 )
-from steps import close, moved, seeded, step
+from steps import close, moved, same_step, seeded
 
 import fastasr
 from fastasr.swap import binding
@@ -54,18 +54,6 @@ def pair(name, training, **options):
     return ours, theirs
 
 
-def same_steps(ours, theirs, x, tolerance):
-    """Asserts that values, gradients and draws agree. Errors are measured against the largest gradient: that of a
-    bias before batch norm, and that of the keys' bias, is 0 but for rounding."""
-    (found, draws), (expected, draws_there) = step(ours, x), step(theirs, x)
-    assert draws == draws_there
-    largest = max(value.abs().max() for value in expected.values() if value is not None)
-    for key, value in expected.items():
-        assert (value is None) == (found[key] is None), key
-        if value is not None:
-            close(found[key], value, tolerance, key, least=largest)
-
-
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("name", MODELS)
 def test_modules(name, training):
@@ -74,7 +62,7 @@ def test_modules(name, training):
     swapped = modules(ours, name)
     assert {type(m).__name__ for m in swapped.values()} == MODELS[name][1]
     for path, module in swapped.items():
-        same_steps(module, theirs.get_submodule(path), x, 1e-10)
+        same_step(module, theirs.get_submodule(path), x, tolerance=1e-10, share=1.0)
         for a, b in zip(module.buffers(), theirs.get_submodule(path).buffers(), strict=True):
             close(a, b, 1e-10, path)
 
@@ -100,7 +88,7 @@ def test_speechbrain_chunks_and_causal_convolutions(chunk_size, training, monkey
     ours, theirs = pair("speechbrain", training, causal=chunk_size is None)
     made = [Chunks(net.layers[0].convolution_module, chunk_size) for net in (ours, theirs)]
     x = torch.randn(3, 21, WIDTH, dtype=torch.float64)
-    same_steps(*made, x, 1e-10)
+    same_step(*made, x, tolerance=1e-10, share=1.0)
     monkeypatch.setattr(type(made[1].module), "forward", None)  # ours does not need it
     made[0](x)
 
@@ -193,9 +181,9 @@ def test_attention(name, training, lengths):
         ours, theirs, x, tolerance = ours.float(), theirs.float(), x.float(), 2e-5
     made = [Attention(name, net.get_submodule(ATTENTION[name]), lengths) for net in (ours, theirs)]
     with fastasr.upstream_draws():
-        same_steps(*made, x, tolerance)
+        same_step(*made, x, tolerance=tolerance, share=1.0)
     for net in made:
         net.train(training).module.get_submodule(
             "dropout_att" if name == "speechbrain" else "dropout"
         ).p = 0.0
-    same_steps(*made, x, tolerance)
+    same_step(*made, x, tolerance=tolerance, share=1.0)
