@@ -85,6 +85,18 @@ def step(module, *inputs, seed=0, **options):
     return {"y": y.detach()} | named | {name: p.grad for name, p in module.named_parameters()}, draws()
 
 
+def outcome(model, call, training):
+    """Returns what ``step`` does, of ``call(model)[0]`` and without inputs; in eval mode without gradients."""
+    model.train(training).zero_grad()
+    seeded("call")
+    with torch.set_grad_enabled(training):
+        y = call(model)[0]
+        if training:
+            y.backward(cotangent(y))
+    gradients = {name: p.grad for name, p in model.named_parameters()} if training else {}
+    return {"y": y.detach()} | gradients, draws()
+
+
 def same_step(ours, theirs, *inputs, tolerance, seed=0, share=0.0, **options):
     """Asserts that two modules' steps have the same values, gradients and draws, as ``same``."""
     results = (step(module, *inputs, seed=seed, **options) for module in (ours, theirs))
@@ -92,12 +104,13 @@ def same_step(ours, theirs, *inputs, tolerance, seed=0, share=0.0, **options):
 
 
 def same(found, expected, tolerance, share=0.0):
-    """Asserts that two results of ``step`` agree. The least size by which errors of gradients are measured is a
-    ``share`` of the largest gradient: some are sums that cancel to errors of rounding."""
+    """Asserts that two results of ``step`` or ``outcome`` agree. The least size by which errors of gradients are
+    measured is a ``share`` of the largest gradient: some are sums that cancel to errors of rounding."""
     (found, states), (expected, expected_states) = found, expected
     assert states == expected_states
     assert found.keys() == expected.keys()
-    largest = max(g.abs().max().item() for name, g in expected.items() if name != "y" and g is not None)
+    gradients = (g for name, g in expected.items() if name != "y" and g is not None)
+    largest = max((g.abs().max().item() for g in gradients), default=0.0)
     for name, value in expected.items():
         assert (found[name] is None) == (value is None), name
         if value is not None:
