@@ -34,19 +34,3 @@ def test_unknown_code_is_declined():
     report = fastasr.explain(net)
     assert statuses(report)["emformer_layers.0"] == "skipped"
     assert statuses(report)["emformer_layers.1"] == "replaced"
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        (lambda layer: setattr(layer.attention, "negative_inf", -5.0), "negative_inf"),
-        (lambda layer: setattr(layer.attention, "scaling", 1.0), "scaling"),
-    ],
-    ids=("negative_inf", "scaling"),
-)
-def test_instances_that_differ_are_declined(change, reason):
-    net, _ = families.make("emformer")
-    change(net.emformer_layers[0])
-    row = next(r for r in fastasr.explain(net).rows if r.path == "emformer_layers.0")
-    assert row.status == "skipped"
-    assert reason in row.reason

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ESPnet's MEGA decoder swapped: equal results, streaming, several methods bound and undone, declined modules."""
+"""ESPnet's MEGA decoder swapped: equal results, streaming, several methods bound and undone, unknown code."""
 
 import copy
 import pickle
@@ -247,36 +247,6 @@ def test_unknown_source_is_declined():
     report = fastasr.accelerate(model, verify=everything)
     assert report.ok
     assert report["mega_blocks.1.0"].status == report[""].status == "replaced"
-
-
-def test_a_foreign_swish_is_declined(model):
-    class Swish(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.swish = torch.nn.SiLU()
-
-        def forward(self, x):
-            return 2 * self.swish(x)
-
-    model.mega_blocks[0][0].activation = Swish()
-    assert "submodule activation runs code that is not upstream's" in reason(model, "mega_blocks.0.0")
-
-
-def test_other_structures_are_declined(model):
-    block = model.mega_blocks[0][0]
-    block.extra = torch.nn.Identity()
-    assert reason(model, "mega_blocks.0.0") == "has submodules this class does not have upstream: extra"
-    del block.extra
-    block.scaling = 1.0
-    assert "scaling is 1.0" in reason(model, "mega_blocks.0.0")
-    block.scaling = 8**-0.5
-    block.rel_pos_bias.forward = lambda length: torch.zeros(length, length)
-    assert "submodule rel_pos_bias" in reason(model, "mega_blocks.0.0")
-    del block.rel_pos_bias.forward
-    block.multihead_damped_ema.truncation_length = -1
-    assert "truncation_length is -1" in reason(model, "mega_blocks.0.0.multihead_damped_ema")
-    model.num_blocks = 3
-    assert "mega_blocks does not hold 3 pairs" in reason(model, "")
 
 
 def test_restore_lets_go_of_packed_weights(model):

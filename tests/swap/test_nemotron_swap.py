@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """transformers' Nemotron streaming encoder swapped: whole recordings and chunks of every look-ahead give upstream's
-outputs and caches, and so does training; what is declined."""
+outputs and caches; what is declined."""
 
 import copy
 
@@ -298,13 +298,11 @@ def test_chunks_on_weights_of_fewer_bits(format):
         assert 0 < error < 0.1 * expected.last_hidden_state.norm()
 
 
-def test_what_is_declined():
+def test_eager_attention_is_declined():
     model = encoder()
     model.set_attn_implementation("eager")
-    model.layers[0].conv.depthwise_conv = torch.nn.Conv1d(24, 24, 5, padding=2, groups=24)
     reasons = {row.path: row.reason for row in fastasr.accelerate(model).rows if row.status != "replaced"}
     assert "eager one inverts the mask" in reasons["layers.0.self_attn"]
-    assert reasons["layers.0.conv"].startswith("submodule depthwise_conv is a Conv1d")
 
 
 def test_the_implementation_changes_after_the_swap():
