@@ -168,19 +168,6 @@ def test_activation_checkpointing(model, whole_layer, reentrant):
         assert (a is None and b is None) or torch.equal(a, b)
 
 
-def test_autocast_bf16(model, inputs):
-    """The result has upstream's dtype and is not further from its float32 result than upstream itself is."""
-    twin = copy.deepcopy(model).eval()
-    fastasr.accelerate(model.eval())
-    with torch.no_grad():
-        truth = twin(*inputs)[0]
-        with torch.autocast("cpu", torch.bfloat16):
-            expected, actual = twin(*inputs)[0], model(*inputs)[0]
-    assert actual.dtype == expected.dtype
-    errors = [(y.float() - truth).norm() / truth.norm() for y in (expected, actual)]
-    assert errors[1] <= 1.1 * errors[0], errors
-
-
 def test_autocast_bf16_training(model, inputs):
     fastasr.accelerate(model)
     reference = copy.deepcopy(model)

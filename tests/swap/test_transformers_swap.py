@@ -120,18 +120,6 @@ def test_half_precision(dtype):
     assert (ours - expected).abs().mean() <= 1.2 * (theirs - expected).abs().mean()
 
 
-def test_autocast():
-    model = encoder()
-    with torch.autocast("cpu", torch.bfloat16):
-        expected = hidden(model)
-        fastasr.accelerate(model)
-        found = hidden(model)
-    assert found.dtype == expected.dtype
-    exact = hidden(encoder())
-    valid = batch()["attention_mask"][:, ::8].bool()
-    assert (found - exact)[valid].abs().mean() <= 1.2 * (expected - exact)[valid].abs().mean()
-
-
 def test_compiled():
     model = encoder()
     expected = hidden(model)
