@@ -79,26 +79,42 @@ def step(module, *inputs, seed=0, **options):
     leaves = [x.detach().clone().requires_grad_() if _has_gradient(x) else x for x in inputs]
     module.zero_grad()
     y = module(*leaves, **options)
-    y = y[0] if isinstance(y, tuple) else y
+    y = y if isinstance(y, torch.Tensor) else y[0]
     y.backward(cotangent(y))
     named = {f"input {i}": x.grad for i, x in enumerate(leaves) if _has_gradient(x)}
     return {"y": y.detach()} | named | {name: p.grad for name, p in module.named_parameters()}, draws()
 
 
-def same_step(ours, theirs, *inputs, tolerance, seed=0, **options):
-    """Asserts that two modules' steps have the same values, gradients and draws."""
-    same(step(ours, *inputs, seed=seed, **options), step(theirs, *inputs, seed=seed, **options), tolerance)
+def outcome(model, call, training):
+    """Returns what ``step`` does, of ``call(model)[0]`` and without inputs; in eval mode without gradients."""
+    model.train(training).zero_grad()
+    seeded("call")
+    with torch.set_grad_enabled(training):
+        y = call(model)[0]
+        if training:
+            y.backward(cotangent(y))
+    gradients = {name: p.grad for name, p in model.named_parameters()} if training else {}
+    return {"y": y.detach()} | gradients, draws()
 
 
-def same(found, expected, tolerance):
-    """Asserts that two results of ``step`` agree."""
+def same_step(ours, theirs, *inputs, tolerance, seed=0, share=0.0, **options):
+    """Asserts that two modules' steps have the same values, gradients and draws, as ``same``."""
+    results = (step(module, *inputs, seed=seed, **options) for module in (ours, theirs))
+    same(*results, tolerance, share)
+
+
+def same(found, expected, tolerance, share=0.0):
+    """Asserts that two results of ``step`` or ``outcome`` agree. The least size by which errors of gradients are
+    measured is a ``share`` of the largest gradient: some are sums that cancel to errors of rounding."""
     (found, states), (expected, expected_states) = found, expected
     assert states == expected_states
     assert found.keys() == expected.keys()
+    gradients = (g for name, g in expected.items() if name != "y" and g is not None)
+    largest = max((g.abs().max().item() for g in gradients), default=0.0)
     for name, value in expected.items():
         assert (found[name] is None) == (value is None), name
         if value is not None:
-            close(found[name], value, tolerance, name)
+            close(found[name], value, tolerance, name, 1e-12 if name == "y" else max(1e-12, share * largest))
 
 
 def same_gradients(found, expected, tolerance=1e-10):

@@ -26,12 +26,14 @@ import operator
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from fastasr.ops import _dispatch
 
+T = TypeVar("T")
 PARTS = 8  # kKeptPieces of csrc/cpu/support/kept.h
 _RETURNED = 1 << 16  # From this many bytes on, the allocator may have returned memory to the system.
 _SAMPLED = 256  # Without the native library, this many elements of a tensor are compared.
@@ -114,6 +116,18 @@ def content(mask: Tensor) -> object:
     if not _is_readable(mask) or _dispatch.why_not_cpu("kept_digest"):
         return object()
     return torch.ops.fastasr_cpu.kept_digest.default(mask)
+
+
+def on(owner: Any, name: str, version: object, find: Callable[[], T]) -> T:
+    """Returns ``find()``, which stays with ``owner`` as its attribute ``name`` while ``version`` is the same. What was
+    found in inference mode serves that mode alone: no gradient may keep its tensors."""
+    version = version, torch.is_inference_mode_enabled()
+    kept = getattr(owner, name, None)
+    if kept is None or kept[0] != version:
+        kept = version, find()
+        setattr(owner, name, kept)
+    found: T = kept[1]
+    return found
 
 
 def are_counted(tensors: Sequence[Tensor]) -> bool:

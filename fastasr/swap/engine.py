@@ -29,7 +29,6 @@ from fastasr.swap.rules import FAMILIES, returnn, rules_by_forward
 from fastasr.swap.rules.torch import LINEAR
 from fastasr.swap.source_hash import SourceUnavailable, fingerprint
 from fastasr.swap.state import ModelState
-from fastasr.swap.verify import run as run_model
 from fastasr.swap.verify import verified as run_verification
 
 # What ``only`` and ``exclude`` take: a class, names or paths, a function of path and module, or several of these.
@@ -138,7 +137,7 @@ def accelerate(
             def chosen(path: str, module: nn.Module) -> bool:
                 return (only is None or only(path, module)) and (exclude is None or not exclude(path, module))
 
-            report.weights = reduced.keep(model, weights, chosen, verify, run_model, weights_error, state)
+            report.weights = reduced.keep(model, weights, chosen, verify, weights_error, state)
         if graphs:
             _record(plan, report, Graphs() if graphs is True else graphs)
         _note_leaving(plan, report)

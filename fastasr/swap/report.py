@@ -232,11 +232,6 @@ def _of_encoders(reasons: dict[str, str | None] | None, how: str, how_not: str) 
     return [counts, *(f"  {how_not}: {line}" for line in left)]
 
 
-def kernel_names(row: Row) -> str:
-    """Returns the ops of a row as text; a dash for none."""
-    return " ".join(row.kernels) or "-"
-
-
 def _grouped(rows: Iterable[Row]) -> list[tuple[int, Row]]:
     """Returns [(count, row)], one per group of equal rows. Modules without a rule share a row per reason."""
     groups: dict[tuple, list[Row]] = {}

@@ -22,9 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+from fastasr.models.transducer.predictors import find_predictor
 from fastasr.ops import _reduced_weights
-from fastasr.swap import binding, rules
+from fastasr.swap import binding
 from fastasr.swap.state import ModelState
+from fastasr.swap.verify import run
 
 FLOAT32 = "float32"
 SMALL = 4096  # a weight with fewer elements gains less than its rows cost to convert
@@ -112,15 +114,13 @@ def keep(
     format: str,
     chosen: Callable[[str, nn.Module], bool],
     inputs: Any,
-    run: Callable[[nn.Module, Any], Any],
     bound: float,
     before: ModelState | None,
 ) -> ReducedReport:
     """Reduces the weights of ``model`` and returns a ReducedReport. An error leaves them as they were.
 
-    chosen: a function (path, module) -> bool. inputs: as for ``verify``, or None. run: a function
-    (model, inputs) that runs the model and returns its result. bound: the largest relative rms error of the outputs.
-    before: the model's state, if there are inputs.
+    chosen: a function (path, module) -> bool. inputs: as for ``verify``, or None. bound: the largest relative rms error
+    of the outputs. before: the model's state, if there are inputs.
     """
     with _as_before_on_error(model):
         report = ReducedReport(format, [])
@@ -213,7 +213,8 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter, b
 
 def _searched(model: nn.Module) -> set[int]:
     """Returns the ids of the parameters of predictors and joint networks whose transducers greedy search knows."""
-    return {id(w) for module in model.modules() for part in rules.searched(module) for w in part.parameters()}
+    predictors = filter(None, map(find_predictor, model.modules()))
+    return {id(w) for predictor in predictors for part in predictor.parts() for w in part.parameters()}
 
 
 def _why_not(weight: nn.Parameter, by_us: bool) -> str:

@@ -83,12 +83,12 @@ assert any(kind.replayed for kinds in fastasr.graph_state(model).values() for ki
     "search": """
 from fastasr.models.fast_conformer import FastConformerEncoder, FastConformerTDT
 from fastasr.models.transducer.parakeet_steps import generate_steps
-from fastasr.models.transducer.predictors import ParakeetPredictor
+from fastasr.models.transducer.predictors import find_predictor
 
 encoder = FastConformerEncoder(mel_bins=16, width=16, layers=1, heads=2, hidden=32, channels=8)
 model = FastConformerTDT(encoder, 8, hidden=12).eval()
-assert fastasr.swap.rules.searched(model) == (model.decoder, model.joint)
-predictor, lengths = ParakeetPredictor(model), torch.tensor([8, 5])
+predictor, lengths = find_predictor(model), torch.tensor([8, 5])
+assert predictor.parts() == (model.decoder, model.joint)
 with torch.no_grad():
     frames = predictor.project(model.encoder(torch.randn(2, 64, 16))[0])
     search = predictor.require_search("search")

@@ -27,11 +27,11 @@ def _no_gradients():
 def test_packed_weights_are_never_stale(change):
     decoder = ours()
     current(decoder)
-    plan = decoding._plan(decoder)
-    assert decoding._plan(decoder) is plan
+    plan = decoding._PLANS.of(decoder)
+    assert decoding._PLANS.of(decoder) is plan
     change(decoder)
     decoder.eval()
-    assert decoding._plan(decoder) is not plan
+    assert decoding._PLANS.of(decoder) is not plan
     current(decoder)
 
 
@@ -41,7 +41,7 @@ def test_packed_weights_go_with_the_decoder():
     clone = copy.deepcopy(decoder)
     assert not {name for name in vars(clone) if "pack" in name or "plan" in name}
     current(clone)
-    plan = weakref.ref(decoding._PLANS[clone])
+    plan = weakref.ref(decoding._PLANS.of(clone))
     assert plan() is not None
     del clone
     gc.collect()
@@ -53,7 +53,7 @@ def test_packing_can_be_declined():
     decoder.packed_decoding = False
     assert decoding.step(decoder, labels_of(), decoder.init_state()) is None
     assert decoding.why_not(decoder) == "packed_decoding is False"
-    assert decoder not in decoding._PLANS
+    assert decoder not in decoding._PLANS._of
 
 
 # --------------------------------------------------------------------------- where it does not serve

@@ -121,7 +121,7 @@ def test_few_static_steps_are_kept(static):
     for batch in range(1, 12):
         decoding.step(decoder, labels_of(batch), decoder.init_state(batch))
     assert len(static) == 11
-    assert [batch for batch, _ in decoding._plan(decoder)._graphs] == list(range(4, 12))
+    assert [batch for batch, _ in decoding._PLANS.of(decoder)._graphs] == list(range(4, 12))
 
 
 @pytest.mark.gpu

@@ -96,14 +96,6 @@ def test_float32_to_rounding():
     assert (ours - exact).abs().max() <= 2 * (single - exact).abs().max() + 1e-6 * exact.abs().max()
 
 
-def test_a_watched_norm_is_called():
-    expected, actual = predictors()
-    labels, lengths, calls = torch.randint(0, SYMBOLS, (2, 5)), torch.tensor([5, 3]), []
-    actual.lstm_layers[1].g_norm.register_forward_hook(lambda *_: calls.append(1))
-    close(actual(labels, lengths), expected(labels, lengths))
-    assert len(calls) == 5
-
-
 @pytest.mark.parametrize("activation", ["relu", "tanh"])
 def test_joiner(activation):
     expected, actual = pair("_Joiner", CHANNELS, SYMBOLS, activation=activation)

@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from steps import close, cotangent, moved, same_state, seeded
+from steps import close, cotangent, moved, same_state, same_step, seeded
 from tiny_parakeet import SIZES, STILL
 
 pytest.importorskip("transformers")
@@ -51,18 +51,6 @@ def inputs(lengths, dtype=torch.float64):
     return x, (torch.arange(FRAMES) < torch.tensor(lengths)[:, None]).long()
 
 
-def step(model, x, mask, seed=3):
-    """Returns values, output mask, gradients of input and parameters, buffers, and the random state behind a step."""
-    seeded(seed)
-    x = x.clone().requires_grad_()
-    result = model(x, mask)
-    y, out_mask = result if isinstance(result, tuple) else (result.last_hidden_state, result.attention_mask)
-    state = torch.get_rng_state()
-    seeded(9)
-    grads = torch.autograd.grad(y, [x, *model.parameters()], torch.randn_like(y), allow_unused=True)
-    return y.detach(), out_mask, grads, state
-
-
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -71,19 +59,12 @@ def test_values_and_gradients(implementation, lengths, training):
     theirs, model = pair(dtype, **STILL)
     theirs.set_attn_implementation(implementation)
     theirs.train(training), model.train(training)
-    x, mask = inputs(lengths, dtype)
-    (y, out_mask, grads, _), (y0, out_mask0, grads0, _) = step(model, x, mask), step(theirs, x, mask)
-    close(y, y0, tolerance)
-    assert (out_mask is None) == (out_mask0 is None)
-    if out_mask is not None:
-        assert out_mask.int().tolist() == out_mask0.tolist()
-    largest = max(g.abs().max() for g in grads0 if g is not None)
-    names = ["the input", *(name for name, _ in model.named_parameters())]
-    for name, g, g0 in zip(names, grads, grads0, strict=True):
-        assert (g is None) == (g0 is None), name
-        assert g is None or (g - g0).abs().max() <= 10 * tolerance * largest, name
+    call = inputs(lengths, dtype)
+    same_step(model, theirs, *call, tolerance=tolerance, share=1.0)
     for (name, b), (_, b0) in zip(model.named_buffers(), theirs.named_buffers(), strict=True):
         assert torch.allclose(b, b0, rtol=1e-5 if b.is_floating_point() else 0), name
+    mask, expected = model(*call)[1], theirs(*call).attention_mask
+    assert mask is expected is None or torch.equal(mask.int(), expected)
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -94,10 +75,7 @@ def test_the_same_draws(implementation):
     theirs.train(), model.train()
     x, mask = inputs(LENGTHS["padded"], dtype)
     with fastasr.upstream_draws():
-        (y, _, grads, state), (y0, _, grads0, state0) = step(model, x, mask), step(theirs, x, mask)
-    assert torch.equal(state, state0)
-    close(y, y0, tolerance)
-    close(grads[0], grads0[0], 10 * tolerance)
+        same_step(model, theirs, x, mask, tolerance=tolerance, seed=3, share=1.0)
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -153,9 +131,7 @@ def test_layer_drop_draws_as_upstream():
     theirs.train(), model.train()
     x, mask = inputs(LENGTHS["padded"])
     for seed in range(4):
-        (y, *_, state), (y0, *_, state0) = step(model, x, mask, seed), step(theirs, x, mask, seed)
-        assert torch.equal(state, state0)
-        close(y, y0, 1e-10)
+        same_step(model, theirs, x, mask, tolerance=1e-10, seed=seed, share=1.0)
 
 
 @pytest.mark.parametrize("bias", [True, False])

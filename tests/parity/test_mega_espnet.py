@@ -7,7 +7,7 @@ import mega_models
 import pytest
 import torch
 from mega_models import DROPOUT, in_fp64, labels
-from steps import close, numbers, same_state, seeded
+from steps import close, numbers, same_state, same_step, seeded
 
 pytest.importorskip("espnet2.asr_transducer.decoder.mega_decoder")
 
@@ -37,29 +37,12 @@ def variant(request):
     return VARIANTS[request.param]
 
 
-def gradients(model, out, weight):
-    return torch.autograd.grad((out * weight).sum(), list(model.parameters()), materialize_grads=True)
-
-
-def same_values_and_gradients(found, expected, tolerance):
-    close(found[0], expected[0], tolerance)
-    largest = max(g.abs().max() for g in expected[1])
-    for a, b in zip(found[1], expected[1], strict=True):
-        close(a, b, 10 * tolerance, least=largest)
-
-
 def test_values_and_gradients(variant):
     arguments, tolerance = variant
     with in_fp64():
         theirs = mega_models.upstream(**arguments)
         ours = mega_models.ours(theirs, **arguments)
-        batch = labels()
-        outs = ours(batch), theirs(batch)
-        weight = torch.randn_like(outs[0])
-        results = [
-            (out, gradients(model, out, weight)) for model, out in zip((ours, theirs), outs, strict=True)
-        ]
-        same_values_and_gradients(*results, tolerance)
+        same_step(ours, theirs, labels(), tolerance=tolerance, share=1.0)
 
 
 @pytest.mark.parametrize("arguments", [{}, {"rel_pos_bias_type": "rotary"}, {"chunk_size": 5}])
@@ -100,14 +83,7 @@ def test_a_training_step_with_dropout(name, rate):
     with in_fp64():
         theirs = mega_models.upstream(**arguments, **rates).train()
         ours = mega_models.ours(theirs, **arguments, **rates)
-        weight = torch.randn(3, 12, 24)
-        results = []
-        for model in (ours, theirs):
-            seeded(3)
-            out = model(labels())
-            results.append((out.detach(), gradients(model, out, weight), torch.get_rng_state()))
-    assert torch.equal(results[0][2], results[1][2])
-    same_values_and_gradients(*results, tolerance)
+        same_step(ours, theirs, labels(), tolerance=tolerance, seed=3, share=1.0)
 
 
 def test_initialisation_draws_the_same(variant):
@@ -300,11 +276,7 @@ def test_the_biases_alone(kind, length):
     theirs = mega_models.upstream(rel_pos_bias_type=kind).mega_blocks[0][0].rel_pos_bias
     ours = mega_models.ours(mega_models.upstream(rel_pos_bias_type=kind), rel_pos_bias_type=kind)
     ours = ours.mega_blocks[0][0].rel_pos_bias
-    expected, actual = theirs(length), ours(length)
-    close(actual, expected, 2e-6)
-    weight = torch.randn(length, length)
-    for a, b in zip(gradients(ours, actual, weight), gradients(theirs, expected, weight), strict=True):
-        close(a, b, 1e-5)
+    same_step(ours, theirs, length, tolerance=2e-6, share=1.0)
     if kind == "rotary":
         x = torch.randn(length, 16)
         close(ours.rotary(x), theirs.rotary(x), 1e-6)

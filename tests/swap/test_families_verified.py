@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model of every framework is verified when it is swapped, and undone it is what it was."""
+"""A model of every framework is verified when it is swapped, and undone it is what it was; under autocast it is as
+exact as upstream's."""
+
+import copy
 
 import ambient
 import families
 import pytest
 import torch
+from steps import seeded
 
 import fastasr
 from fastasr.testing import seeds
@@ -51,3 +55,22 @@ def test_verified_in_half_precision(name):
         model, run = families.make(name)
     report = fastasr.accelerate(model.to(dtype), verify=run, **families.SWAP.get(name, {}))
     assert report.ok, str(report)
+
+
+@pytest.mark.parametrize(
+    "name", sorted(families.FAMILIES.keys() - {"parakeet rnn-t", "parakeet tdt"})
+)  # give tokens
+def test_autocast(name):
+    """The results have upstream's dtype and are as near to those in float32 as upstream's."""
+    theirs, run = families.make(name)
+    ours = copy.deepcopy(theirs)
+    fastasr.accelerate(ours, **families.SWAP.get(name, {}))
+    results = []
+    for model, enabled in ((theirs, False), (theirs, True), (ours, True)):
+        seeded("call")
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            results.append(run(model))
+    for exact, expected, found in zip(*results, strict=True):
+        assert found.dtype == expected.dtype
+        errors = [(y.float() - exact).norm() / exact.norm() for y in (found, expected)]
+        assert errors[0] <= 1.15 * errors[1] + 5e-4, errors

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """transformers' Nemotron streaming encoder swapped: whole recordings and chunks of every look-ahead give upstream's
-outputs and caches, and so does training; what is declined."""
+outputs and caches; what is declined."""
 
 import copy
 
@@ -86,16 +86,6 @@ def _with_shared_tensors(cache):
     other = copy.copy(cache)
     other.layers = [copy.copy(layer) for layer in cache.layers]
     return other
-
-
-def test_swap_and_verify():
-    model = encoder()
-    expected = model(**batch(), num_lookahead_tokens=3).last_hidden_state
-    report = fastasr.accelerate(model, verify=batch())
-    assert report.ok, str(report)
-    assert {row.class_name for row in report.replaced} == SWAPPED | {"Linear"}
-    same(model(**batch(), num_lookahead_tokens=3).last_hidden_state, expected)
-    assert fastasr.restore(model) == len(report.replaced)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
@@ -308,13 +298,11 @@ def test_chunks_on_weights_of_fewer_bits(format):
         assert 0 < error < 0.1 * expected.last_hidden_state.norm()
 
 
-def test_what_is_declined():
+def test_eager_attention_is_declined():
     model = encoder()
     model.set_attn_implementation("eager")
-    model.layers[0].conv.depthwise_conv = torch.nn.Conv1d(24, 24, 5, padding=2, groups=24)
     reasons = {row.path: row.reason for row in fastasr.accelerate(model).rows if row.status != "replaced"}
     assert "eager one inverts the mask" in reasons["layers.0.self_attn"]
-    assert reasons["layers.0.conv"].startswith("submodule depthwise_conv is a Conv1d")
 
 
 def test_the_implementation_changes_after_the_swap():

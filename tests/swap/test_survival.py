@@ -70,20 +70,6 @@ def test_the_pickle_of_a_swapped_model_does_not_need_fastasr(model):
     assert not any(name.startswith("fastasr") for name in names)
 
 
-def test_state_dict_round_trip_between_swapped_and_not(model, inputs):
-    twin = copy.deepcopy(model)
-    fastasr.accelerate(twin)
-    with torch.no_grad():
-        for p in twin.parameters():
-            p.mul_(1.5)
-    file = io.BytesIO()
-    torch.save(twin.state_dict(), file)
-    file.seek(0)
-    model.load_state_dict(torch.load(file))
-    with torch.no_grad():
-        close(twin.eval()(*inputs)[0], model.eval()(*inputs)[0])
-
-
 def _parts(model):
     """Returns name -> (module, number of arguments, channels), one of each swapped kind."""
     layer = model.encoder.encoders[0].layers[0]
@@ -180,19 +166,6 @@ def test_activation_checkpointing(model, whole_layer, reentrant):
         results.append([x.grad, *(p.grad for p in module.parameters())])
     for a, b in zip(*results, strict=True):
         assert (a is None and b is None) or torch.equal(a, b)
-
-
-def test_autocast_bf16(model, inputs):
-    """The result has upstream's dtype and is not further from its float32 result than upstream itself is."""
-    twin = copy.deepcopy(model).eval()
-    fastasr.accelerate(model.eval())
-    with torch.no_grad():
-        truth = twin(*inputs)[0]
-        with torch.autocast("cpu", torch.bfloat16):
-            expected, actual = twin(*inputs)[0], model(*inputs)[0]
-    assert actual.dtype == expected.dtype
-    errors = [(y.float() - truth).norm() / truth.norm() for y in (expected, actual)]
-    assert errors[1] <= 1.1 * errors[0], errors
 
 
 def test_autocast_bf16_training(model, inputs):

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from largest import Largest
-from steps import close, draws, moved, numbers, seeded
+from steps import close, draws, moved, numbers, same_step, seeded
 from tiny_zipformer import TINY, plain_swoosh, set_batch_count
 from upstream_precision import computing_in
 from zipformer.modules import zipformer
@@ -114,34 +114,17 @@ def test_training_steps(chunks):
     theirs = upstream(**chunks).double().train()
     ours = copy.deepcopy(theirs)
     fastasr.accelerate(ours)
+    call = source(torch.float64), LENGTHS, PADDING
     for seed in range(4):
-        results = []
-        for each in (theirs, ours):
-            seeded(seed)
-            x = source(torch.float64).requires_grad_()
-            with computing_in(torch.float64):
-                y = each(x, LENGTHS, PADDING)[0]
-                grads = torch.autograd.grad(y.sin().sum(), [x, *each.parameters()], materialize_grads=True)
-            results.append((y, grads, draws()))
-        (expected, expected_grads, expected_draws), (y, grads, drawn) = results
-        close(y, expected, 1e-10)
-        largest = max(g.abs().max() for g in expected_grads)
-        for a, b in zip(grads, expected_grads, strict=True):
-            assert (a - b).abs().max() < 1e-10 * largest
-        assert drawn == expected_draws
+        with computing_in(torch.float64):
+            same_step(ours, theirs, *call, tolerance=1e-10, seed=seed, share=1.0)
 
 
 def test_training_step_in_float32():
     theirs = upstream().train()
     ours = copy.deepcopy(theirs)
     fastasr.accelerate(ours)
-    for each in (theirs, ours):
-        seeded(1)
-        each(source(), LENGTHS, PADDING)[0].sin().sum().backward()
-    largest = max(p.grad.abs().max() for p in theirs.parameters() if p.grad is not None)
-    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
-        assert (a.grad is None) == (b.grad is None)
-        assert a.grad is None or (a.grad - b.grad).abs().max() < 1e-3 * largest
+    same_step(ours, theirs, source(), LENGTHS, PADDING, tolerance=1e-3, seed=1, share=1.0)
 
 
 def hooked(path):

@@ -8,7 +8,6 @@ import torch
 import fastasr
 from fastasr.asr.audio import recordings
 from fastasr.benchmarks.harness import Timing
-from fastasr.swap.report import kernel_names
 
 UPSTREAM, COMPILED, FASTASR = "upstream as shipped", "upstream, torch.compile", "fastasr"
 
@@ -38,6 +37,6 @@ def replaced_by_class(report: fastasr.SwapReport) -> dict[tuple[str, str], int]:
     """Returns the number of replaced modules for every (class, kernels)."""
     found: dict[tuple[str, str], int] = {}
     for row in report.replaced:
-        key = (row.class_name, kernel_names(row))
+        key = (row.class_name, " ".join(row.kernels) or "-")
         found[key] = found.get(key, 0) + 1
     return found

@@ -30,7 +30,7 @@ from fastasr.ops import _dispatch
 AGREEMENT = 1e-4
 
 L = TypeVar("L", bound=torch.nn.Module)
-P = TypeVar("P", bound="PackedLayer")
+P = TypeVar("P", bound="Packed")
 
 _WATCHED = "a submodule has hooks, or is in training mode"
 _FOREIGN = "runs code that is neither torch's, fastasr's nor its framework's"
@@ -75,23 +75,45 @@ def note_declined(layer: torch.nn.Module, x: Tensor, weight: object, method: str
         _left.note(layer, "gradients are on", method, logging.INFO)
 
 
-class PackedLayer(abc.ABC, Generic[L]):
-    """The weights of a layer in the order in which the native call reads them.
-
-    ``reason`` says why the native call cannot be used; it is "" if it can. A subclass packs the weights (``_pack``),
-    gives the reasons that hold until the layer changes (``_why_not_ever``, "" for none) and computes an example both
-    natively and by the layer's operations (``_example``).
+class Packed(Generic[L]):
+    """What a native call reads of a module's weights, or why it cannot be used: ``reason``, "" if it can. It serves
+    until the module changes.
     """
 
-    METHODS: tuple[str, ...] = ("forward",)  # methods that may be bound to an instance of the layer's parts
+    METHODS: tuple[str, ...] = ("forward",)  # methods that may be bound to an instance of the module's parts
+    COPIES = True  # whether the weights are copied
+
+    def __init__(self, module: L) -> None:
+        self._state = ModuleState(module, self.drops, self.METHODS, self.COPIES)
+        self.reason = _WATCHED if self._state.watched() else ""
+
+    @staticmethod
+    def drops(part: torch.nn.Module) -> bool:
+        """Says whether ``part`` must not be in training mode."""
+        return True
+
+    def fresh(self) -> bool:
+        """Says whether the module has not changed since its weights were packed."""
+        watched = self.reason == _WATCHED
+        return self._state.watched() == watched and self._state.unchanged()
+
+    def why(self, module: L) -> str:
+        """Returns ``reason``, in which the submodule that is watched has its name."""
+        return (self.reason == _WATCHED and first_watched(module, self.drops)) or self.reason
+
+
+class PackedLayer(Packed[L], abc.ABC):
+    """The weights of a layer in the order in which the native call reads them.
+
+    A subclass packs the weights (``_pack``), gives the reasons that hold until the layer changes (``_why_not_ever``, ""
+    for none) and computes an example both natively and by the layer's operations (``_example``).
+    """
+
     OPERATIONS = "operations"  # the name of the layer's own operations in a reason
-    COPIES = True  # whether _pack copies the weights
 
     def __init__(self, layer: L, by_operations: Callable[..., Any]) -> None:
-        self._state = ModuleState(layer, methods=self.METHODS, copies=self.COPIES)
-        self.reason = (
-            _WATCHED if self._state.watched() else _why_no_weights(layer) or self._why_not_ever(layer)
-        )
+        super().__init__(layer)
+        self.reason = self.reason or _why_no_weights(layer) or self._why_not_ever(layer)
         if not self.reason and any_watched(layer.modules()):
             self.reason = _WATCHED
         if not self.reason:  # The example would call the part that has a reason.
@@ -110,15 +132,6 @@ class PackedLayer(abc.ABC, Generic[L]):
         else:
             self.reason = "" if error <= AGREEMENT else f"its {self.OPERATIONS} compute something else"
 
-    def fresh(self) -> bool:
-        """Says whether the layer has not changed since its weights were packed."""
-        watched = self.reason == _WATCHED
-        return self._state.watched() == watched and self._state.unchanged()
-
-    def why(self, layer: L) -> str:
-        """Returns ``reason``, in which the submodule that is watched has its name."""
-        return (self.reason == _WATCHED and first_watched(layer)) or self.reason
-
     @abc.abstractmethod
     def _why_not_ever(self, layer: L) -> str: ...
 
@@ -131,23 +144,27 @@ class PackedLayer(abc.ABC, Generic[L]):
 
 
 class PackedLayers(Generic[P]):
-    """Keeps the packed copies of layers as long as the layers live. ``kind``: a subclass of :class:`PackedLayer`."""
+    """Keeps the packed copies of layers as long as the layers live. ``kind``: a subclass of :class:`Packed`."""
 
     def __init__(self, kind: type[P]) -> None:
         self._kind = kind
         self._of: weakref.WeakKeyDictionary[torch.nn.Module, P] = weakref.WeakKeyDictionary()
 
-    def of(self, layer: torch.nn.Module, by_operations: Callable[..., Any]) -> P:
-        """Returns the layer's packed copy, which is made again if the layer has changed."""
+    def of(self, layer: torch.nn.Module, *arguments: Any) -> P:
+        """Returns the layer's packed copy, which is made, with these arguments, again if the layer has changed."""
         packed = self._of.get(layer)
         if packed is None or not packed.fresh():
-            packed = self._of[layer] = self._kind(layer, by_operations)
+            packed = self._of[layer] = self._kind(layer, *arguments)
         return packed
 
     def why_not(self, layer: torch.nn.Module) -> str | None:
         """Returns why the native call cannot be used for this layer: "" if it can, None before the first step."""
         packed = self._of.get(layer)
         return None if packed is None or not packed.fresh() else packed.why(layer)
+
+    def release(self, layer: torch.nn.Module) -> None:
+        """Frees the layer's packed copy; the next step packs it again."""
+        self._of.pop(layer, None)
 
 
 def _runs_foreign_code(module: torch.nn.Module, owner: type) -> bool:

@@ -20,7 +20,7 @@ from fastasr.models.common import plumbing
 from fastasr.ops import _row
 from fastasr.packed_frames import PackedFrames, begins_in_batch
 
-MULTIPLE = 16  # Rows have a multiple of so many frames, as tensor cores like them.
+MULTIPLE = 16  # At every rate rows have a multiple of so many frames, as tensor cores like them.
 
 
 class Row(NamedTuple):

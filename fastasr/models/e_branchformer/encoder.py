@@ -136,7 +136,7 @@ class EBranchformerEncoder(torch.nn.Module):
         PackedFrames (N, input_size) and their lengths, and returns PackedFrames (N', output_size).
         """
         if self.ragged or isinstance(xs_pad, PackedFrames):
-            call = row.Call(xs_pad, ilens, prev_states, masks, ctc, max_layer, return_all_hs)
+            call = xs_pad, ilens, prev_states, masks, ctc, max_layer, return_all_hs
             found = row.without_padding(self, *call)
             if found is not None:
                 return found

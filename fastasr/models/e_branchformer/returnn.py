@@ -43,7 +43,13 @@ _NORMS = {
     "cgmlp.norm": "cgmlp.csgu.norm",
 }
 _CONVOLUTIONS = {"cgmlp.conv": "cgmlp.csgu.conv", "merge.depthwise_conv_fusion": "depthwise_conv_fusion"}
-_BIASES = {f"self_att.pos_bias_{x}": f"attn.pos_bias_{x}" for x in "uv"}
+_TRANSPOSED = {f"{k}.weight": f"{v}.weight" for k, v in _LINEARS.items()}
+_EQUAL = {
+    **{f"self_att.pos_bias_{x}": f"attn.pos_bias_{x}" for x in "uv"},
+    **{f"{k}.scale": f"{v}.weight" for k, v in _NORMS.items()},
+    **{f"{k}.filter": f"{v}.weight" for k, v in _CONVOLUTIONS.items()},
+    **{f"{k}.bias": f"{v}.bias" for k, v in (_LINEARS | _NORMS | _CONVOLUTIONS).items()},
+}
 
 
 class EBranchformerStack(torch.nn.Module):
@@ -170,15 +176,10 @@ def _tensors(module: Any) -> dict[str, Tensor]:
 
 def layer_state_from_returnn(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Converts the state dict of one RETURNN layer, names without ``layers.{i}.``, to :class:`EBranchformerLayer`'s."""
-    state, out = dict(state), {}
+    state = dict(state)
     heads = state["self_att.pos_bias_u"].shape[0]
-    for name, tensor in _pop(state, _BIASES):
-        out[name] = tensor.clone()
-    for table, weight in ((_LINEARS, "weight"), (_NORMS, "scale"), (_CONVOLUTIONS, "filter")):
-        for name, tensor in _pop(state, {f"{k}.{weight}": f"{v}.weight" for k, v in table.items()}):
-            out[name] = (tensor.t() if table is _LINEARS else tensor).clone()
-        for name, tensor in _pop(state, {f"{k}.bias": f"{v}.bias" for k, v in table.items()}):
-            out[name] = tensor.clone()
+    out = {name: tensor.clone() for name, tensor in _pop(state, _EQUAL)}
+    out |= {name: tensor.t().clone() for name, tensor in _pop(state, _TRANSPOSED)}
     for kind in ("weight", "bias"):
         for name, tensor in _pop(state, {f"self_att.qkv.{kind}": kind}):
             parts = tensor.t() if kind == "weight" else tensor
@@ -199,15 +200,10 @@ def layer_state_from_returnn(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def layer_state_to_returnn(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Inverts :func:`layer_state_from_returnn`."""
-    state, out = dict(state), {}
+    state = dict(state)
     heads = state["attn.pos_bias_u"].shape[0]
-    for name, tensor in _pop(state, {v: k for k, v in _BIASES.items()}):
-        out[name] = tensor.clone()
-    for table, weight in ((_LINEARS, "weight"), (_NORMS, "scale"), (_CONVOLUTIONS, "filter")):
-        for name, tensor in _pop(state, {f"{v}.weight": f"{k}.{weight}" for k, v in table.items()}):
-            out[name] = (tensor.t() if table is _LINEARS else tensor).clone()
-        for name, tensor in _pop(state, {f"{v}.bias": f"{k}.bias" for k, v in table.items()}):
-            out[name] = tensor.clone()
+    out = {name: tensor.clone() for name, tensor in _pop(state, {v: k for k, v in _EQUAL.items()})}
+    out |= {name: tensor.t().clone() for name, tensor in _pop(state, {v: k for k, v in _TRANSPOSED.items()})}
     for kind in ("weight", "bias"):
         names = {f"attn.linear_{part}.{kind}": part for part in "qkv"}
         parts = [tensor.unflatten(0, (heads, -1)) for _, tensor in _pop(state, names)]

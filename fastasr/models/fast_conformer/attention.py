@@ -8,7 +8,7 @@ its scores with the lowest number; the gradient of these rows is upstream's too.
 """
 
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,13 +23,10 @@ from fastasr.models.common.plain import is_watched
 from fastasr.models.common.ragged import Packing
 from fastasr.models.common.row import Row
 from fastasr.models.fast_conformer import masks
-from fastasr.models.fast_conformer.masks import WATCHED, is_readable, seen
+from fastasr.models.fast_conformer.masks import WATCHED, Seen, is_readable, seen
 from fastasr.models.fast_conformer.positions import KEPT_FRAMES
 from fastasr.ops import _kept, _reduced_weights
 from fastasr.ops._relative_positions import relative_shift
-
-if TYPE_CHECKING:
-    from fastasr.models.fast_conformer.masks import Seen
 
 # module -> the sources of its projected positions, and these
 _PROJECTED: weakref.WeakKeyDictionary[torch.nn.Module, tuple[Any, ...]] = weakref.WeakKeyDictionary()
@@ -124,7 +121,7 @@ def attended(
     v: Tensor,
     position_embeddings: Tensor,
     mask: Tensor | None,
-    by: "Seen | None",
+    by: Seen | None,
     mean: bool = False,
 ) -> Tensor:
     """Returns y (B, T, H, d) of queries (B, T, H, d), which stand at the last frames of keys and values (B, K, H, d).

@@ -2,6 +2,7 @@
 """The keys that an attention mask of transformers or NeMo hides, read once for all layers that get the same mask."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -63,18 +64,10 @@ def read(mask: "Tensor | BlockMask | None", implementation: str, batch: int, fra
         evaluate = _added
     if evaluate is None or torch.compiler.is_compiling() or is_transformed() or recording() is not None:
         return None
-    if not isinstance(mask, Tensor):
-        version = None
-    else:
-        version = (
-            object() if mask.is_cpu else _kept.content(mask)
-        )  # reading it anew is a small part of eager's work
-    kept = getattr(mask, "_fastasr_pairs", None)
-    if kept is None or kept[0] != version:
-        kept = version, evaluate(mask)
-        owner: Any = mask  # the attribute is ours
-        owner._fastasr_pairs = kept
-    return kept[1]
+    version = None
+    if isinstance(mask, Tensor):  # On a CPU, reading it anew is a small part of eager's work.
+        version = object() if mask.is_cpu else _kept.content(mask)
+    return _kept.on(mask, "_fastasr_pairs", version, partial(evaluate, mask))
 
 
 def _added(mask: Tensor) -> Tensor | None:
@@ -112,12 +105,8 @@ def of_nemo(mask: "BlockMask | None", batch: int, frames: int, cls: type) -> dic
         return None
     if torch.compiler.is_compiling():
         return {"key_padding_mask": _hidden_keys(mask, batch, frames), **context}
-    name = f"_fastasr_hidden_{torch.is_inference_mode_enabled()}"
-    kept = getattr(mask, name, None)
-    if kept is None:
-        kept = _hidden_keys(mask, batch, frames)
-        setattr(mask, name, kept)
-    return {"key_padding_mask": kept, **context}
+    hidden = _kept.on(mask, "_fastasr_hidden", None, lambda: _hidden_keys(mask, batch, frames))
+    return {"key_padding_mask": hidden, **context}
 
 
 def _hidden_keys(mask: "BlockMask", batch: int, frames: int) -> Tensor:
@@ -148,18 +137,10 @@ def seen(mask: Tensor, hides: bool = False, left: int | None = None) -> Seen:
     if torch.compiler.is_compiling() or is_transformed():
         return _seen_by_any_values(mask, hides)
     recorded = recording()
-    version: tuple[object, ...]
     if recorded is not None:
         version = recorded, None if mask.is_inference() else mask._version
-    else:
-        version = _kept.content(mask), torch.is_inference_mode_enabled()  # No gradient may keep its tensors.
-    kept = getattr(mask, "_fastasr_seen", None)
-    if kept is None or kept[0] != version:
-        found = _seen_now(mask, hides, left) if recorded is None else _seen_by_any_values(mask, hides)
-        kept = version, found
-        owner: Any = mask  # the attribute is ours
-        owner._fastasr_seen = kept
-    return kept[1]
+        return _kept.on(mask, "_fastasr_seen", version, lambda: _seen_by_any_values(mask, hides))
+    return _kept.on(mask, "_fastasr_seen", _kept.content(mask), lambda: _seen_now(mask, hides, left))
 
 
 def _seen_by_any_values(mask: Tensor, hides: bool) -> Seen:

@@ -118,14 +118,14 @@ class FastConformerRNNT(torch.nn.Module):
             label_lengths: None: all labels count. Behind its end a sequence may hold any tokens.
             reduction: transformers': mean_volume, mean_batch, mean, sum or none.
         """
-        call, symbols = self._call(input_features, attention_mask, labels, label_lengths)
+        call = self._call(input_features, attention_mask, labels, label_lengths)
         head = self._plain_head()
         if head is None:
             losses = lengths.rnnt_losses("rnnt_loss", self._logits(call), *call[2:], self.blank_token_id)
         else:
             operands = *call[:2], head.weight, head.bias, *call[2:]
             losses = lengths.joiner_losses(*operands, self.blank_token_id, activation=self.hidden_act)
-        return lengths.reduced("rnnt.joiner_loss", losses, symbols, reduction)
+        return lengths.reduced("rnnt.joiner_loss", losses, call[-1], reduction)
 
     def _joined(
         self, input_features: Tensor, attention_mask: Tensor | None, labels: Tensor
@@ -151,12 +151,12 @@ class FastConformerRNNT(torch.nn.Module):
         attention_mask: Tensor | None,
         labels: Tensor,
         label_lengths: Tensor | None,
-    ) -> tuple[Call, Tensor]:
-        """Returns the joint network's summands, labels, lengths of frames and labels; and the label lengths."""
+    ) -> Call:
+        """Returns the joint network's summands, labels, and lengths of frames and labels."""
         frames, mask, contexts = self._joined(input_features, attention_mask, labels)
         ends = labels.new_full((len(labels),), frames.shape[1]) if mask is None else mask.sum(-1)
         symbols = labels.new_full((len(labels),), labels.shape[1]) if label_lengths is None else label_lengths
-        return (frames, contexts, labels, ends, symbols), symbols
+        return frames, contexts, labels, ends, symbols
 
 
 class FastConformerTDT(FastConformerRNNT):
@@ -185,7 +185,7 @@ class FastConformerTDT(FastConformerRNNT):
         sigma: float = 0.0,
     ) -> Tensor:
         """Does the same for a TDT. ``sigma`` is subtracted from the tokens' log-probabilities, as transformers does."""
-        call, _ = self._call(input_features, attention_mask, labels, label_lengths)
+        call = self._call(input_features, attention_mask, labels, label_lengths)
         head = self._plain_head()
         if head is None:
             tokens, durations = self._logits(call).tensor_split((-len(self.durations),), -1)

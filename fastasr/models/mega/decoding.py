@@ -27,8 +27,8 @@ from torch import Tensor
 from fastasr import _left
 from fastasr._transforms import is_transformed, transform
 from fastasr.models.common import plumbing
-from fastasr.models.common.module_state import ModuleState
-from fastasr.models.common.plain import first_watched, is_plain, is_plain_named, runs
+from fastasr.models.common.packed_layers import Packed, PackedLayers
+from fastasr.models.common.plain import is_plain, is_plain_named, runs
 from fastasr.models.mega import activations, graph_decoding, positional_bias
 from fastasr.models.mega.damped_ema import State
 from fastasr.ops import _dispatch
@@ -57,7 +57,7 @@ def step(decoder: "MEGADecoder", labels: Tensor, states: list[State]) -> tuple[T
             asked_for = reason in _ASKED_FOR or reason.startswith("backend ")
             _left.note(decoder, reason, "inference", logging.INFO if asked_for else logging.WARNING)
         return None
-    plan = _plan(decoder)
+    plan = _PLANS.of(decoder)
     done = None if plan.reason else _stepped(plan, labels, states)
     if done is None:
         _left.note(decoder, plan.why(decoder) or _OTHER_STATES, "inference")
@@ -115,20 +115,13 @@ def stack(states: list[Tensor]) -> Tensor | None:
 
 def why_not(decoder: "MEGADecoder", labels: Tensor | None = None) -> str:
     """Returns why :func:`step` cannot be used for this decoder now; "" if it can."""
-    return _why_not_now(decoder, labels) or _plan(decoder).reason
+    return _why_not_now(decoder, labels) or _PLANS.of(decoder).reason
 
 
 def why_not_yet(decoder: "MEGADecoder") -> str | None:
     """Does the same for a call without gradients; None before the first step, which packs the weights."""
     with torch.no_grad():
-        reason = _why_not_now(decoder, None)
-    plan = _PLANS.get(decoder)
-    return reason or (None if plan is None or not plan.fresh() else plan.why(decoder))
-
-
-def release(decoder: "MEGADecoder") -> None:
-    """Frees the packed weights; the next step packs them again."""
-    _PLANS.pop(decoder, None)
+        return _why_not_now(decoder, None) or _PLANS.why_not(decoder)
 
 
 def _advance(state: State, length: Tensor, chunk: int) -> None:
@@ -253,40 +246,17 @@ def _widths(
 
 
 # --------------------------------------------------------------------------- the packed decoder
-_PLANS: weakref.WeakKeyDictionary[torch.nn.Module, "_Plan"] = weakref.WeakKeyDictionary()
-
-
-def _plan(decoder: "MEGADecoder") -> "_Plan":
-    plan = _PLANS.get(decoder)
-    if plan is None or not plan.fresh():
-        plan = _PLANS[decoder] = _Plan(decoder)
-    return plan
-
-
-class _Plan:
-    """The packed weights of a decoder's step, or the reason why it has none. A change of the decoder ends it."""
-
+class _Plan(Packed["MEGADecoder"]):
     def __init__(self, decoder: "MEGADecoder") -> None:
-        # a module in training mode matters only if it is a dropout with a rate above 0
-        self._state = ModuleState(decoder, lambda module: bool(getattr(module, "p", 0)))
+        super().__init__(decoder)
         self.blocks, self.on_cpu = len(decoder.mega_blocks), decoder.embed.weight.is_cpu
-        self.reason = (
-            "a submodule has hooks, or is in training mode"
-            if self._state.watched()
-            else _why_not_ever(decoder)
-        )
+        self.reason = self.reason or _why_not_ever(decoder)
         if not self.reason:
             self._pack(decoder)
 
-    def fresh(self) -> bool:
-        """Says whether modules, parameters, their values, forwards and hooks have not changed since packing."""
-        watched = self.reason.startswith("a submodule has hooks")
-        return self._state.unchanged() and self._state.watched() == watched
-
-    def why(self, decoder: "MEGADecoder") -> str:
-        """Returns ``reason``, in which the submodule that is watched has its name."""
-        watched = self.reason.startswith("a submodule has hooks")
-        return (watched and first_watched(decoder, lambda part: bool(getattr(part, "p", 0)))) or self.reason
+    @staticmethod
+    def drops(part: torch.nn.Module) -> bool:
+        return bool(getattr(part, "p", 0))
 
     @torch.no_grad()
     def _pack(self, decoder: "MEGADecoder") -> None:
@@ -380,6 +350,10 @@ class _Plan:
                 del self._graphs[next(iter(self._graphs))]
         self._graphs[name] = static
         return static
+
+
+_PLANS = PackedLayers(_Plan)
+release = _PLANS.release
 
 
 def ended(results: list[Tensor], shape: Any, lengths: list[Tensor]) -> list[Tensor]:

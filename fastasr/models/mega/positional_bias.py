@@ -41,10 +41,6 @@ class RelativePositionBias(torch.nn.Module):
     def reset_parameters(self, val: float = 0.0, std: float = 0.02) -> None:
         torch.nn.init.normal_(self.relative_position_bias, mean=val, std=std)
 
-    def relative(self, length: int) -> Tensor:
-        """Returns the bias by offset -(length-1) .. length-1, (2 length - 1,), a view of the parameter."""
-        return relative(self, length)
-
     def forward(self, length: int) -> Tensor:
         """Returns the bias of ``length`` positions, (length, length)."""
         return _matrix(relative(self, length))
@@ -85,10 +81,6 @@ class RotaryRelativePositionBias(torch.nn.Module):
         first, second = x.chunk(2, dim=-1)
         return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=1)
 
-    def relative(self, length: int) -> Tensor:
-        """Returns the bias by offset -(length-1) .. length-1, (2 length - 1,)."""
-        return relative(self, length)
-
     def forward(self, length: int) -> Tensor:
         """Returns the bias of ``length`` positions, (length, length)."""
         return _matrix(relative(self, length))
@@ -102,7 +94,8 @@ def is_plain(bias: torch.nn.Module, owner: torch.nn.Module) -> bool:
 
 
 def relative(bias: Any, length: int) -> Tensor:
-    """Returns the values by offset, (2 length - 1,), of a bias that is plain."""
+    """Returns the values of a bias that is plain by offset -(length-1) .. length-1, (2 length - 1,): a view of a simple
+    bias's parameter."""
     if "relative_position_bias" in bias._parameters:
         if length > bias.max_positions:
             raise ValueError(

@@ -12,7 +12,7 @@ import copy
 import logging
 import random
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,9 +39,6 @@ from fastasr.ops import zipformer_attention_weights
 from fastasr.ops._dispatch import served
 from fastasr.ops._zipformer_attention import scores
 from fastasr.ops.zipformer_attention import position_sums
-
-if TYPE_CHECKING:
-    pass
 
 # Scores beyond the limit are penalised on this share of the training calls.
 SCORE_LIMIT = 25.0

@@ -14,7 +14,7 @@ import logging
 import random
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,9 +44,6 @@ from fastasr.models.zipformer.unmaterialised import UnmaterialisedWeights
 from fastasr.models.zipformer.whitening import Whiten
 from fastasr.ops import _decided
 from fastasr.ops._decided import Drawn
-
-if TYPE_CHECKING:
-    pass
 
 # Larger weights are not materialised in inference, to save memory: for ten minutes of speech they take 14 GB in a layer
 # of stack 0. One thread of Zen 4 takes as long either way, within 15 % at 800 frames and 5 % from 1600 on.
@@ -326,7 +323,7 @@ def _is_long(layer: ZipformerEncoderLayer, src: Tensor) -> bool:
         return True
     if torch.compiler.is_compiling() or is_transformed() or recording() is not None or src.ndim != 3:
         return False
-    attention, nonlin_attention = layer.self_attn_weights, layer.nonlin_attention
+    attention = layer.self_attn_weights
     if not runs(attention, RelPositionMultiheadAttentionWeights.forward):
         return False
     frames, batch, _ = src.shape
@@ -335,11 +332,7 @@ def _is_long(layer: ZipformerEncoderLayer, src: Tensor) -> bool:
     size = attention.num_heads * weights * src.element_size()
     if size <= min(MOST_WEIGHT_BYTES, MOST_WEIGHT_BYTES_WITH_GRADIENTS):
         return False
-    consumers = layer.self_attn1, layer.self_attn2
-    ours = runs(nonlin_attention, NonlinAttention.forward) and all(
-        runs(consumer, SelfAttention.forward) for consumer in consumers
-    )
-    if not ours or any_watched((attention, nonlin_attention, *consumers)):
+    if not _consumers_are_ours(layer) or any_watched((attention, *_consumers(layer))):
         return False
     if is_plain_inference(layer, src, attention.in_proj.weight, 3):
         return size > MOST_WEIGHT_BYTES
@@ -368,18 +361,20 @@ def _perhaps_constant(layer: ZipformerEncoderLayer, weights: Weights) -> Weights
 def _shared(layer: ZipformerEncoderLayer, weights: Weights) -> Weights:
     """Returns the weights, while a call is recorded as weights whose consumers share the memory of their gradient."""
     recorded = recording() is not None and isinstance(weights, Tensor) and weights.requires_grad
-    if not recorded or not _consumers_are_ours(layer):
+    if not recorded or not _consumers_are_ours(layer) or not is_plain_gate(layer.nonlin_attention):
         return weights
     attention = layer.self_attn_weights
     padded = runs(attention, RelPositionMultiheadAttentionWeights.forward) and attention.dropout == 0.0
     return SharedWeights(weights, padded)
 
 
+def _consumers(layer: ZipformerEncoderLayer) -> tuple[torch.nn.Module, ...]:
+    return layer.nonlin_attention, layer.self_attn1, layer.self_attn2
+
+
 def _consumers_are_ours(layer: ZipformerEncoderLayer) -> bool:
-    consumers = layer.self_attn1, layer.self_attn2
-    gate = layer.nonlin_attention
-    ours = runs(gate, NonlinAttention.forward) and all(runs(m, SelfAttention.forward) for m in consumers)
-    return ours and is_plain_gate(gate)
+    gate, *attentions = _consumers(layer)
+    return runs(gate, NonlinAttention.forward) and all(runs(m, SelfAttention.forward) for m in attentions)
 
 
 class _Constant(Function):

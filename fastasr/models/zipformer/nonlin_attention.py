@@ -7,7 +7,7 @@ out     = out_proj(W (v tanh(s)) y)
 ``fastasr.ops.nonlin_attention`` computes everything between the projections. Identity submodules are not called.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,9 +31,6 @@ from fastasr.models.zipformer.shared_weights import FirstHead
 from fastasr.models.zipformer.whitening import Whiten
 from fastasr.ops import nonlin_attention
 from fastasr.ops._nonlin_attention import passes
-
-if TYPE_CHECKING:
-    pass
 
 
 class NonlinAttention(torch.nn.Module):

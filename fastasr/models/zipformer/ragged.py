@@ -26,7 +26,7 @@ from fastasr.models.zipformer.layer import ZipformerEncoderLayer
 from fastasr.models.zipformer.nonlin_attention import NonlinAttention
 from fastasr.models.zipformer.resampling import convert_num_channels
 from fastasr.models.zipformer.self_attention import SelfAttention
-from fastasr.models.zipformer.stack import check_chunks
+from fastasr.models.zipformer.stack import check_chunks, scaled
 from fastasr.packed_frames import PackedFrames
 
 if TYPE_CHECKING:
@@ -181,14 +181,10 @@ def _layers(
     pos_emb = stack.encoder_pos(src[: packing.longest])
     chunks = {"left_context_chunks": left_context_chunks} if chunk_size > 0 else {}
     with in_use(packing):
-        src = _scaled(src, feature_mask)
+        src = scaled(src, feature_mask)
         for layer in stack.layers:
-            src = _scaled(layer(src, pos_emb, chunk_size=chunk_size, **chunks), feature_mask)
+            src = scaled(layer(src, pos_emb, chunk_size=chunk_size, **chunks), feature_mask)
     return src
-
-
-def _scaled(src: Tensor, feature_mask: Tensor | float) -> Tensor:
-    return src * feature_mask if isinstance(feature_mask, Tensor) else src
 
 
 def _downsampled(module: "SimpleDownsample", src: Tensor, packing: Packing | RowFrames) -> Tensor:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from fastasr.models.common.plain import runs
-from fastasr.models.common.row import Capacity, RowCall, RowFrames, Spans, all_frames, why_beyond
+from fastasr.models.common.row import MULTIPLE, Capacity, RowCall, RowFrames, Spans, all_frames, why_beyond
 from fastasr.models.zipformer import ragged
 from fastasr.models.zipformer.convolution import ConvolutionModule, fused_weights
 from fastasr.models.zipformer.stack import check_chunks
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from fastasr.models.zipformer.encoder import Zipformer
 
 RATE = 2  # Frames of features, which Graphs counts, for one of the encoder's.
-MULTIPLE = 16  # At every rate rows have a multiple of so many frames, as tensor cores like them.
 
 
 def why_not(encoder: "Zipformer") -> str | None:

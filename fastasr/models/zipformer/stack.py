@@ -70,7 +70,7 @@ class ZipformerEncoder(torch.nn.Module):
     ) -> Tensor:
         chunked, mask = left_context_chunks is not None and chunk_size > 0, None
         pos_emb = self.encoder_pos(src)
-        src = _scaled(src, feature_mask)
+        src = scaled(src, feature_mask)
         for layer in self.layers:
             window: dict[str, Any] = {"attn_mask": attn_mask}
             if chunked and takes_chunks(layer):
@@ -82,7 +82,7 @@ class ZipformerEncoder(torch.nn.Module):
             src = layer(
                 src, pos_emb, chunk_size=chunk_size, src_key_padding_mask=src_key_padding_mask, **window
             )
-            src = _scaled(src, feature_mask)
+            src = scaled(src, feature_mask)
         return src
 
     def streaming_forward(
@@ -122,9 +122,9 @@ def in_windows(
         y = in_windows(stack.encoder, stack.downsample(src), chunk_size, feature_mask=feature_mask, **call)
         return stack.out_combiner(src, stack.upsample(y)[: src.shape[0]])
     pos_emb = stack.encoder_pos(src)
-    src = _scaled(src, feature_mask)
+    src = scaled(src, feature_mask)
     for layer in stack.layers:
-        src = _scaled(layer(src, pos_emb, chunk_size=chunk_size, **call), feature_mask)
+        src = scaled(layer(src, pos_emb, chunk_size=chunk_size, **call), feature_mask)
     return src
 
 
@@ -155,7 +155,7 @@ def chunk_mask(frames: int, chunk_size: int, left_context_chunks: int, device: t
     return (age < 0) | (age > left_context_chunks)
 
 
-def _scaled(src: Tensor, feature_mask: Tensor | float) -> Tensor:
+def scaled(src: Tensor, feature_mask: Tensor | float) -> Tensor:
     """Returns src * feature_mask. It skips the product in inference, where the mask is 1."""
     return src if isinstance(feature_mask, (int, float)) and feature_mask == 1 else src * feature_mask
 

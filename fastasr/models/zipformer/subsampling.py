@@ -29,7 +29,7 @@ from fastasr.models.common import plumbing
 from fastasr.models.common.linear import Linear
 from fastasr.models.common.plain import any_watched, is_plain, is_plain_named, runs
 from fastasr.models.common.ragged import REFUSED, current, in_use
-from fastasr.models.common.row import Capacity, Room, RowCall, RowFrames, Spans, why_beyond
+from fastasr.models.common.row import MULTIPLE, Capacity, Room, RowCall, RowFrames, Spans, why_beyond
 from fastasr.models.zipformer.activations import SwooshR
 from fastasr.models.zipformer.balancer import Balancer
 from fastasr.models.zipformer.convnext import ConvNeXt, has_plain_parts, runs_by_rows
@@ -41,7 +41,6 @@ from fastasr.models.zipformer.whitening import Whiten
 from fastasr.ops import _gemm, _reduced_weights
 from fastasr.packed_frames import PackedFrames
 
-MULTIPLE = 16  # The output has a multiple of so many frames, as tensor cores like them.
 OVER_TIME = [(3, 1, 0), (3, 2, 0), (3, 1, 0)]  # taps, stride and padding of the convolutions
 BETWEEN = 4  # frames of nobody between recordings where the ConvNeXt layer sees them
 

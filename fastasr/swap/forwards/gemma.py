@@ -19,6 +19,7 @@ from fastasr.models.common import plumbing
 from fastasr.models.common.activations import activated, fused_name
 from fastasr.models.common.plain import is_plain, is_upstreams, is_watched
 from fastasr.models.fast_conformer.masks import OTHER, WATCHED
+from fastasr.ops import _kept
 from fastasr.swap.forwards.common import may_read, projections
 from fastasr.swap.rule import Upstream
 
@@ -300,16 +301,12 @@ def _hidden_in_windows(
 ) -> tuple[Tensor, Tensor | None] | None:
     """Returns the hidden keys and the queries that see none, (B, T) or None, of Gemma 4's mask; None if it hides other
     keys than those of padding and those outside the window. All layers get one mask, which is read once."""
-    if mask is None or not frames:
-        return None
-    kept = getattr(mask, "_fastasr_hidden", None)
-    version = None if mask.is_inference() else mask._version
-    if kept is not None and kept[0] == version:
-        return kept[1]
     size, horizon = module.chunk_size, module.max_past_horizon
+    if mask is None or not frames or mask.shape[1:] != (1, -(-frames // size), size, module.context_size):
+        return None
     visible = mask == 0
-    found = None
-    if visible.shape[1:] == (1, -(-frames // size), size, module.context_size):
+
+    def find() -> tuple[Tensor, Tensor | None] | None:
         valid = visible.diagonal(horizon, 3, 4).flatten(1)[:, :frames]  # each query sees itself
         behind = torch.arange(size, dtype=torch.int64, device=mask.device)[:, None] + horizon
         behind = behind - torch.arange(module.context_size, dtype=torch.int64, device=mask.device)
@@ -317,11 +314,13 @@ def _hidden_in_windows(
         expected = keys[:, None, :, None] & (behind >= 0) & (behind <= past)
         queries = torch.arange(expected.shape[2] * size, dtype=torch.int64, device=mask.device) < frames
         expected = expected & queries.view(-1, size, 1)
-        if not may_read() or torch.equal(visible, expected):
-            found = ~valid, _empty_windows(~valid, past)
-    if may_read():
-        mask._fastasr_hidden = version, found
-    return found
+        known = not may_read() or torch.equal(visible, expected)
+        return (~valid, _empty_windows(~valid, past)) if known else None
+
+    if not may_read():
+        return find()
+    content = _kept.content(visible if mask.is_cpu else mask)
+    return _kept.on(mask, "_fastasr_hidden", content, find)
 
 
 # --------------------------------------------------------------------------- front ends

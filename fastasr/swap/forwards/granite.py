@@ -16,6 +16,7 @@ from fastasr.models.fast_conformer import masks
 from fastasr.models.fast_conformer.attention import STANDARD, mean_of_values
 from fastasr.models.fast_conformer.convolution import after_gate, convolved, pointwise
 from fastasr.models.fast_conformer.masks import OTHER, seen
+from fastasr.ops import _kept
 from fastasr.swap.forwards.common import dropped, in_sequence, may_read, projections, shaw
 from fastasr.swap.rule import Upstream
 
@@ -84,13 +85,13 @@ def _rows_in_blocks(module: Upstream, frames: int, indices: Tensor) -> Tensor | 
         return None
     if may_read():
         version = None if indices.is_inference() else indices._version
-        kept = getattr(indices, "_fastasr_by_offset", None)
-        if kept is None or kept[0] != version:
-            kept = version, torch.equal(indices[1:, 1:], indices[:-1, :-1])
-            vars(indices)["_fastasr_by_offset"] = kept
-        if not kept[1]:
+        if not _kept.on(indices, "_fastasr_by_offset", version, lambda: _is_by_offset(indices)):
             return None
     return table(torch.cat([indices[1:, 0].flip(0), indices[0]]))
+
+
+def _is_by_offset(indices: Tensor) -> bool:
+    return torch.equal(indices[1:, 1:], indices[:-1, :-1])
 
 
 def _with_means(y: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, size: int) -> Tensor:

@@ -12,18 +12,11 @@ from fastasr.swap import binding
 from fastasr.swap.rule import Rule, Upstream
 from fastasr.swap.rules import torch
 
-_MODULES = [importlib.import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__)]
+_MODULES = (importlib.import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__))
 _FRAMEWORKS = [module.RULES for module in _MODULES if module is not torch and hasattr(module, "RULES")]
 
 # Every family ends with the rules for torch's own classes, which apply if a rule of the framework matched a module.
 FAMILIES = tuple((*rules, *torch.RULES) for rules in _FRAMEWORKS)
-
-
-def searched(model: Upstream) -> tuple:
-    """Returns the parts of a transducer that a search of fastasr knows; () for other modules."""
-    return tuple(
-        part for module in _MODULES if hasattr(module, "searched") for part in module.searched(model)
-    )
 
 
 def rules_by_forward() -> dict[Any, Rule]:
