@@ -361,7 +361,8 @@ def ops_with_cases() -> list[str]:
 
 def test_bench_sweeps(run, tmp_path):
     pytest.importorskip("matplotlib")
-    command = ("bench", "--sweep", "swoosh_l", "--quick", "--frames", "3", "--out", str(tmp_path))
+    sizes = ("--quick", "--frames", "3", "--threads", "1")
+    command = ("bench", "--sweep", "swoosh_l", *sizes, "--out", str(tmp_path))
     result = run(*command)
     assert result.exit_code == 0, result.stderr
     assert {p.name for p in tmp_path.iterdir()} == {"sweep.jsonl", "sweep_swoosh_l.png"}

@@ -442,7 +442,8 @@ def check(name, count=None):
     for path, change, after, training in cases:
         # A number in the middle between two steps of int8 rounds to either, but not in three models.
         for noise in (0.0, 1e-3, 2e-3) if change is quantised else (0.0,):
-            make = functools.partial(copy.deepcopy, (moved(copy.deepcopy(model), noise, "again"), run))
+            near = moved(copy.deepcopy(model), noise, "again") if noise else model
+            make = functools.partial(copy.deepcopy, (near, run))
             problem = changed_both_ways(make, path, change, after, training, swap, **options)
             if not problem:
                 break
