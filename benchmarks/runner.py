@@ -215,7 +215,12 @@ def _on_gpu(name: str, options: Options, summary: Summary, report: Report) -> It
     if not (options.quick or options.on_gpu):
         report(f"{name}: measured on a GPU only")
         return
-    if reason := machine.why_not():
+    reason = machine.why_not()
+    if (device := torch.device(options.device)).index:
+        reason = (
+            f"whole models run on the first GPU: set CUDA_VISIBLE_DEVICES={device.index} to choose this one"
+        )
+    if reason:
         report(f"{name}: left out: {reason}")
         return
     kinds = {"whole model", "sweep", *(["profile"] if options.profile else [])}

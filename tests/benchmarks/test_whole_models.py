@@ -141,3 +141,6 @@ def test_names_of_whole_models():
     said = []
     runner.run(runner.Options(names=(NAME,), patience=0), said.append)
     assert f"{NAME}: measured on a GPU only" in said
+    options = runner.Options(names=(NAME,), device="cuda:1")
+    assert not [*runner._on_gpu(NAME, options, runner.Summary(), said.append)]
+    assert "set CUDA_VISIBLE_DEVICES=1" in said[-1]
