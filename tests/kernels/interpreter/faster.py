@@ -11,6 +11,8 @@ import triton.language as tl
 from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 
+from tests.kernels.interpreter import operators
+
 
 def _scan(self, parts):
     """Scans whole rows in log2(n) steps, as the hardware does; the stock scan takes one element at a time."""
@@ -51,10 +53,14 @@ def _device_call(stock):
     """Calls one jitted function from another. The stock call patches the language each time, which takes half the time
     of kernels on small tiles. A launch begins with that patch, so calls inside it need none.
     """
+    languages = {}
 
     def call(self, *arguments, **options):
-        languages = [value for value in self.fn.__globals__.values() if value is tl or value is tl.core]
-        if any(tl.core.is_builtin(language.load) for language in languages):
+        if self not in languages:
+            languages[self] = [
+                value for value in self.fn.__globals__.values() if value is tl or value is tl.core
+            ]
+        if any(tl.core.is_builtin(language.load) for language in languages[self]):
             return stock(self, *arguments, **options)
         return self.rewrite()(*arguments, **options)
 
@@ -66,14 +72,8 @@ _OPERATIONS = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
 
 def _check_overflow(a, b, operation):
     """Checks for integer overflow; the stock check forms ten tensors for it."""
-    if a.type.scalar.int_bitwidth < 64:
-        exact = _OPERATIONS[operation.__name__](
-            a.handle.data.astype(np.int64), b.handle.data.astype(np.int64)
-        )
-        kind = np.iinfo(a.handle.data.dtype)
-        message = f"int{a.type.scalar.int_bitwidth} overflow detected for operation {operation.__name__}"
-        assert exact.min(initial=0) >= kind.min, message
-        assert exact.max(initial=0) <= kind.max, message
+    if a.type.scalar.int_bitwidth == 32:
+        operators.exact(_OPERATIONS[operation.__name__], a.handle.data, b.handle.data)
 
 
 def _block_type(stock):
@@ -101,21 +101,8 @@ _ONE = tl.constexpr(1)
 
 def _tensor(self, handle, type):
     """Sets the fields of a tensor without making a constant of each size again."""
-    tl.core.base_value.__init__(self)
     self.handle, self.type, self.dtype = handle, type, type.scalar
     self.shape, self.numel = (type.sizes, type.size) if type.is_block() else (_SCALAR, _ONE)
-
-
-def _broadcast(stock):
-    """Leaves two operands of one shape alone at once."""
-
-    def broadcast(self, lhs, rhs):
-        a, b = lhs.type, rhs.type
-        if a.is_block() and b.is_block() and a.shape.values == b.shape.values:
-            return lhs, rhs
-        return stock(self, lhs, rhs)
-
-    return broadcast
 
 
 def _constant(stock):
@@ -153,6 +140,6 @@ def install() -> None:
     interpreter.InterpretedFunction.__call__ = _device_call(interpreter.InterpretedFunction.__call__)
     tl.block_type.__init__ = _block_type(tl.block_type.__init__)
     tl.tensor.__init__ = _tensor
-    TritonSemantic.broadcast_impl_value = _broadcast(TritonSemantic.broadcast_impl_value)
+    operators.install()
     TritonSemantic.scalar_constant = _constant(TritonSemantic.scalar_constant)
     TritonSemantic.binary_op_type_checking_impl = _operands(TritonSemantic.binary_op_type_checking_impl)
