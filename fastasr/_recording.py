@@ -74,6 +74,14 @@ def storage_of(t: Tensor) -> int:
     return t.untyped_storage()._cdata
 
 
+def tensors_in(value: Any) -> list[Tensor]:
+    """Returns the tensors among the arguments or results of an operator, in less time than torch's pytrees."""
+    if isinstance(value, Tensor):
+        return [value]
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return [t for part in values for t in tensors_in(part)]
+
+
 def on_host(t: Tensor) -> bool:
     """Says whether reading values of ``t`` costs no wait: it lies on the CPU, and nothing records the call."""
     return t.is_cpu and recording() is None

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from fastasr._recording import storage_of
+from fastasr._recording import storage_of, tensors_in
 from fastasr.ops._dispatch import KernelFamily, triton_launchers
 from fastasr.ops._kept import are_counted, counter
 
@@ -47,11 +46,7 @@ class Uses(TorchDispatchMode):
                 found = function.decompose(*args, **kwargs)
             if found is not NotImplemented:
                 return found
-        used = [
-            t
-            for t in tree_leaves((args, kwargs))
-            if isinstance(t, torch.Tensor) and storage_of(t) in self.sizes
-        ]
+        used = [t for t in tensors_in((args, kwargs)) if storage_of(t) in self.sizes]
         if used and not _is_view(function):
             (whole,) = {t.numel() == self.sizes[storage_of(t)] for t in used} or {False}
             if function is torch.ops.aten._to_copy.default and kwargs.get("dtype") is self.dtype and whole:

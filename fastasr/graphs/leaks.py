@@ -13,9 +13,8 @@ import torch
 from torch._ops import OpOverload
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from fastasr._recording import storage_of
+from fastasr._recording import storage_of, tensors_in
 from fastasr.graphs.recording import Unrecordable
 
 _CONTAINERS = (list, tuple, set, dict, CellType)
@@ -40,12 +39,9 @@ class Made(TorchDispatchMode):
                 "saved tensors have hooks, as in checkpointing, which run in the backward pass"
             )
         found = function(*args, **(kwargs or {}))
-        taken = {storage_of(t) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        self.made += [
-            (StorageWeakRef(t.untyped_storage()), t.shape)
-            for t in tree_leaves(found)
-            if isinstance(t, torch.Tensor) and storage_of(t) not in taken
-        ]
+        taken = {storage_of(t) for t in tensors_in((args, kwargs))}
+        new = [t for t in tensors_in(found) if storage_of(t) not in taken]
+        self.made += [(StorageWeakRef(t.untyped_storage()), t.shape) for t in new]
         return found
 
     def check(self) -> None:

@@ -497,8 +497,9 @@ def _attributes(module: nn.Module) -> Attributes:
 
 
 def _elements(value: Any) -> list[int]:
-    values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return [*map(id, values)]
+    if isinstance(value, (dict, list)) and value:
+        return [*map(id, value.values() if isinstance(value, dict) else value)]
+    return []
 
 
 def _put_back(module: nn.Module, before: Attributes) -> list[str]:

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
-from fastasr._recording import Recording, recorded_by, storage_of
+from fastasr._recording import Recording, recorded_by, storage_of, tensors_in
 
 _WAITS = {
     "aten::_local_scalar_dense", "aten::item", "aten::nonzero", "aten::masked_select", "aten::equal",
@@ -60,11 +59,11 @@ class Tape(TorchDispatchMode):
             raise Waits(f"{name} shows a value to the host")
         if name == "aten::_to_copy" and _to_other_device(args[0], kwargs):
             raise Waits(f"a copy from {args[0].device} to {kwargs['device']}")
-        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        taken = {storage_of(t): t for t in tensors_in((args, kwargs))}
         written = self._written(function, args, kwargs)
-        for t in tensors:
-            if storage_of(t) not in self.made:
-                self.read.setdefault(storage_of(t), _same(t))
+        self.read |= {
+            key: _same(t) for key, t in taken.items() if key not in self.made and key not in self.read
+        }
         for t in written:
             if storage_of(t) not in self.made and storage_of(t) not in self._before:
                 self._before[storage_of(t)] = (
@@ -72,15 +71,14 @@ class Tape(TorchDispatchMode):
                     torch.empty(0, dtype=t.dtype).set_(t.untyped_storage()).clone(),
                 )
         found = function(*args, **kwargs)
-        results = [t for t in tree_leaves(found) if isinstance(t, torch.Tensor)]
-        taken = {storage_of(t) for t in tensors}
+        results = tensors_in(found)
         new = [t for t in results if storage_of(t) not in taken]
         self.made |= {storage_of(t): _same(t) for t in new}
         short = name.split("::")[1]
         if short in _EMPTY:
             return found
         if new or written:
-            self.calls.append((function, *tree_map_only(torch.Tensor, _same, (args, kwargs, results))))
+            self.calls.append((function, _kept(args), _kept(kwargs), _kept(results)))
         return found
 
     def _written(self, function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
@@ -95,7 +93,7 @@ class Tape(TorchDispatchMode):
         ]
         places = _STATISTICS.get(schema.name.split("::")[1], ())
         found += [args[i] for i in places if i < len(args) and args[i] is not None]
-        return [t for t in tree_leaves(found) if isinstance(t, torch.Tensor)]
+        return tensors_in(found)
 
     def undo(self) -> None:
         """Puts tensors from outside back. Tensors made while recording become NaN, because a capture computes
@@ -113,8 +111,7 @@ class Tape(TorchDispatchMode):
     def replay(self) -> None:
         with torch._C._AutoDispatchBelowAutograd():
             for function, args, kwargs, results in self.calls:
-                found = [t for t in tree_leaves(function(*args, **kwargs)) if isinstance(t, torch.Tensor)]
-                for t, again in zip(results, found, strict=True):
+                for t, again in zip(results, tensors_in(function(*args, **kwargs)), strict=True):
                     if t.numel() and t.data_ptr() != again.data_ptr():
                         t.copy_(again)
 
@@ -122,6 +119,15 @@ class Tape(TorchDispatchMode):
 def _same(t: Tensor) -> Tensor:
     """Returns a tensor of the same memory. A graph knows addresses alone: it keeps neither views nor their bases."""
     return torch.ops.aten.detach.default(t)
+
+
+def _kept(value: Any) -> Any:
+    """Returns a copy of an operator's arguments or results, with tensors of the same memory."""
+    if isinstance(value, Tensor):
+        return _same(value)
+    if isinstance(value, dict):
+        return {name: _kept(part) for name, part in value.items()}
+    return type(value)(map(_kept, value)) if isinstance(value, (list, tuple)) else value
 
 
 def _to_other_device(t: Tensor, kwargs: dict[str, Any]) -> bool:

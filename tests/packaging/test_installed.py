@@ -127,7 +127,7 @@ from fastasr.asr.demo.__main__ import main
 
 errors = io.StringIO()
 with contextlib.redirect_stderr(errors):
-    code = main("--generated --size tiny --seconds 1.5 --reps 1 --out report.html".split())
+    code = main("--generated --size tiny --seconds 1.5 --reps 1 --patience 0 --out report.html".split())
 assert (code, errors.getvalue()) == (0, "")
 """
 

@@ -31,6 +31,9 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--seconds", type=float, default=16.0, help="length of each of the four utterances")
     made.add_argument("--reps", type=int, default=7, help="timed rounds (default: %(default)s)")
+    made.add_argument(
+        "--patience", type=float, default=20.0, help="seconds to wait for idle cores (default: %(default)s)"
+    )
     return made
 
 

@@ -205,7 +205,7 @@ def _time(
             story.notes.append("torch.compile was left out: --compile times it too")
         elif (compiled := _compiled(stages, shipped, inputs, story)) is not None:
             models = {UPSTREAM: shipped, COMPILED: compiled, FASTASR: ours}
-        wait_until_idle(patience=20, report=stages.say)
+        wait_until_idle(patience=options.patience, report=stages.say)
         with stages.alive(f"{options.reps} interleaved rounds of {len(models)}"):
             story.timings = interleave(
                 {name: partial(_forward, model, inputs) for name, model in models.items()},
