@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Benchmarks of the ops, the models and the dispatch cost; installed as ``fastasr.benchmarks``.
 
-``python -m fastasr.benchmarks`` (or ``fastasr bench``) measures and writes rows. The parts:
+``fastasr bench`` measures and writes rows. The parts:
 
 - ``rows``: the row, its JSON Lines file and the environment it is stamped with;
 - ``harness``: interleaved timing, waiting for idle cores, peak memory;

@@ -3,7 +3,6 @@
 
 import functools
 import hashlib
-import importlib.util
 import os
 import platform
 import subprocess
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+import fastasr
 from fastasr import ops, processor
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,7 +43,7 @@ def commit() -> str:
     tracked = _git(here.parent, "ls-files", "--error-unmatch", here.name)
     head = _git(here.parent, "rev-parse", "--short=10", "HEAD") if tracked else None
     if not head:
-        return f"v{_fastasr_version()}"
+        return f"v{fastasr.__version__}"
     root = Path((_git(here.parent, "rev-parse", "--show-toplevel") or "").strip() or here.parent)
     paths = [p for p in MEASURED_PATHS if (root / p).exists()]
     changes = _git(root, "diff", "HEAD", "--", *paths, ":(exclude)benchmarks/results")
@@ -72,15 +72,6 @@ def code(suite: str, name: str, device: str = "cpu") -> str:
     own = sorted(p for p in own if p.suffix != ".pyc")
     contents = (path.name.encode() + path.read_bytes() for path in own)
     return hashlib.sha256(b"".join(contents)).hexdigest()[:12] if own else ""
-
-
-def _fastasr_version() -> str:
-    try:
-        import fastasr
-
-        return str(fastasr.__version__)
-    except (ImportError, AttributeError):
-        return "unknown"
 
 
 @functools.cache
@@ -124,14 +115,11 @@ def device_name(device: str = "cpu") -> str:
 
 @functools.cache
 def triton_version() -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return None
     try:
         import triton
-
-        return str(triton.__version__)
     except ImportError:
         return None
+    return str(triton.__version__)
 
 
 def stamp(device: str = "cpu") -> dict:

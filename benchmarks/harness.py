@@ -8,9 +8,12 @@ that the caller of the op would not reuse. Preparation (a forward before a timed
 
 import ctypes
 import gc
+import json
 import math
 import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -153,13 +156,13 @@ class LoadMeter:
         return max(0.0, round((busy - own) / wall, 2))
 
 
+IDLE = 0.15  # cores that other processes may use
+
+
 def wait_until_idle(
-    limit: float = 0.15,
-    patience: float = 60.0,
-    window: float = 0.5,
-    report: Callable[[str], None] | None = None,
+    patience: float = 60.0, window: float = 0.5, report: Callable[[str], None] | None = None
 ) -> float | None:
-    """Waits until other processes use less than ``limit`` cores over ``window`` seconds, for at most ``patience``
+    """Waits until other processes use less than ``IDLE`` cores over ``window`` seconds, for at most ``patience``
     seconds. Returns the last load seen, in cores (None where it cannot be read).
     """
     end = time.monotonic() + patience
@@ -168,7 +171,7 @@ def wait_until_idle(
         meter = LoadMeter()
         time.sleep(window)
         load = meter.other_cores()
-        if load is None or load < limit:
+        if load is None or load < IDLE:
             return load
         if time.monotonic() >= end:
             if report is not None:
@@ -180,6 +183,26 @@ def wait_until_idle(
             until = f"waiting up to {patience:.0f} s for idle ones (--patience 0: none)"
             report(f"other processes use {load:.1f} cores: {until}")
             told = True
+
+
+# --- a process of its own
+
+
+def in_fresh_process(
+    module: str, *arguments: object, timeout: float | None = None, **environment: str
+) -> Any:
+    """Returns what the last line says, as JSON, that ``python -m module`` prints on as many threads as torch has here.
+    Raises ``RuntimeError`` with the last line of its errors if it fails or takes longer than ``timeout`` seconds.
+    """
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), **environment}
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"it takes more than {timeout:g} s") from None
+    if done.returncode != 0:
+        raise RuntimeError((done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1])
+    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 # --- peak memory

@@ -14,10 +14,10 @@ import torch
 from fastasr.benchmarks.harness import interleave
 
 
-def copy_buffers(bytes_moved: int, device: str = "cpu", dtype: torch.dtype = torch.float32):
+def copy_buffers(bytes_moved: int, device: str = "cpu"):
     """Returns source and destination; ``destination.copy_(source)`` reads and writes ``bytes_moved`` together."""
-    elements = max(1, bytes_moved // (2 * dtype.itemsize))
-    source = torch.ones(elements, dtype=dtype, device=device)
+    elements = max(1, bytes_moved // 8)
+    source = torch.ones(elements, dtype=torch.float32, device=device)
     return source, torch.zeros_like(source)
 
 

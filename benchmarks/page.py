@@ -57,13 +57,7 @@ def _section(name: str, found: list[table.Unit], picture: bytes) -> dict:
 def sections(rows: Sequence[Row]) -> list[dict]:
     """Returns the template's sections: per op or model the picture and the units."""
     pictures = plots.pictures(rows)
-    groups: dict[str, list[table.Unit]] = {}
-    for unit in table.units(rows):
-        first = unit.first
-        groups.setdefault(f"dispatch {first.name}" if first.suite == "dispatch" else first.name, []).append(
-            unit
-        )
-    return [_section(name, found, pictures[name]) for name, found in groups.items()]
+    return [_section(name, found, pictures[name]) for name, found in plots.sections(rows).items()]
 
 
 def environments(rows: Sequence[Row]) -> list[dict]:

@@ -105,26 +105,26 @@ def plain(axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def png(picture, dpi: int = 130) -> bytes:
+def png(picture) -> bytes:
     """Returns the picture as PNG and closes the figure."""
     buffer = io.BytesIO()
-    picture.savefig(buffer, format="png", dpi=dpi, facecolor="white")
+    picture.savefig(buffer, format="png", dpi=130, facecolor="white")
     pyplot().close(picture)
     return buffer.getvalue()
 
 
-def section_name(unit: Unit) -> str:
-    """Returns the section of an op or model; its call cost has a section apart from its time."""
-    first = unit.first
-    return f"dispatch {first.name}" if first.suite == "dispatch" else first.name
+def sections(rows: Sequence[Row]) -> dict[str, list[Unit]]:
+    """Returns the units by name of op or model; the cost of a call is under "dispatch <op>"."""
+    groups: dict[str, list[Unit]] = {}
+    for unit in units(rows):
+        name = unit.first.name
+        groups.setdefault(f"dispatch {name}" if unit.first.suite == "dispatch" else name, []).append(unit)
+    return groups
 
 
 def pictures(rows: Sequence[Row]) -> dict[str, bytes]:
-    """Returns PNG by name of op or model; dispatch cost is under "dispatch <op>"."""
-    groups: dict[str, list[Unit]] = {}
-    for unit in units(rows):
-        groups.setdefault(section_name(unit), []).append(unit)
-    return {name: png(figure(name, found)) for name, found in groups.items()}
+    """Returns a PNG for each section."""
+    return {name: png(figure(name, found)) for name, found in sections(rows).items()}
 
 
 def write(rows: Sequence[Row], folder: Path) -> list[Path]:

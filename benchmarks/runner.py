@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from fastasr._nearest import nearest_or_all
-from fastasr.benchmarks import dispatch, models, ops, rows, upstream
+from fastasr.benchmarks import dispatch, models, ops, rows, table, upstream
 from fastasr.benchmarks.case import Report, Settings, measure
 from fastasr.benchmarks.device import verdict, whole_models
 from fastasr.benchmarks.device.machine import GPU, DryRun
@@ -233,7 +233,7 @@ def _on_gpu(name: str, options: Options, summary: Summary, report: Report) -> It
             for text in (*verdict.notes(record), "\n".join(whole_models.profiles(record))):
                 if text:
                     report(text)
-            yield from (list(unit.rows) for unit in verdict.timings([record]))
+            yield from (list(unit.rows) for unit in table.units(whole_models.rows_of([record])))
 
 
 def run(

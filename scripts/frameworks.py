@@ -8,6 +8,7 @@ import inspect
 import textwrap
 from collections.abc import Callable, Iterator
 
+from fastasr.benchmarks.markdown import grid
 from fastasr.swap.rule import Rule
 from fastasr.swap.rules import FAMILIES, returnn
 
@@ -59,7 +60,7 @@ def _reasons(function: Callable, seen: set) -> Iterator[str]:
                 yield from _reasons(called, seen)
 
 
-def _line(rule: Rule) -> str:
+def _line(rule: Rule) -> list[str]:
     origins = dict.fromkeys(known.origin for known in (rule.known or {}).values())
     declined = (
         "; ".join(dict.fromkeys(_reasons(rule.structure, set())))
@@ -68,7 +69,7 @@ def _line(rule: Rule) -> str:
     )
     ops = ", ".join(f"`{name}`" for name in rule.kernels)
     cells = f"`{rule.class_name}`", ops or "–", ", ".join(origins) or "–", declined or "–", rule.note or "–"
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    return [cell.replace("|", "\\|") for cell in cells]
 
 
 def table() -> str:
@@ -77,19 +78,9 @@ def table() -> str:
     for heading, section, prefixes in FRAMEWORKS:
         own = [rule for rule in left if rule.name.startswith(prefixes)]
         left = [rule for rule in left if rule not in own]
-        blocks.append(
-            "\n".join(
-                [
-                    f"## {heading}",
-                    "",
-                    f"[How to use it, and which calls run upstream's code](swap.md#{section})",
-                    "",
-                    "| class | ops | known code | declined because | the report adds |",
-                    "|---|---|---|---|---|",
-                    *map(_line, own),
-                ]
-            )
-        )
+        use = f"[How to use it, and which calls run upstream's code](swap.md#{section})"
+        heads = "class", "ops", "known code", "declined because", "the report adds"
+        blocks.append("\n".join([f"## {heading}", "", use, "", *grid(heads, map(_line, own))]))
     if left:
         raise ValueError(f"rules of no framework: {', '.join(rule.name for rule in left)}")
     why = f"fastasr swaps no module of RETURNN's: each {returnn._NEVER_CALLED}."

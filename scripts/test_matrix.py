@@ -22,6 +22,7 @@ from pathlib import Path
 
 from fastasr import files
 from fastasr.benchmarks import environment
+from fastasr.benchmarks.markdown import grid
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "test_matrix.json"
@@ -101,13 +102,12 @@ def table() -> str:
         return "No rows yet: `make test-matrix` writes them."
     rows = json.loads(RESULTS.read_text(encoding="utf-8"))
     newest = {(row["python"], row["torch"]): row for row in rows}
-    lines = ["| Python | torch | wheel | kernels | tests | time |", "|---|---|---|---|---|---:|"]
+    lines = []
     for row in newest.values():
         kernels = row["backend"] + (f": {row['reason']}" if row["reason"] else "")
-        cells = (row["python"], row["torch"], row["wheel"], kernels, row["tests"])
         minutes = f"{row['seconds'] / 60:.0f} min" if "seconds" in row else ""
-        lines.append(f"| {' | '.join(cells)} | {minutes} |")
-    return "\n".join(lines)
+        lines.append((row["python"], row["torch"], row["wheel"], kernels, row["tests"], minutes))
+    return "\n".join(grid(("Python", "torch", "wheel", "kernels", "tests", "time"), lines, 1))
 
 
 def main() -> int:

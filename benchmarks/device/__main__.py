@@ -32,6 +32,7 @@ from fastasr.benchmarks.device import verdict
 from fastasr.benchmarks.device.isolate import Outcome, isolated, kill_all
 from fastasr.benchmarks.device.machine import GPU, DryRun
 from fastasr.benchmarks.device.units import Unit, units
+from fastasr.benchmarks.device.whole_models import rows_of
 
 LEAST = 10  # A unit begins only if this many seconds are left.
 
@@ -59,8 +60,7 @@ class Book:
         record = self.same | about | came
         with self._lock:
             self.records.append(record)
-            measured = [row for timed in verdict.timings([record]) for row in timed.rows]
-            if measured:
+            if measured := rows_of([record]):
                 rows.merge(self.out / "device.jsonl", measured)
             self.write(wanted)
         return record

@@ -13,7 +13,6 @@ from fastasr.benchmarks.device.timing import MODELS
 from fastasr.benchmarks.device.units import SANITIZERS
 from fastasr.benchmarks.environment import code
 from fastasr.benchmarks.markdown import OLD, OLD_NOTE, grid, mark
-from fastasr.benchmarks.rows import Row
 from fastasr.benchmarks.table import Unit, units
 
 RIGHT, WRONG, UNUSABLE, SLOW, UNFINISHED = range(5)  # exit codes
@@ -49,12 +48,6 @@ def pointless(records: Iterable[dict], op: str, kind: str) -> str:
     """Says why not to run another unit of an op: it hung, or it crashed and would be timed. Returns "" otherwise."""
     ended = [r["ended"] for r in records if op and r["op"] == op and r["ended"]]
     return next((why for why in ended if why.startswith("hung") or kind == "time"), "")
-
-
-def timings(records: Iterable[dict]) -> list[Unit]:
-    """Returns the rows of the records, those of a case and pass together."""
-    messages = (m for record in records for m in record["messages"])
-    return units(Row.from_dict(row) for m in messages for row in m.get("rows", ()))
 
 
 def rivals(unit: Unit) -> dict[str, float]:
@@ -127,7 +120,7 @@ def subjects(records: Sequence[dict]) -> dict[str, Subject]:
             if how in BAD:
                 where = f"{record['stage']}, {record['kind']} {record['name']}, {title}"
                 subject.messages.append(f"{where}: {_line(message)}")
-        subject.timed += timings([record])
+        subject.timed += units(whole_models.rows_of([record]))
     return made
 
 

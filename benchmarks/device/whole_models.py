@@ -426,12 +426,16 @@ TITLES = {
 SHOWN_KERNELS = 15  # A table of kernels has this many of each way, the longest.
 
 
+def rows_of(records: Iterable[dict]) -> list[Row]:
+    """Returns the rows that the units of the records told."""
+    messages = (message for record in records for message in record["messages"])
+    return [Row.from_dict(row) for message in messages for row in message.get("rows", ())]
+
+
 def _units(records: Iterable[dict]) -> list[Unit]:
     """Returns the units of whole models in the order of ``MODELS`` and ``WORKLOADS``."""
-    messages = (m for record in records for m in record["messages"])
-    found = units(Row.from_dict(row) for m in messages for row in m.get("rows", ()))
     order = [(name, w.case) for name in MODELS for w in WORKLOADS]
-    known = [u for u in found if (u.first.name, u.first.case) in order]
+    known = [u for u in units(rows_of(records)) if (u.first.name, u.first.case) in order]
     return sorted(known, key=lambda u: order.index((u.first.name, u.first.case)))
 
 
@@ -472,9 +476,8 @@ def training(records: Sequence[dict]) -> str:
         for message in record["messages"]
         if "busy_ms" in message
     }
-    rows = (Row.from_dict(row) for record in records for m in record["messages"] for row in m.get("rows", ()))
     lines = []
-    for unit in units(rows):
+    for unit in units(rows_of(records)):
         name = unit.first.name
         if name == "zipformer_training" or (name in TITLES and unit.first.case.startswith("training")):
             theirs = unit.row("upstream") or unit.row("eager")
@@ -523,8 +526,7 @@ def details(records: Sequence[dict]) -> str:
 
 def _swept(records: Iterable[dict]) -> list[str]:
     """Returns the table of the sweeps: seconds of speech per second and memory, by batch; nothing without sweeps."""
-    rows = [Row.from_dict(row) for r in records for m in r["messages"] for row in m.get("rows", ())]
-    swept = [(row, w) for row in rows if (w := SWEPT.get(row.case.removeprefix("sweep, ")))]
+    swept = [(row, w) for row in rows_of(records) if (w := SWEPT.get(row.case.removeprefix("sweep, ")))]
     if not swept:
         return []
     order, cells = [*SWEPT.values()], {}

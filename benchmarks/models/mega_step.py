@@ -23,7 +23,7 @@ QUICK = {"size": "tiny", "histories": (3,), "batches": (2,)}
 
 
 def cases(histories=HISTORIES, batches=BATCHES) -> list[tuple[str, str, int, int]]:
-    """Yields (case, shape, history, batch) of every unit."""
+    """Returns (case, shape, history, batch) of every unit."""
     return [(f"history {h}", f"B={b}", h, b) for b in batches for h in histories]
 
 

@@ -10,8 +10,6 @@ of its own.
 """
 
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -21,7 +19,7 @@ import torch
 
 from fastasr.benchmarks import upstream
 from fastasr.benchmarks.case import BOTH, Report
-from fastasr.benchmarks.harness import LoadMeter, Timing, interleave, peak_bytes
+from fastasr.benchmarks.harness import LoadMeter, Timing, in_fresh_process, interleave, peak_bytes
 from fastasr.benchmarks.markdown import by_machine
 from fastasr.benchmarks.models.unit import FASTASR, UPSTREAM, Run, benchmark, timed_row
 from fastasr.benchmarks.rows import Row
@@ -48,14 +46,14 @@ def shape_name(size: str, duration: float) -> str:
     return f"{size}, batches of {duration:g} s"
 
 
-def _made_up(count: int = 8) -> tuple[list, list]:
+def _made_up() -> tuple[list, list]:
     """Returns noise and letters for a quick run."""
     from fastasr.asr.recipe import speech
 
     generator = torch.Generator().manual_seed(0)
     found = [
         speech.Utterance(f"noise {i}", [torch.randn(120 + 10 * i, speech.BINS, generator=generator)], "a b c")
-        for i in range(count)
+        for i in range(8)
     ]
     return found, found[:1]
 
@@ -105,22 +103,13 @@ class Steps:
 
 
 def _peak(implementation: str, size: str, duration: float, speeches, folder: Path) -> int:
-    """Returns the peak bytes of a step in this process; ``_fresh_peak`` runs it."""
+    """Returns the peak bytes of a step in this process, which runs nothing else."""
     steps = Steps(implementation, size, duration, speeches, folder)
     steps.run()  # The first step makes what later steps reuse: optimizer states, choices of products.
     peaks = [peak_bytes(lambda index=index: steps.step(index), rounds=1) for index in steps.chosen]
     if None in peaks:
         raise OSError("/proc/self/clear_refs cannot be written: the peak cannot be measured here")
     return max(peaks)
-
-
-def _fresh_peak(implementation: str, size: str, duration: float, folder: Path) -> int:
-    command = [sys.executable, "-m", __spec__.name, implementation, size, str(duration), str(folder)]
-    environment = dict(os.environ, OMP_NUM_THREADS=str(torch.get_num_threads()))
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
-    if done.returncode != 0:
-        raise RuntimeError((done.stderr.strip().splitlines() or ["no message"])[-1])
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 @benchmark(NAME)
@@ -158,7 +147,9 @@ def measure(
                 peak = None
                 if run.settings.memory:
                     run.report(f"{NAME}: {shape}: peak memory of {implementation} in a fresh process")
-                    peak = _fresh_peak(implementation, size, duration, folder)
+                    peak = in_fresh_process(
+                        __spec__.name, implementation, size, duration, folder, timeout=TIMEOUT
+                    )
                 per_step = Timing([seconds / count for seconds in timing.samples])
                 fields = {"name": NAME, "case": CASE, "shape": shape, "pass_": BOTH, "load": other}
                 rows.append(timed_row(per_step, implementation=implementation, peak_bytes=peak, **fields))
@@ -188,7 +179,6 @@ def _implementations(unit: Unit) -> list[list[str]]:
 
 if __name__ == "__main__":
     chosen, of_size, of_duration, at = sys.argv[1:5]
-    kept = torch.load(
-        Path(at) / "speech.pt", weights_only=False
-    )  # the process that started this one wrote it
+    # the process that started this one wrote it
+    kept = torch.load(Path(at) / "speech.pt", weights_only=False)
     print(json.dumps(_peak(chosen, of_size, float(of_duration), kept, Path(at))))

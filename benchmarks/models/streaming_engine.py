@@ -8,10 +8,11 @@ from collections.abc import Iterator
 
 import torch
 
+from fastasr.asr.decoding.chunks import RIGHT_CONTEXT
 from fastasr.benchmarks import upstream
 from fastasr.benchmarks.models import streaming_peers
 from fastasr.benchmarks.models.unit import FASTASR, FORWARD, UPSTREAM, Run, benchmark
-from fastasr.benchmarks.models.zipformer_streaming import CHUNKS, LEFT_CONTEXT, PADDING, middle_of_a_stream
+from fastasr.benchmarks.models.zipformer_streaming import CHUNKS, LEFT_CONTEXT, middle_of_a_stream
 from fastasr.benchmarks.rows import Row
 
 NAME = "streaming_engine"
@@ -56,7 +57,7 @@ def measure(
         peers = streaming_peers.make(tuple(PEERS.values()), size, chunk, threads, max(wanted))
         for count, shape in wanted.items():
             generator = torch.Generator().manual_seed(1)
-            x = torch.randn(count, 2 * chunk + PADDING, upstream.BINS, generator=generator)
+            x = torch.randn(count, 2 * chunk + RIGHT_CONTEXT, upstream.BINS, generator=generator)
             full = LEFT_CONTEXT // chunk + 1
             runs = {UPSTREAM: middle_of_a_stream(model, chunk, count)}
             runs |= {name: peers[peer].middle(x, full) for name, peer in PEERS.items()}

@@ -20,10 +20,10 @@ from pathlib import Path
 
 import torch
 
+from fastasr.asr.decoding.chunks import RIGHT_CONTEXT
 from fastasr.benchmarks import upstream
 from fastasr.benchmarks.environment import int8_saturates
 from fastasr.benchmarks.models.transcribe import LEFT_CONTEXT, VOCABULARY, config
-from fastasr.benchmarks.models.zipformer_streaming import PADDING
 from fastasr.models.zipformer.stream_states import stack_states, unstack_states
 
 UPSTREAM, SCRIPTED, ONNX, ONNX_INT8 = "upstream", "scripted", "onnxruntime", "onnxruntime int8"
@@ -77,7 +77,7 @@ class SherpaStreams:
             str(tokens), *(str(file) for file in files), num_threads=threads, sample_rate=RATE
         )
         # Two frames more than a chunk, because sherpa-onnx waits for the end of a frame's window.
-        noise = 0.1 * torch.randn(round(RATE * FRAME * (2 * chunk + PADDING + 2)))
+        noise = 0.1 * torch.randn(round(RATE * FRAME * (2 * chunk + RIGHT_CONTEXT + 2)))
         self._head = noise[round(RATE * FRAME * 2 * chunk) :].numpy()  # The first chunk is longer by these.
         self._chunk = noise[: round(RATE * FRAME * 2 * chunk)].numpy()
         self._streams = []

@@ -7,10 +7,7 @@ each of its stacks, and, in a fresh process with cold caches, the first call aga
 """
 
 import copy
-import json
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +17,7 @@ import torch
 
 from fastasr.benchmarks import upstream
 from fastasr.benchmarks.case import Report
-from fastasr.benchmarks.harness import LoadMeter, Timing, Variant, interleave
+from fastasr.benchmarks.harness import LoadMeter, Timing, Variant, in_fresh_process, interleave
 from fastasr.benchmarks.models import unit
 from fastasr.benchmarks.models.unit import (
     COMPILE,
@@ -108,19 +105,9 @@ def _fresh_process(implementation: str, size: str) -> dict[str, float]:
     """Returns the seconds of accelerate(), the first and the second call in a new process with empty caches."""
     with tempfile.TemporaryDirectory() as cache:
         caches = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "XDG_CACHE_HOME", "FASTASR_CACHE")
-        environment = dict(os.environ, OMP_NUM_THREADS=str(torch.get_num_threads()))
-        environment.update({name: os.path.join(cache, name.lower()) for name in caches})
-        done = subprocess.run(
-            [sys.executable, "-m", "fastasr.benchmarks.models.first_call", implementation, size],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=FIRST_CALL_TIMEOUT,
-        )
-    if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise RuntimeError(f"the fresh process ended with {done.returncode}: {last}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+        empty = {name: os.path.join(cache, name.lower()) for name in caches}
+        module = "fastasr.benchmarks.models.first_call"
+        return in_fresh_process(module, implementation, size, timeout=FIRST_CALL_TIMEOUT, **empty)
 
 
 def _first_calls(size: str, shape: str, report: Report) -> list[list[Row]]:
@@ -130,7 +117,7 @@ def _first_calls(size: str, shape: str, report: Report) -> list[list[Row]]:
         load = LoadMeter()
         try:
             seconds = _fresh_process(implementation, size)
-        except (RuntimeError, subprocess.SubprocessError, ValueError, OSError) as error:
+        except (RuntimeError, ValueError, OSError) as error:
             report(f"{NAME}: first call of {implementation} not measured: {error}")
             continue
         for case, value in seconds.items():

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from fastasr.asr.decoding.chunks import RIGHT_CONTEXT
 from fastasr.benchmarks import upstream
 from fastasr.benchmarks.models.unit import FASTASR, FORWARD, UPSTREAM, Run, benchmark, swapped
 from fastasr.benchmarks.rows import Row
@@ -15,7 +16,6 @@ NAME = "zipformer_streaming"
 CASE = "one chunk of {}"
 CHUNKS = (16, 32)
 LEFT_CONTEXT = 128
-PADDING = 13  # 7 of the first convolutions, 2 * 3 of ConvNeXt
 QUICK = {"size": "tiny", "chunks": (16,), "inner_compile": False}
 
 
@@ -26,7 +26,7 @@ def middle_of_a_stream(model: torch.nn.Module, chunk: int, streams: int = 1) -> 
     encoder = model.encoder
     encoder.chunk_size = (chunk,)
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(streams, 2 * chunk + PADDING, upstream.BINS, generator=generator)
+    x = torch.randn(streams, 2 * chunk + RIGHT_CONTEXT, upstream.BINS, generator=generator)
     lengths = torch.full((streams,), x.shape[1])
     device = torch.device("cpu")
     states = [torch.randn(s.shape, generator=generator) for s in encoder.get_init_states(streams, device)]

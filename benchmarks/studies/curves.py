@@ -17,9 +17,9 @@ from fastasr import files
 from fastasr.benchmarks import sweep
 from fastasr.benchmarks.plots import COLOURS, OTHER_COLOUR, plain, png, pyplot
 from fastasr.benchmarks.rows import Row, read_all
+from fastasr.benchmarks.studies.results import ROOT
 from fastasr.benchmarks.table import title
 
-ROOT = Path(__file__).resolve().parents[2]
 PREFIX = "length "
 MODELS = {
     "fast_conformer": re.compile(r"(110M, 2 of its layers, 1 x )(\d+)( s)")

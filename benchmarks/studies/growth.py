@@ -13,8 +13,6 @@ Rows are added to a file, which resumes a run that was interrupted, and the pict
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -24,7 +22,7 @@ from pathlib import Path
 import torch
 
 from fastasr import files
-from fastasr.benchmarks import upstream
+from fastasr.benchmarks import harness, upstream
 from fastasr.benchmarks.harness import limit_memory, peak_bytes
 from fastasr.benchmarks.markdown import by_machine
 from fastasr.benchmarks.models import fast_conformer
@@ -32,9 +30,9 @@ from fastasr.benchmarks.models.unit import BOTH, FASTASR, FORWARD, UPSTREAM, swa
 from fastasr.benchmarks.plots import COLOURS, plain, png, pyplot
 from fastasr.benchmarks.rows import Row, merge, read
 from fastasr.benchmarks.runner import measured_units
+from fastasr.benchmarks.studies.results import ROOT
 from fastasr.benchmarks.table import Unit, duration, percent, times
 
-ROOT = Path(__file__).resolve().parents[2]
 ENDING = "_growth"
 SIZES = {"zipformer": upstream.SIZES, "fast_conformer": fast_conformer.SIZES}  # the first of each by default
 SECONDS = (10, 60, 300, 600, 1800, 3600)
@@ -135,21 +133,17 @@ def run(point: Point) -> dict:
 
 
 def in_fresh_process(point: Point, limit: float | None = None) -> dict:
-    """Returns the result of ``run`` in a process of its own. Raises RuntimeError with its last output when it fails or
-    takes longer than ``limit`` seconds."""
-    command = [sys.executable, "-m", f"fastasr.benchmarks.studies.{Path(__file__).stem}", point.model]
-    environment = dict(os.environ, OMP_NUM_THREADS=str(torch.get_num_threads()))
-    label = f"growth: {point.model}, {point.case}, {point.shape}, {point.implementation}"
-    command += ["--run", json.dumps(asdict(point))]
+    """Returns the result of ``run`` in a process of its own. Raises RuntimeError if it fails, or takes longer than
+    ``limit`` seconds."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=limit)
-    except subprocess.TimeoutExpired:
-        raise RuntimeError(f"{label}: more than {limit:g} s") from None
-    if done.returncode != 0:
-        raise RuntimeError(f"{label}: {done.stderr.strip()[-500:]}")
-    found = json.loads(done.stdout.splitlines()[-1])
-    if "out_of_memory" in found:
-        raise RuntimeError(f"{label}: out of memory ({point.memory:g} GiB)")
+        found = harness.in_fresh_process(
+            __spec__.name, point.model, "--run", json.dumps(asdict(point)), timeout=limit
+        )
+        if "out_of_memory" in found:
+            raise RuntimeError(f"out of memory ({point.memory:g} GiB)")
+    except RuntimeError as error:
+        label = f"growth: {point.model}, {point.case}, {point.shape}, {point.implementation}"
+        raise RuntimeError(f"{label}: {error}") from None
     return found
 
 

@@ -15,7 +15,6 @@ sherpa-onnx and OpenVINO may lie in a folder that PYTHONPATH names.
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -31,6 +30,7 @@ from fastasr.asr.decoding.chunks import SILENCE
 from fastasr.asr.recipe.transducers import EBranchformerTransducer
 from fastasr.benchmarks import upstream
 from fastasr.benchmarks.environment import int8_saturates, stamp
+from fastasr.benchmarks.harness import in_fresh_process
 from fastasr.benchmarks.markdown import grid
 from fastasr.benchmarks.plots import COLOURS, bars, png, pyplot
 from fastasr.benchmarks.studies import results
@@ -275,16 +275,11 @@ def measure(
 
 def _in_process(name, report, *arguments):
     """Returns the output of this program in a process of its own, or None if an implementation is left out."""
-    command = [sys.executable, "-m", __spec__.name, *map(str, arguments)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
-    except subprocess.TimeoutExpired:
-        report(f"{name}: left out: it takes more than {LIMIT} s")
+        return in_fresh_process(__spec__.name, *arguments, timeout=LIMIT)
+    except RuntimeError as error:
+        report(f"{name}: left out: {error}")
         return None
-    if done.returncode:
-        report(f"{name}: left out: {done.stderr.strip().splitlines()[-1]}")
-        return None
-    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def versions():
@@ -316,15 +311,7 @@ def joined(utterances, longer_than, silence=SILENCE):
 
 
 def _whole(loaded, utterances, _):
-    from fastasr.asr import decoding
-
-    read = []
-    for utterance in utterances:
-        x = utterance.features[0].unsqueeze(0)
-        x = torch.nn.functional.pad(x, (0, 0, 0, 32), value=SILENCE)
-        y, frames = decoding.encode(loaded.model, x, torch.tensor([x.shape[1]]))
-        read.append(loaded.units.decode(decoding.greedy_search(loaded.model, y, frames).tokens[0]))
-    return read
+    return [loaded.transcribe_features(utterance.features[0])[0] for utterance in utterances]
 
 
 def _streaming(loaded, utterances, weights):

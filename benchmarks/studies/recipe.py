@@ -12,24 +12,26 @@ are trained. The long run's model is exported, and both read the held-out record
 beside it with their error rates, in ``recipe_encoders.json``.
 """
 
-import argparse
 import json
+import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from fastasr import files
+from fastasr.asr import decoding
 from fastasr.asr.recipe import checkpoints, recogniser, sizes, speech, training
 from fastasr.asr.recipe.curves import read, smoothed
 from fastasr.benchmarks.environment import stamp
-from fastasr.benchmarks.markdown import grid, put
+from fastasr.benchmarks.markdown import grid
 from fastasr.benchmarks.models import recipe_step
 from fastasr.benchmarks.plots import png, pyplot
 from fastasr.benchmarks.rows import Row, read_all
-from fastasr.benchmarks.studies.swapped_training import moved_by_one_rounding, summary
+from fastasr.benchmarks.studies import results
 
-ROOT = Path(__file__).resolve().parents[2]
 REFERENCE, ROUNDED = "fastasr", "rounded"
 CURVES = {
     REFERENCE: {},
@@ -48,7 +50,6 @@ LABELS = {
 }
 FIRST = (10, 40, 100, 200)  # The page gives the largest difference over this many steps.
 POINTS = 300  # about this many points of the long run are drawn
-METHODS = ("greedy", "beam", "ctc-greedy", "ctc-beam")
 OTHER_ENCODERS = "recipe_encoders.json"  # beside the JSON of the run
 NAMES = {
     "zipformer": "Zipformer",
@@ -58,13 +59,34 @@ NAMES = {
 
 
 # --------------------------------------------------------------------------- measured
+def _moved_by_one_rounding(model: torch.nn.Module) -> None:
+    """Multiplies every parameter by 1 ± one unit of rounding."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            signs = torch.randint(0, 2, parameter.shape, generator=generator) * 2 - 1
+            parameter.mul_(1 + torch.finfo(parameter.dtype).eps * signs)
+
+
 def train(name: str, folder: Path, steps: int, speeches, units, **options) -> None:
     """Trains a curve that does not exist yet."""
     made = training.Options(out=folder, steps=steps, checkpoint_every=steps, **CURVES[name], **options)
     trainer = training.Trainer(made, *speeches, units)
     if name == ROUNDED:
-        moved_by_one_rounding(trainer.model)
+        _moved_by_one_rounding(trainer.model)
     trainer.run()
+
+
+def _summary(curve: Sequence[float], other: Sequence[float]) -> dict[str, float]:
+    """Returns the relative differences of two curves, step by step: the median, the largest, and how many exceed 1e-5,
+    as they may where two windows of the pruned lattice tie and rounding decides.
+    """
+    found = [abs(a - b) / abs(b) for a, b in zip(curve, other, strict=True)]
+    return {
+        "median": statistics.median(found),
+        "largest": max(found),
+        "above 1e-5": sum(d > 1e-5 for d in found),
+    }
 
 
 def differences(losses: dict[str, list[float]]) -> dict[str, dict]:
@@ -79,9 +101,9 @@ def differences(losses: dict[str, list[float]]) -> dict[str, dict]:
             found[name] = {
                 "steps": steps,
                 "largest": {
-                    str(n): summary(curve[:n], reference[:n])["largest"] for n in FIRST if n <= steps
+                    str(n): _summary(curve[:n], reference[:n])["largest"] for n in FIRST if n <= steps
                 },
-                "all": summary(curve[:steps], reference[:steps]),
+                "all": _summary(curve[:steps], reference[:steps]),
             }
     return found
 
@@ -93,7 +115,7 @@ def agreement(run: Path, held_out) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         recogniser.export(run, folder)
         readers = recogniser.load(run), recogniser.load(folder)
-        different = {m: recogniser.disagreements(*readers, held_out, m) for m in METHODS}
+        different = {m: recogniser.disagreements(*readers, held_out, m) for m in decoding.METHODS}
     return {
         "recordings": len(held_out),
         "same text": {m: len(held_out) - len(found) for m, found in different.items()},
@@ -159,15 +181,13 @@ def _scientific(value: float) -> str:
     return "0" if value == 0 else f"{value:.0e}"
 
 
-def block(found: dict | None, rows: Sequence[Row], others: dict[str, dict] | None = None) -> str:
+def block(found: dict, rows: Sequence[Row], others: dict[str, dict]) -> str:
     """Returns the part of the page that follows from the JSON, that of other encoders and the rows of
     ``recipe_step``.
     """
     steps = recipe_step.table([row for row in rows if row.name == recipe_step.NAME])
-    parts = [_run(found) if found else "No run is committed yet."]
-    if others:
-        parts.append(_encoders({**({sizes.ZIPFORMER: found} if found else {}), **others}))
-    return "\n\n".join([*parts, "A step of training:", steps])
+    encoders = [_encoders({sizes.ZIPFORMER: found, **others})] if others else []
+    return "\n\n".join([_run(found), *encoders, "A step of training:", steps])
 
 
 def _encoders(runs: dict[str, dict]) -> str:
@@ -213,7 +233,7 @@ def _run(found: dict) -> str:
         *grid(("step", *wrong), scores, 3),
         "",
         "The ONNX files, streaming, read the text that the checkpoint reads in "
-        + ", ".join(f"{same[m]} of {onnx['recordings']} recordings ({m})" for m in METHODS)
+        + ", ".join(f"{same[m]} of {onnx['recordings']} recordings ({m})" for m in decoding.METHODS)
         + ".",
         "",
         "Relative difference of a step's loss from that of fastasr, same seed:",
@@ -273,47 +293,33 @@ def _others(path: Path, runs: Sequence[Path], commit: str | None) -> dict[str, d
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0, 1 when ``--check`` finds a difference, or 2 when a file cannot be used."""
-    parser = argparse.ArgumentParser(
-        prog="python -m fastasr.benchmarks.studies.recipe",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("runs", nargs="?", type=Path, help="folder of runs")
-    parser.add_argument(
+    """Returns the exit code, see ``results.run``."""
+    made = results.parser("recipe", __doc__, "training.md")
+    made.add_argument("runs", nargs="?", type=Path, help="folder of runs")
+    made.add_argument(
         "--encoder-run", type=Path, action="append", default=[], metavar="RUN", help="of another encoder"
     )
-    parser.add_argument("--steps", type=int, default=200, help="of the curves (default: %(default)s)")
-    parser.add_argument("--commit", help="at which the runs were trained, if not the present one")
-    parser.add_argument("--speech", type=Path, help="recordings the runs were trained on, if not the prompts")
-    parser.add_argument(
+    made.add_argument("--steps", type=int, default=200, help="of the curves (default: %(default)s)")
+    made.add_argument("--commit", help="at which the runs were trained, if not the present one")
+    made.add_argument("--speech", type=Path, help="recordings the runs were trained on, if not the prompts")
+    made.add_argument(
         "--cache", type=Path, default=Path("demo/cache"), help="downloads (default: %(default)s)"
     )
-    parser.add_argument("--json", type=Path, default=ROOT / "benchmarks/results/recipe.json")
-    parser.add_argument("--plot", type=Path, default=ROOT / "docs/plots/recipe_curves.png")
-    parser.add_argument("--page", type=Path, default=ROOT / "docs/training.md")
-    parser.add_argument("--check", action="store_true", help="compare the page only")
-    options = parser.parse_args(arguments)
-    try:
-        found = None
-        if options.runs:
-            speeches = speech.load(options.cache, options.speech)
-            found = report(options.runs, speeches, options.steps, options.commit)
-            files.write(options.json, json.dumps(found) + "\n")
-        elif options.json.is_file():
-            found = json.loads(options.json.read_text(encoding="utf-8"))
-        others = _others(options.json.with_name(OTHER_ENCODERS), options.encoder_run, options.commit)
-        rows = read_all(sorted(options.json.parent.glob("*.jsonl")))
-        differs = put(options.page, block(found, rows, others), options.check)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if options.check:
-        return differs
-    if found:
+    made.add_argument("--plot", type=Path, default=results.ROOT / "docs/plots/recipe_curves.png")
+    options = made.parse_args(arguments)
+
+    def measured(_: dict) -> dict:
+        return report(options.runs, speech.load(options.cache, options.speech), options.steps, options.commit)
+
+    def blocks(found: dict) -> dict[str, str]:
+        others = _others(options.results.with_name(OTHER_ENCODERS), options.encoder_run, options.commit)
+        return {"bench": block(found, read_all(sorted(options.results.parent.glob("*.jsonl"))), others)}
+
+    code = results.run(options, measured if options.runs else None, blocks)
+    if code == 0 and not options.check:
         options.plot.parent.mkdir(parents=True, exist_ok=True)
-        files.write(options.plot, png(figure(found)))
-    return 0
+        files.write(options.plot, png(figure(json.loads(options.results.read_text(encoding="utf-8")))))
+    return code
 
 
 if __name__ == "__main__":

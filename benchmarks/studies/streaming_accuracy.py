@@ -18,34 +18,30 @@ from fastasr.benchmarks.markdown import grid
 from fastasr.benchmarks.studies import results
 
 WEIGHTS = ("fp32", "bf16", "int8")
+METHOD = "greedy"
+STREAMS = 8
 
 
-def measure(run, utterances, weights=WEIGHTS, method="greedy", backend=None, streams=8):
+def measure(run, utterances):
     """Returns a dict of the error rates of ``run`` on ``utterances`` (name, features, text), by each way of encoding.
 
     ``differs`` counts the recordings that the engine reads differently from the model's own streaming code.
     """
-    from fastasr.asr import decoding
     from fastasr.asr.recipe import recogniser, scoring
 
     loaded = recogniser.load(run)
-    said, own = [utterance.text for utterance in utterances], []
-    for utterance in utterances:
-        encoder, search = loaded.search(method)
-        chunks, state = decoding.FeatureChunks(encoder.chunk_size), search.start()
-        for chunk in [*chunks.accept(utterance.features[0]), *chunks.finish()]:
-            state = search.advance(state, encoder(chunk.unsqueeze(0)))
-        own.append(loaded.units.decode(search.result(state).tokens[0]))
+    said = [utterance.text for utterance in utterances]
+    own = [list(loaded.stream_features([utterance.features[0]]))[-1][0] for utterance in utterances]
     found = {
         "run": Path(run).name,
         "recordings": len(utterances),
         "seconds": round(sum(utterance.seconds for utterance in utterances), 1),
-        "method": method,
+        "method": METHOD,
         "model": scoring.rates(said, own),
         "engine": {},
     }
-    for kind in weights:
-        texts, report = engine_texts(loaded, utterances, kind, method, backend, streams)
+    for kind in WEIGHTS:
+        texts, report = engine_texts(loaded, utterances, kind)
         found["engine"][kind] = {
             **scoring.rates(said, texts),
             "differs": sum(a != b for a, b in zip(own, texts, strict=True)),
@@ -55,8 +51,8 @@ def measure(run, utterances, weights=WEIGHTS, method="greedy", backend=None, str
     return found
 
 
-def engine_texts(loaded, utterances, weights, method="greedy", backend=None, streams=8):
-    """Returns the texts that the engine reads, ``streams`` utterances side by side, and the engine's report."""
+def engine_texts(loaded, utterances, weights):
+    """Returns the texts that the engine reads, ``STREAMS`` utterances side by side, and the engine's report."""
     from fastasr.asr.recipe import sizes
     from fastasr.asr.streaming import StreamingEncoder, StreamingRecogniser
 
@@ -65,15 +61,14 @@ def engine_texts(loaded, utterances, weights, method="greedy", backend=None, str
         sizes.CHUNK,
         sizes.LEFT_CONTEXT,
         weights=weights,
-        max_streams=streams,
+        max_streams=STREAMS,
         rate=loaded.rate,
         bins=loaded.bins,
-        backend=backend,
     )
-    reader = StreamingRecogniser(loaded.model, encoder, method, to_text=loaded.units.decode)
+    reader = StreamingRecogniser(loaded.model, encoder, METHOD, to_text=loaded.units.decode)
     texts = []
-    for first in range(0, len(utterances), streams):
-        texts += _read(reader, utterances[first : first + streams])
+    for first in range(0, len(utterances), STREAMS):
+        texts += _read(reader, utterances[first : first + STREAMS])
     return texts, encoder.report
 
 
@@ -119,16 +114,13 @@ def main(arguments=None):
     made.add_argument(
         "--speech", type=Path, help="a folder of recordings with transcripts instead of the prompts"
     )
-    made.add_argument("--method", default="greedy", choices=("greedy", "beam", "ctc-greedy", "ctc-beam"))
-    made.add_argument("--backend", help="native or eager; the best by default")
     options = made.parse_args(arguments)
 
     def measured(_):
         from fastasr.asr.recipe import speech
 
         _, held_out = speech.load(options.cache, options.speech, speeds=(1.0,))
-        found = measure(options.run, held_out, method=options.method, backend=options.backend)
-        return found | {"environment": stamp()}
+        return measure(options.run, held_out) | {"environment": stamp()}
 
     return results.run(options, measured if options.run else None, lambda found: {"bench": block(found)})
 

@@ -21,16 +21,15 @@ from pathlib import Path
 import torch
 
 from fastasr import files
+from fastasr.asr.decoding.chunks import RIGHT_CONTEXT
 from fastasr.benchmarks import upstream
 from fastasr.benchmarks.environment import stamp
 from fastasr.benchmarks.markdown import grid
 from fastasr.benchmarks.models import streaming_peers
 from fastasr.benchmarks.models.transcribe import LEFT_CONTEXT
-from fastasr.benchmarks.models.zipformer_streaming import PADDING
 from fastasr.benchmarks.plots import COLOURS, OTHER_COLOUR, png, pyplot
 from fastasr.benchmarks.studies import results
 
-ROOT = Path(__file__).resolve().parents[2]
 NAMES = (*streaming_peers.ENGINES, streaming_peers.SCRIPTED, streaming_peers.ONNX, streaming_peers.ONNX_INT8)
 FRAME = 0.02  # seconds of an encoder's frame, before its output is halved
 OVERLOAD = 4  # A run is given up at this many chunks of delay.
@@ -107,7 +106,7 @@ def measure(
     try:
         period = chunk * FRAME
         generator = torch.Generator().manual_seed(1)
-        frames = 2 * chunk + PADDING
+        frames = 2 * chunk + RIGHT_CONTEXT
         features = torch.randn(most, frames, upstream.BINS, generator=generator)
         found = {}
         for name in names:
@@ -224,7 +223,7 @@ def main(arguments=None):
     parser.add_argument("--batch", type=int, default=16, help="chunks in a call at most")
     parser.add_argument("--attempts", type=int, default=3, help="of each number of streams at most")
     parser.add_argument("--most", type=int, default=256, help="streams at most")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "plots" / "streaming_load.png")
+    parser.add_argument("--out", type=Path, default=results.ROOT / "docs" / "plots" / "streaming_load.png")
     options = parser.parse_args(arguments)
     sizes = options.size, options.chunk, options.threads, options.seconds, options.batch
     code = results.run(

@@ -19,9 +19,8 @@ from fastasr.benchmarks.models import pruned_transducer, tdt_loss
 from fastasr.benchmarks.models.unit import FASTASR, UPSTREAM
 from fastasr.benchmarks.plots import COLOURS, plain, png, pyplot
 from fastasr.benchmarks.rows import Row, read_all
+from fastasr.benchmarks.studies.results import ROOT
 from fastasr.benchmarks.table import Unit, percent
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)

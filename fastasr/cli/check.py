@@ -7,8 +7,7 @@ import json
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from fastasr._nearest import nearest_or_all
-from fastasr.cli.console import check_device, check_dtype, err, escape, fail, out, sizes, table
+from fastasr.cli.console import check_device, check_dtype, err, escape, fail, known_ops, out, sizes, table
 
 SHOWN = 20  # the most failures that are printed in full
 
@@ -49,21 +48,11 @@ def _summary(results: list):
     return shown
 
 
-def _known(ops: list[str]) -> list[str]:
-    """Returns the ops without repetitions. It ends the command if a name is unknown."""
-    from fastasr.ops import NAMES
-
-    for op in ops:
-        if op not in NAMES:
-            fail(f"no op is called {op!r}{nearest_or_all(op, NAMES)}")
-    return list(dict.fromkeys(ops))
-
-
 def run_at(ops: list[str], shape: str, dtype: str, device: str, as_json: bool) -> None:
     """Compares values and gradients of the ops at one shape, in one dtype."""
     if not ops:
         fail("--shape: name the op that it is for, as in: fastasr check bypass --shape T=375,B=16,C=512")
-    names, given = _known(ops), sizes(shape)
+    names, given = known_ops(ops), sizes(shape)
     check_dtype(dtype, ("float32", "bfloat16", "float16", "float64"))
     check_device(device)
     import torch
@@ -89,7 +78,7 @@ def run_at(ops: list[str], shape: str, dtype: str, device: str, as_json: bool) -
 def run(ops: list[str], device: str, as_json: bool) -> None:
     from fastasr.ops import NAMES
 
-    names = _known(ops) or list(NAMES)
+    names = known_ops(ops) or list(NAMES)
     check_device(device)
     results = _run(names, device, quiet=as_json)
     failures = [result for result in results if not result.passed]

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fastasr._nearest import nearest
+from fastasr._nearest import nearest, nearest_or_all
 
 PLAIN_WIDTH = 160  # columns of a pipe or a file, so that rows are not wrapped
 
@@ -71,6 +71,16 @@ def sizes(text: str) -> dict[str, int]:
     if not all(name.isidentifier() and size.isdecimal() for name, _, size in pairs):
         fail(f"--shape: expected sizes as T=375,B=16,C=512, got {text!r}")
     return {name: int(size) for name, _, size in pairs}
+
+
+def known_ops(ops: list[str]) -> list[str]:
+    """Returns the ops without repetitions. It ends the command if a name is unknown."""
+    from fastasr.ops import NAMES
+
+    for op in ops:
+        if op not in NAMES:
+            fail(f"no op is called {op!r}{nearest_or_all(op, NAMES)}")
+    return list(dict.fromkeys(ops))
 
 
 def refuse_without(option: str, **given: object) -> None:

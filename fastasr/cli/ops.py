@@ -7,24 +7,19 @@ import textwrap
 import torch
 
 import fastasr  # noqa: F401 - registers the ops
-from fastasr._nearest import nearest_or_all
-from fastasr.cli.console import escape, fail, mark, out, table
+from fastasr.cli.console import escape, known_ops, mark, out, table
 from fastasr.ops import _dispatch
 
 WIDTH = 80  # columns
 
 
 def run(ops: list[str], as_json: bool) -> None:
-    rows = _dispatch.table()
-    known = list(dict.fromkeys(row["op"] for row in rows))
-    for op in ops:
-        if op not in known:
-            fail(f"no op is called {op!r}{nearest_or_all(op, known)}")
-    rows = [row for row in rows if not ops or row["op"] in ops]
+    ops = known_ops(ops)
+    rows = [row for row in _dispatch.table() if not ops or row["op"] in ops]
     if as_json:
         print(json.dumps(rows, indent=2))
     elif ops:
-        for op in dict.fromkeys(ops):
+        for op in ops:
             _print_details(op, [row for row in rows if row["op"] == op])
     else:
         _print_overview(rows)

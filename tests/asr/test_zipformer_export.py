@@ -198,6 +198,13 @@ def test_metadata(whole, streaming):
     assert files["encoder"].name == "encoder-test.onnx"
 
 
+def test_features_of_forty_channels(tmp_path):
+    """Without ``feature_dim`` the files take what the front end takes."""
+    model = recogniser.AsrModel(**{**WHOLE, "use_transducer": False, "feature_dim": 40}).eval()
+    (x, _) = onnx.load(str(export_onnx(model, tmp_path)["ctc"])).graph.input
+    assert x.type.tensor_type.shape.dim[2].dim_value == 40
+
+
 @OURS
 def test_upstreams_runtimes_load_our_files(whole, streaming):
     upstream = pytest.importorskip("zipformer.modules.model", exc_type=ImportError)

@@ -7,24 +7,17 @@ OPS = {"eager": 5.0, "compile": 3.0, "upstream": 2.5, "fastasr": 1.0, "copy": 0.
 MODEL = {"upstream": 1231.0, "upstream+linear": 1000.0, "fastasr": 800.0}
 
 
-def _row(suite, name, case, pass_, implementation, median, **more) -> Row:
-    row = Row.measured(
-        suite=suite,
-        name=name,
-        case=case,
-        shape=case,
-        dtype="float32",
-        device="cpu",
-        pass_=pass_,
-        implementation=implementation,
-        median_ms=median,
-        q1_ms=0.95 * median,
-        q3_ms=1.1 * median,
-        reps=15,
-        **more,
-    )
-    row.commit, row.date, row.device_name = "0123456789", "2026-01-02T03:04:05Z", "A CPU (2 cores)"
-    return row
+def row(name="bypass", case="8x4", pass_="forward", implementation="fastasr", median=0.5, **more) -> Row:
+    fields = {"suite": "ops", "shape": case, "dtype": "float32", "device": "cpu", "reps": 15}
+    times = {"median_ms": median, "q1_ms": 0.95 * median, "q3_ms": 1.1 * median}
+    given = {"name": name, "case": case, "pass_": pass_, "implementation": implementation}
+    return Row.measured(**{**fields, **times, **given, **more})
+
+
+def _row(suite, *given, **more) -> Row:
+    made = row(*given, suite=suite, **more)
+    made.commit, made.date, made.device_name = "0123456789", "2026-01-02T03:04:05Z", "A CPU (2 cores)"
+    return made
 
 
 def rows() -> list[Row]:

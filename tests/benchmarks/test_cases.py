@@ -12,7 +12,7 @@ from fastasr import ops
 from fastasr.benchmarks import upstream
 from fastasr.benchmarks.case import Settings, measure
 from fastasr.benchmarks.encoders import ENCODERS, Encoder
-from fastasr.benchmarks.harness import Timing
+from fastasr.benchmarks.harness import Timing, in_fresh_process
 from fastasr.benchmarks.models import fast_conformer, ragged, streaming_engine, transducer_generate
 from fastasr.benchmarks.models.unit import first, swapped
 from fastasr.testing.samples import linear
@@ -349,7 +349,7 @@ def test_the_peak_memory_of_the_recipe(tmp_path):
     from fastasr.benchmarks.models import recipe_step
 
     torch.save(recipe_step._made_up(), tmp_path / "speech.pt")
-    assert recipe_step._fresh_peak("fastasr", "tiny", 5.0, tmp_path) > 0
+    assert in_fresh_process(recipe_step.__name__, "fastasr", "tiny", 5.0, tmp_path) > 0
 
 
 def test_transcribing():

@@ -3,18 +3,15 @@
 
 import dataclasses
 import re
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import synthetic
 
 from fastasr.benchmarks import markdown, page, plots, rows, table
 from fastasr.benchmarks.device import verdict, whole_models
 from fastasr.benchmarks.studies import curves
-
-sys.path.insert(0, str(Path(__file__).parent))
-import synthetic
 
 ROOT = Path(__file__).parents[2]
 PNG = b"\x89PNG\r\n"

@@ -7,8 +7,8 @@ import pytest
 import torch
 from steps import numbers
 
+from fastasr.asr.decoding.chunks import RIGHT_CONTEXT
 from fastasr.benchmarks.models import streaming_peers
-from fastasr.benchmarks.models.zipformer_streaming import PADDING
 from fastasr.benchmarks.studies import streaming_load
 
 
@@ -120,7 +120,7 @@ def test_implementations_agree(peers):
         generator = numbers(2)
         outputs[name] = []
         for streams in ([0], [2, 1], [0, 1, 2], [1]):
-            x = torch.randn(len(streams), 2 * 8 + PADDING, 80, generator=generator)
+            x = torch.randn(len(streams), 2 * 8 + RIGHT_CONTEXT, 80, generator=generator)
             outputs[name].append(served.step(x, streams))
     expected = outputs.pop(streaming_peers.UPSTREAM)
     onnx, int8 = (outputs.pop(name) for name in (streaming_peers.ONNX, streaming_peers.ONNX_INT8))

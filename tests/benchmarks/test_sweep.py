@@ -2,6 +2,7 @@
 """Sweeps: the sizes of every op, processes that are stopped, ratios, the table and the map."""
 
 import dataclasses
+import functools
 import os
 import re
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import time
 
 import pytest
+import synthetic
 import torch
 
 from fastasr import ops
@@ -19,20 +21,14 @@ from fastasr.testing import Make
 from fastasr.testing.speed import Unavailable
 from fastasr.testing.table import floating
 
-
-def row(**changes) -> rows.Row:
-    fields = {"suite": "sweep", "name": "bypass", "case": "16 x 4", "shape": "16x4", "dtype": "float32"}
-    times = {"median_ms": 1.0, "q1_ms": 1.0, "q3_ms": 1.0, "reps": 3}
-    return rows.Row.measured(
-        **fields | times | {"device": "cpu", "pass_": "forward", "implementation": "fastasr"} | changes
-    )
+row = functools.partial(synthetic.row, case="16 x 4", suite="sweep", median=1.0)
 
 
 @pytest.fixture
 def made():
     """Two cells: ours is faster than the fastest other in one, slower in the other."""
-    cell = [row(), row(implementation="eager", median_ms=3.0), row(implementation="upstream", median_ms=2.0)]
-    slower = [row(case="1 x 1"), row(case="1 x 1", implementation="eager", median_ms=0.5)]
+    cell = [row(), row(implementation="eager", median=3.0), row(implementation="upstream", median=2.0)]
+    slower = [row(case="1 x 1"), row(case="1 x 1", implementation="eager", median=0.5)]
     return cell + slower
 
 

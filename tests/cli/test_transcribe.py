@@ -4,8 +4,8 @@
 import itertools
 import json
 import sys
-import wave
 
+import beeps
 import pytest
 import torch
 from tiny_parakeet import SIZES
@@ -75,10 +75,7 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def recording(tmp_path):
     def make(seconds=2.0, rate=16000, name="speech.wav"):
-        samples = (recordings.generated(seconds, rate, 1).samples * 20000).short()
-        with wave.open(str(tmp_path / name), "wb") as file:
-            file.setnchannels(1), file.setsampwidth(2), file.setframerate(rate)
-            file.writeframes(samples.numpy().tobytes())
+        beeps.write_wav(tmp_path / name, recordings.generated(seconds, rate, 1).samples, rate)
         return tmp_path / name
 
     return make

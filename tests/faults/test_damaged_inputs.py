@@ -10,9 +10,9 @@ import random
 import re
 import shutil
 import struct
-import wave
 import zipfile
 
+import beeps
 import children
 import pytest
 import torch
@@ -64,19 +64,13 @@ SPEECH = recordings.generated(0.4, 8000, 1).samples
 HUGE = [n.to_bytes(4, "little") for n in (0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)]
 
 
-def _pcm16(path, channels=2):
-    with wave.open(str(path), "wb") as file:
-        file.setnchannels(channels), file.setsampwidth(2), file.setframerate(8000)
-        file.writeframes((SPEECH * 20000).short().repeat_interleave(channels).numpy().tobytes())
-
-
 @pytest.mark.parametrize("count", COUNTS)
 @pytest.mark.parametrize("kind", ["PCM_16.wav", "PCM_24.wav", "FLOAT.wav", "PCM_16.flac", "VORBIS.ogg"])
 def test_recordings(tmp_path, kind, count):
     subtype, _, suffix = kind.partition(".")
     path, keep = tmp_path / f"speech.{suffix}", ()
     if kind == "PCM_16.wav":
-        _pcm16(path)
+        beeps.write_wav(path, SPEECH, channels=2)
         whole = path.read_bytes()
         keep = [whole[:40] + size + whole[44:] for size in HUGE]  # the length of the samples
         keep += [whole[:4] + size + whole[8:40] + size + whole[44:] for size in HUGE]

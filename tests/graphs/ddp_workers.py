@@ -6,6 +6,7 @@ import contextlib
 import random
 
 import torch
+from recorded_encoder import encoder
 from test_zipformer_graphs import encoder as zipformer
 from test_zipformer_graphs import inputs
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
@@ -14,17 +15,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fastasr
 from fastasr.graphs import module as graphs
-from fastasr.models.fast_conformer import FastConformerEncoder
 from fastasr.testing.tape import TapeRecorder
 
 SHARDED = "its parameters are sharded by FSDP, which gathers them anew for each call"
 STEPS = 4
-
-
-def _fast_conformer(layer_drop):
-    torch.manual_seed(0)
-    sizes = {"mel_bins": 80, "width": 32, "layers": 2, "heads": 2, "hidden": 64, "channels": 8}
-    return FastConformerEncoder(**sizes, layer_drop=layer_drop).train()
 
 
 def _features(seed):
@@ -34,8 +28,8 @@ def _features(seed):
 # Name -> a function that makes a model, one that makes its inputs from a seed, and how far recorded gradients may be
 # from unrecorded ones: a recorded Zipformer reads its decisions as float32.
 MODELS = {
-    "FastConformer": (lambda: _fast_conformer(0.0), _features, 0.0),
-    "FastConformer that drops layers": (lambda: _fast_conformer(0.3), _features, 0.0),
+    "FastConformer": (lambda: encoder().train(), _features, 0.0),
+    "FastConformer that drops layers": (lambda: encoder(layer_drop=0.3).train(), _features, 0.0),
     "Zipformer": (
         lambda: zipformer(20000).double(),
         lambda seed: inputs(20, [20, 14], seed, torch.float64),
@@ -98,7 +92,7 @@ def _mark(model, events):
 
 def _sharded(whole, before):
     """Returns why calls of an encoder are not recorded, whose parameters FSDP2 shards before or after it is swapped."""
-    model, x = torch.nn.Sequential(_fast_conformer(0.0)), torch.ones(2, 40, 80)
+    model, x = torch.nn.Sequential(encoder().train()), torch.ones(2, 40, 80)
     options = fastasr.Graphs(recorder=TapeRecorder, after=0)
     report = None if before else fastasr.accelerate(model, graphs=options)
     if report:

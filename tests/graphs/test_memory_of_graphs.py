@@ -2,8 +2,10 @@
 """How many graphs a module keeps, what they share, and what copies of it and threads see."""
 
 import copy
+import gc
 import threading
 import time
+import weakref
 
 import pytest
 import torch
@@ -188,6 +190,10 @@ def test_copies_run_as_they_are():
         )
     assert kinds(model)[0].seen == 1
     assert fastasr.graph_state(other) == {}
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
 
 
 class LateRecorder(TapeRecorder):

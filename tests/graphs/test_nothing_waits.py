@@ -9,6 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
+from recorded_encoder import encoder
 from test_zipformer_graphs import SIZES, at
 
 from fastasr import PackedFrames
@@ -17,13 +18,11 @@ from fastasr.graphs import Graphs
 from fastasr.graphs.recording import Recording
 from fastasr.models import e_branchformer, fast_conformer, zipformer
 from fastasr.models.e_branchformer import EBranchformerEncoder
-from fastasr.models.fast_conformer import FastConformerEncoder
 from fastasr.models.zipformer import Conv2dSubsampling, Zipformer
 
 
-def _fast_conformer(**options):
-    model = FastConformerEncoder(mel_bins=80, width=32, layers=2, heads=2, hidden=64, channels=8, **options)
-    return model, (torch.randn(2, 40, 80), torch.ones(2, 40, dtype=torch.bool))
+def _fast_conformer():
+    return encoder(), (torch.randn(2, 40, 80), torch.ones(2, 40, dtype=torch.bool))
 
 
 class OnRow(torch.nn.Module):
@@ -45,7 +44,7 @@ class OnRow(torch.nn.Module):
 
 
 def _fast_conformer_on_row(packed):
-    model, inputs = _fast_conformer(layer_drop=0.0)
+    model, inputs = _fast_conformer()
     return OnRow(model, fast_conformer.row, packed, lambda hidden: hidden if packed else (hidden,)), inputs
 
 
@@ -100,7 +99,9 @@ def recorded(model, inputs, train, recording=True):
 
 
 BUILDS = (
-    *(lambda: _fast_conformer(layer_drop=0.0), _zipformer, _front_end),
+    _fast_conformer,
+    _zipformer,
+    _front_end,
     *(
         functools.partial(build, packed)
         for build in (_fast_conformer_on_row, _zipformer_on_row, _front_end_on_row, _e_branchformer_on_row)

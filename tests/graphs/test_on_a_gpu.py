@@ -7,54 +7,37 @@ import pytest
 import torch
 
 import fastasr
+from fastasr.benchmarks import upstream
+from fastasr.models import zipformer as package
 from fastasr.models.fast_conformer import FastConformerEncoder
-from fastasr.models.zipformer import Conv2dSubsampling, Zipformer
-from fastasr.models.zipformer.schedules import ScheduledFloat
 
 pytestmark = pytest.mark.gpu
 
 BATCHES = [(96, [96, 64]), (96, [96, 50]), (128, [128, 128])]
+SIZES = {
+    "downsampling_factor": (1, 2),
+    "encoder_dim": (64, 96),
+    "num_encoder_layers": (2, 2),
+    "encoder_unmasked_dim": (48, 64),
+    "query_head_dim": 16,
+    "pos_head_dim": 4,
+    "value_head_dim": 16,
+    "num_heads": 4,
+    "feedforward_dim": (128, 192),
+    "cnn_module_kernel": (15, 7),
+    "pos_dim": 16,
+}
 
 
-class Zip(torch.nn.Module):
+class Zip(upstream.Encoder):
     """A front end and an encoder, as recipes run them."""
 
-    def __init__(self):
-        super().__init__()
-
-        def dropout():
-            return ScheduledFloat((0.0, 0.3), (20000.0, 0.1))
-
-        self.front_end = Conv2dSubsampling(80, 64, dropout=dropout())
-        self.encoder = Zipformer(
-            downsampling_factor=(1, 2),
-            encoder_dim=(64, 96),
-            num_encoder_layers=(2, 2),
-            encoder_unmasked_dim=(48, 64),
-            query_head_dim=16,
-            pos_head_dim=4,
-            value_head_dim=16,
-            num_heads=4,
-            feedforward_dim=(128, 192),
-            cnn_module_kernel=(15, 7),
-            pos_dim=16,
-            dropout=dropout(),
-        )
-        for m in self.modules():
-            if hasattr(m, "batch_count"):
-                m.batch_count = 20000.0
-            if hasattr(m, "mem_cutoff"):
-                m.mem_cutoff = lambda _: False
-
     def forward(self, x, mask):
-        lengths = mask.sum(1)
-        y, lengths = self.front_end(x, lengths)
-        hidden = torch.arange(y.shape[1], device=y.device) >= lengths[:, None]
-        return self.encoder(y.transpose(0, 1), lengths, hidden)
+        return super().forward(x, mask.sum(1))
 
 
 def zipformer():
-    return Zip()
+    return upstream.drawing(upstream.steady(Zip(SIZES, package)))
 
 
 def fast_conformer(**rates):

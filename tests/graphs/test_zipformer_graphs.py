@@ -95,10 +95,10 @@ def test_training_steps_make_the_same_decisions(batch):
     def arguments(step):
         return inputs(*shapes[step % 3], seed=step)
 
-    expected = run(encoder(batch), arguments, 16)
+    expected = run(encoder(batch), arguments, 9)
     ours = encoder(batch)
     graphs = graphed(ours, after=1)
-    found = run(ours, arguments, 16)
+    found = run(ours, arguments, 9)
     assert not reasons(graphs)
     assert len(graphs.graphs) == 2
     compare(found, expected)

@@ -12,7 +12,7 @@ import random
 import shutil
 import subprocess
 import wave
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -205,17 +205,15 @@ def prompt_transcripts(cache: Path) -> dict[str, str]:
     return transcripts(gzip.decompress((cache / TRANSCRIPTS).read_bytes()).decode("utf-8", "replace"))
 
 
-def from_debian(cache: Path) -> list[Clip]:
-    """Returns the unpacked prompts that have a transcript and last one to twelve seconds."""
-    words = prompt_transcripts(cache)
-    clips = []
-    for path in sorted((cache / PROMPTS).glob("*.wav")):
-        if path.stem in words:
+def prompts(cache: Path) -> Iterator[Clip]:
+    """Yields the unpacked prompts that have a transcript, named by their paths."""
+    words, root = prompt_transcripts(cache), cache / PROMPTS
+    for path in sorted(root.rglob("*.wav")):
+        name = path.relative_to(root).with_suffix("").as_posix()
+        if name in words:
             clip = read(path)
-            clip.text = words[path.stem]
-            if 1.0 <= clip.seconds <= 12.0:
-                clips.append(clip)
-    return clips
+            clip.name, clip.text = name, words[name]
+            yield clip
 
 
 # --- a generated signal
@@ -304,7 +302,7 @@ def load(
         return Speech(f"{len(clips)} recordings in {folder}", utterances[0].rate, utterances)
     reason = "asked for" if only_generated else fetch_prompts(cache, say)
     if not reason:
-        clips = from_debian(cache)
+        clips = [clip for clip in prompts(cache) if 1.0 <= clip.seconds <= 12.0 and "/" not in clip.name]
         if clips:
             source = "telephone prompts of Debian's asterisk-core-sounds-en-wav (Allison Smith, CC-BY-SA 3.0)"
             utterances = joined(clips, seconds, count)

@@ -18,12 +18,14 @@ from fastasr.asr.decoding.ctc_greedy_search import CtcGreedySearch, ctc_greedy_s
 from fastasr.asr.decoding.ctc_prefix_beam_search import CtcPrefixBeamSearch, ctc_prefix_beam_search
 from fastasr.asr.decoding.encoders import ChunkEncoder, encode
 from fastasr.asr.decoding.greedy_search import GreedySearch, greedy_search
+from fastasr.asr.decoding.methods import METHODS
 from fastasr.asr.decoding.modified_beam_search import ModifiedBeamSearch, modified_beam_search
 from fastasr.asr.decoding.parakeet_generate import parakeet_generate
 from fastasr.asr.decoding.results import Decoded
 from fastasr.asr.decoding.rnnt_beam_search import RNNTBeamSearch
 
 __all__ = [
+    "METHODS",
     "ChunkEncoder",
     "CtcGreedySearch",
     "CtcPrefixBeamSearch",

@@ -2,14 +2,10 @@
 """Runs the demo: speech, model, swap, verification, timing, report."""
 
 import argparse
-import contextlib
 import copy
 import logging
-import signal
-import threading
 import time
 import warnings
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -25,36 +21,12 @@ from fastasr.asr.demo.story import COMPILED, FASTASR, UPSTREAM, Story, replaced_
 from fastasr.benchmarks import environment, upstream
 from fastasr.benchmarks.harness import interleave, wait_until_idle
 from fastasr.benchmarks.table import duration, times
+from fastasr.benchmarks.time_limit import Expired, time_limit
 
 PLAIN_WIDTH = 120  # columns of a pipe or a file
 RESTORED_SHOWN = 5
 EXCERPT = (400, 360)  # frames of the two utterances for verification; they differ, so that one is padded
 COMPILE_LIMIT = 200  # seconds, so that the demo ends in a reasonable time
-
-
-class CompileTimeout(BaseException):
-    """Raised if torch.compile takes longer than the demo waits. It is not an Exception, because the compiler's own
-    handlers would catch that.
-    """
-
-
-@contextlib.contextmanager
-def _at_most(seconds: int) -> Iterator[None]:
-    """Raises ``CompileTimeout`` after ``seconds``; outside the main thread there is no limit."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def ring(*_: Any) -> None:
-        raise CompileTimeout
-
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def _forward(model: Any, inputs: tuple) -> Tensor:
@@ -90,10 +62,10 @@ def _compiled(stages: Stages, model: Any, inputs: tuple, story: Story) -> Any:
     text = f"torch.compile of the whole model (about two minutes here, {COMPILE_LIMIT} s at most)"
     start = time.perf_counter()
     try:
-        with stages.alive(text), _at_most(COMPILE_LIMIT):
+        with stages.alive(text), time_limit(COMPILE_LIMIT):
             _forward(compiled, inputs)
         story.first_calls[COMPILED] = time.perf_counter() - start
-    except CompileTimeout:
+    except Expired:
         story.notes.append(f"torch.compile was given up after {COMPILE_LIMIT} s")
     except Exception as error:  # the demo goes on without this comparison
         first = (str(error).strip().splitlines() or [""])[0]

@@ -61,7 +61,7 @@ def export_onnx(
     quantise = _quantiser(reduce_range) if int8 else None
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    channels = feature_dim or _channels(model)
+    channels = feature_dim or wrappers.bins_of(model.encoder_embed)
     ending = f"-{suffix}.onnx" if suffix else ".onnx"
     written = {}
     parts = model.encoder, model.encoder_embed
@@ -125,13 +125,6 @@ def _check(model: Any) -> None:
         raise ValueError(f"export_onnx: expected a model on the CPU, got one on {device}")
     if next(model.parameters()).dtype is not torch.float32:
         raise ValueError(f"export_onnx: expected float32 parameters, got {next(model.parameters()).dtype}")
-
-
-def _channels(model: Any) -> int:
-    """Returns the smallest number of features that gives the front end's width, ((features - 1) // 2 - 1) // 2, or 80
-    if it does."""
-    width = model.encoder_embed.out_width
-    return 80 if width == ((80 - 1) // 2 - 1) // 2 else 4 * width + 3
 
 
 def _write_whole(wrapper: Any, path: Path | str, channels: int, ctc: bool) -> None:

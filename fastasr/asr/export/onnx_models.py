@@ -50,10 +50,17 @@ def _run(session: Any, *tensors: Tensor) -> list[Tensor]:
     return [torch.from_numpy(y) for y in session.run(None, inputs)]
 
 
-class _DecoderAndJoiner:
-    """The two small networks of a transducer, and the metadata of its decoder."""
+class _Transducer:
+    """The three networks of a transducer, and the metadata of its decoder."""
 
-    def _load(self, decoder_filename: Path | str, joiner_filename: Path | str, threads: int) -> None:
+    def __init__(
+        self,
+        encoder_filename: Path | str,
+        decoder_filename: Path | str,
+        joiner_filename: Path | str,
+        threads: int = 1,
+    ) -> None:
+        self.encoder = self._open(encoder_filename, threads)
         self.decoder = _session(decoder_filename, threads)
         self.joiner = _session(joiner_filename, threads)
         self.context_size, self.vocab_size = _metadata(
@@ -62,6 +69,9 @@ class _DecoderAndJoiner:
         found = self.decoder.get_modelmeta().custom_metadata_map
         self.blank_id = int(found.get("blank_id", 0))
         self.unk_id = int(found.get("unk_id", self.blank_id))
+
+    def _open(self, filename: Path | str, threads: int) -> Any:
+        return _session(filename, threads)
 
     def run_decoder(self, decoder_input: Tensor) -> Tensor:
         """(batch, context_size) of int64 -> (batch, joiner_dim)"""
@@ -72,18 +82,8 @@ class _DecoderAndJoiner:
         return _run(self.joiner, encoder_out, decoder_out)[0]
 
 
-class OnnxTransducerModel(_DecoderAndJoiner):
+class OnnxTransducerModel(_Transducer):
     """A transducer for whole utterances: encoder, decoder and joiner."""
-
-    def __init__(
-        self,
-        encoder_filename: Path | str,
-        decoder_filename: Path | str,
-        joiner_filename: Path | str,
-        threads: int = 1,
-    ) -> None:
-        self.encoder = _session(encoder_filename, threads)
-        self._load(decoder_filename, joiner_filename, threads)
 
     def run_encoder(self, x: Tensor, x_lens: Tensor) -> tuple[Tensor, ...]:
         """Features (batch, time, channels), lengths -> encoder_out (batch, frames, joiner_dim), lengths
@@ -138,18 +138,8 @@ class _Streams:
         return torch.from_numpy(y)
 
 
-class OnnxStreamingTransducerModel(_Streams, _DecoderAndJoiner):
+class OnnxStreamingTransducerModel(_Streams, _Transducer):
     """A transducer for streams."""
-
-    def __init__(
-        self,
-        encoder_filename: Path | str,
-        decoder_filename: Path | str,
-        joiner_filename: Path | str,
-        threads: int = 1,
-    ) -> None:
-        self.encoder = self._open(encoder_filename, threads)
-        self._load(decoder_filename, joiner_filename, threads)
 
     def run_encoder(self, x: Tensor) -> Tensor:
         """A chunk of features (batch, segment, channels) -> encoder_out (batch, frames, joiner_dim)"""

@@ -17,6 +17,19 @@ from fastasr.models.common.sequences import make_pad_mask
 PAD_LENGTH = 7 + 2 * 3
 
 
+def width(bins: int) -> int:
+    """Returns the channels that a Zipformer's front end leaves of a feature's."""
+    return ((bins - 1) // 2 - 1) // 2
+
+
+def bins_of(embed: Any) -> int:
+    """Returns the channels of the features from the front end's width. Of the four numbers that fit a width, it is the
+    multiple of eight, as 40, 80 and 128 are, or the smallest if none is.
+    """
+    first = 4 * embed.out_width + 3
+    return next((bins for bins in range(first, first + 4) if bins % 8 == 0), first)
+
+
 def _encode(wrapper: Any, x: Tensor, x_lens: Tensor) -> tuple[Tensor, Tensor]:
     if wrapper.encoder.causal and plain.is_exporting():
         raise ValueError(f"{type(wrapper).__name__}: a causal encoder is exported for streaming")

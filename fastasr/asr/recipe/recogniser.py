@@ -48,16 +48,9 @@ class Recogniser:
         return self.model[method.startswith("ctc-")] if isinstance(self.model, tuple) else self.model
 
     def _search(self, method: str, beam: int) -> Any:
-        model = self._model(method)
-        made = {
-            "greedy": lambda: decoding.GreedySearch(model),
-            "beam": lambda: decoding.ModifiedBeamSearch(model, beam=beam),
-            "ctc-greedy": decoding.CtcGreedySearch,
-            "ctc-beam": lambda: decoding.CtcPrefixBeamSearch(beam=beam),
-        }
-        if method not in made:
-            raise ValueError(f"method must be one of {', '.join(made)}, got {method!r}")
-        return made[method]()
+        if method not in decoding.METHODS:
+            raise ValueError(f"method must be one of {', '.join(decoding.METHODS)}, got {method!r}")
+        return decoding.METHODS[method](self._model(method), beam, 0.0)
 
     def samples(self, path: Path | str, convert: bool = False) -> Tensor:
         """Returns a recording's samples at the model's rate. It resamples another rate if ``convert`` is set and raises
@@ -112,8 +105,14 @@ class Recogniser:
         """Returns (text, Decoded) of a whole recording. PyTorch models encode it at once, ONNX models in chunks."""
         if isinstance(self.model, tuple):
             return list(self.stream([samples], method, beam))[-1]
+        return self.transcribe_features(speech.fbank(samples, self.rate, self.bins), method, beam)
+
+    def transcribe_features(
+        self, x: Tensor, method: str = "greedy", beam: int = 4
+    ) -> tuple[str, decoding.Decoded]:
+        """Returns (text, Decoded) of a whole recording's features (frames, bins), which a PyTorch model encodes at
+        once."""
         search = self._search(method, beam)
-        x = speech.fbank(samples, self.rate, self.bins)
         # A stream ends with this much silence, which the front end needs for the last word's frames.
         x = torch.nn.functional.pad(x, (0, 0, 0, 32), value=decoding.chunks.SILENCE).unsqueeze(0)
         lengths = torch.tensor([x.shape[1]], dtype=torch.int64, device="cpu")

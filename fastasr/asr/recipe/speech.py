@@ -59,7 +59,7 @@ def read_wav(path: Path | str) -> recordings.Clip:
     if not path.is_file():
         raise ValueError(f"{path}: there is no such file")
     clip = recordings.read(path)
-    if clip.rate <= 0 or len(clip.samples) < clip.rate * 0.03:
+    if len(clip.samples) < clip.rate * 0.03:
         raise ValueError(f"{path}: the recording is empty ({len(clip.samples)} samples at {clip.rate} Hz)")
     return clip
 
@@ -238,15 +238,7 @@ def _clips(cache: Path | str, folder: Path | str | None, say: Callable[[str], No
     reason = recordings.fetch_prompts(Path(cache), say)
     if reason:
         raise NoSpeech(f"the prompts cannot be fetched here: {reason}; use --speech FOLDER")
-    words = recordings.prompt_transcripts(Path(cache))
-    root, clips = Path(cache) / recordings.PROMPTS, []
-    for path in sorted(root.rglob("*.wav")):
-        name = path.relative_to(root).with_suffix("").as_posix()
-        if name in words:
-            clip = recordings.read(path)
-            clip.name, clip.text = name, words[name]
-            clips.append(clip)
-    return clips
+    return list(recordings.prompts(Path(cache)))
 
 
 @contextmanager

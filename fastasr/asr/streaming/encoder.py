@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastasr import _left
 from fastasr.asr.decoding.chunks import RIGHT_CONTEXT, SILENCE
+from fastasr.asr.export.wrappers import width
 from fastasr.asr.streaming.backend import EagerBackend, EncoderPair
 from fastasr.asr.streaming.cuda_graph import CudaGraphBackend
 from fastasr.asr.streaming.features import StreamFeatures, frames_out, with_silence
@@ -377,8 +378,7 @@ class _Parameters:
 def _checked_bins(found: Any, bins: int | None) -> int:
     if bins is None:
         return found.bins
-    width = found.encoder_embed.out_width
-    if not isinstance(bins, int) or ((bins - 1) // 2 - 1) // 2 != width:
+    if not isinstance(bins, int) or width(bins) != found.encoder_embed.out_width:
         raise ValueError(f"StreamingEncoder: the front end does not take {bins!r} bins, rather {found.bins}")
     return bins
 

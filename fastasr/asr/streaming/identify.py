@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.nn.utils import parametrize
 
+from fastasr.asr.export.wrappers import bins_of
 from fastasr.swap import binding
 from fastasr.swap.engine import decide
 from fastasr.swap.rule import upstream_class
@@ -100,14 +101,6 @@ def identify(model: Any, chunk_size: int, left_context_frames: int, foreign: boo
         max(encoder.encoder_dim),
         ", ".join(origins) if not foreign else "not looked at",
     )
-
-
-def bins_of(embed: Any) -> int:
-    """Returns the channels of the features from the front end's width, ((bins - 1) // 2 - 1) // 2. Of the four numbers
-    that fit a width, it is the multiple of eight, as 40, 80 and 128 are, or the smallest if none is.
-    """
-    first = 4 * embed.out_width + 3
-    return next((bins for bins in range(first, first + 4) if bins % 8 == 0), first)
 
 
 def _check_runs(encoder: Any, embed: Any) -> None:

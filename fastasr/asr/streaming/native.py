@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastasr._transforms import is_transformed, refuse
+from fastasr.asr.export.wrappers import PAD_LENGTH, width
 from fastasr.asr.streaming.backend import Backend, check_states
 from fastasr.asr.streaming.packing import pack
 from fastasr.ops import _dispatch
@@ -56,8 +57,8 @@ class NativeBackend(Backend):
         # memory, and for how many streams
         self._scratch, self._room = torch.zeros(scratch, dtype=torch.float32, device="cpu"), 1
         self._threads = threads
-        self._width = _width(encoder.bins)
-        self._frames = 2 * chunk_size + 13
+        self._width = width(encoder.bins)
+        self._frames = 2 * chunk_size + PAD_LENGTH
         self._shapes = list(_state_shapes(encoder, stacks))
         self.weights_bytes = 4 * (self._weights.numel() + self._vectors.numel())
         self.streams_bytes = 4 * self._states.numel() + 8 * self._counters.numel()
@@ -74,17 +75,13 @@ class NativeBackend(Backend):
         return encoder, stacks
 
     def reset(self, slot: int) -> None:
-        """Puts the slot to the beginning of a stream."""
         self._check_slots([slot])
         self._states[slot].zero_()
         self._counters[slot].zero_()
 
     @torch.no_grad()
     def step(self, features: Tensor, slots: list[int]) -> Tensor:
-        """features (n, 2 chunk_size + 13, bins), float32, slots: n of them, each once -> (n, chunk_size / 2, channels).
-
-        Raises ValueError for features of another shape or dtype, and for slots that do not exist or are repeated.
-        """
+        """Raises ValueError for features of another shape or dtype, and for slots that do not exist or are repeated."""
         if is_transformed():
             refuse("streaming.NativeBackend.step")
         slots = list(slots)
@@ -95,7 +92,7 @@ class NativeBackend(Backend):
                 f"step: features must be float32 on the CPU, got {features.dtype} on {features.device}"
             )
         bins = features.shape[2] if features.ndim == 3 else 0
-        if tuple(features.shape[:2]) != expected or _width(bins) != self._width:
+        if tuple(features.shape[:2]) != expected or width(bins) != self._width:
             raise ValueError(
                 f"step: features must be ({expected[0]}, {expected[1]}, bins), with bins that the front end takes, got "
                 f"{tuple(features.shape)}"
@@ -120,16 +117,13 @@ class NativeBackend(Backend):
         )
 
     def export_states(self, slot: int) -> list[Tensor]:
-        """Returns upstream's list of states for a batch of one: six tensors per layer, the front end's left padding and
-        processed_lens."""
         self._check_slots([slot])
         states = [torch.empty(shape, dtype=torch.float32, device="cpu") for shape in self._shapes]
         self._ops.zipformer_chunk_states(self._sizes, self._states, self._counters, slot, states, False)
         return [*states, self._counters[slot, :1].to(torch.int32)]
 
     def import_states(self, slot: int, states: list[Tensor]) -> None:
-        """Copies states from ``export_states`` or from upstream's wrapper into the slot. Raises ValueError if their
-        shapes do not fit."""
+        """Raises ValueError if the shapes of the states do not fit."""
         self._check_slots([slot])
         check_states(
             states,
@@ -153,14 +147,9 @@ class NativeBackend(Backend):
             raise ValueError(f"NativeBackend: slots must be different ones below {count}, got {slots}")
 
 
-def _width(bins: int) -> int:
-    """Returns the bins of the third convolution's maps."""
-    return ((bins - 1) // 2 - 1) // 2
-
-
 def _state_shapes(encoder: Any, stacks: Any) -> Iterator[tuple[int, ...]]:
     """Yields the shapes of a stream's state tensors in upstream's order, without processed_lens."""
     for stack in stacks:
         for _ in range(stack.layers):
             yield from stack.state_shapes(1, encoder.left // stack.factor)
-    yield 1, encoder.maps3, 3, _width(encoder.bins)
+    yield 1, encoder.maps3, 3, width(encoder.bins)

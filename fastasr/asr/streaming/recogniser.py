@@ -13,7 +13,6 @@ from fastasr.asr import decoding
 from fastasr.asr.streaming.encoder import StreamingEncoder
 
 FRAME = 0.04  # seconds per frame of the encoder's output, with features every 10 ms
-METHODS = ("greedy", "beam", "ctc-greedy", "ctc-beam")
 
 
 @dataclass(frozen=True)
@@ -104,9 +103,9 @@ class StreamingRecogniser:
             raise TypeError(
                 f"StreamingRecogniser: encoder must be a StreamingEncoder, got {type(encoder).__name__}"
             )
-        if method not in METHODS:
+        if method not in decoding.METHODS:
             raise ValueError(
-                f"StreamingRecogniser: method must be one of {', '.join(METHODS)}, got {method!r}"
+                f"StreamingRecogniser: method must be one of {', '.join(decoding.METHODS)}, got {method!r}"
             )
         if model.training:
             raise ValueError("StreamingRecogniser: the model is in training mode: call model.eval()")
@@ -116,16 +115,7 @@ class StreamingRecogniser:
             self.head = getattr(model, "ctc_output", None)
             if self.head is None:
                 raise ValueError(f"StreamingRecogniser: this {type(model).__name__} has no CTC output")
-        self.search: Any
-        blank = getattr(model, "blank_id", 0)
-        if method == "greedy":
-            self.search = decoding.GreedySearch(model, blank_penalty=blank_penalty)
-        elif method == "beam":
-            self.search = decoding.ModifiedBeamSearch(model, beam=beam, blank_penalty=blank_penalty)
-        elif method == "ctc-greedy":
-            self.search = decoding.CtcGreedySearch(blank)
-        else:
-            self.search = decoding.CtcPrefixBeamSearch(beam, blank)
+        self.search = decoding.METHODS[method](model, beam, blank_penalty)
         self.to_text = to_text
         self.endpoint = endpoint
         self._streams: dict[int, Any] = {}

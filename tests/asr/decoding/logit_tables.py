@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A transducer whose logits are a table, and every path through a tiny lattice."""
+"""A transducer whose logits are a table, every path through a tiny lattice, and streams side by side."""
 
 import itertools
 import math
 
+import pytest
 import torch
+
+from fastasr.asr import decoding
 
 
 class TableTransducer:
@@ -49,6 +52,23 @@ def ctc_probabilities(log_probs):
         total = sum(float(log_probs[t, token]) for t, token in enumerate(path))
         found[tokens] = _log_add(found.get(tokens, -math.inf), total)
     return found
+
+
+def same_in_chunks(search, x, lengths, step, whole):
+    """Asserts that streams give the result ``whole`` that are joined for each chunk, in another order each time, and
+    split behind it."""
+    states, order = [search.start() for _ in lengths], [*range(len(lengths))]
+    for first in range(0, max(lengths), step):
+        order = [*order[1:], order[0]]
+        part = x[order, first : first + step]
+        there = (torch.tensor(lengths)[order] - first).clamp(0, part.shape[1])
+        joined = decoding.join_states([states[n] for n in order])
+        for n, state in zip(order, decoding.split_state(search.advance(joined, part, there)), strict=True):
+            states[n] = state
+    found = search.result(decoding.join_states(states))
+    assert found.tokens == whole.tokens
+    assert found.timestamps == whole.timestamps
+    assert found.scores == pytest.approx(whole.scores, rel=1e-5)
 
 
 def _log_add(a, b):

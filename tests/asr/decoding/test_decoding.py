@@ -121,17 +121,8 @@ def test_ctc_greedy_search_by_hand():
 def test_chunks_give_what_the_whole_gives(model, encoder_out, name, step):
     """This holds across "a blank a" and "a a" at the boundaries, and with streams that end."""
     search, x = _searches(model)[name], _input(name, model, encoder_out)
-    lengths = torch.tensor(LENGTHS)
-    whole = search.result(search.advance(search.start(len(LENGTHS)), x, lengths))
-    state = search.start(len(LENGTHS))
-    for first in range(0, max(LENGTHS), step):
-        state = search.advance(
-            state, x[:, first : first + step], (lengths - first).clamp(0, x[:, first : first + step].shape[1])
-        )
-    chunks = search.result(state)
-    assert chunks.tokens == whole.tokens
-    assert chunks.timestamps == whole.timestamps
-    assert chunks.scores == pytest.approx(whole.scores, rel=1e-5)
+    whole = search.result(search.advance(search.start(len(LENGTHS)), x, torch.tensor(LENGTHS)))
+    logit_tables.same_in_chunks(search, x, LENGTHS, step, whole)
     assert any(whole.tokens)
     for tokens, stamps in zip(whole.tokens, whole.timestamps, strict=True):
         assert len(tokens) == len(stamps)
@@ -250,6 +241,15 @@ def test_a_stream_hears_what_the_whole_utterance_says(model, ctc):
 def test_bad_arguments(model, encoder_out, call, error, message):
     with pytest.raises(error, match=message):
         call(model, encoder_out)
+
+
+def test_states_that_cannot_be_joined():
+    with pytest.raises(ValueError, match="at least one"):
+        decoding.join_states([])
+    states = decoding.CtcGreedySearch().start(), decoding.CtcPrefixBeamSearch().start()
+    for one, other in (states, states[::-1]):
+        with pytest.raises(ValueError, match="of one search"):
+            decoding.join_states([one, other])
 
 
 def test_models_in_training_mode_are_not_decoded():

@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+from logit_tables import same_in_chunks
 from steps import seeded
 from tiny_parakeet import SIZES
 from tiny_recogniser import RECOGNISER, STREAMING
@@ -36,12 +37,17 @@ def rnnt(layer_norm=False):
     return model.eval()
 
 
-def parakeet(durations):
+def parakeet(durations, outputs=11, width=9):
     transformers = pytest.importorskip("transformers")
     more = {} if durations is None else {"durations": list(durations)}
     kind = "RNNT" if durations is None else "TDT"
     config = getattr(transformers, f"Parakeet{kind}Config")(
-        vocab_size=11, decoder_hidden_size=9, blank_token_id=10, pad_token_id=0, encoder_config=SIZES, **more
+        vocab_size=outputs,
+        decoder_hidden_size=width,
+        blank_token_id=outputs - 1,
+        pad_token_id=0,
+        encoder_config=SIZES,
+        **more,
     )
     model = getattr(transformers, f"ParakeetFor{kind}")(config).eval()
     with torch.no_grad():
@@ -118,16 +124,7 @@ def test_greedy_search(name, most):
     assert found.timestamps == [stamps for _, stamps, _ in expected]
     assert found.scores == pytest.approx([score for *_, score in expected], rel=1e-4, abs=1e-5)
     assert sum(map(len, found.tokens)) > 5
-    # in chunks, of streams that are split and joined
-    states = [search.start() for _ in LENGTHS]
-    for first in range(0, max(LENGTHS), 5):
-        joined = decoding.join_states(states)
-        there = (torch.tensor(LENGTHS) - first).clamp(0, x[:, first : first + 5].shape[1])
-        states = decoding.split_state(search.advance(joined, x[:, first : first + 5], there))
-    chunks = search.result(decoding.join_states(states))
-    assert chunks.tokens == found.tokens
-    assert chunks.timestamps == found.timestamps
-    assert chunks.scores == pytest.approx(found.scores, rel=1e-5)
+    same_in_chunks(search, x, LENGTHS, 5, found)
 
 
 @pytest.mark.parametrize("name", MODELS)

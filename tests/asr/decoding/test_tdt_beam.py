@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from logit_tables import same_in_chunks
 from steps import seeded
 from test_predictors import parakeet, rnnt
 
@@ -21,25 +22,9 @@ MODELS = {
 }
 
 
-def tiny(durations, outputs=3):
-    """Returns a TDT of few outputs; in ``parakeet`` there are too many for all paths."""
-    transformers = pytest.importorskip("transformers")
-    from tiny_parakeet import SIZES
-
-    config = transformers.ParakeetTDTConfig(
-        vocab_size=outputs,
-        decoder_hidden_size=5,
-        blank_token_id=outputs - 1,
-        pad_token_id=0,
-        encoder_config=SIZES,
-        durations=list(durations),
-    )
-    model = transformers.ParakeetForTDT(config).eval()
-    with torch.no_grad():
-        for part in (model.decoder, model.joint, model.encoder_projector):
-            for parameter in part.parameters():
-                parameter.normal_(std=0.7)
-    return model
+def tiny(durations):
+    """Returns a TDT of few outputs, with which all paths can be walked."""
+    return parakeet(durations, outputs=3, width=5)
 
 
 @torch.no_grad()
@@ -117,16 +102,7 @@ def test_chunks_and_single_sequences_give_what_the_batch_gives(name):
     search = decoding.ModifiedBeamSearch(model, beam=3, temperature=1.5, blank_penalty=0.3)
     whole = search.result(search.advance(search.start(len(LENGTHS)), x, torch.tensor(LENGTHS)))
     assert any(whole.tokens)
-    states = [search.start() for _ in LENGTHS]
-    for first in range(0, max(LENGTHS), 5):
-        joined = decoding.join_states(states)
-        part = x[:, first : first + 5]
-        there = (torch.tensor(LENGTHS) - first).clamp(0, part.shape[1])
-        states = decoding.split_state(search.advance(joined, part, there))
-    chunks = search.result(decoding.join_states(states))
-    assert chunks.tokens == whole.tokens
-    assert chunks.timestamps == whole.timestamps
-    assert chunks.scores == pytest.approx(whole.scores, rel=1e-5)
+    same_in_chunks(search, x, LENGTHS, 5, whole)
     for n, length in enumerate(LENGTHS):
         alone = search.result(search.advance(search.start(), x[n : n + 1, :length]))
         assert alone.tokens == [whole.tokens[n]]

@@ -128,7 +128,7 @@ def test_a_streamed_emformer_is_the_whole_one(ctc):
     torch.testing.assert_close(batch[1, : lengths[1]], whole[0], rtol=1e-4, atol=1e-4)
 
 
-def test_what_only_a_zipformer_can_isrefused(run, tmp_path):
+def test_what_only_a_zipformer_can_is_refused(run, tmp_path):
     encoder, out = run
     name = "an Emformer" if encoder == "emformer" else "an E-Branchformer"
     said = refused("transcribe", "--model", out, "--export", tmp_path / "onnx")
@@ -161,7 +161,7 @@ def test_encoders_and_sizes_by_name():
         ValueError, match="encoder must be one of zipformer, emformer, e_branchformer, got 'lstm'"
     ):
         sizes.config("tiny", 30, 40, encoder="lstm")
-    for encoder in ENCODERS:
+    for encoder in (sizes.ZIPFORMER, *ENCODERS):
         with pytest.raises(ValueError, match="size must be one of tiny, small"):
             sizes.config("huge", 30, 40, encoder=encoder)
 

@@ -3,7 +3,6 @@
 
 import itertools
 import random
-from types import SimpleNamespace
 
 import beeps
 import pytest
@@ -179,8 +178,6 @@ def test_checkpoints_that_cannot_be_read(tmp_path):
     torch.save({"state_dict": {}}, path)
     with pytest.raises(ValueError, match="lacks model"):
         checkpoints.load(path)
-    with pytest.raises(ValueError, match="no checkpoint"):
-        recogniser.load(tmp_path / "nowhere")
 
 
 def test_a_write_that_fails_leaves_the_checkpoint_before(tmp_path, monkeypatch):
@@ -198,32 +195,23 @@ def test_a_write_that_fails_leaves_the_checkpoint_before(tmp_path, monkeypatch):
     assert checkpoints.load(path)["step"] == 0
 
 
-def test_recordings_that_cannot_be_read(tmp_path):
-    with pytest.raises(ValueError, match="no such file"):
-        speech.read_wav(tmp_path / "missing.wav")
+def test_parts_of_recordings(tmp_path):
     beeps.write_wav(tmp_path / "empty.wav", torch.zeros(0))
-    with pytest.raises(ValueError, match=r"empty.wav: the recording is empty \(0 samples at 8000 Hz\)"):
-        speech.read_wav(tmp_path / "empty.wav")
     for length in (0, 1, 11, 20, 43):  # nothing, and parts of a header
         (tmp_path / "part.wav").write_bytes((tmp_path / "empty.wav").read_bytes()[:length])
         with pytest.raises(ValueError, match=r"part.wav: .*\w"):
             speech.read_wav(tmp_path / "part.wav")
-    (tmp_path / "text.wav").write_text("no recording")
-    with pytest.raises(ValueError, match=r"text.wav"):
-        speech.read_wav(tmp_path / "text.wav")
+
+
+def test_recordings_at_another_rate(tmp_path):
     made = recogniser.Recogniser(None, None, 8000, 40)
     beeps.write_wav(tmp_path / "fast.wav", beeps.samples("ab", 16000), 16000)
-    with pytest.raises(ValueError, match="has 16000 Hz, the model wants 8000 Hz"):
-        made.samples(tmp_path / "fast.wav")
     assert len(made.samples(tmp_path / "fast.wav", convert=True)) == 2400
-    model = SimpleNamespace()
     with pytest.raises(ValueError, match="method must be one of"):
-        recogniser.Recogniser(model, None, 8000, 40).search("best")
+        made.search("best")
 
 
 def test_folders_without_speech(tmp_path):
-    with pytest.raises(speech.NoSpeech, match="is no folder"):
-        speech.load(None, tmp_path / "missing", say=lambda text: None)
     beeps.write_wav(tmp_path / "a.wav", beeps.samples("abcabc"))
     with pytest.raises(speech.NoSpeech, match="transcript of letters"):
         speech.load(None, tmp_path, say=lambda text: None)
@@ -262,9 +250,7 @@ def test_curves(tmp_path):
         curves.read(tmp_path / "other.csv")
 
 
-def test_sizes():
-    with pytest.raises(ValueError, match="size must be one of tiny, small"):
-        sizes.config("huge", 30, 40)
-    if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="no CUDA device"):
-            sizes.on("cuda")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_no_gpu():
+    with pytest.raises(ValueError, match="no CUDA device"):
+        sizes.on("cuda")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two examples answer a user's mistakes with one line that names the file, what was expected and what came."""
+"""The examples answer a user's mistakes with one line that names the file, what was expected and what came."""
 
 import shutil
 
@@ -50,7 +50,8 @@ def test_models(trained, tmp_path, spoken):
     state["units"]["table"] = "".join(state["units"]["table"].splitlines(keepends=True)[:3])
     checkpoints.save(tmp_path / "few.pt", state)
     assert "has 3 tokens, its model" in refused("transcribe", spoken, "--model", tmp_path / "few.pt")
-    assert "there is no checkpoint" in refused("transcribe", spoken, "--model", tmp_path / "nowhere")
+    for example in ("transcribe", "live"):
+        assert "error: there is no checkpoint" in refused(example, spoken, "--model", tmp_path / "nowhere")
     assert "give at least one recording" in refused("transcribe", "--model", trained)
 
 
@@ -60,7 +61,7 @@ def test_training(recordings, trained, tmp_path):
     def said(folder, *more):
         return refused("train_transducer", "--speech", folder, "--out", tmp_path / "out", *tiny, *more)
 
-    assert "--speech: " in said(tmp_path / "missing")
+    assert f"--speech: {tmp_path / 'missing'} is no folder" in said(tmp_path / "missing")
     empty = tmp_path / "empty"
     shutil.copytree(recordings, empty)
     for text in empty.glob("*.txt"):

@@ -70,12 +70,6 @@ def test_another_run_is_not_resumed(trained, speech_sets, name, value):
         trainer(trained, speech_sets, steps=8, **{name: value}).run()
 
 
-def test_a_damaged_checkpoint_is_named(trained, tmp_path, speech_sets):
-    (tmp_path / checkpoints.NAME).write_bytes((trained / checkpoints.NAME).read_bytes()[:5000])
-    with pytest.raises(ValueError, match=r"last.pt is damaged"):
-        trainer(tmp_path, speech_sets, steps=8).run()
-
-
 def test_a_signal_ends_the_run_after_its_step(tmp_path, speech_sets):
     import os
     import signal

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
-from steps import numbers, seeded
+from steps import moved, seeded
 
 from fastasr.asr import recogniser
 from fastasr.models import zipformer
@@ -30,21 +30,15 @@ CONFIG = {
 }
 
 
-def randomized(model, seed=3):
-    """Returns the model with no parameter at its initial 0 or 0.5, and tokens about as likely as blank."""
-    generator = numbers(seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            p += 0.05 * torch.randn(p.shape, generator=generator)
-        for p in (model.joiner.output_linear.weight, model.ctc_output[1].weight):
-            p.copy_(torch.randn(p.shape, generator=generator))
-    return model
-
-
 @pytest.fixture(scope="session")
 def model():
+    """Returns a model with no parameter at its initial 0 or 0.5, and tokens about as likely as blank."""
     seeded(0)
-    return randomized(recogniser.AsrModel(**CONFIG)).eval()
+    made = moved(recogniser.AsrModel(**CONFIG), 0.05)
+    with torch.no_grad():
+        for p in (made.joiner.output_linear.weight, made.ctc_output[1].weight):
+            p.normal_()
+    return made.eval()
 
 
 @pytest.fixture(scope="session")

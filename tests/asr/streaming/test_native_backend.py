@@ -67,6 +67,7 @@ def _error(got, expected):
     [("small", 16, 64, 7), ("medium", 16, 128, 4), ("large", 32, 128, 3), ("small", 64, 256, 3)],
 )
 def test_published_sizes(size, chunk_size, left, steps):
+    """The memory is within the documented bounds as well."""
     model = _published(size)
     backend = NativeBackend(model, chunk_size, left, max_streams=1)
     chunks = zipformers.features(1, steps, chunk_size)
@@ -76,6 +77,8 @@ def test_published_sizes(size, chunk_size, left, steps):
     for got, state in zip(backend.export_states(0)[:-1], states[:-1], strict=True):
         assert _error(got, state) <= 3 * LIMIT
     assert backend.export_states(0)[-1].tolist() == [steps * chunk_size]
+    assert backend.streams_bytes <= 10e6
+    assert backend.weights_bytes - sum(4 * p.numel() for p in model.parameters()) <= 5e6
 
 
 @pytest.mark.parametrize(
@@ -220,16 +223,6 @@ def test_released_weights():
     assert backend.released == size
     assert all(p.numel() == 0 for p in model.encoder.parameters())
     assert torch.equal(backend.step(x, [0]), expected)
-
-
-@pytest.mark.parametrize("size", ["medium", "large"])
-def test_memory_of_packed_weights(size):
-    """The test checks the documented bounds on memory over the weights."""
-    model = _published(size)
-    backend = NativeBackend(model, 16, 128, max_streams=2)
-    parameters = sum(4 * p.numel() for p in model.parameters())
-    assert backend.streams_bytes / 2 <= 10e6
-    assert backend.weights_bytes - parameters <= 5e6
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ from fastasr.asr.streaming import EndpointRules, FbankStream, Result, StreamingE
 from fastasr.asr.streaming.recogniser import FRAME
 
 pytest.importorskip("kaldi_native_fbank")
-METHODS = ("greedy", "beam", "ctc-greedy", "ctc-beam")
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +36,7 @@ def alone(model, recogniser, samples, method):
     return search.result(state)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", decoding.METHODS)
 def test_streams_together_are_as_alone(model, recordings, method):
     with StreamingRecogniser(
         model, engine(model), method, beam=3, to_text=lambda tokens: " ".join(map(str, tokens))
@@ -71,26 +70,6 @@ def test_streams_together_are_as_alone(model, recordings, method):
         assert spoken >= 3
         assert recogniser.seconds["encoder"] > 0
     assert recogniser.streams == []
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_states_of_searches_join_and_split(model, method):
-    recogniser = StreamingRecogniser(model, engine(model), method, beam=3)
-    search, generator = recogniser.search, numbers(8)
-    width = 12 if method.startswith("ctc-") else 48
-    x = torch.randn(2, 3, 6, width, generator=generator).log_softmax(-1)
-    whole = search.advance(search.advance(search.start(3), x[0]), x[1])
-    parts = [search.advance(search.start(1), x[0, n : n + 1]) for n in range(3)]
-    joined = search.advance(decoding.join_states([parts[2], parts[0], parts[1]]), x[1][[2, 0, 1]])
-    split = decoding.split_state(joined)
-    for n, place in enumerate((1, 2, 0)):
-        assert search.result(split[place]).tokens[0] == search.result(whole).tokens[n]
-        assert search.result(split[place]).timestamps[0] == search.result(whole).timestamps[n]
-    with pytest.raises(ValueError, match="at least one"):
-        decoding.join_states([])
-    other = decoding.CtcGreedySearch() if method != "ctc-greedy" else decoding.CtcPrefixBeamSearch()
-    with pytest.raises(ValueError, match="of one search"):
-        decoding.join_states([parts[0], other.start(1)])
 
 
 def test_endpoint_rules():

@@ -17,12 +17,13 @@ def samples(text, rate=8000, seconds=0.15):
     return signal + 0.003 * torch.randn(len(signal), generator=torch.Generator().manual_seed(len(text)))
 
 
-def write_wav(path, signal, rate=8000):
+def write_wav(path, signal, rate=8000, channels=1):
     with wave.open(str(path), "wb") as file:
-        file.setnchannels(1)
+        file.setnchannels(channels)
         file.setsampwidth(2)
         file.setframerate(rate)
-        file.writeframes((signal.clamp(-1, 1) * 32767).to(torch.int16).numpy().tobytes())
+        pcm = (signal.clamp(-1, 1) * 32767).to(torch.int16)
+        file.writeframes(pcm.repeat_interleave(channels).numpy().tobytes())
 
 
 def folder(path, count=24):
