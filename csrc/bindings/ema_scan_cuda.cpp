@@ -2,7 +2,7 @@
 #ifdef FASTASR_WITH_CUDA
 #include <torch/csrc/stable/accelerator.h>
 
-#include "bindings/dispatch.h"
+#include "bindings/ema_scan.h"
 #include "cuda/ema_scan.h"
 
 // A torch without CUDA lacks this symbol: the library loads there all the same, and no CUDA tensor ever arrives.
@@ -12,6 +12,9 @@ extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_inde
 namespace fastasr::bindings::ema_scan_cuda {
 namespace {
 
+using ema_scan::Gradients;
+using ema_scan::kComplex;
+
 void* current_stream(const Tensor& t, const char* op) {
   check(aoti_torch_get_current_cuda_stream != nullptr, op, "this torch was built without CUDA");
   void* stream = nullptr;
@@ -19,10 +22,8 @@ void* current_stream(const Tensor& t, const char* op) {
   return stream;
 }
 
-int dtype_code(ScalarType dtype, const char* op) {
+int dtype_code(ScalarType dtype) {
   switch (dtype) {
-    case ScalarType::Float:
-      return kFastasrFloat;
     case ScalarType::Double:
       return kFastasrDouble;
     case ScalarType::BFloat16:
@@ -30,189 +31,96 @@ int dtype_code(ScalarType dtype, const char* op) {
     case ScalarType::Half:
       return kFastasrHalf;
     default:
-      decline(op, {"unsupported dtype"});
+      return kFastasrFloat;
   }
 }
 
-// The four parameters and the residual weights, as the caller knows them.
-struct Names {
-  const char *damping, *decay, *expansion, *projection, *residual;
-};
-constexpr Names kReal{"damping", "decay", "expansion", "projection", "residual"};
-constexpr Names kComplex{"alpha", "delta", "theta", "gamma", "omega"};
+// The kernels read all tensors on x's device: the declaration's checks do not look there.
+void check_device(const auto& a, std::initializer_list<const Optional*> optional) {
+  const auto there = [&](const Tensor& t) { return t.is_cuda() && t.get_device_index() == a.x.get_device_index(); };
+  const ema_scan::Parameters p = ema_scan::parameters_of(a);
+  bool right = there(a.x);
+  for (const Tensor* t : {&p.damping, &p.decay, &p.expansion, &p.projection}) right = right && there(*t);
+  for (const Optional* t : {&p.residual, &a.state, &a.padding_mask}) right = right && (!*t || there(**t));
+  for (const Optional* t : optional) right = right && (!*t || there(**t));
+  check(right, a.kName, "expected CUDA tensors of one device");
+}
 
-// The checked arguments of both passes. Python has reported wrong ones by name; the checks here guard memory.
-struct Arguments {
-  FastasrEmaScan scan{};
-  ScalarType compute;
-  const char* op;
-  bool complex;
+FastasrSequence sequence(const Tensor& t, int64_t layout) {
+  return {t.const_data_ptr(), t.stride(ema_scan::kTime[layout]), t.stride(ema_scan::kBatch[layout]),
+          t.stride(ema_scan::kChannel[layout])};
+}
 
-  Arguments(const char* op_, bool complex_, const Tensor& x, const Tensor& damping, const Tensor& decay,
-            const Tensor& expansion, const Tensor& projection, const Optional& residual, const Optional& state,
-            const Optional& mask, int64_t truncation, int64_t direction, int64_t activation, int64_t layout)
-      : op(op_), complex(complex_) {
-    const Names& names = complex ? kComplex : kReal;
-    check(x.dim() == 3, op, "x: expected three dimensions, got ", x.dim());
-    check(layout >= 0 && layout <= 2, op, "layout: expected 0, 1 or 2, got ", layout);
-    check(direction >= 0 && direction <= 2, op, "direction: expected 0, 1 or 2, got ", direction);
-    check(activation >= 0 && activation <= 4, op, "activation: expected 0 to 4, got ", activation);
-    check(truncation >= 0, op, "truncation: expected 0 or more, got ", truncation);
-    time = layout == 0 ? 0 : layout == 1 ? 1 : 2;
-    batch = layout == 0 ? 1 : 0;
-    channel = layout == 2 ? 1 : 2;
-    scan.dtype = dtype_code(dtype_of(x), op), scan.complex = complex;
-    compute = compute_type(dtype_of(x));
-    scan.length = x.size(time), scan.batch = x.size(batch), scan.channels = x.size(channel);
-    check(damping.dim() == 2, op, names.damping, ": expected (rows, states), got ", damping.dim(), " dimensions");
-    scan.states = damping.size(1);
-    check(scan.states >= 1 && scan.states <= 64, op, names.damping, ": expected 1 to 64 states, got ", scan.states);
-    check(direction != 2 || !state.has_value(), op, "state: expected none with both directions");
-    check(truncation == 0 || !state.has_value(), op, "state: expected none with truncation");
-    scan.truncation = truncation;
-    scan.direction = static_cast<int>(direction), scan.activation = static_cast<int>(activation);
-    scan.x = sequence(x);
-    const int64_t rows = scan.channels * (direction == 2 ? 2 : 1);
-    scan.damping = parameter(x, damping, names.damping, {rows, scan.states});
-    scan.decay = parameter(x, decay, names.decay, {rows, scan.states});
-    if (complex) {
-      scan.expansion = parameter(x, expansion, names.expansion, {rows});
-      scan.projection = parameter(x, projection, names.projection, {rows, scan.states, 2});
-    } else {
-      scan.expansion = parameter(x, expansion, names.expansion, {rows, scan.states});
-      scan.projection = parameter(x, projection, names.projection, {rows, scan.states});
-    }
-    if (residual.has_value()) scan.residual = parameter(x, *residual, names.residual, {scan.channels});
-    if (state.has_value()) scan.state = state_parameter(x, *state, "state");
-    if (mask.has_value()) {
-      check(dtype_of(*mask) == ScalarType::Bool, op, "mask: expected bool");
-      shaped(x, *mask, "mask", {scan.batch, scan.length});
-      scan.mask = static_cast<const unsigned char*>(mask->const_data_ptr());
-    }
-  }
-
-  // This check comes after every other one, so that the others can be tested on any machine.
-  void check_device(const Tensor& x) const { check(x.is_cuda(), op, "x: expected a CUDA tensor"); }
-
-  FastasrSequence sequence(const Tensor& t) const {
-    return {t.const_data_ptr(), t.stride(time), t.stride(batch), t.stride(channel)};
-  }
-
-  void shaped(const Tensor& x, const Tensor& t, const char* name, std::initializer_list<int64_t> sizes) const {
-    check(t.dim() == static_cast<int64_t>(sizes.size()) && t.is_contiguous(), op, name, ": expected ", sizes.size(),
-          " dimensions, contiguous");
-    int64_t d = 0;
-    for (const int64_t n : sizes) {
-      check(t.size(d) == n, op, name, ": expected ", n, " in dimension ", d, ", got ", t.size(d));
-      d++;
-    }
-    check(t.get_device_index() == x.get_device_index() && t.is_cuda() == x.is_cuda(), op, name,
-          " is on another device");
-  }
-
-  const void* parameter(const Tensor& x, const Tensor& t, const char* name,
-                        std::initializer_list<int64_t> sizes) const {
-    check(dtype_of(t) == compute, op, name, ": expected ", compute == ScalarType::Double ? "float64" : "float32");
-    shaped(x, t, name, sizes);
-    return t.const_data_ptr();
-  }
-
-  const void* state_parameter(const Tensor& x, const Tensor& t, const char* name) const {
-    if (complex) return parameter(x, t, name, {scan.batch, scan.channels, scan.states, 2});
-    return parameter(x, t, name, {scan.batch, scan.channels, scan.states});
-  }
-  Tensor new_state(const Tensor& x) const {
-    if (complex) return new_contiguous(x, {scan.batch, scan.channels, scan.states, 2}, compute);
-    return new_contiguous(x, {scan.batch, scan.channels, scan.states}, compute);
-  }
-
-  void check_launch(int error) const {
-    // cudaErrorInvalidValue: the carries of this many states do not fit into this GPU's shared memory
-    check(error == 0, op, "CUDA error ", error, " for ", scan.states, " states");
-  }
-
- private:
-  int64_t time, batch, channel;
-};
+template <typename A>
+FastasrEmaScan scan_of(const A& a) {
+  const ema_scan::Parameters p = ema_scan::parameters_of(a);
+  FastasrEmaScan s{};
+  s.dtype = dtype_code(dtype_of(a.x)), s.complex = kComplex<A>, s.x = sequence(a.x, a.layout);
+  s.length = a.L, s.batch = a.B, s.channels = a.D, s.states = a.N, s.truncation = a.truncation;
+  s.direction = static_cast<int>(a.direction), s.activation = static_cast<int>(a.activation);
+  s.damping = p.damping.const_data_ptr(), s.decay = p.decay.const_data_ptr();
+  s.expansion = p.expansion.const_data_ptr(), s.projection = p.projection.const_data_ptr();
+  s.residual = data_or_null<void>(p.residual), s.state = data_or_null<void>(a.state);
+  s.mask = data_or_null<unsigned char>(a.padding_mask);
+  return s;
+}
 
 Tensor workspace_of(const Tensor& x, int64_t bytes) { return new_contiguous(x, {bytes}, ScalarType::Byte); }
 
-using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+void check_launch(const auto& a, int error) {
+  // cudaErrorInvalidValue: the carries of this many states do not fit into this GPU's shared memory
+  check(error == 0, a.kName, "CUDA error ", error, " for ", a.N, " states");
+}
 
-std::tuple<Tensor, Tensor> forward(Arguments& a, const Tensor& x, bool need_state) {
-  check(!need_state || (a.scan.direction != 2 && a.scan.truncation == 0), a.op,
-        "need_state: expected false with both directions or truncation");
-  a.check_device(x);
-  torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  Tensor y = new_contiguous(x, {x.size(0), x.size(1), x.size(2)});
-  Tensor final_state = need_state ? a.new_state(x) : new_contiguous(x, {0}, a.compute);
-  Tensor workspace = workspace_of(x, fastasr_cuda_ema_scan_forward_workspace(&a.scan));
-  a.scan.workspace = workspace.mutable_data_ptr();
-  a.check_launch(fastasr_cuda_ema_scan_forward(
-      &a.scan, a.sequence(y), need_state ? final_state.mutable_data_ptr() : nullptr, current_stream(x, a.op)));
+template <typename A>
+std::tuple<Tensor, Tensor> forward(const A& a) {
+  ema_scan::check_state(a, a.return_state);
+  check_device(a, {});
+  torch::stable::accelerator::DeviceGuard guard(a.x.get_device_index());
+  Tensor y = new_contiguous(a.x, a.x.sizes());
+  Tensor final_state = ema_scan::new_state(a, ema_scan::parameters_of(a).damping, a.return_state);
+  FastasrEmaScan scan = scan_of(a);
+  Tensor workspace = workspace_of(a.x, fastasr_cuda_ema_scan_forward_workspace(&scan));
+  scan.workspace = workspace.mutable_data_ptr();
+  check_launch(a, fastasr_cuda_ema_scan_forward(&scan, sequence(y, a.layout),
+                                                a.return_state ? final_state.mutable_data_ptr() : nullptr,
+                                                current_stream(a.x, a.kName)));
   return {y, final_state};
 }
 
-Gradients backward(Arguments& a, const Tensor& grad, const Optional& grad_state, const Tensor& x, const Tensor& damping,
-                   bool residual, bool state) {
-  check(dtype_of(grad) == dtype_of(x) && grad.dim() == 3, a.op, "grad: expected x's dtype");
-  for (int64_t d = 0; d < 3; d++)
-    check(grad.size(d) == x.size(d), a.op, "grad: expected ", x.size(d), " in dimension ", d, ", got ", grad.size(d));
-  check(grad.is_cuda() == x.is_cuda() && grad.get_device_index() == x.get_device_index(), a.op,
-        "grad is on another device");
-  check(!grad_state.has_value() || (a.scan.direction != 2 && a.scan.truncation == 0), a.op,
-        "grad_state: expected none with both directions or truncation");
+template <typename A>
+Gradients backward(const A& a) {
+  ema_scan::check_state(a, a.grad_last.has_value());
+  const Optional grad_y = a.grad_y;
+  check_device(a, {&grad_y, &a.grad_last});
+  torch::stable::accelerator::DeviceGuard guard(a.x.get_device_index());
+  const Gradients results = ema_scan::new_gradients(a, new_contiguous(a.x, a.x.sizes()));
+  const auto& [dx, ddamping, ddecay, dexpansion, dprojection, dresidual, dstate] = results;
+  FastasrEmaScan scan = scan_of(a);
   FastasrEmaScanGrads g{};
-  if (grad_state.has_value()) g.grad_state = a.state_parameter(x, *grad_state, "grad_state");
-  a.check_device(x);
-  torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  Tensor dx = new_contiguous(x, {x.size(0), x.size(1), x.size(2)});
-  const int64_t rows = damping.size(0), states = damping.size(1);
-  Tensor ddamping = new_contiguous(x, {rows, states}, a.compute), ddecay = new_contiguous(x, {rows, states}, a.compute);
-  Tensor dexpansion = a.complex ? new_contiguous(x, {rows}, a.compute) : new_contiguous(x, {rows, states}, a.compute);
-  Tensor dprojection =
-      a.complex ? new_contiguous(x, {rows, states, 2}, a.compute) : new_contiguous(x, {rows, states}, a.compute);
-  Tensor dresidual = new_contiguous(x, {residual ? a.scan.channels : 0}, a.compute);
-  Tensor dstate = state ? a.new_state(x) : new_contiguous(x, {0}, a.compute);
-  g.grad = a.sequence(grad);
-  g.dx = a.sequence(dx);
+  g.grad = sequence(a.grad_y, a.layout), g.grad_state = data_or_null<void>(a.grad_last);
+  g.dx = sequence(dx, a.layout);
   g.ddamping = ddamping.mutable_data_ptr(), g.ddecay = ddecay.mutable_data_ptr();
   g.dexpansion = dexpansion.mutable_data_ptr(), g.dprojection = dprojection.mutable_data_ptr();
-  if (residual) g.dresidual = dresidual.mutable_data_ptr();
-  if (state) g.dstate = dstate.mutable_data_ptr();
-  Tensor workspace = workspace_of(x, fastasr_cuda_ema_scan_backward_workspace(&a.scan, &g));
-  a.scan.workspace = workspace.mutable_data_ptr();
-  a.check_launch(fastasr_cuda_ema_scan_backward(&a.scan, &g, current_stream(x, a.op)));
-  return {dx, ddamping, ddecay, dexpansion, dprojection, dresidual, dstate};
+  if (ema_scan::parameters_of(a).residual) g.dresidual = dresidual.mutable_data_ptr();
+  if (a.state) g.dstate = dstate.mutable_data_ptr();
+  Tensor workspace = workspace_of(a.x, fastasr_cuda_ema_scan_backward_workspace(&scan, &g));
+  scan.workspace = workspace.mutable_data_ptr();
+  check_launch(a, fastasr_cuda_ema_scan_backward(&scan, &g, current_stream(a.x, a.kName)));
+  return results;
 }
 
-// The registered functions: one pair for real and one for complex numbers.
-template <bool complex>
-std::tuple<Tensor, Tensor> registered_forward(const Tensor& x, const Tensor& damping, const Tensor& decay,
-                                              const Tensor& expansion, const Tensor& projection, Optional residual,
-                                              Optional state, Optional mask, int64_t truncation, int64_t direction,
-                                              int64_t activation, int64_t layout, bool need_state) {
-  Arguments a(complex ? "complex_ema_scan_forward" : "ema_scan_forward", complex, x, damping, decay, expansion,
-              projection, residual, state, mask, truncation, direction, activation, layout);
-  return forward(a, x, need_state);
+std::tuple<Tensor, Tensor> ema_scan_forward(const ema_scan::EmaScanForward& a) { return forward(a); }
+Gradients ema_scan_backward(const ema_scan::EmaScanBackward& a) { return backward(a); }
+std::tuple<Tensor, Tensor> complex_ema_scan_forward(const complex_ema_scan::ComplexEmaScanForward& a) {
+  return forward(a);
 }
-
-template <bool complex>
-Gradients registered_backward(const Tensor& grad, Optional grad_state, const Tensor& x, const Tensor& damping,
-                              const Tensor& decay, const Tensor& expansion, const Tensor& projection, Optional residual,
-                              Optional state, Optional mask, int64_t truncation, int64_t direction, int64_t activation,
-                              int64_t layout) {
-  Arguments a(complex ? "complex_ema_scan_backward" : "ema_scan_backward", complex, x, damping, decay, expansion,
-              projection, residual, state, mask, truncation, direction, activation, layout);
-  return backward(a, grad, grad_state, x, damping, residual.has_value(), state.has_value());
-}
+Gradients complex_ema_scan_backward(const complex_ema_scan::ComplexEmaScanBackward& a) { return backward(a); }
 
 }  // namespace
 
-FASTASR_OPERATORS_ON(fastasr_cuda, CUDA, typed<registered_forward<false>>("ema_scan_forward"),
-                     typed<registered_backward<false>>("ema_scan_backward"),
-                     typed<registered_forward<true>>("complex_ema_scan_forward"),
-                     typed<registered_backward<true>>("complex_ema_scan_backward"))
+FASTASR_OPERATORS_ON(fastasr_cuda, CUDA, written<ema_scan_forward>, written<ema_scan_backward>,
+                     written<complex_ema_scan_forward>, written<complex_ema_scan_backward>)
 
 }  // namespace fastasr::bindings::ema_scan_cuda
 

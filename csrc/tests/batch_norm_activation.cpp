@@ -1,10 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-#include <algorithm>
-#include <cmath>
-#include <vector>
+#include "cpu/rows/batch_norm_activation.h"
 
 #include "cpu/math/activation.h"
-#include "cpu/rows/batch_norm_activation.h"
 #include "tests/rows_case.h"
 
 namespace fastasr::test {
@@ -24,13 +21,14 @@ struct BatchNormActivation {
       variance{channels};
   std::vector<uint8_t> hidden = std::vector<uint8_t>(static_cast<size_t>(rows) + 1);
 
-  BatchNormActivation(int64_t rows_, int64_t channels_, int64_t step_, int activation_, bool padded_)
+  BatchNormActivation(int64_t rows_, int64_t channels_, int64_t step_, int activation_, bool padded_,
+                      Rounding rounding = nullptr)
       : rows(rows_),
         channels(channels_),
         step(step_),
         activation(activation_),
         padded(padded_),
-        random(static_cast<uint64_t>(rows * 131 + channels)) {
+        random(seed_of(rows, channels), rounding) {
     for (int64_t i = 0; padded && i < rows; i++) hidden[static_cast<size_t>(i)] = i % 3 == 1;
     combine();
   }
@@ -77,54 +75,17 @@ struct BatchNormActivation {
     // The sums of all rows take the place of these, so that rows do not depend on the pieces.
     kernel.backward(p, grad, weight, bias, begin, end, dx, scratch);
   }
-  bool same_rows(BatchNormActivation& o) { return y.equals(o.y) && dx.equals(o.dx); }
-  bool same_sums(BatchNormActivation& o) { return dweight.equals(o.dweight) && dbias.equals(o.dbias); }
+  auto by_row() { return std::tie(y, dx, mean, variance); }
+  auto sums() { return std::tie(dweight, dbias); }
 };
-
-template <typename T>
-void batch_norm_activation_values(int64_t rows, int64_t channels, int activation, bool padded) {
-  INFO(Type<T>::name, " ", rows, "x", channels, padded ? " padded" : "", ", activation ", activation);
-  BatchNormActivation<T> c(rows, channels, rows, activation, padded);
-  c.run(0, rows);
-  std::vector<Sum> dweight(static_cast<size_t>(channels)), dbias(dweight);
-  int64_t count = 0;
-  for (int64_t i = 0; i < rows; i++) count += c.seen(i);
-  for (int64_t j = 0; j < channels; j++) {
-    long double mean = 0, squares = 0;
-    for (int64_t i = 0; i < rows; i++) mean += c.seen(i) ? c.x(i * channels + j) / count : 0;
-    for (int64_t i = 0; i < rows; i++) {
-      const long double d = c.x(i * channels + j) - mean;
-      if (c.seen(i)) squares += d * d;
-    }
-    EXPECT(c.mean, j, mean, 4 * (1 + std::fabs(mean)));
-    EXPECT(c.variance, j, squares / std::max<int64_t>(1, count - 1), 4 * (1 + squares));
-    const long double scale = 1 / std::sqrt((count ? squares / count : 0) + 1e-3L);
-    const long double units = 30;  // x - mean and z round, and so does the exponent of the activation
-    for (int64_t i = 0; i < rows; i++) {
-      const int64_t at = i * channels + j;
-      if (!c.seen(i)) {
-        CHECK(value(c.y[at]) == 0 && value(c.dx[at]) == 0, "row %ld is hidden", long(i));
-        continue;
-      }
-      const long double n = (c.x(at) - mean) * scale, z = n * c.weight(j) + c.bias(j);
-      const long double q = c.grad(at) * activated(activation, z).slope;
-      const long double off = units * std::fabs(c.grad(at)) * (1 + scale + std::fabs(z));
-      dweight[j].add(q * n, off * (1 + std::fabs(n))), dbias[j].add(q, off);
-      EXPECT(c.y, at, activated(activation, z).value, units * (1 + scale + z * z));
-      const long double d = (q - (c.bias(j) + n * c.weight(j)) / count) * scale * c.weight(j);
-      EXPECT(c.dx, at, d, 10 * units * scale * (1 + scale) * (1 + std::fabs(n)) * (1 + std::fabs(c.weight(j))));
-    }
-  }
-  EXPECT_ALL(c.dweight, dweight, 1);
-  EXPECT_ALL(c.dbias, dbias, 1);
-}
 
 TEST_CASE("batch_norm_activation") {
   for_each_type([&]<typename T>() {
     for (const int64_t rows : {0, 1, 3, 23})
       for (const int64_t channels : kSizes)
         for (int form = 0; channels && form < 2; form++)
-          batch_norm_activation_values<T>(rows, channels, int(channels + form) % cpu::kActivations, form == 1);
+          values_like_double<BatchNormActivation, T>(rows, channels, 100, int(channels + form) % cpu::kActivations,
+                                                     form == 1);
     for (const bool padded : {true, false}) {
       rows_apart(7, 2, [&](int64_t step) { return BatchNormActivation<T>(7, 37, step, 1, padded); });
       rows_apart(61, 4, [&](int64_t step) { return BatchNormActivation<T>(61, 67, step, 1, padded); });

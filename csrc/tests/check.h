@@ -9,10 +9,11 @@
 #include <cstring>
 #include <limits>
 #include <memory>
-#include <numeric>
 #include <string>
 #include <thread>
+#include <tuple>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #define DOCTEST_CONFIG_NO_SHORT_MACRO_NAMES
@@ -60,25 +61,6 @@ doctest::String joined(const V&... parts) {
 #define INFO(...) DOCTEST_INFO(fastasr::test::joined(__VA_ARGS__))
 #define TEST_CASE DOCTEST_TEST_CASE
 
-// xorshift64* gives the same numbers everywhere.
-class Random {
- public:
-  explicit Random(uint64_t seed) : state_(seed * 0x9e3779b97f4a7c15ull + 1) {}
-  uint64_t bits() {
-    state_ ^= state_ >> 12, state_ ^= state_ << 25, state_ ^= state_ >> 27;
-    return state_ * 0x2545f4914f6cdd1dull;
-  }
-  double uniform() { return static_cast<double>(bits() >> 11) * 0x1p-53; }  // [0, 1)
-  double normal() {                                                         // sum of twelve uniforms
-    double sum = -6;
-    for (int i = 0; i < 12; i++) sum += uniform();
-    return sum;
-  }
-
- private:
-  uint64_t state_;
-};
-
 template <typename T>
 T make(double v) {
   T out;
@@ -93,6 +75,35 @@ template <typename T>
 bool same_bits(const T& a, const T& b) {
   return std::memcmp(&a, &b, sizeof(T)) == 0;
 }
+
+// Rounds to a number of T.
+template <typename T>
+double rounded(double v) {
+  return value(make<T>(v));
+}
+using Rounding = double (*)(double);
+
+// xorshift64* gives the same numbers everywhere. With the rounding of a narrow type, a case in double has its numbers.
+class Random {
+ public:
+  explicit Random(uint64_t seed, Rounding rounding = nullptr)
+      : state_(seed * 0x9e3779b97f4a7c15ull + 1), rounding_(rounding) {}
+  uint64_t bits() {
+    state_ ^= state_ >> 12, state_ ^= state_ << 25, state_ ^= state_ >> 27;
+    return state_ * 0x2545f4914f6cdd1dull;
+  }
+  double uniform() { return static_cast<double>(bits() >> 11) * 0x1p-53; }  // [0, 1)
+  double normal() {                                                         // sum of twelve uniforms
+    double sum = -6;
+    for (int i = 0; i < 12; i++) sum += uniform();
+    return sum;
+  }
+  double rounded(double v) const { return rounding_ ? rounding_(v) : v; }
+
+ private:
+  uint64_t state_;
+  Rounding rounding_;
+};
 
 template <typename T>
 struct Type;
@@ -131,13 +142,9 @@ template <typename T>
 long double error_bound(long double expected, long double computed) {
   return computed * Type<compute_t<T>>::half_ulp + std::fabs(expected) * Type<T>::half_ulp + Type<T>::smallest;
 }
-template <typename T>
-bool close(T got, long double expected, long double computed) {
-  return std::fabs(value(got) - expected) <= error_bound<T>(expected, computed);
-}
 
-// EXPECT(out, i, expected, computed) compares element i of an output as close() does, EXPECT_WITHIN(out, i, expected,
-// bound) within an error of `bound`. Infinities are equal or different.
+// EXPECT(out, i, expected, computed) compares element i of an output within error_bound(), and EXPECT_WITHIN(out, i,
+// expected, bound) within an error of `bound`. Infinities are equal or different.
 template <typename T>
 void expect_within(const char* name, T got, int64_t i, long double expected, long double bound) {
   CHECK(std::isinf(expected) ? value(got) == expected : std::fabs(value(got) - expected) <= bound,
@@ -150,27 +157,12 @@ void expect(const char* name, T got, int64_t i, long double expected, long doubl
 }
 #define EXPECT(out, i, ...) fastasr::test::expect(#out, (out)[i], i, __VA_ARGS__)
 
-using Reals = std::vector<long double>;
-
 // A sum and the size of its terms, against which its rounding errors are measured.
 struct Sum {
   long double value = 0, size = 0;
   void add(long double term, long double of) { value += term, size += of; }
   void add(long double term) { add(term, std::fabs(term)); }
 };
-
-// EXPECT_ALL(out, expected, computed) compares a whole output: `computed` is in units of the sizes where `expected`
-// holds sums.
-template <typename B, typename E>
-void expect_all(const char* name, B& out, const std::vector<E>& expected, long double computed) {
-  CHECK(out.size() == static_cast<int64_t>(expected.size()), "%s", name);
-  for (int64_t i = 0; i < out.size(); i++)
-    if constexpr (std::is_same_v<E, Sum>)
-      expect(name, out[i], i, expected[i].value, computed * expected[i].size);
-    else
-      expect(name, out[i], i, expected[i], computed);
-}
-#define EXPECT_ALL(out, ...) fastasr::test::expect_all(#out, out, __VA_ARGS__)
 
 // Holds n elements, `offset` elements after an aligned address. Under the address sanitizer the memory ends with the
 // last element; without it, the elements before and behind are checked when the buffer goes.
@@ -204,7 +196,7 @@ class Buffer {
   }
   void set(double v) { std::fill(data(), data() + n_, make<T>(v)); }
   void fill(Random& random, double scale = 1, double shift = 0) {
-    for (int64_t i = 0; i < n_; i++) (*this)[i] = make<T>(random.normal() * scale + shift);
+    for (int64_t i = 0; i < n_; i++) (*this)[i] = make<T>(random.rounded(random.normal() * scale + shift));
   }
   bool equals(Buffer& other) { return std::memcmp(data(), other.data(), sizeof(T) * static_cast<size_t>(n_)) == 0; }
 
@@ -218,17 +210,35 @@ class Buffer {
   std::unique_ptr<T[]> memory_;
 };
 
-// Compares a gradient with a central difference of the loss, the sum of y() grad, in the number that y() reads at `at`.
-template <typename F>
-void expect_slope(const char* name, double* at, double got, Buffer<double>& grad, const F& y) {
-  const auto loss = [&](double x) {
-    *at = x;
-    const auto out = y();
-    return std::inner_product(out.begin(), out.end(), grad.data(), 0.0);
-  };
-  const double saved = *at, step = 1e-5, want = (loss(saved + step) - loss(saved - step)) / (2 * step);
-  *at = saved;
-  expect_within(name, got, 0, want, 2e-8 * (10 + std::fabs(want)));
+// The rounding of T in units of that of its compute type.
+template <typename T>
+constexpr double kStored = Type<T>::half_ulp / Type<compute_t<T>>::half_ulp;
+
+// A case has its outputs() as a tuple of references to Buffers.
+template <typename... B>
+bool same_outputs(const std::tuple<B&...>& a, const std::tuple<B&...>& b) {
+  return [&]<size_t... I>(std::index_sequence<I...>) {
+    return (std::get<I>(a).equals(std::get<I>(b)) && ...);
+  }(std::index_sequence_for<B...>());
+}
+
+// Compares an output of a case of T with that of the same case in double: within `units` roundings of T's compute type
+// at the largest element, and the rounding of the output itself. The contract of the op in Python checks the formula
+// behind both; here every type is checked on every instruction set, at more sizes.
+template <typename T, typename U>
+void expect_like(const char* name, Buffer<U>& got, Buffer<double>& exact, double units) {
+  double largest = 0.1;
+  for (int64_t i = 0; i < exact.size(); i++)
+    if (std::isfinite(exact[i])) largest = std::max(largest, std::fabs(exact[i]));
+  const double room = units * Type<compute_t<T>>::half_ulp * largest;
+  CHECK(got.size() == exact.size(), "%s", name);
+  for (int64_t i = 0; i < got.size(); i++) expect_within(name, got[i], i, exact[i], room + error_bound<U>(exact[i], 0));
+}
+template <typename T, typename... A, typename... B>
+void expect_like(const std::tuple<A&...>& got, const std::tuple<B&...>& exact, double units) {
+  [&]<size_t... I>(std::index_sequence<I...>) {
+    (expect_like<T>(formatted("output %zu", I).c_str(), std::get<I>(got), std::get<I>(exact), units), ...);
+  }(std::index_sequence_for<A...>());
 }
 
 // Runs f(0), ..., f(n - 1) in n threads.
@@ -237,6 +247,11 @@ void on_threads(int64_t n, const F& f) {
   std::vector<std::thread> threads;
   for (int64_t i = 0; i < n; i++) threads.emplace_back([&f, i] { f(i); });
   for (std::thread& thread : threads) thread.join();
+}
+
+// Implements cpu::Workers::run.
+inline void run_threads(int64_t parts, void (*part)(const void*, int64_t), const void* context) {
+  on_threads(parts, [&](int64_t i) { part(context, i); });
 }
 
 // Calls f(begin, end) for pieces of `step` out of [0, n), as threads take them.

@@ -1,40 +1,42 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/rows/clamp.h"
 
-#include <algorithm>
-#include <cmath>
-
 #include "cpu/math/activation.h"
 #include "tests/rows_case.h"
 
 namespace fastasr::test {
 namespace {
 
-// Compares with the activations themselves, which have a test of their own.
+template <typename T>
+struct Case {
+  using C = compute_t<T>;
+  int activation;
+  int64_t n;
+  Rounding rounding = rounded<T>;
+  Random random{static_cast<uint64_t>(n + activation), rounding};
+  Buffer<T> z{n, 1, random, 2}, grad{n, 2, random}, y{n, 3}, dz{n, 5};
+  cpu::Bounds<T> inner{C(-1.25), C(0.75)}, outer{C(-0.125), C(0.5)}, none{C(-kInf), C(kInf)};
+  const cpu::ClampKernels<T>& kernel = cpu::kernels<cpu::ClampKernels<T>>();
+
+  void run() {
+    kernel.forward(inner, activation, outer, z, y, n);
+    kernel.backward(inner, activation, outer, grad, z, dz, n);
+  }
+  auto outputs() { return std::tie(y, dz); }
+};
+
 template <typename T>
 void clamp_values(int activation, int64_t n) {
   INFO(Type<T>::name, " activation ", activation, ", ", n, " elements");
-  const auto& kernel = cpu::kernels<cpu::ClampKernels<T>>();
-  using C = compute_t<T>;
-  const cpu::Bounds<T> inner{C(-1.25), C(0.75)}, outer{C(-0.125), C(0.5)}, none{C(-kInf), C(kInf)};
-  Random random(static_cast<uint64_t>(n + activation));
-  Buffer<T> z(n, 1, random, 2), grad(n, 2, random), y(n, 3), dz(n, 5), alone(n, 5);
-  Buffer<C> values(n), slopes(n);
-  for (int64_t i = 0; i < n; i++) values[i] = std::clamp(cpu::load(z[i]), inner.low, inner.high);
-  cpu::activate_with_slope(activation, values.data(), slopes.data(), n);
-  kernel.forward(inner, activation, outer, z, y, n);
-  kernel.backward(inner, activation, outer, grad, z, dz, n);
-  for (int64_t i = 0; i < n; i++) {
-    const bool in = z(i) >= inner.low && z(i) <= inner.high && values[i] >= outer.low && values[i] <= outer.high;
-    const long double d = in ? grad(i) * slopes[i] : 0;
-    EXPECT(y, i, std::clamp(values[i], outer.low, outer.high), 4 * (1 + std::fabs(values[i])));
-    EXPECT(dz, i, d, 8 * (1 + std::fabs(d)));
-  }
-  kernel.forward(none, 0, none, z, alone, n);
-  CHECK(z.equals(alone), "without bounds it is something else");
-  kernel.forward(inner, activation, outer, z, z, n);
-  kernel.backward(none, 0, none, grad, z, grad, n);
-  CHECK(z.equals(y), "in place it is something else");
+  Case<T> c{activation, n};
+  Case<double> exact{activation, n, rounded<T>};
+  c.run(), exact.run();
+  expect_like<T>(c.outputs(), exact.outputs(), 10);
+  Buffer<T> alone(n);
+  c.kernel.forward(c.none, 0, c.none, c.z, alone, n);
+  CHECK(c.z.equals(alone), "without bounds it is something else");
+  c.kernel.forward(c.inner, activation, c.outer, c.z, c.z, n);
+  CHECK(c.z.equals(c.y), "in place it is something else");
 }
 
 // A bound is inside, crossed bounds give the upper one, a NaN stays and has no gradient.

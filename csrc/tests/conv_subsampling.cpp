@@ -13,9 +13,10 @@ template <typename T>
 struct Case {
   SubsamplingSizes s;
   bool masked;
+  Rounding rounding = nullptr;
   int64_t in_size = s.batch * s.frames * s.bins, taps = 9 * s.channels;
   int64_t out_size = s.batch * s.out_frames() * s.out_width() * s.channels;
-  Random random{static_cast<uint64_t>(in_size * 31 + s.channels)};
+  Random random{static_cast<uint64_t>(in_size * 31 + s.channels), rounding};
   Buffer<T> x{in_size, s.bins % 3, random}, weight{taps, 1, random, 0.3}, bias{s.channels, 0, random, 0.3},
       depthwise_weight{taps, 2, random, 0.3}, depthwise_bias{s.channels, 1, random}, grad{out_size, 3, random};
   Buffer<T> y{out_size, 1}, dx{in_size, 2}, dweight{taps, 3}, dbias{s.channels, 1}, ddepthwise_weight{taps, 0},
@@ -36,67 +37,17 @@ struct Case {
     kernel.reduce(s, parts.data(), dweight, dbias, ddepthwise_weight, ddepthwise_bias);
     in_pieces(s.batch, step, [&](int64_t b, int64_t e) { kernel.add_blocks(s, dx_parts.data(), dx, b, e); });
   }
+  auto outputs() { return std::tie(y, dx, dweight, dbias, ddepthwise_weight, ddepthwise_bias); }
 };
 
 template <typename T>
 void values(const SubsamplingSizes& s, bool masked) {
   INFO(Type<T>::name, " B=", s.batch, " T=", s.frames, " F=", s.bins, " C=", s.channels, " left ", s.left);
-  Case<T> k{s, masked}, other{s, masked};
-  k.run(3), other.run(1);
-  const int64_t H = s.first_frames(), W = s.first_width(), C = s.channels;
-  std::vector<Sum> h(size_t(s.batch * H * W * C)), dh(h.size()), y(size_t(k.out_size)), dx(size_t(k.in_size)),
-      dw(size_t(k.taps)), db(dw.size() / 9), dv(size_t(k.taps)), dvb(db.size());
-  const auto first = [&](int64_t b, int64_t t, int64_t f, int64_t c) { return size_t(((b * H + t) * W + f) * C + c); };
-  const auto each = [&](const auto& f) {
-    for (int64_t b = 0; b < s.batch; b++)
-      for (int64_t t = 0; t < H; t++)
-        for (int64_t q = 0; q < W; q++)
-          for (int64_t c = 0; c < C; c++) f(b, t, q, c, first(b, t, q, c));
-  };
-  const auto pixel = [&](int64_t b, int64_t t, int64_t f, int64_t i, int64_t j) {
-    return (b * s.frames + 2 * t + i) * s.bins + 2 * f + j;
-  };
-  each([&](int64_t b, int64_t t, int64_t f, int64_t c, size_t at) {
-    h[at].add(k.bias(c));
-    for (int64_t i = 0; i < 9; i++) h[at].add(k.weight(9 * c + i) * k.x(pixel(b, t, f, i / 3, i % 3)));
-    if (h[at].value <= 0 || (masked && !k.mask[size_t(b * H + t)])) h[at] = Sum{};
-  });
-  for (int64_t b = 0; b < s.batch; b++)
-    for (int64_t t = 0; t < s.out_frames(); t++)
-      for (int64_t f = 0; f < s.out_width(); f++)
-        for (int64_t c = 0; c < C; c++) {
-          const int64_t o = ((b * s.out_frames() + t) * s.out_width() + f) * C + c;
-          y[size_t(o)].add(k.depthwise_bias(c)), dvb[size_t(c)].add(k.grad(o));
-          for (int64_t i = 0; i < 9; i++) {
-            const int64_t q = 2 * f + i % 3 - s.left;
-            if (q < 0 || q >= W) continue;
-            const size_t at = first(b, 2 * t + i / 3, q, c);
-            const long double v = k.depthwise_weight(9 * c + i), g = k.grad(o);
-            y[size_t(o)].add(v * h[at].value, std::fabs(v) * h[at].size);
-            dv[size_t(9 * c + i)].add(g * h[at].value, std::fabs(g) * h[at].size);
-            dh[at].add(v * g);
-          }
-        }
-  each([&](int64_t b, int64_t t, int64_t f, int64_t c, size_t at) {
-    if (!(h[at].value > 0)) return;
-    db[size_t(c)].add(dh[at].value, dh[at].size);
-    for (int64_t i = 0; i < 9; i++) {
-      const int64_t from = pixel(b, t, f, i / 3, i % 3);
-      const long double x = k.x(from), w = k.weight(9 * c + i);
-      dw[size_t(9 * c + i)].add(x * dh[at].value, std::fabs(x) * dh[at].size);
-      dx[size_t(from)].add(w * dh[at].value, std::fabs(w) * dh[at].size);
-    }
-  });
-  EXPECT_ALL(k.y, y, 8);
-  EXPECT_ALL(k.dx, dx, 6);
-  EXPECT_ALL(k.dweight, dw, 6);
-  EXPECT_ALL(k.dbias, db, 6);
-  EXPECT_ALL(k.ddepthwise_weight, dv, 8);
-  EXPECT_ALL(k.ddepthwise_bias, dvb, 4);
-  CHECK(k.y.equals(other.y) && k.dx.equals(other.dx) && k.dweight.equals(other.dweight) &&
-            k.dbias.equals(other.dbias) && k.ddepthwise_weight.equals(other.ddepthwise_weight) &&
-            k.ddepthwise_bias.equals(other.ddepthwise_bias),
-        "the pieces of work show");
+  Case<T> k{s, masked, rounded<T>}, other{s, masked, rounded<T>};
+  Case<double> exact{s, masked, rounded<T>};
+  k.run(3), other.run(1), exact.run(1);
+  expect_like<T>(k.outputs(), exact.outputs(), 20);
+  CHECK(same_outputs(k.outputs(), other.outputs()), "the pieces of work show");
 }
 
 }  // namespace

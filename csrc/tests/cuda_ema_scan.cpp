@@ -1,11 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The CUDA kernels' bodies and launches on the CPU (cuda_emulation.h), against the formulas in long double.
-#include <map>
-#include <string>
-#include <type_traits>
-
+// The CUDA kernels' bodies and launches on the CPU (cuda_emulation.h), against the CPU's own kernels in double.
 #include "cuda/ema_scan.cu"
-#include "tests/check.h"
 #include "tests/ema_case.h"
 
 namespace fastasr::test {
@@ -18,22 +13,11 @@ constexpr int dtype_of() {
   return std::is_same_v<T, float16> ? kFastasrHalf : kFastasrFloat;
 }
 
-// Returns the largest error over the largest magnitude, in units of the tensor's rounding.
-struct Worst {
-  double error = 0, magnitude = 0;
-  void add(double got, double expected) {
-    const double e = std::fabs(got - expected);
-    error = e > error || e != e ? e : error;
-    magnitude = std::max(magnitude, std::fabs(expected));
-  }
-  double relative() const { return error == 0 ? 0 : error / std::max(magnitude, 1e-30); }
-};
-
 template <typename T, bool complex = false>
 struct Case : EmaCase<T, complex> {
   using C = compute_t<T>;
   using Base = EmaCase<T, complex>;
-  explicit Case(const EmaOptions& o, uint64_t seed) : Base(o, seed, true) {}
+  Case(const EmaOptions& o, uint64_t seed) : Base(o, seed, true, rounded<T>) {}
 
   FastasrSequence view(Sequence<T>& s) { return s.template view<FastasrSequence>(); }
   FastasrEmaScan scan() {
@@ -82,31 +66,17 @@ struct Case : EmaCase<T, complex> {
     CHECK(fastasr_cuda_ema_scan_backward(&s, &g, nullptr) == 0);
     Emulator::get().order = Order::kAscending;
   }
-
-  void compare(double slack) {
-    std::map<std::string, Worst> worst;
-    each_result(*this, [&](const char* name, auto got, const Sum& expected, int64_t) {
-      worst[name].add(value(got), static_cast<double>(expected.value));
-    });
-    // both come from the gradient of q, which is 0 where one tap is kept
-    worst["ddecay"].magnitude = std::max(worst["ddecay"].magnitude, worst["ddamping"].magnitude);
-    const double unit = slack * (std::is_same_v<C, double> ? 1e-9 : 1e-6);
-    for (const auto& [name, w] : worst) {
-      const bool sequence = name == "y" || name == "dx", once = name == "final_state" || name == "dstate";
-      const double sums = once || name == "dresidual" ? 2 : 4;
-      const double limit = complex ? 4 * unit : sequence ? unit + Type<T>::half_ulp : sums * unit;
-      CHECK(w.relative() <= limit, "%s %s: %s: relative error %.3g, limit %.3g", Type<T>::name, this->o.text().c_str(),
-            name.c_str(), w.relative(), limit);
-    }
-  }
 };
 
 // slack: a factor on the tolerances.
 template <typename T, bool complex = false>
 void one(const EmaOptions& o, double slack = 1) {
-  Case<T, complex> a(o, Case<T, complex>::seed_of(o));
-  a.run();
-  a.compare(slack);
+  INFO(Type<T>::name, " ", o.text());
+  const uint64_t seed = Case<T>::seed_of(o);
+  Case<T, complex> a(o, seed);
+  CpuEma<double, complex> exact(o, seed, true, rounded<T>);
+  a.run(), exact.run();
+  expect_like<T>(a.outputs(), exact.outputs(), slack * 200);
 }
 
 // Tiles have 256 steps forward and 128 backward (64 and 32 in double); up to two tiles are one segment.
@@ -187,7 +157,8 @@ void orders(const EmaOptions& c) {
   for (const Order order : {Order::kDescending, Order::kShuffled}) {
     Case<T, complex> a(c, 5);
     a.run(order);
-    CHECK(a.same_results(first), "%s: another order of threads gives another result", c.text().c_str());
+    CHECK(same_outputs(a.outputs(), first.outputs()), "%s: another order of threads gives another result",
+          c.text().c_str());
   }
 }
 
@@ -212,13 +183,11 @@ TEST_CASE("cuda_ema_scan: carried_state") {
     for (int64_t t = cut; t < 300; t++)
       for (int64_t d = 0; d < 6; d++) tail.x.at(t - cut, 0, d) = whole.x.at(t, 0, d);
     tail.run();
-    Worst y, state;
+    INFO("cut at ", cut);
     for (int64_t t = 0; t < 300; t++)
       for (int64_t d = 0; d < 6; d++)
-        y.add(t < cut ? head.y.at(t, 0, d) : tail.y.at(t - cut, 0, d), whole.y.at(t, 0, d));
-    for (int64_t i = 0; i < whole.state.size(); i++) state.add(tail.final_state[i], whole.final_state[i]);
-    CHECK(y.relative() < 1e-6 && state.relative() < 1e-6, "cut at %ld: %.3g, %.3g", long(cut), y.relative(),
-          state.relative());
+        expect_within("y", t < cut ? head.y.at(t, 0, d) : tail.y.at(t - cut, 0, d), t, whole.y.at(t, 0, d), 1e-6);
+    for (int64_t i = 0; i < whole.state.size(); i++) EXPECT_WITHIN(tail.final_state, i, whole.final_state[i], 1e-6);
   }
 }
 

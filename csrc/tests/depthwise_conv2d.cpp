@@ -12,9 +12,10 @@ using cpu::DepthwiseSizes;
 template <typename T>
 struct Case {
   DepthwiseSizes s;
+  Rounding rounding = nullptr;
   int64_t in_size = s.batch * s.frames * s.width * s.channels;
   int64_t out_size = s.batch * s.out_frames() * s.out_width() * s.channels;
-  Random random{static_cast<uint64_t>(in_size * 31 + s.taps())};
+  Random random{static_cast<uint64_t>(in_size * 31 + s.taps()), rounding};
   Buffer<T> x{in_size, s.width % 3, random}, weight{s.channels * s.taps(), 1, random, 0.3}, bias{s.channels, 0, random},
       grad{out_size, s.frames % 4, random};
   Buffer<T> y{out_size, 1}, dx{in_size, 2}, dweight{s.channels * s.taps(), 3}, dbias{s.channels, 1};
@@ -33,40 +34,18 @@ struct Case {
               [&](int64_t begin, int64_t end) { kernel.weight_gradient(s, grad, x, parts.data(), begin, end); });
     kernel.reduce(s, parts.data(), dweight, dbias);
   }
+  auto outputs() { return std::tie(y, dx, dweight, dbias); }
 };
 
 template <typename T>
 void values(const DepthwiseSizes& s) {
   INFO(Type<T>::name, " B=", s.batch, " T=", s.frames, " F=", s.width, " C=", s.channels, " taps ", s.taps_t, "x",
        s.taps_f, " pads ", s.pad_t, ", ", s.pad_f);
-  Case<T> k{s}, other{s};
-  k.run(3), other.run(1);
-  std::vector<Sum> y(size_t(k.out_size)), dx(size_t(k.in_size)), dw(size_t(s.channels * s.taps())),
-      db(size_t(s.channels));
-  for (int64_t b = 0; b < s.batch; b++)
-    for (int64_t t = 0; t < s.out_frames(); t++)
-      for (int64_t f = 0; f < s.out_width(); f++)
-        for (int64_t c = 0; c < s.channels; c++) {
-          const int64_t o = ((b * s.out_frames() + t) * s.out_width() + f) * s.channels + c;
-          y[o].add(k.bias(c)), db[c].add(k.grad(o));
-          for (int64_t i = 0; i < s.taps_t; i++)
-            for (int64_t j = 0; j < s.taps_f; j++) {
-              const int64_t from = t + i - s.pad_t, at = f + j - s.pad_f, w = c * s.taps() + i * s.taps_f + j;
-              if (from < 0 || from >= s.frames || at < 0 || at >= s.width) continue;
-              const int64_t x = ((b * s.frames + from) * s.width + at) * s.channels + c;
-              y[o].add(k.weight(w) * k.x(x));
-              dx[x].add(k.weight(w) * k.grad(o));
-              dw[w].add(k.grad(o) * k.x(x));
-            }
-        }
-  // y and dx are one chain of products, without fused multiply-adds on some machines
-  const long double chain = 4 + static_cast<long double>(s.taps()) / 8;
-  EXPECT_ALL(k.y, y, chain);
-  EXPECT_ALL(k.dx, dx, chain);
-  EXPECT_ALL(k.dweight, dw, chain);
-  EXPECT_ALL(k.dbias, db, chain);
-  CHECK(k.y.equals(other.y) && k.dx.equals(other.dx) && k.dweight.equals(other.dweight) && k.dbias.equals(other.dbias),
-        "the pieces of work show");
+  Case<T> k{s, rounded<T>}, other{s, rounded<T>};
+  Case<double> exact{s, rounded<T>};
+  k.run(3), other.run(1), exact.run(1);
+  expect_like<T>(k.outputs(), exact.outputs(), 20);
+  CHECK(same_outputs(k.outputs(), other.outputs()), "the pieces of work show");
 }
 
 }  // namespace

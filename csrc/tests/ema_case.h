@@ -1,13 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <complex>
 #include <string>
-#include <utility>
 
+#include "cpu/ema/ema_scan.h"
 #include "tests/check.h"
 
-// The options, operands and results of the EMA scans, for the kernels of the CPU and of CUDA alike.
+// The options, operands and results of the EMA scans, for the kernels of the CPU and of CUDA alike, and the CPU's scan.
 namespace fastasr::test {
 
 enum Direction : int { kForward, kReverse, kBidirectional };
@@ -30,8 +29,6 @@ struct EmaOptions {
   int64_t halves() const { return direction == kBidirectional ? 2 : 1; }
   int64_t rows() const { return halves() * channels; }
   int64_t elements() const { return length * batch * channels; }
-  // Returns the time of step k of a half.
-  int64_t time(int64_t half, int64_t k) const { return half == 1 || direction == kReverse ? length - 1 - k : k; }
 };
 
 // Holds a sequence tensor in one of the layouts.
@@ -48,9 +45,7 @@ struct Sequence {
   static int64_t size(const EmaOptions& o, Layout layout) {
     return o.length * o.batch * (o.channels + (layout == kPadded ? 3 : 0));
   }
-  int64_t index(int64_t t, int64_t b, int64_t d) const { return t * time + b * batch + d * channel; }
-  T& at(int64_t t, int64_t b, int64_t d) { return data[index(t, b, d)]; }
-  long double operator()(int64_t t, int64_t b, int64_t d) { return value(at(t, b, d)); }
+  T& at(int64_t t, int64_t b, int64_t d) { return data[t * time + b * batch + d * channel]; }
   template <typename View>
   View view() {
     return {data, time, batch, channel};
@@ -69,19 +64,20 @@ struct EmaCase {
   int64_t states = kParts * o.batch * o.channels * o.states;
   Sequence<T> x, grad, y, dx;
   Buffer<C> damping{parameters, 1}, decay{parameters}, expansion{angles}, projection{kParts * parameters},
-      residual{o.channels}, state{states}, grad_state{states}, final_state{states};
+      residual{o.channels}, state{states}, grad_state{states}, final_state{o.state ? states : 0};
   Buffer<C> ddamping{parameters}, ddecay{parameters}, dexpansion{angles}, dprojection{kParts * parameters},
-      dresidual{o.channels}, dstate{states};
+      dresidual{o.residual ? o.channels : 0}, dstate{o.state ? states : 0};
   Buffer<uint8_t> mask{o.batch * o.length};
 
   // mixed: not all tensors have the layout of x.
-  EmaCase(const EmaOptions& options, uint64_t seed, bool mixed)
+  EmaCase(const EmaOptions& options, uint64_t seed, bool mixed, Rounding rounding)
       : o(options),
-        random(seed),
+        random(seed, rounding),
         x(o, o.layout, 1),
         grad(o, mixed && o.layout == kBdl ? kBld : o.layout, 3),
         y(o, mixed && o.layout == kPadded ? kLbd : o.layout, 1),
         dx(o, mixed && o.layout == kPadded ? kBdl : o.layout, 2) {
+    y.data.set(0), dx.data.set(0);  // there may be gaps between rows
     x.data.fill(random), grad.data.fill(random), damping.fill(random), decay.fill(random, 1, o.decay);
     for (Buffer<C>* b : {&expansion, &projection, &residual, &state, &grad_state}) b->fill(random);
     for (int64_t i = 0; i < mask.size(); i++) mask[i] = random.uniform() < 0.3;
@@ -92,158 +88,51 @@ struct EmaCase {
   C* if_residual(Buffer<C>& b) { return o.residual ? b.data() : nullptr; }
   C* if_state(Buffer<C>& b) { return o.state ? b.data() : nullptr; }
   uint8_t* mask_or_null() { return o.mask ? mask.data() : nullptr; }
-  bool same_results(EmaCase& other) {
-    return y.data.equals(other.y.data) && dx.data.equals(other.dx.data) && ddamping.equals(other.ddamping) &&
-           ddecay.equals(other.ddecay) && dexpansion.equals(other.dexpansion) &&
-           dprojection.equals(other.dprojection) && (!o.residual || dresidual.equals(other.dresidual)) &&
-           (!o.state || (final_state.equals(other.final_state) && dstate.equals(other.dstate)));
+  auto outputs() {
+    return std::tie(y.data, dx.data, ddamping, ddecay, dexpansion, dprojection, dresidual, final_state, dstate);
   }
 };
 
-// Computes everything in long double, one channel of one row at a time, and calls check(name, got, expected sum, index)
-// for each element of the results. Kernels are k_j = Re sum over n of c b q^j. Complex numbers are derivatives D for
-// which d loss = Re(D change), until they are compared.
-template <typename T, bool complex, typename F>
-void each_result(EmaCase<T, complex>& c, const F& check) {
-  using Real = long double;
-  using Z = std::conditional_t<complex, std::complex<Real>, Real>;
-  struct Sized {
-    Z value = 0;
-    Real size = 0;
-    void add(Z term, Real of) { value += term, size += of; }
-  };
-  constexpr int64_t kParts = complex ? 2 : 1;
-  const EmaOptions& o = c.o;
-  const int64_t L = o.length, N = o.states, taps = o.truncation > 0 ? std::min(o.truncation, L) : L;
-  const Real root = 1 / std::sqrt(Real(N)), turn = 2 * std::acos(Real(-1)) / Real(N);
-  const auto read = [](auto& from, int64_t i) -> Z {
-    if constexpr (complex) return {from(2 * i), from(2 * i + 1)};
-    return from(i);
-  };
-  // Checks number i; sign -1: the kernel writes its conjugate.
-  const auto check_number = [&](const char* name, auto& got, int64_t i, const Sized& of, Real sign = 1) {
-    check(name, got[kParts * i], Sum{std::real(of.value), of.size}, kParts * i);
-    if constexpr (complex) check(name, got[2 * i + 1], Sum{sign * of.value.imag(), of.size}, 2 * i + 1);
-  };
-  struct Coefficients {
-    Real p, a, radius, b;
-    Z phase, q, w, q_k, slope_k;
-  };
-  const auto coefficients = [&](int64_t row, int64_t n) -> Coefficients {
-    const int64_t i = row * N + n;
-    const Real p = logistic(c.damping(i)), a = logistic(c.decay(i)), r = 1 - p * a;
-    const Z w = root * read(c.projection, i);
-    if constexpr (complex) {
-      const Real angle = Real(n + 1) * logistic(c.expansion(row)) * turn, k = Real(taps);
-      return {p,
-              a,
-              r,
-              p,
-              std::polar(Real(1), angle),
-              std::polar(r, angle),
-              w,
-              std::polar(std::pow(r, k), k * angle),
-              k * std::polar(std::pow(r, k - 1), (k - 1) * angle)};
-    } else {
-      return {p, a, r, p * c.expansion(i), 1, r, w, std::pow(r, Real(taps)), Real(taps) * std::pow(r, Real(taps - 1))};
-    }
-  };
-  for (int64_t d = 0; d < o.channels; d++) {
-    std::vector<Sized> of_q(size_t(o.halves() * N)), of_c(of_q);
-    std::vector<Sum> of_b(of_q.size());
-    Sum of_residual;
-    const Real omega = o.residual ? c.residual(d) : 0;
-    for (int64_t b = 0; b < o.batch; b++) {
-      std::vector<Sum> z(size_t(L), Sum{}), dx(z);
-      Reals in(size_t(L), 0), g(in), g_size(in);
-      struct State {
-        std::vector<Sized> h, v;
-      };
-      std::vector<State> states(of_q.size());
-      for (int64_t t = 0; t < L; t++) {
-        in[t] = o.mask && c.mask[b * L + t] ? 0 : c.x(t, b, d);
-        z[t].add(omega * c.x(t, b, d));
-      }
-      for (int64_t half = 0; half < o.halves(); half++)
-        for (int64_t n = 0; n < N; n++) {
-          const Coefficients k = coefficients(half * o.channels + d, n);
-          const int64_t at_state = (b * o.channels + d) * N + n;
-          State& s = states[half * N + n];
-          Sized h, v;
-          if (o.state) h.add(read(c.state, at_state), std::abs(read(c.state, at_state)));
-          for (int64_t step = 0; step < L; step++) {
-            const Real x = in[o.time(half, step)], late = step >= taps ? in[o.time(half, step - taps)] : 0;
-            v = {k.q * v.value + h.value - k.slope_k * k.b * late,
-                 k.radius * v.size + h.size + std::abs(k.slope_k * k.b * late)};
-            h = {k.q * h.value + k.b * (x - k.q_k * late),
-                 k.radius * h.size + std::fabs(k.b) * (std::fabs(x) + std::abs(k.q_k * late))};
-            s.h.push_back(h), s.v.push_back(v);
-            z[o.time(half, step)].add(std::real(k.w * h.value), std::abs(k.w) * h.size);
-          }
-          if (o.state) check_number("final_state", c.final_state, at_state, h);
-        }
-      for (int64_t t = 0; t < L; t++) {
-        const Activated out = activated(o.activation, z[t].value);
-        check("y", c.y.at(t, b, d), Sum{out.value, z[t].size}, t);
-        const Real dy = c.grad(t, b, d), x = c.x(t, b, d);
-        // the error of z shifts the slope
-        g[t] = dy * out.slope, g_size[t] = std::fabs(dy) * (o.activation == kIdentity ? 1 : 1 + z[t].size);
-        of_residual.add(g[t] * x, g_size[t] * std::fabs(x));
-        dx[t].add(omega * g[t], std::fabs(omega) * g_size[t]);
-      }
-      for (int64_t half = 0; half < o.halves(); half++)
-        for (int64_t n = 0; n < N; n++) {
-          const Coefficients k = coefficients(half * o.channels + d, n);
-          const int64_t j = half * N + n, at_state = (b * o.channels + d) * N + n;
-          const State& s = states[j];
-          Sized e;
-          if (o.state) {
-            if constexpr (complex)
-              e.value = std::conj(read(c.grad_state, at_state));
-            else
-              e.value = read(c.grad_state, at_state);
-            e.size = std::abs(e.value);
-            if (L > 0) of_q[j].add(e.value * s.v.back().value, e.size * s.v.back().size);
-          }
-          for (int64_t step = L; step-- > 0;) {
-            const int64_t t = o.time(half, step), u = step + taps < L ? o.time(half, step + taps) : -1;
-            of_c[j].add(g[t] * s.h[step].value, g_size[t] * s.h[step].size);
-            of_q[j].add(k.w * g[t] * s.v[step].value, std::abs(k.w) * g_size[t] * s.v[step].size);
-            const Z late = u < 0 ? Z(0) : k.q_k * g[u];
-            const Real late_size = u < 0 ? 0 : std::abs(k.q_k) * g_size[u];
-            const Sized lambda{e.value + k.w * (g[t] - late), e.size + std::abs(k.w) * (g_size[t] + late_size)};
-            of_b[j].add(std::real(lambda.value) * in[t], lambda.size * std::fabs(in[t]));
-            if (!(o.mask && c.mask[b * L + t])) dx[t].add(k.b * std::real(lambda.value), std::fabs(k.b) * lambda.size);
-            e = {k.q * lambda.value, k.radius * lambda.size};
-          }
-          if (o.state) check_number("dstate", c.dstate, at_state, e, -1);
-        }
-      for (int64_t t = 0; t < L; t++) check("dx", c.dx.at(t, b, d), dx[t], t);
-    }
-    if (o.residual) check("dresidual", c.dresidual[d], of_residual, d);
-    for (int64_t half = 0; half < o.halves(); half++) {
-      const int64_t row = half * o.channels + d;
-      Sum dtheta;
-      for (int64_t n = 0; n < N; n++) {
-        const int64_t i = row * N + n, j = half * N + n;
-        const Coefficients k = coefficients(row, n);
-        const Real beta = complex ? 1 : c.expansion(i), pp = k.p * (1 - k.p), aa = k.a * (1 - k.a);
-        const Real dr = std::real(of_q[j].value * k.phase), size = of_q[j].size;
-        check_number("dprojection", c.dprojection, i, {of_c[j].value * root, of_c[j].size * root}, -1);
-        check("ddecay", c.ddecay[i], Sum{-dr * k.p * aa, size * k.p * aa}, i);
-        check("ddamping", c.ddamping[i],
-              Sum{(of_b[j].value * beta - dr * k.a) * pp, (of_b[j].size * std::fabs(beta) + size * k.a) * pp}, i);
-        if constexpr (complex)
-          dtheta.add(-Real(n + 1) * std::imag(of_q[j].value * k.q), Real(n + 1) * size * k.radius);
-        else
-          check("dexpansion", c.dexpansion[i], Sum{of_b[j].value * k.p, of_b[j].size * k.p}, i);
-      }
-      if constexpr (complex) {
-        const Real s = logistic(c.expansion(row)), ss = turn * s * (1 - s);
-        check("dexpansion", c.dexpansion[row], Sum{dtheta.value * ss, dtheta.size * ss}, row);
-      }
-    }
+inline const cpu::Parallel kSerial = [](int64_t tasks, int64_t, const std::function<void(int64_t, int64_t)>& f) {
+  if (tasks > 0) f(0, tasks);
+};
+
+template <typename T, bool complex = false>
+struct CpuEma : EmaCase<T, complex> {
+  using C = compute_t<T>;
+  using EmaCase<T, complex>::EmaCase;
+
+  cpu::EmaShape shape() {
+    const EmaOptions& o = this->o;
+    return {o.length,
+            o.batch,
+            o.channels,
+            o.states,
+            o.truncation,
+            cpu::EmaDirection(o.direction),
+            cpu::EmaActivation(o.activation),
+            complex};
   }
-}
+  cpu::EmaStrides strides(Sequence<T>& s) { return {s.time, s.batch, s.channel}; }
+  cpu::EmaParameters<C> arguments() {
+    return {this->damping,
+            this->decay,
+            this->expansion,
+            this->projection,
+            this->if_residual(this->residual),
+            this->if_state(this->state),
+            this->mask_or_null()};
+  }
+  void run(const cpu::Parallel& parallel = kSerial) {
+    auto &x = this->x, &y = this->y, &grad = this->grad, &dx = this->dx;
+    cpu::kernels<cpu::EmaScanKernels<T>>().forward(shape(), arguments(), x.data, strides(x), y.data, strides(y),
+                                                   this->if_state(this->final_state), parallel);
+    cpu::kernels<cpu::EmaScanKernels<T>>().backward(shape(), arguments(), x.data, strides(x), grad.data, strides(grad),
+                                                    this->if_state(this->grad_state), dx.data, strides(dx),
+                                                    {this->ddamping, this->ddecay, this->dexpansion, this->dprojection,
+                                                     this->if_residual(this->dresidual), this->if_state(this->dstate)},
+                                                    parallel);
+  }
+};
 
 }  // namespace fastasr::test

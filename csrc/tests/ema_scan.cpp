@@ -1,15 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/ema/ema_scan.h"
-
-#include "tests/check.h"
 #include "tests/ema_case.h"
 
 namespace fastasr::test {
 namespace {
 
-const cpu::Parallel kSerial = [](int64_t tasks, int64_t, const std::function<void(int64_t, int64_t)>& f) {
-  if (tasks > 0) f(0, tasks);
-};
 // Three threads take the tasks one by one, from the last to the first.
 const cpu::Parallel kScattered = [](int64_t tasks, int64_t, const std::function<void(int64_t, int64_t)>& f) {
   constexpr int64_t kThreads = 3;
@@ -19,73 +13,28 @@ const cpu::Parallel kScattered = [](int64_t tasks, int64_t, const std::function<
   });
 };
 
-template <typename T, bool complex = false>
-struct Case : EmaCase<T, complex> {
-  using C = compute_t<T>;
-  using Base = EmaCase<T, complex>;
-  explicit Case(const EmaOptions& o) : Base(o, Base::seed_of(o), false) {}
-
-  cpu::EmaShape shape() {
-    const EmaOptions& o = this->o;
-    return {o.length,
-            o.batch,
-            o.channels,
-            o.states,
-            o.truncation,
-            cpu::EmaDirection(o.direction),
-            cpu::EmaActivation(o.activation),
-            complex};
-  }
-  cpu::EmaStrides strides(Sequence<T>& s) { return {s.time, s.batch, s.channel}; }
-  cpu::EmaParameters<C> arguments() {
-    return {this->damping,
-            this->decay,
-            this->expansion,
-            this->projection,
-            this->if_residual(this->residual),
-            this->if_state(this->state),
-            this->mask_or_null()};
-  }
-  void run(const cpu::Parallel& parallel) {
-    auto &x = this->x, &y = this->y, &grad = this->grad, &dx = this->dx;
-    cpu::kernels<cpu::EmaScanKernels<T>>().forward(shape(), arguments(), x.data, strides(x), y.data, strides(y),
-                                                   this->if_state(this->final_state), parallel);
-    cpu::kernels<cpu::EmaScanKernels<T>>().backward(shape(), arguments(), x.data, strides(x), grad.data, strides(grad),
-                                                    this->if_state(this->grad_state), dx.data, strides(dx),
-                                                    {this->ddamping, this->ddecay, this->dexpansion, this->dprojection,
-                                                     this->if_residual(this->dresidual), this->if_state(this->dstate)},
-                                                    parallel);
-  }
-  void compare() {
-    const long double loose = (sizeof(C) == 8 ? 4096 : 128) * (complex ? 2 : 1);
-    each_result(*this, [&](const char* name, auto got, const Sum& expected, int64_t i) {
-      expect(name, got, i, expected.value, loose * expected.size);
-    });
-  }
-};
-
 template <typename T, bool complex>
 void values(const EmaOptions& o) {
   INFO(Type<T>::name, complex ? " complex " : " ", o.text());
-  Case<T, complex> c(o), again(o);
-  c.run(kSerial);
-  c.compare();
-  again.run(kScattered);
-  CHECK(c.same_results(again), "the split of the tasks changes the result");
+  const uint64_t seed = CpuEma<T>::seed_of(o);
+  CpuEma<T, complex> c(o, seed, false, rounded<T>), again(o, seed, false, rounded<T>);
+  CpuEma<double, complex> exact(o, seed, false, rounded<T>);
+  c.run(), again.run(kScattered), exact.run();
+  expect_like<T>(c.outputs(), exact.outputs(), 200);
+  CHECK(same_outputs(c.outputs(), again.outputs()), "the split of the tasks changes the result");
 }
 
-// Compares the path of one step with the general one.
+// Compares the path of one step with the general one, in double.
 template <typename T>
-void step(EmaOptions o) {
-  o.length = 1;
+void step(const EmaOptions& o) {
   INFO(Type<T>::name, " step ", o.text());
-  Case<T> c(o), other(o);
-  c.run(kSerial);
-  cpu::kernels<cpu::EmaTensor<T>>().one_step(other.shape(), other.arguments(), other.x.data, other.strides(other.x),
-                                             other.y.data, other.strides(other.y), other.if_state(other.final_state));
-  std::swap(c.y, other.y);
-  if (o.state) std::swap(c.final_state, other.final_state);
-  c.compare();
+  const uint64_t seed = CpuEma<T>::seed_of(o);
+  CpuEma<T> c(o, seed, false, rounded<T>);
+  CpuEma<double> exact(o, seed, false, rounded<T>);
+  exact.run();
+  cpu::kernels<cpu::EmaTensor<T>>().one_step(c.shape(), c.arguments(), c.x.data, c.strides(c.x), c.y.data,
+                                             c.strides(c.y), c.if_state(c.final_state));
+  expect_like<T>(std::tie(c.y.data, c.final_state), std::tie(exact.y.data, exact.final_state), 200);
 }
 
 template <bool complex>

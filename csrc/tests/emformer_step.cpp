@@ -8,10 +8,6 @@
 namespace fastasr::test {
 namespace {
 
-void run_threads(int64_t parts, void (*part)(const void*, int64_t), const void* context) {
-  on_threads(parts, [&](int64_t i) { part(context, i); });
-}
-
 struct Shape {
   int64_t frames, right, left, memory;
 };

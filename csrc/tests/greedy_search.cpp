@@ -12,10 +12,6 @@ using cpu::GreedyLayout;
 using cpu::GreedyShape;
 using cpu::WeightFormat;
 
-void run_threads(int64_t parts, void (*part)(const void*, int64_t), const void* context) {
-  on_threads(parts, [&](int64_t i) { part(context, i); });
-}
-
 struct Transducer {
   GreedyLayout layout;
   Buffer<float> arena, embedding;

@@ -8,11 +8,6 @@ namespace fastasr::test {
 
 inline constexpr double kInf = std::numeric_limits<double>::infinity();
 
-inline double log_add(double a, double b) {
-  const double m = std::max(a, b);
-  return m == -kInf ? m : m + std::log(std::exp(a - m) + std::exp(b - m));
-}
-
 // Memory of NaNs aligned to 64 bytes; Buffer checks what is behind it.
 template <typename C>
 class Aligned {
@@ -26,5 +21,16 @@ class Aligned {
  private:
   Buffer<C> buffer_;
 };
+
+// Compares gradients in rows of `columns`, `distance` apart, with those in double.
+template <typename C>
+void expect_rows(const char* name, Buffer<C>& got, Buffer<double>& exact, int64_t columns, int64_t distance,
+                 double allowed) {
+  for (int64_t i = 0; i < got.size(); i++)
+    if (i % distance < columns)
+      expect_within(name, got[i], i, exact[i], allowed);
+    else
+      CHECK(got.unset(i), "%s: wrote between rows", name);
+}
 
 }  // namespace fastasr::test

@@ -101,7 +101,7 @@ void attention(const cpu::MegaShape& shape, int64_t length) {
   Buffer<float> query(k, 0, b.random), keys(length * ks, 1, b.random), values(length * vs, 2, b.random),
       bias(length, 0, b.random), gate(v, 0, b.random), out(v, 1), scores(length);
   cpu::kernels<cpu::MegaKernels>().attention(b.l, query, keys, ks, values, vs, length, bias, gate, scores, out);
-  Reals w(static_cast<size_t>(length));
+  std::vector<long double> w(static_cast<size_t>(length));
   long double total = 0, top = -1e30L, score_size = 0;
   for (int64_t j = 0; j < length; j++) {
     Sum s;
@@ -128,7 +128,7 @@ void norms(int64_t channels) {
   kernel.norm(x, nullptr, scale, bias, 1e-3f, alone, channels);
   for (int kind = 0; kind < 3; kind++) {
     INFO("norm ", kind, " of ", channels);
-    Reals in(static_cast<size_t>(channels));
+    std::vector<long double> in(static_cast<size_t>(channels));
     long double mean = 0, variance = 0;
     for (int64_t i = 0; i < channels; i++) {
       const long double a = x(i), h = hx(i) + y(i);

@@ -1,9 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-#include <algorithm>
-#include <cmath>
+#include "cpu/rows/norm_activation.h"
 
 #include "cpu/math/activation.h"
-#include "cpu/rows/norm_activation.h"
 #include "tests/rows_case.h"
 
 namespace fastasr::test {
@@ -26,12 +24,8 @@ struct NormActivation {
   Buffer<C> weight{channels, 0, random, 0.5, 1}, bias{channels, 0, random, 0.5};
   Buffer<C> dweight{pieces_of(rows, step) * channels}, dbias{pieces_of(rows, step) * channels}, kept{3 * rows};
 
-  NormActivation(int64_t rows_, int64_t channels_, int64_t step_, Form form_)
-      : rows(rows_),
-        channels(channels_),
-        step(step_),
-        form(form_),
-        random(static_cast<uint64_t>(rows * 131 + channels)) {}
+  NormActivation(int64_t rows_, int64_t channels_, int64_t step_, Form form_, Rounding rounding = nullptr)
+      : rows(rows_), channels(channels_), step(step_), form(form_), random(seed_of(rows, channels), rounding) {}
   void run(int64_t begin, int64_t end) {
     const auto& kernel = cpu::kernels<cpu::NormActivationKernels<T>>();
     Buffer<C> scratch(cpu::norm_activation_scratch(channels));
@@ -49,44 +43,9 @@ struct NormActivation {
     kernel.backward(p, grad, form.keeps ? statistics : nullptr, begin, end, dx, dweight + piece * channels,
                     dbias + piece * channels, scratch);
   }
-  bool same_rows(NormActivation& o) { return y.equals(o.y) && dx.equals(o.dx) && kept.equals(o.kept); }
-  bool same_sums(NormActivation& o) { return dweight.equals(o.dweight) && dbias.equals(o.dbias); }
+  auto by_row() { return std::tie(y, dx); }
+  auto sums() { return std::tie(dweight, dbias); }
 };
-
-template <typename T>
-void norm_activation_values(int64_t rows, int64_t channels, Form form) {
-  INFO(Type<T>::name, " ", rows, "x", channels, form.centred ? "" : " rms", ", activation ", form.activation);
-  NormActivation<T> c(rows, channels, rows, form);
-  c.run(0, rows);
-  std::vector<Sum> dweight(static_cast<size_t>(channels)), dbias(dweight);
-  Reals n(static_cast<size_t>(channels)), q(n);
-  for (int64_t first = 0; first < c.n; first += channels) {
-    long double mean = 0, var = 0, d_mean = 0, d_along = 0;
-    const auto x = [&](int64_t j) {
-      return std::clamp<long double>(c.x(first + j), -static_cast<long double>(form.limit), form.limit);
-    };
-    for (int64_t j = 0; j < channels; j++) mean += form.centred ? x(j) / channels : 0;
-    for (int64_t j = 0; j < channels; j++) var += (x(j) - mean) * (x(j) - mean) / channels;
-    const long double scale = 1 / std::sqrt(var + 1e-3L);
-    const auto z = [&](int64_t j) { return n[j] * c.weight(j) + (form.has_bias ? c.bias(j) : 0); };
-    const long double units = 30;  // x - mean and z round, and so does the exponent of the activation
-    for (int64_t j = 0; j < channels; j++) {
-      n[j] = (x(j) - mean) * scale, q[j] = c.grad(first + j) * activated(form.activation, z(j)).slope;
-      // a slope is off by as many units of grad as z is off by of 1
-      const long double off = units * std::fabs(c.grad(first + j)) * (1 + scale + std::fabs(z(j)));
-      dweight[j].add(q[j] * n[j], off * (1 + std::fabs(n[j]))), dbias[j].add(q[j], off);
-      d_mean += form.centred ? q[j] * c.weight(j) / channels : 0, d_along += q[j] * c.weight(j) * n[j] / channels;
-    }
-    for (int64_t j = 0; j < channels; j++) {
-      EXPECT(c.y, first + j, activated(form.activation, z(j)).value, units * (1 + scale + z(j) * z(j)));
-      const bool inside = std::fabs(c.x(first + j)) <= form.limit;
-      EXPECT(c.dx, first + j, inside ? (q[j] * c.weight(j) - d_mean - n[j] * d_along) * scale : 0,
-             10 * units * scale * (1 + scale) * (1 + std::fabs(n[j])));
-    }
-  }
-  EXPECT_ALL(c.dweight, dweight, 1);
-  EXPECT_ALL(c.dbias, dbias, 1);
-}
 
 // A NaN marks its row; a row of one value becomes act(bias).
 template <typename T>
@@ -110,9 +69,10 @@ TEST_CASE("norm_activation") {
     for (const int64_t rows : {0, 1, 3})
       for (const int64_t channels : kSizes)
         for (int form = 0; channels && form < 4; form++)
-          norm_activation_values<T>(rows, channels,
-                                    {form % 2 == 0, form < 2, channels % 2 == 0,
-                                     int(channels + form) % cpu::kActivations, form == 3 ? 1.25 : kInf});
+          values_like_double<NormActivation, T>(
+              rows, channels, 1000,
+              Form{form % 2 == 0, form < 2, channels % 2 == 0, int(channels + form) % cpu::kActivations,
+                   form == 3 ? 1.25 : kInf});
     for (const bool centred : {true, false}) {
       rows_apart(7, 2, [&](int64_t step) { return NormActivation<T>(7, 37, step, {centred, true, true, 1}); });
       rows_apart(61, 4, [&](int64_t step) { return NormActivation<T>(61, 67, step, {centred, false, false, 1}); });

@@ -71,97 +71,72 @@ void dropout(int64_t n) {
   }
 }
 
-// Compares scores and the gradient of the logits of 19 rows with the formulas in long double; then the same in place.
+// Scores and the gradient of the logits of 19 rows.
 template <typename C>
+struct Logits {
+  cpu::JoinerOutputs outputs;
+  Rounding rounding = rounded<C>;
+  int64_t count = 19, all = outputs.all;
+  Random random{static_cast<uint64_t>(2 * outputs.tokens + outputs.hat), rounding};
+  Buffer<C> x{count * all, 0, random, 3}, gx{count, 0, random}, gy{count, 0, random},
+      gz{count * outputs.durations, 0, random};
+  Buffer<C> px{count}, py{count}, pz{gz.size()}, d{count * all}, sum{all};
+  Buffer<double> total{count};
+
+  void run() {
+    std::vector<JoinerRow> table;
+    for (int64_t i = 0; i < count; i++) {
+      int64_t symbol = static_cast<int64_t>(random.bits() % static_cast<uint64_t>(outputs.tokens));
+      if (i % 5 == 4) symbol = JoinerRow::kNoSymbol;
+      table.push_back({count - 1 - i, 0, 0, symbol});  // places in another order
+    }
+    const auto& kernel = cpu::kernels<cpu::JoinerKernels<C>>();
+    kernel.scores(x, table.data(), 0, 7, outputs, {px, py, total, pz});
+    kernel.scores(x, table.data(), 7, count, outputs, {px, py, total, pz});
+    kernel.logits_gradient({x, total, gx, gy, gz, d}, table.data(), 0, count, outputs, sum);
+    Buffer<C> again(all);
+    kernel.logits_gradient({x, total, gx, gy, gz, x}, table.data(), 0, count, outputs, again);
+    CHECK(x.equals(d) && again.equals(sum), "%s: in place", Type<C>::name);
+  }
+  auto results() { return std::tie(px, py, pz, d, sum); }
+};
+
 void logits(int64_t n, bool hat, int64_t durations) {
-  const auto& kernel = cpu::kernels<cpu::JoinerKernels<C>>();
-  const int64_t count = 19, blank = n / 2, all = n + durations;
-  const cpu::JoinerOutputs outputs{n, durations, blank, hat, all};
   INFO("logits ", n, ", hat ", hat, ", durations ", durations);
-  Random random(static_cast<uint64_t>(2 * n + hat));
-  Buffer<C> x(count * all, 0, random, 3), gx(count, 0, random), gy(count, 0, random), gz(count * durations, 0, random);
-  Buffer<C> px(count), py(count), pz(count * durations), d(count * all), sum(all), again(all);
-  Buffer<double> total(count);
-  std::vector<JoinerRow> table;
-  for (int64_t i = 0; i < count; i++) {
-    int64_t symbol = static_cast<int64_t>(random.bits() % static_cast<uint64_t>(n));
-    if (i % 5 == 4) symbol = JoinerRow::kNoSymbol;
-    table.push_back({count - 1 - i, 0, 0, symbol});  // places in another order
-  }
-  kernel.scores(x, table.data(), 0, 7, outputs, {px, py, total, pz});
-  kernel.scores(x, table.data(), 7, count, outputs, {px, py, total, pz});
-  kernel.logits_gradient({x, total, gx, gy, gz, d}, table.data(), 0, count, outputs, sum);
-  std::vector<long double> column(static_cast<size_t>(all));
-  for (int64_t i = 0; i < count; i++) {
-    const JoinerRow& row = table[i];
-    const C* l = x + i * all;
-    long double z = 0;
-    for (int64_t j = 0; j < n; j++)
-      if (!hat || j != blank) z += std::exp(static_cast<long double>(l[j]));
-    const long double L = std::log(z), b = l[blank], s = logistic(b);
-    const long double y = row.symbol < 0 || (hat && row.symbol == blank)
-                              ? -std::numeric_limits<long double>::infinity()
-                              : l[row.symbol] - L + (hat ? std::log1p(-s) : 0);
-    EXPECT_WITHIN(px, row.place, y, std::isinf(y) ? 0 : error_bound<C>(y, 20));
-    EXPECT(py, row.place, hat ? std::log(s) : b - L, 20);
-    const long double u = row.symbol < 0 ? 0 : gx[row.place], v = gy[row.place];
-    for (int64_t j = 0; j < n; j++) {
-      long double e = -(hat ? u : u + v) * std::exp(l[j] - L) + (j == row.symbol ? u : 0);
-      if (j == blank) e = hat ? v * (1 - s) - u * s : e + v;
-      EXPECT(d, i * all + j, e, 20);
-      column[j] += e;
-    }
-    long double of_durations = 0, gradients = 0;
-    for (int64_t j = 0; j < durations; j++) {
-      of_durations += std::exp(static_cast<long double>(l[n + j]));
-      gradients += gz[row.place * durations + j];
-    }
-    for (int64_t j = 0; j < durations; j++) {
-      const int64_t at = row.place * durations + j;
-      const long double p = l[n + j] - std::log(of_durations), e = gz[at] - std::exp(p) * gradients;
-      EXPECT(pz, at, p, 20);
-      EXPECT(d, i * all + n + j, e, 20);
-      column[n + j] += e;
-    }
-  }
-  for (int64_t j = 0; j < all; j++) EXPECT(sum, j, column[j], 200);
-  kernel.logits_gradient({x, total, gx, gy, gz, x}, table.data(), 0, count, outputs, again);
-  CHECK(x.equals(d) && again.equals(sum), "%s %ld: in place", Type<C>::name, long(n));
+  const cpu::JoinerOutputs outputs{n, durations, n / 2, hat, n + durations};
+  Logits<float> c{outputs};
+  Logits<double> exact{outputs, rounded<float>};
+  c.run(), exact.run();
+  expect_like<float>(c.results(), exact.results(), 100);
 }
 
-// Compares the scores and the gradient of one row of given logits with the formulas in long double.
+// Scores and the gradient of one row of given logits.
 template <typename T>
 void given_logits(int64_t n, bool hat) {
-  using C = compute_t<T>;
   const auto& kernel = cpu::kernels<cpu::JoinerKernels<T>>();
+  const auto& in_double = cpu::kernels<cpu::JoinerKernels<double>>();
   const int64_t blank = n / 2;
   INFO("given logits ", n, ", hat ", hat);
   Random random(static_cast<uint64_t>(2 * n + hat) + 7);
   Buffer<T> x(n, 0, random, 3);
-  long double z = 0;
-  for (int64_t j = 0; j < n; j++)
-    if (!hat || j != blank) z += std::exp(x(j));
-  const long double L = std::log(z), b = x(blank), s = logistic(b);
+  Buffer<double> wide(n);
+  for (int64_t j = 0; j < n; j++) wide[j] = value(x[j]);
   for (const int64_t symbol : {int64_t{0}, blank, n - 1}) {
-    Buffer<C> px(1), py(1), total(1);
+    Buffer<compute_t<T>> px(1), py(1), total(1);
+    Buffer<double> exact_px(1), exact_py(1), exact_total(1);
     kernel.row_scores(x, n, symbol, blank, hat, px, py, total);
-    EXPECT(total, 0, L, 20);
-    EXPECT(px, 0, x(symbol) - L + (hat ? std::log1p(-s) : 0), 20);
-    EXPECT(py, 0, hat ? std::log(s) : b - L, 20);
-    const C gx = C(0.75), gy = C(-1.25);
-    Buffer<T> d(n);
-    kernel.row_gradient(x, total[0], gx, gy, n, symbol, blank, hat, d);
-    for (int64_t j = 0; j < n; j++) {
-      long double e = -(hat ? gx : gx + gy) * std::exp(x(j) - L);
-      if (j == blank) e = hat ? gy * (1 - s) - gx * s : e + gy;
-      EXPECT(d, j, e + (j == symbol ? gx : 0), 20);
-    }
-    Buffer<T> same(n);
+    in_double.row_scores(wide, n, symbol, blank, hat, exact_px, exact_py, exact_total);
+    expect_like<T>(std::tie(px, py, total), std::tie(exact_px, exact_py, exact_total), 100);
+    Buffer<T> d(n), same(n);
+    Buffer<double> exact(n);
+    kernel.row_gradient(x, total[0], 0.75, -1.25, n, symbol, blank, hat, d);
+    in_double.row_gradient(wide, exact_total[0], 0.75, -1.25, n, symbol, blank, hat, exact);
+    expect_like<T>("gradient", d, exact, 100);
     for (int64_t j = 0; j < n; j++) same[j] = x[j];
-    kernel.row_gradient(same, total[0], gx, gy, n, symbol, blank, hat, same);
+    kernel.row_gradient(same, total[0], 0.75, -1.25, n, symbol, blank, hat, same);
     CHECK(same.equals(d), "symbol %ld: in place", long(symbol));
-    for (int64_t j = 0; j < n; j++) cpu::store(&same[j], std::numeric_limits<C>::quiet_NaN());
-    kernel.row_gradient(same, std::numeric_limits<C>::quiet_NaN(), 0, 0, n, symbol, blank, hat, same);
+    same.set(std::numeric_limits<double>::quiet_NaN());
+    kernel.row_gradient(same, std::numeric_limits<float>::quiet_NaN(), 0, 0, n, symbol, blank, hat, same);
     for (int64_t j = 0; j < n; j++) CHECK(same(j) == 0, "symbol %ld: a row without gradients", long(symbol));
   }
 }
@@ -241,8 +216,8 @@ TEST_CASE("rnnt_joiner") {
     hidden_gradient<float>(n), hidden_gradient<double>(n);
     dropout<float>(n), dropout<double>(n);
     for (const bool hat : {false, true})
-      if (n > hat) logits<float>(n, hat, 0), logits<double>(n, hat, 0);
-    if (n) logits<float>(n, false, 5), logits<double>(n, false, 1);
+      if (n > hat) logits(n, hat, 0);
+    if (n) logits(n, false, 5), logits(n, false, 1);
   }
 }
 

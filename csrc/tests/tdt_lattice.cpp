@@ -6,72 +6,44 @@
 namespace fastasr::test {
 namespace {
 
-// Compares the kernel with the recursion in double and in the log domain, and its gradients with the recursion's.
+template <typename C>
+struct Case {
+  int64_t symbols, frames;
+  const std::vector<int64_t>& durations;
+  double mean, scale;
+  int64_t gap = 0;
+  Rounding rounding = rounded<C>;
+  int64_t row = symbols + 1 + gap, count = static_cast<int64_t>(durations.size()), cells = frames * row;
+  cpu::TdtSize size{symbols, frames, row, durations.data(), count};
+  Random random{static_cast<uint64_t>(symbols * 1000 + frames * 7 + count), rounding};
+  Buffer<C> x{frames * (row - 1), 1, random, scale, mean}, y{cells, 2, random, scale, mean},
+      z{cells * count, 3, random, scale, mean};
+  Buffer<C> dx{x.size(), 1}, dy{cells, 2}, dz{z.size(), 3};
+  Aligned<C> shares{frames * 2 * count * cpu::tdt_row(row)}, scratch{cpu::tdt_scratch(size)};
+
+  C forward(bool keep = true) {
+    return cpu::kernels<cpu::TdtLatticeKernels<C>>().forward(size, x, y, z, keep ? static_cast<C*>(shares) : nullptr,
+                                                             scratch);
+  }
+  void backward() { cpu::kernels<cpu::TdtLatticeKernels<C>>().backward(size, C(1), shares, dx, dy, dz, scratch); }
+};
+
 template <typename C>
 void values(int64_t symbols, int64_t frames, const std::vector<int64_t>& durations, double mean, double scale,
             int64_t gap = 0) {
   INFO(Type<C>::name, " ", symbols, "x", frames, " durations ", durations.size(), " from ", durations[0]);
-  const int64_t row = symbols + 1 + gap, count = static_cast<int64_t>(durations.size()), cells = frames * row;
-  const cpu::TdtSize size{symbols, frames, row, durations.data(), count};
-  Random random(static_cast<uint64_t>(symbols * 1000 + frames * 7 + count));
-  const int64_t x_cells = frames * (row - 1);
-  Buffer<C> x(x_cells, 1, random, scale, mean), y(cells, 2, random, scale, mean),
-      z(cells * count, 3, random, scale, mean);
-  Buffer<C> dx(x_cells, 1), dy(cells, 2), dz(cells * count, 3);
-  Aligned<C> shares(frames * 2 * count * cpu::tdt_row(row)), scratch(cpu::tdt_scratch(size));
-  const auto& kernel = cpu::kernels<cpu::TdtLatticeKernels<C>>();
-  const C score = kernel.forward(size, x, y, z, shares, scratch);
-  CHECK(same_bits(score, kernel.forward(size, x, y, z, nullptr, scratch)), "shares change the score");
-
-  const auto at = [&](int64_t t, int64_t s) { return static_cast<size_t>(t * (symbols + 1) + s); };
-  const auto arc = [&](int64_t t, int64_t s, int64_t i, bool symbol) {
-    return value(symbol ? x[t * (row - 1) + s] : y[t * row + s]) + value(z[(t * row + s) * count + i]);
-  };
-  const auto each = [&](int64_t t, int64_t s, auto visit) {  // the arcs into a cell: (from t, from s, i, symbol)
-    for (int64_t i = 0; i < count; i++) {
-      const int64_t from = t - durations[static_cast<size_t>(i)];
-      if (from >= 0 && from < t) visit(from, s, i, false);
-      if (from >= 0 && s > 0 && t < frames) visit(from, s - 1, i, true);
-    }
-  };
-  std::vector<double> p(at(frames, symbols) + 1, -kInf), g(p.size(), 0.0);
-  for (int64_t t = 0; t <= frames; t++)
-    for (int64_t s = 0; s <= symbols; s++) {
-      if (t + s == 0) p[0] = 0;
-      each(t, s, [&](int64_t a, int64_t b, int64_t i, bool symbol) {
-        p[at(t, s)] = log_add(p[at(t, s)], p[at(a, b)] + arc(a, b, i, symbol));
-      });
-    }
-  const double truth = p.back(), allowed = sizeof(C) == 8 ? 1e-10 : 1e-4;
-  CHECK((std::isinf(truth) ? score == truth : std::fabs(score - truth) < allowed + 1e-6 * std::fabs(truth)),
-        "score %.9g, expected %.9g", double(score), truth);
-  if (!(truth > -kInf)) return;
-  kernel.backward(size, C(1), shares, dx, dy, dz, scratch);
-  std::vector<double> ex(static_cast<size_t>(cells)), ey(ex), ez(static_cast<size_t>(cells * count));
-  g.back() = 1;
-  for (int64_t t = frames; t >= 0; t--)
-    for (int64_t s = symbols; s >= 0; s--)
-      each(t, s, [&](int64_t a, int64_t b, int64_t i, bool symbol) {
-        if (g[at(t, s)] == 0 || p[at(t, s)] == -kInf) return;
-        const double d = g[at(t, s)] * std::exp(p[at(a, b)] + arc(a, b, i, symbol) - p[at(t, s)]);
-        g[at(a, b)] += d;
-        (symbol ? ex[static_cast<size_t>(a * (row - 1) + b)] : ey[static_cast<size_t>(a * row + b)]) += d;
-        ez[static_cast<size_t>((a * row + b) * count + i)] += d;
-      });
-  for (int64_t i = 0; i < x_cells; i++)
-    if (i % (row - 1) < symbols)
-      expect_within("dx", dx[i], i, ex[static_cast<size_t>(i)], allowed);
-    else
-      CHECK(dx.unset(i), "wrote between rows");
-  for (int64_t i = 0; i < cells; i++) {
-    if (i % row > symbols) {
-      CHECK(dy.unset(i), "wrote between rows");
-      continue;
-    }
-    expect_within("dy", dy[i], i, ey[static_cast<size_t>(i)], allowed);
-    for (int64_t k = i * count; k < (i + 1) * count; k++)
-      expect_within("dz", dz[k], k, ez[static_cast<size_t>(k)], allowed);
-  }
+  Case<C> c{symbols, frames, durations, mean, scale, gap};
+  Case<double> exact{symbols, frames, durations, mean, scale, gap, rounded<C>};
+  const C score = c.forward();
+  const double expected = exact.forward(), allowed = 1e-4;
+  CHECK(same_bits(score, c.forward(false)), "shares change the score");
+  CHECK((std::isinf(expected) ? score == expected : std::fabs(score - expected) < allowed + 1e-6 * std::fabs(expected)),
+        "score %.9g, expected %.9g", double(score), expected);
+  if (!(expected > -kInf)) return;
+  c.backward(), exact.backward();
+  expect_rows("dx", c.dx, exact.dx, symbols, c.row - 1, allowed);
+  expect_rows("dy", c.dy, exact.dy, symbols + 1, c.row, allowed);
+  expect_rows("dz", c.dz, exact.dz, (symbols + 1) * c.count, c.row * c.count, allowed);
 }
 
 template <typename C>

@@ -9,35 +9,42 @@ namespace fastasr::test {
 namespace {
 
 template <typename T>
+struct Weights : AttentionCase<T> {
+  using Base = AttentionCase<T>;
+  using Base::a, Base::kernel, Base::random;
+  using typename Base::C;
+  int64_t stride = a.keys() + 3;  // of the rows of W
+  Buffer<T> grad{this->pairs * a.frames * a.keys(), 2, random}, w{this->pairs * a.frames * stride, 1};
+
+  using Base::Base;
+  void run() {
+    const cpu::KeyRange* const ranges = this->ranges.data();
+    Buffer<C> forward_scratch(a.forward_scratch()), backward_scratch(a.backward_scratch());
+    w.set(0);
+    for (int64_t pair = 0; pair < this->pairs; pair++) {
+      T* weights = w + pair * a.frames * stride;
+      kernel.forward(a, ranges, this->x, this->kt_of(pair), this->positions_of(pair), pair, 0, a.frames, weights,
+                     stride, forward_scratch);
+      this->each_part([&](int64_t k, int64_t begin, int64_t end) {
+        kernel.backward(a, ranges, this->x, weights, stride, grad + pair * a.frames * a.keys(), a.keys(),
+                        this->kt_of(pair), this->rows_of(pair), this->positions_of(pair), pair, begin, end, this->dx,
+                        this->dk_of(pair, k), this->drt_of(pair, k), backward_scratch);
+      });
+      this->store_keys(pair);
+    }
+    this->store_positions(a.heads);
+  }
+  auto outputs() { return std::tie(w, this->dx, this->dpos, this->dcached); }
+};
+
+template <typename T>
 void values(const AttentionShape& shape, uint64_t seed) {
   INFO(Type<T>::name, " T=", shape.frames, " left=", shape.left, " chunk=", shape.chunk);
-  using C = compute_t<T>;
-  AttentionCase<T> c(shape, seed);
-  Workspace<T> p(c);
-  const cpu::AttentionProblem& a = c.a;
-  const int64_t stride = a.keys() + 3;
-  Buffer<C> forward_scratch(a.forward_scratch()), backward_scratch(a.backward_scratch());
-  Buffer<T> w(p.pairs * a.frames * stride, 1);
-  for (int64_t pair = 0; pair < p.pairs; pair++) {
-    T* weights = w + pair * a.frames * stride;
-    p.kernel.forward(a, p.ranges.data(), c.x, p.kt_of(pair), p.positions_of(pair), pair, 0, a.frames, weights, stride,
-                     forward_scratch);
-    for (int64_t k = 0; k < p.parts; k++)
-      p.kernel.backward(a, p.ranges.data(), c.x, weights, stride, c.grad + pair * a.frames * a.keys(), a.keys(),
-                        p.kt_of(pair), p.rows_of(pair), p.positions_of(pair), pair, k * p.part,
-                        std::min(a.frames, (k + 1) * p.part), p.dx, p.dk_of(pair, k), p.drt_of(pair, k),
-                        backward_scratch);
-    p.store_keys(pair);
-  }
-  p.store_positions(a.heads);
-  // W is rounded to T before its gradient is formed from it
-  const double unit = 64 * Type<C>::half_ulp, rounded = unit + 2 * Type<T>::half_ulp * (sizeof(T) == 2 ? 1 : 0);
-  for (int64_t i = 0; i < p.pairs * a.frames; i++)
-    for (int64_t j = 0; j < a.keys(); j++) {
-      const long double expected = c.w[i * a.keys() + j];
-      EXPECT_WITHIN(w, i * stride + j, expected, near_bound<T>(expected, unit));
-    }
-  p.compare(4 * rounded);
+  Weights<T> c(shape, seed, rounded<T>);
+  Weights<double> exact(shape, seed, rounded<T>);
+  c.run(), exact.run();
+  // the gradient is formed of W as it is stored, in T
+  expect_like<T>(c.outputs(), exact.outputs(), 20 + 5 * kStored<T>);
 }
 
 void exponential() {

@@ -66,7 +66,7 @@ def _written(root: Path, folder: Path) -> dict[Path, str]:
 def _included(headers: Path) -> set[str]:
     """Returns the names of the headers that the bindings include."""
     include = re.compile(rf'^#include "{headers.parent.name}/{headers.name}/(\w+)\.h"', re.M)
-    texts = (path.read_text(encoding="utf-8") for path in headers.parent.glob("*.cpp"))
+    texts = (path.read_text(encoding="utf-8") for path in headers.parent.glob("*.*"))
     return {name for text in texts for name in include.findall(text)}
 
 

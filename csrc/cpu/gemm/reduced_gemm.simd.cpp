@@ -26,7 +26,6 @@ constexpr int kLanes = Lanes<float>::count;
 // Two vectors of columns make a tile; its sums take the registers that weights, a broadcast and, without an instruction
 // for the whole, halves of sums leave.
 constexpr int64_t kTileColumns = 2 * kLanes;
-constexpr int64_t kPanelTiles = kReducedColumns / kTileColumns;
 #if defined(__AVX512VNNI__) || defined(__ARM_FEATURE_DOTPROD)
 constexpr int64_t kRows = 14;
 #elif defined(__AVX512F__)

@@ -144,9 +144,7 @@ struct ChunkStep {
 struct ChunkKernels {
   // Maps features (streams, input_frames, bins), contiguous, to out (streams, chunk / 2, output_dim).
   void (*step)(const ChunkStep& step, const float* features, float* out);
-  // Runs the front end alone, features -> (streams chunk, stride of stack 0), which advances its states; or one layer,
-  // x (streams frames, stride) in place. Neither changes the counters.
-  void (*front)(const ChunkStep& step, const float* features, float* x);
+  // Runs one layer, x (streams frames, stride) in place. It does not change the counters.
   void (*layer)(const ChunkStep& step, const ChunkPlan::Stack& stack, const ChunkLayer& layer, float* x);
 };
 

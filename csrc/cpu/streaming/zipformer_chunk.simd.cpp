@@ -52,16 +52,12 @@ void run(const ChunkStep& step, const float* features, float* out) {
   chunk_end(step);
 }
 
-void front(const ChunkStep& step, const float* features, float* x) { Front(step).run(features, x); }
-
 void layer(const ChunkStep& step, const ChunkPlan::Stack& stack, const ChunkLayer& l, float* x) {
   Layer(step, stack, l).run(x);
 }
 
 }  // namespace
 
-FASTASR_KERNELS_FLOAT(ChunkKernels, .step = run, .front = front, .layer = layer)
-FASTASR_KERNELS_FLOAT(ChunkRows, .scores = chunk_scores, .softmax = chunk_softmax, .weighted = chunk_weighted,
-                      .convolution = chunk_convolution, .downsample = chunk_downsample, .combine = chunk_combine)
+FASTASR_KERNELS_FLOAT(ChunkKernels, .step = run, .layer = layer)
 
 }  // namespace fastasr::cpu

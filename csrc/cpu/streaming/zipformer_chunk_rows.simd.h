@@ -6,7 +6,7 @@
 
 #include "cpu/math/activation.h"
 #include "cpu/math/elementary.h"
-#include "cpu/streaming/zipformer_chunk_rows.h"
+#include "cpu/streaming/zipformer_chunk.h"
 
 // The parts of a chunk's step between the matrix products. Each element is computed with the same operations whatever
 // the rows and columns beside it.
@@ -17,6 +17,19 @@ constexpr int64_t kLanes = kChunkLanes;
 constexpr float kMasked = -1000;
 // A worker reads at least this many weights: with fewer, waking it takes longer.
 constexpr int64_t kLeastWeights = 32768;
+
+// Computes s[i][j] = q[i] . keys[.][j] + p[i] . positions[.][frames - 1 - i + j] for `frames` queries and `keys` keys,
+// computed for whole vectors of keys. keys (query, capacity), positions (pos, stride).
+struct ChunkScores {
+  const float *q, *p;
+  int64_t row_stride;  // stride of q and p
+  int64_t frames, keys, query, pos;
+  const float* transposed;
+  int64_t capacity;
+  const float* positions;
+  int64_t position_stride;
+  float* scores;  // (frames, round_up(keys, kChunkLanes))
+};
 
 // Each number of rows has its own function: several tiles inlined into one function would spill.
 template <int kRows>
@@ -151,6 +164,17 @@ inline void chunk_add(const float* __restrict y, float* __restrict x, int64_t n)
 #pragma omp simd
   for (int64_t i = 0; i < n; i++) x[i] += y[i];
 }
+
+// One stripe of kChunkLanes channels of the chunk-causal depthwise convolution. u holds `pad` frames before the chunk,
+// then the chunk, `stride` apart; the tables start at the stripe's first channel.
+struct ChunkConvStripe {
+  const float* u;
+  int64_t stride, frames, pad;
+  const float *causal, *causal_bias, *chunkwise, *chunkwise_bias, *scale;
+  int64_t table_stride;
+  float* out;
+  int64_t out_stride, columns;
+};
 
 // Each number of frames has its own function, see score_tile.
 template <int kFrames>

@@ -103,6 +103,7 @@ TABLE = OpTable(
         Sample("a map", lambda m: _mixed(m, (2, 5, 6, 7), 1)),
         Sample("channels first, few", lambda m: _mixed(m, (9, 4), 0)),
         Sample("many frames", lambda m: _mixed(m, (700, 33), 1)),
+        Sample("many channels", lambda m: _mixed(m, (20, 600))),
         Sample("one frame", lambda m: _call(m, (1, 6))),
         Sample("one channel", lambda m: _call(m, (17, 1))),
         Sample("no frames", lambda m: _call(m, (0, 6))),

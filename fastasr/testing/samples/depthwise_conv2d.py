@@ -63,6 +63,7 @@ TABLE = OpTable(
         Sample("one block and a frame", lambda m: _maps(m, (1, 33, 9, 40)), large=True),
         Sample("streaming: the cache's frames are before", lambda m: _maps(m, (1, 9, 6, 24), (5, 3), (0, 1))),
         Sample("two blocks of channels", lambda m: _maps(m, (2, 5, 4, 70), (3, 3), (1, 1))),
+        Sample("many sequences", lambda m: _maps(m, (40, 3, 4, 5), (3, 3), (1, 1))),
         Sample("one frame", lambda m: _maps(m, (3, 1, 9, 17), (5, 3), (2, 1))),
         Sample("one pixel", lambda m: _maps(m, (2, 9, 1, 16), (3, 1), (1, 0))),
         Sample("one tap", lambda m: _maps(m, (2, 9, 5, 18), (1, 1), (0, 0))),
