@@ -519,7 +519,7 @@ def _put_back(module: nn.Module, before: Attributes) -> list[str]:
 def _why_not_now(module: nn.Module) -> str | None:
     """Returns why no call is replayed now, "" if that is no loss, or None. Under hooks of all modules and while
     torch.jit traces, a bound forward is not run (:mod:`fastasr.swap.binding`)."""
-    if recording() is not None or torch.compiler.is_compiling():
+    if recording() is not None:
         return ""
     if _left.is_ignored():  # fastasr itself compares both ways
         return ""
@@ -601,7 +601,8 @@ def replaying(forward: Forward, name: str = "") -> Forward:
 
     @functools.wraps(forward)
     def replay(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        graphs = _GRAPHS.get(self)
+        # torch.compile would guard every key of _GRAPHS, of which some may be freed meanwhile.
+        graphs = None if torch.compiler.is_compiling() else _GRAPHS.get(self)
         return forward(self, *args, **kwargs) if graphs is None else graphs(self, *args, **kwargs)
 
     return replay

@@ -2,11 +2,13 @@
 """Calls that no replay can serve run as they are, and what surrounds a call does not change a recording."""
 
 import copy
+import gc
 
 import pytest
 import torch
 from recorded import graphed, reasons
 from steps import numbers, seeded
+from torch._dynamo.testing import CompileCounter
 from torch.autograd import forward_ad
 from torch.nn.modules import module as modules
 from torch.testing._internal.two_tensor import TwoTensor
@@ -100,6 +102,22 @@ AROUND = {
     "dual numbers": dual,
     "compile": lambda model, x: torch.compile(model, backend="eager")(x),
 }
+
+
+def test_compiled_models_do_not_look_at_other_recorded_ones():
+    """A guard on what is recorded fails when other models come and go; one that went while it was made raised."""
+    kept = [pair()]
+    ours, _, _ = pair()
+    counter = CompileCounter()
+    compiled = torch.compile(ours, backend=counter)
+    compiled(features())
+    before = counter.frame_count
+    kept.clear()
+    gc.collect()
+    compiled(features())
+    kept.append(pair())
+    compiled(features())
+    assert counter.frame_count == before > 0
 
 
 @pytest.mark.parametrize("train", [False, True])
