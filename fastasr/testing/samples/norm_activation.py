@@ -81,7 +81,7 @@ TABLE = OpTable(
         eps=shape.choice((0.1, 1.0)),
         bias=shape.choice((True, False)),
         kind=shape.choice(("layer", "rms")),
-        limit=shape.choice((0.0, 1.317)),
+        limit=shape.choice((0.0, 1.3125)),  # of float32 and float64: both see the same elements beyond it
     ),
 )
 
