@@ -72,7 +72,7 @@ _OPERATIONS = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
 
 def _check_overflow(a, b, operation):
     """Checks for integer overflow; the stock check forms ten tensors for it."""
-    if a.type.scalar.int_bitwidth == 32:
+    if a.type.scalar.int_bitwidth < 64:
         operators.exact(_OPERATIONS[operation.__name__], a.handle.data, b.handle.data)
 
 

@@ -28,10 +28,10 @@ INTEGERS = {"int32", "int64"}
 
 
 def exact(function, a, b):
-    """Adds, subtracts or multiplies 32-bit integers, whose result must fit."""
+    """Adds, subtracts or multiplies integers of fewer than 64 bits, whose result must fit."""
     wide = function(a, b, dtype=np.int64)
-    narrow = wide.astype(np.int32)
-    assert (wide == narrow).all(), f"int32 overflow detected for operation {function.__name__}"
+    narrow = wide.astype(a.dtype)
+    assert (wide == narrow).all(), f"{a.dtype} overflow detected for operation {function.__name__}"
     return narrow
 
 

@@ -90,6 +90,23 @@ def test_an_operator_notices_an_overflow(name):
     assert result(method, most, 2**40) == result(method.stock, most, 2**40, _semantic=SEMANTIC)
 
 
+@pytest.mark.parametrize(
+    ("kind", "a", "b", "fits"),
+    [
+        (tl.int16, 32767, 5, False),
+        (tl.int8, 127, 5, False),
+        (tl.int8, 100, 5, True),
+        (tl.uint32, 3_000_000_000, 1, True),
+        (tl.uint32, 2**32 - 1, 1, False),
+    ],
+)
+def test_other_integers_overflow_as_in_the_stock_interpreter(kind, a, b, fits):
+    dtype = interpreter._get_np_dtype(kind)
+    a, b = (tl.tensor(interpreter.TensorHandle(np.array([n], dtype=dtype), kind), kind) for n in (a, b))
+    found = result(SEMANTIC.add, a, b, True)
+    assert isinstance(found, list) if fits else found is AssertionError
+
+
 def test_operands_are_broadcast_as_by_the_stock_interpreter():
     broadcast = type(SEMANTIC).broadcast_impl_value
     for dtype in ARRAYS:
