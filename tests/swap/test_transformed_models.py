@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from typing import NamedTuple
 
+import families
 import pytest
 import tiny_emformer_rnnt
 import tiny_parakeet
@@ -226,3 +227,24 @@ def test_swapped_as_upstream(family, mode):
         assert set(done) >= set(TRANSFORMS) - {dual_input, grad}  # which need gradients that are made by hand
     with torch.no_grad():
         assert torch.equal(_output(ours, {}, ours.x), before)
+
+
+@torch.no_grad()
+def test_vmap_of_a_mask():
+    """Gemma 4's attention reads its mask, which it cannot under vmap."""
+    model, run = families.make("gemma 4")
+    fastasr.accelerate(model.eval())
+    attention = next(m for m in model.modules() if type(m).__name__ == "Gemma4AudioAttention")
+    calls, forward = [], attention.forward
+    vars(attention)["forward"] = lambda **call: calls.append(call) or forward(**call)
+    run(model)
+    vars(attention)["forward"] = forward
+    call = calls[0]
+
+    def output(x, mask):
+        return attention(**call | {"hidden_states": x, "attention_mask": mask})[0]
+
+    x = torch.stack([call["hidden_states"], 2 * call["hidden_states"]])
+    masks = torch.stack([call["attention_mask"]] * 2)
+    expected = torch.stack([output(*pair) for pair in zip(x, masks, strict=True)])
+    torch.testing.assert_close(torch.func.vmap(output)(x, masks), expected)

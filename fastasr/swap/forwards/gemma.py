@@ -304,9 +304,11 @@ def _hidden_in_windows(
     size, horizon = module.chunk_size, module.max_past_horizon
     if mask is None or not frames or mask.shape[1:] != (1, -(-frames // size), size, module.context_size):
         return None
-    visible = mask == 0
+    if torch._C._functorch.is_batchedtensor(mask):  # by torch.func.vmap
+        return None
 
     def find() -> tuple[Tensor, Tensor | None] | None:
+        visible = mask == 0
         valid = visible.diagonal(horizon, 3, 4).flatten(1)[:, :frames]  # each query sees itself
         behind = torch.arange(size, dtype=torch.int64, device=mask.device)[:, None] + horizon
         behind = behind - torch.arange(module.context_size, dtype=torch.int64, device=mask.device)
@@ -319,7 +321,7 @@ def _hidden_in_windows(
 
     if not may_read():
         return find()
-    content = _kept.content(visible if mask.is_cpu else mask)
+    content = _kept.content(mask == 0 if mask.is_cpu else mask)
     return _kept.on(mask, "_fastasr_hidden", content, find)
 
 
