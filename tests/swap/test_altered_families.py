@@ -56,6 +56,33 @@ ALTERED = (
 )  # fmt: skip
 
 
+class Wrapped(torch.nn.Module):
+    """Stands around a layer, as a library's adapter does."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+@pytest.mark.parametrize(
+    ("family", "path", "child"),
+    [
+        ("mega", "mega_blocks.0.0", "proj_h"),
+        ("e-branchformer", "encoders.0.feed_forward", "w_1"),
+        ("parakeet", "layers.0.feed_forward1", "linear1"),
+        ("emformer", "emformer_layers.0", "layer_norm_output"),
+    ],
+)
+def test_a_module_around_a_wrapped_layer_is_served(family, path, child):
+    model, _ = families.make(family)
+    module = model.get_submodule(path)
+    setattr(module, child, Wrapped(getattr(module, child)))
+    assert fastasr.explain(model)[path].status == "replaced"
+
+
 @pytest.mark.parametrize(("family", "path", "alter", "reason"), ALTERED)
 def test_an_altered_module(family, path, alter, reason):
     model, _ = families.make(family)
