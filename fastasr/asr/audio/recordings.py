@@ -205,10 +205,10 @@ def prompt_transcripts(cache: Path) -> dict[str, str]:
     return transcripts(gzip.decompress((cache / TRANSCRIPTS).read_bytes()).decode("utf-8", "replace"))
 
 
-def prompts(cache: Path) -> Iterator[Clip]:
-    """Yields the unpacked prompts that have a transcript, named by their paths."""
+def prompts(cache: Path, pattern: str = "**/*.wav") -> Iterator[Clip]:
+    """Yields the unpacked prompts that fit the pattern and have a transcript, named by their paths."""
     words, root = prompt_transcripts(cache), cache / PROMPTS
-    for path in sorted(root.rglob("*.wav")):
+    for path in sorted(root.glob(pattern)):
         name = path.relative_to(root).with_suffix("").as_posix()
         if name in words:
             clip = read(path)
@@ -302,7 +302,7 @@ def load(
         return Speech(f"{len(clips)} recordings in {folder}", utterances[0].rate, utterances)
     reason = "asked for" if only_generated else fetch_prompts(cache, say)
     if not reason:
-        clips = [clip for clip in prompts(cache) if 1.0 <= clip.seconds <= 12.0 and "/" not in clip.name]
+        clips = [clip for clip in prompts(cache, "*.wav") if 1.0 <= clip.seconds <= 12.0]
         if clips:
             source = "telephone prompts of Debian's asterisk-core-sounds-en-wav (Allison Smith, CC-BY-SA 3.0)"
             utterances = joined(clips, seconds, count)
