@@ -46,7 +46,7 @@ def export_onnx(
     Args:
         folder: the folder for the files; it is made if it is missing. Files are called ``encoder-SUFFIX.onnx`` and so
             on. A complete file replaces one of the same name.
-        feature_dim: channels of the features; by default the front end's.
+        feature_dim: channels of the features; by default the multiple of eight that gives the front end its width.
         int8: whether to write a dynamically quantised file beside each file, ``encoder-SUFFIX.int8.onnx`` and so on:
             the weights of matrix products, and the decoder's embedding, in 8 bits.
         reduce_range: whether these weights take 7 bits only, for x86 processors without VNNI. There onnxruntime adds
