@@ -9,7 +9,7 @@ and the module's parameters.
 import contextlib
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from itertools import compress
+from itertools import chain, compress
 from typing import Any, Protocol
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from fastasr._recording import recorded_by
+from fastasr._recording import recorded_by, storage_of
 from fastasr._transforms import Function, transforms_active
 from fastasr.graphs.casts import Casts, Uses
 from fastasr.graphs.leaks import Made
@@ -115,6 +115,7 @@ class Graph:
         self.device = self.tensors[0].device
         self.gradients = gradients
         self.addresses: list[int] = []  # of the module's tensors when it was recorded
+        self.outside: list[Tensor] = []  # that it reads, besides the module's own
         # the parameters whose gradients may come at the end of the backward pass
         self.late: list[Tensor] = []
         rooms = self._rehearse(recorder, module, others)
@@ -184,8 +185,9 @@ class Graph:
         self, recorder: Recorder, module: nn.Module, others: Sequence["Graph"], again: bool = False
     ) -> list[Room]:
         """Runs both passes once in the form in which they are recorded, and puts the module's buffers back. In this run
-        libraries choose kernels and allocate workspaces, and it shows which parameters are only cast and whether the
-        call keeps tensors. Returns the rooms that the passes take.
+        libraries choose kernels and allocate workspaces, and it shows which parameters are only cast, whether the call
+        keeps tensors, and which others it reads, such as tables of positions: the graph keeps these, because their
+        owner may make longer ones. Returns the rooms that the passes take.
         """
         buffers = list(module.buffers())
         before = [b.clone() for b in buffers]
@@ -218,6 +220,8 @@ class Graph:
         if not again and made.left():  # The first call makes a table that later ones read.
             return self._rehearse(recorder, module, others, again=True)
         made.check()
+        own = set(map(storage_of, chain(module.parameters(), buffers, self.tensors)))
+        self.outside = [t for key, t in made.outside.items() if key not in own]
         if uses is not None:
             castable = uses.castable(parameters)
             if castable:

@@ -21,11 +21,15 @@ _CONTAINERS = (list, tuple, set, dict, CellType)
 
 
 class Made(TorchDispatchMode):
-    """Notes all tensors that are made inside the block, in which saved tensors have no hooks."""
+    """Notes all tensors that are made inside the block, in which saved tensors have no hooks, and the memory of those
+    from outside that are read.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.made: list[tuple[StorageWeakRef, torch.Size]] = []
+        self.outside: dict[int, torch.Tensor] = {}
+        self._inside: set[int] = set()
 
     def __torch_dispatch__(
         self,
@@ -39,8 +43,12 @@ class Made(TorchDispatchMode):
                 "saved tensors have hooks, as in checkpointing, which run in the backward pass"
             )
         found = function(*args, **(kwargs or {}))
-        taken = {storage_of(t) for t in tensors_in((args, kwargs))}
+        taken = {storage_of(t): t for t in tensors_in((args, kwargs))}
         new = [t for t in tensors_in(found) if storage_of(t) not in taken]
+        self._inside.update(map(storage_of, new))
+        for key, t in taken.items():
+            if key not in self._inside and key not in self.outside:
+                self.outside[key] = torch.ops.aten.detach.default(t)  # without t's base and graph of autograd
         self.made += [(StorageWeakRef(t.untyped_storage()), t.shape) for t in new]
         return found
 

@@ -5,9 +5,11 @@ As in a graph, no Python runs in a replay: every call of an operator is repeated
 what it gives is written to the tensors that it gave then. So whatever the recorded code read from Python is frozen, and
 whatever it read from tensors is read again. Recording raises :class:`Waits` where a GPU would have to wait for the host
 to see a value, and notes each tensor from outside that was read. As in a capture, nothing has changed afterwards:
-generators and tensors that were written to are put back.
+generators and tensors that were written to are put back. A graph keeps no tensor from outside, and a replay fails if
+nothing but the tape keeps one.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -45,6 +47,7 @@ class Tape(TorchDispatchMode):
         self.made: dict[int, Tensor] = {}
         self.read: dict[int, Tensor] = {}
         self._before: dict[int, tuple[Tensor, Tensor]] = {}
+        self._own: Counter[int] = Counter()  # storage -> how many tensors of the tape have it
 
     def __torch_dispatch__(
         self,
@@ -95,6 +98,10 @@ class Tape(TorchDispatchMode):
         found += [args[i] for i in places if i < len(args) and args[i] is not None]
         return tensors_in(found)
 
+    def _alone(self, key: int) -> bool:
+        """Says whether the tape alone keeps a storage, beside the Python object that ``storage_of`` made of it."""
+        return torch._C._storage_Use_Count(key) <= self._own[key] + 1
+
     def undo(self) -> None:
         """Puts tensors from outside back. Tensors made while recording become NaN, because a capture computes
         nothing."""
@@ -106,9 +113,15 @@ class Tape(TorchDispatchMode):
                     )
             for t, before in self._before.values():
                 torch.empty(0, dtype=t.dtype).set_(t.untyped_storage()).copy_(before)
+        kept = [(args, kwargs, results) for _, args, kwargs, results in self.calls]
+        self._own.update(map(storage_of, tensors_in([kept, self.made, self.read, [*self._before.values()]])))
 
     @torch.no_grad()
     def replay(self) -> None:
+        if lost := [
+            t.shape for key, t in self.read.items() if t.dim() and self._alone(key)
+        ]:  # a number has none
+            raise AssertionError(f"a graph reads tensors that nothing keeps: {lost}")
         with torch._C._AutoDispatchBelowAutograd():
             for function, args, kwargs, results in self.calls:
                 for t, again in zip(results, tensors_in(function(*args, **kwargs)), strict=True):

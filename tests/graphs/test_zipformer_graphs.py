@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """A recorded Zipformer is the unrecorded one: the same random numbers, in the same order, decide the same things."""
 
+import gc
 import random
 
 import pytest
 import torch
 from recorded import graphed, reasons
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from fastasr.models.zipformer import Zipformer
 from fastasr.models.zipformer.layer import ZipformerEncoderLayer
@@ -263,3 +265,25 @@ def test_plans_are_few():
     layers = sum(isinstance(m, ZipformerEncoderLayer) for m in model.modules())
     assert len(graph.ahead.plans) <= 43 * layers
     assert len(graph.back.plans) <= 12 * layers
+
+
+@torch.no_grad()
+def test_longer_recordings_leave_the_tables_of_shorter_ones():
+    """A longer call replaces the table of positions, which the graphs of shorter calls go on reading."""
+    ours, theirs = (encoder(0.0, train=False) for _ in range(2))
+    graphs = graphed(ours, after=0)
+    short = inputs(40, [40, 30], seed=1)
+    ours(*short)
+    tables = [
+        StorageWeakRef(m.pe.untyped_storage()) for m in ours.modules() if getattr(m, "pe", None) is not None
+    ]
+    ours(*inputs(1100, [1100], seed=2))
+    torch.testing.assert_close(ours(*short)[0], theirs(*short)[0])
+    assert [kind.replayed for kind in graphs.kinds.values()] == [2, 0]
+    graphs.recorder.tapes.clear()
+    graphs.clear(ours)
+    gc.collect()
+    assert [table.expired() for table in tables] == [
+        True,
+        False,
+    ]  # The second one is that of half the frames.
