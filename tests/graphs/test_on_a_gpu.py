@@ -71,6 +71,21 @@ def run(model, steps, cast):
     return found
 
 
+@torch.no_grad()
+def test_longer_recordings_leave_the_tables_of_shorter_ones():
+    """A longer call replaces the table of positions. Its memory must not go to others while shorter calls read it."""
+    model = made(zipformer, train=False)
+    short, long = batch(96, [96, 64], 0), batch(2400, [2400], 1)
+    expected = model(*short)[0].clone()
+    fastasr.accelerate(model, graphs=fastasr.Graphs(after=0))
+    model(*short)
+    model(*long)
+    others = [torch.full((4096,), torch.nan, device="cuda") for _ in range(1000)]
+    torch.testing.assert_close(model(*short)[0], expected, rtol=1e-3, atol=1e-3)
+    assert fastasr.graph_state(model.encoder)[""][0].replayed == 2
+    del others
+
+
 @pytest.mark.parametrize("cast", [False, True])
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("build", [fast_conformer, zipformer])
