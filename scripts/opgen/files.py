@@ -66,7 +66,7 @@ def _written(root: Path, folder: Path) -> dict[Path, str]:
 def _included(headers: Path) -> set[str]:
     """Returns the names of the headers that the bindings include."""
     include = re.compile(rf'^#include "{headers.parent.name}/{headers.name}/(\w+)\.h"', re.M)
-    bindings = (path for path in headers.parent.iterdir() if path.suffix in (".cpp", ".h"))
+    bindings = (path for kind in ("*.cpp", "*.h") for path in headers.parent.glob(kind))
     texts = (path.read_text(encoding="utf-8") for path in bindings)
     return {name for text in texts for name in include.findall(text)}
 
