@@ -11,7 +11,7 @@ from triton.runtime import interpreter
 
 from fastasr.kernels import layer_norm_lstm
 from fastasr.testing.checks import Case, parity
-from fastasr.testing.tape import Tape, TapeRecorder
+from fastasr.testing.tape import Tape, TapeRecorder, _kept
 from tests.kernels.interpreter import blocks, faster, memory, repair
 
 faster.install()
@@ -51,7 +51,8 @@ def launches_on_the_tape(monkeypatch):
     def call(executor, *arguments, **options):
         tape = _get_current_dispatch_mode()
         if isinstance(tape, Tape):
-            tape.calls.append((lambda *a, **o: run(executor, *a, **o), arguments, options, []))
+            kept = _kept(arguments), _kept(options)  # a graph keeps none of them
+            tape.calls.append((lambda *a, **o: run(executor, *a, **o), *kept, []))
         else:
             run(executor, *arguments, **options)
 
