@@ -67,13 +67,10 @@ def _device_call(stock):
     return call
 
 
-_OPERATIONS = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
-
-
 def _check_overflow(a, b, operation):
     """Checks for integer overflow; the stock check forms ten tensors for it."""
     if a.type.scalar.int_bitwidth < 64:
-        operators.exact(_OPERATIONS[operation.__name__], a.handle.data, b.handle.data)
+        operators.exact(operators.ARITHMETIC[operation.__name__], a.handle.data, b.handle.data)
 
 
 def _block_type(stock):
