@@ -118,9 +118,9 @@ class Tape(TorchDispatchMode):
 
     @torch.no_grad()
     def replay(self) -> None:
-        if lost := [
-            t.shape for key, t in self.read.items() if t.dim() and self._alone(key)
-        ]:  # a number has none
+        # A number of Python is a tensor without dimensions here, which a launch takes by its value.
+        lost = [t.shape for key, t in self.read.items() if t.dim() and self._alone(key)]
+        if lost:
             raise AssertionError(f"a graph reads tensors that nothing keeps: {lost}")
         with torch._C._AutoDispatchBelowAutograd():
             for function, args, kwargs, results in self.calls:
