@@ -14,7 +14,8 @@ from torch.autograd.function import once_differentiable
 
 from fastasr._transforms import Function
 from fastasr.ops import zipformer_attention
-from fastasr.ops.zipformer_attention import gradients
+from fastasr.ops._register import autocast_dtype, cast
+from fastasr.ops.zipformer_attention import gradients, kept_values
 
 
 class UnmaterialisedWeights:
@@ -92,18 +93,18 @@ class _Weighted(Function):
         options: dict[str, Any],
         sums: Any,
     ) -> Tensor:
-        y = zipformer_attention(projected, positions, values, *sizes, **options)
         ctx.dtypes = projected.dtype, values.dtype
-        ctx.save_for_backward(*(t.to(y.dtype).contiguous() for t in (projected, positions, values)))
+        dtype = autocast_dtype(projected) or projected.dtype
+        operands = [t.contiguous() for t in cast(dtype, projected, positions, values)]
+        y, *kept = kept_values(*operands, *sizes, **options)
+        ctx.save_for_backward(y, *kept, *operands)
         ctx.sizes, ctx.options, ctx.sums = sizes, options, sums
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, positions, values = ctx.saved_tensors
-        heads, dim = ctx.sizes
-        found = gradients(grad.contiguous(), x, positions, values, heads, dim, ctx.sums, **ctx.options)
+        found = gradients(grad.contiguous(), *ctx.saved_tensors, *ctx.sizes, ctx.sums, **ctx.options)
         of_x, of_values = (g.to(dtype) for g, dtype in zip(found, ctx.dtypes, strict=True))
         return of_x, None, of_values, None, None, None
 
