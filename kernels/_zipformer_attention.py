@@ -15,12 +15,6 @@ UNALIGNED = ["X", "K", "R", "PADDING", "MASK"]
 
 
 @triton.jit
-def rows_of_all(blocks, frames):
-    """Returns the rows of all heads and sequences, which have ``blocks`` programs each."""
-    return (tl.num_programs(0) // blocks).to(tl.int64) * frames
-
-
-@triton.jit
 def add_positions(
     dp, ds, R, at, offsets, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr,
     POS_DIM: tl.constexpr, PACKED: tl.constexpr, ELEMENT: tl.constexpr,

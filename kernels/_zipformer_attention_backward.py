@@ -22,7 +22,7 @@ from fastasr.kernels._rel_position_tiles import (
     scores_of,
     window,
 )
-from fastasr.kernels._zipformer_attention import SIZES, UNALIGNED, add_positions, rows_of_all
+from fastasr.kernels._zipformer_attention import SIZES, UNALIGNED, add_positions
 
 
 @triton.jit
@@ -128,9 +128,9 @@ def queries_kernel(
     masks += window(i, frames, left, keys, offsets, chunk, left_chunks, BOUNDS, WINDOW)
     begin, end = keys_seen(masks, keys, BLOCK_N, WINDOW)
     row = (head * batch + sequence) * frames + i
-    all_rows = rows_of_all(blocks, frames)
-    maximum = tl.load(STATISTICS + row, mask=keep_i, other=0.0)
-    inverse = tl.load(STATISTICS + all_rows + row, mask=keep_i, other=0.0)
+    STATISTICS += row * (2 if EQUAL is None else 3)
+    maximum = tl.load(STATISTICS, mask=keep_i, other=0.0)
+    inverse = tl.load(STATISTICS + 1, mask=keep_i, other=0.0)
     if WINDOW:  # noqa: SIM102, the inner condition is known on the device alone
         if any_alone(maximum, keep_i, masks):  # masked keys weigh something, so all are needed
             begin, end = keys_reached(masks, keys, BLOCK_N)
@@ -143,7 +143,7 @@ def queries_kernel(
     else:
         delta = _delta_of_values(G, Y, REMAINDER, i, v_time, keep_i, VALUE_DIM, BLOCK_M, BLOCK_V)
     if EQUAL is not None:
-        weight = tl.load(STATISTICS + 2 * all_rows + row, mask=keep_i, other=0.0)
+        weight = tl.load(STATISTICS + 2, mask=keep_i, other=0.0)
         delta = tl.where(tl.load(EQUAL) != 0, weight, delta)
     tl.store(DELTA + row, delta, mask=keep_i & once)
     if penalty is not None:
@@ -249,7 +249,10 @@ def keys_kernel(
     K += sequence * k_batch + head * DIM
     G += sequence * v_batch + head * VALUE_DIM
     V += sequence * v_batch + head * VALUE_DIM
-    row, rows = (head * batch + sequence) * frames, rows_of_all(blocks, frames)
+    row = (head * batch + sequence) * frames
+    EACH: tl.constexpr = 2 if EQUAL is None else 3
+    STATISTICS += row * EACH
+    DELTA += row
     if POS_DIM > 0:
         R += sequence * r_batch + head * offsets * (1 if PACKED else POS_DIM)
     if PADDING is not None:
@@ -270,7 +273,7 @@ def keys_kernel(
     for start in range(begin, end, BLOCK_M):
         i = start + tl.arange(0, BLOCK_M)
         keep_i = i < frames
-        maximum = tl.load(STATISTICS + row + i, mask=keep_i, other=0.0)
+        maximum = tl.load(STATISTICS + i * EACH, mask=keep_i, other=0.0)
         masks = (PADDING, MASK, BOUNDS)
         masks += window(i, frames, left, keys, offsets, chunk, left_chunks, BOUNDS, WINDOW)
         needed = start >= 0
@@ -281,8 +284,8 @@ def keys_kernel(
             if penalty is not None:
                 needed = needed | (penalty != 0.0)
         if needed:
-            inverse = tl.load(STATISTICS + rows + row + i, mask=keep_i, other=0.0)  # W is 0 behind the last query
-            delta = tl.load(DELTA + row + i, mask=keep_i, other=0.0)
+            inverse = tl.load(STATISTICS + i * EACH + 1, mask=keep_i, other=0.0)  # W is 0 behind the last query
+            delta = tl.load(DELTA + i, mask=keep_i, other=0.0)
             P = X + i.to(tl.int64) * x_time
             query = load_rows(Q, i, x_time, tl.arange(0, BLOCK_D), keep_i, DIM)  # [BLOCK_M, BLOCK_D]
             g = load_rows(G, i, v_time, tl.arange(0, BLOCK_V), keep_i, VALUE_DIM)  # [BLOCK_M, BLOCK_V]

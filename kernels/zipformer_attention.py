@@ -57,7 +57,7 @@ from fastasr.kernels._rel_position_tiles import (
     settled,
     window,
 )
-from fastasr.kernels._zipformer_attention import SIZES, UNALIGNED, positions_kernel, row_size, rows_of_all
+from fastasr.kernels._zipformer_attention import SIZES, UNALIGNED, positions_kernel, row_size
 from fastasr.kernels._zipformer_attention_backward import has_weight, keys_kernel, queries_kernel
 
 
@@ -164,11 +164,10 @@ def forward_kernel(
     maximum, total = settled(maximum, total, masks)
     inverse = tl.div_rn(1.0, total.to(tl.float32))
     once = keep_i & (tl.program_id(1) == 0)
-    rows = rows_of_all(blocks, frames)
-    row = (head * batch + sequence) * frames + i
     if STATISTICS is not None:
-        tl.store(STATISTICS + row, maximum, mask=once)
-        tl.store(STATISTICS + rows + row, inverse, mask=once)
+        STATISTICS += ((head * batch + sequence) * frames + i) * (2 if EQUAL is None else 3)
+        tl.store(STATISTICS, maximum, mask=once)
+        tl.store(STATISTICS + 1, inverse, mask=once)
     if EQUAL is not None:
         if tl.load(EQUAL) != 0:
             inverse, y = _equally_weighted(
@@ -177,7 +176,7 @@ def forward_kernel(
                 DIM, POS_DIM, VALUE_DIM, PACKED, WINDOW, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V, PRECISE,
             )  # fmt: skip
         if STATISTICS is not None:
-            tl.store(STATISTICS + 2 * rows + row, inverse, mask=once)
+            tl.store(STATISTICS + 2, inverse, mask=once)
     y = y * inverse[:, None]
     narrow = y.to(Y.dtype.element_ty)
     at = sequence * v_batch + head * VALUE_DIM + i.to(tl.int64)[:, None] * v_time + c[None, :]
@@ -298,14 +297,14 @@ def zipformer_attention_forward(
     keep: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns y (frames, batch, value_heads * dv) and, if it is to ``keep`` them, what the backward pass reads: in
-    float32 maximum, 1 / sum and, with ``equal``, 1 / n of each row (2 or 3, value_heads, batch, frames), and of 16 bits
+    float32 maximum, 1 / sum and, with ``equal``, 1 / n of each row (value_heads, batch, frames, 2 or 3), and of 16 bits
     what rounding takes from y, of y's shape. All tensors are contiguous.
 
     equal: one number; if it is not 0, the weights are equal.
     """
     frames, batch, _ = x.shape
     y = x.new_empty(frames, batch, value.shape[2])
-    sizes = (2 + (equal is not None), value_heads, batch, frames) if keep else (0,)
+    sizes = (value_heads, batch, frames, 2 if equal is None else 3) if keep else (0,)
     statistics = x.new_empty(sizes, dtype=torch.float32)
     remainder = torch.empty_like(y) if keep and x.dtype != torch.float32 else x.new_empty(0)
     if not y.numel():
