@@ -129,8 +129,8 @@ def queries_kernel(
     begin, end = keys_seen(masks, keys, BLOCK_N, WINDOW)
     row = (head * batch + sequence) * frames + i
     STATISTICS += row * (2 if EQUAL is None else 3)
-    maximum = tl.load(STATISTICS, mask=keep_i, other=0.0)
-    inverse = tl.load(STATISTICS + 1, mask=keep_i, other=0.0)
+    pair = STATISTICS[:, None] + tl.arange(0, 2)[None, :]
+    maximum, inverse = tl.split(tl.load(pair, mask=keep_i[:, None], other=0.0))  # [BLOCK_M, 2]
     if WINDOW:  # noqa: SIM102, the inner condition is known on the device alone
         if any_alone(maximum, keep_i, masks):  # masked keys weigh something, so all are needed
             begin, end = keys_reached(masks, keys, BLOCK_N)

@@ -166,8 +166,8 @@ def forward_kernel(
     once = keep_i & (tl.program_id(1) == 0)
     if STATISTICS is not None:
         STATISTICS += ((head * batch + sequence) * frames + i) * (2 if EQUAL is None else 3)
-        tl.store(STATISTICS, maximum, mask=once)
-        tl.store(STATISTICS + 1, inverse, mask=once)
+        pair = STATISTICS[:, None] + tl.arange(0, 2)[None, :]
+        tl.store(pair, tl.join(maximum, inverse), mask=once[:, None])  # [BLOCK_M, 2]
     if EQUAL is not None:
         if tl.load(EQUAL) != 0:
             inverse, y = _equally_weighted(
