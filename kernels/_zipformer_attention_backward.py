@@ -284,7 +284,8 @@ def keys_kernel(
             if penalty is not None:
                 needed = needed | (penalty != 0.0)
         if needed:
-            inverse = tl.load(STATISTICS + i * EACH + 1, mask=keep_i, other=0.0)  # W is 0 behind the last query
+            # W is 0 behind the last query
+            inverse = tl.load(STATISTICS + i * EACH + 1, mask=keep_i, other=0.0)
             delta = tl.load(DELTA + i, mask=keep_i, other=0.0)
             P = X + i.to(tl.int64) * x_time
             query = load_rows(Q, i, x_time, tl.arange(0, BLOCK_D), keep_i, DIM)  # [BLOCK_M, BLOCK_D]

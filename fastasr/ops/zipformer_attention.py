@@ -13,6 +13,7 @@ others, which is a constant: dW is 0 there, and dV = Wᵀ G with the new W.
 """
 
 import importlib
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import torch
@@ -149,9 +150,7 @@ def kept_values(
 
 def gradients(
     grad: Tensor,
-    y: Tensor,
-    statistics: Tensor,
-    remainder: Tensor,
+    kept: Sequence[Tensor],
     x: Tensor,
     pos: Tensor,
     value: Tensor,
@@ -170,12 +169,11 @@ def gradients(
     act: Tensor | None = None,
     equal: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Returns the gradients of x and value, and adds that of pos to ``sums``. The arguments are the results of
-    :func:`kept_values` and those of the op, of one dtype, contiguous."""
+    """Returns the gradients of x and value, and adds that of pos to ``sums``. ``kept`` is what :func:`kept_values`
+    returned; the other arguments are those of the op, of one dtype, contiguous."""
     kernels: Any = OPS["zipformer_attention"].family.kernels(x)
     dx, _, dvalue, _ = kernels.backward(
-        grad, y, statistics, remainder, x, pos, value, None, key_padding_mask, attn_mask, starts,
-        num_heads, query_head_dim, value_heads, chunk_size, left_context_chunks, equal, score_penalty, score_limit,
-        act, sums,
+        grad, *kept, x, pos, value, None, key_padding_mask, attn_mask, starts, num_heads, query_head_dim, value_heads,
+        chunk_size, left_context_chunks, equal, score_penalty, score_limit, act, sums,
     )  # fmt: skip
     return dx, dvalue

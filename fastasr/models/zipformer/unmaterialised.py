@@ -95,16 +95,18 @@ class _Weighted(Function):
     ) -> Tensor:
         ctx.dtypes = projected.dtype, values.dtype
         dtype = autocast_dtype(projected) or projected.dtype
-        operands = [t.contiguous() for t in cast(dtype, projected, positions, values)]
-        y, *kept = kept_values(*operands, *sizes, **options)
-        ctx.save_for_backward(y, *kept, *operands)
+        x, positions, values = (t.contiguous() for t in cast(dtype, projected, positions, values))
+        kept = kept_values(x, positions, values, *sizes, **options)
+        ctx.save_for_backward(x, positions, values, *kept)
         ctx.sizes, ctx.options, ctx.sums = sizes, options, sums
-        return y
+        return kept[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        found = gradients(grad.contiguous(), *ctx.saved_tensors, *ctx.sizes, ctx.sums, **ctx.options)
+        x, positions, values, *kept = ctx.saved_tensors
+        heads, dim = ctx.sizes
+        found = gradients(grad.contiguous(), kept, x, positions, values, heads, dim, ctx.sums, **ctx.options)
         of_x, of_values = (g.to(dtype) for g, dtype in zip(found, ctx.dtypes, strict=True))
         return of_x, None, of_values, None, None, None
 

@@ -124,7 +124,9 @@ def test_recordings_behind_other_tiles_of_zipformer_attention():
 
     def run():
         found = zipformer_attention.zipformer_attention_forward(x, pos, value, *sizes, keep=True)
-        dx, _, dvalue, _ = zipformer_attention.zipformer_attention_backward(grad, *found, x, pos, value, *sizes)
+        dx, _, dvalue, _ = zipformer_attention.zipformer_attention_backward(
+            grad, *found, x, pos, value, *sizes
+        )
         return found[0][own], dx[own], dvalue[own]
 
     expected = run()
