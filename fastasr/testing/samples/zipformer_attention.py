@@ -197,6 +197,7 @@ def sized(
 CASES = (sized(), sized(2998, 1))
 ON_DEVICE = (sized(FRAMES, BATCH), sized(188, BATCH, 8, E=96))
 WATCH = (
-    "tiles under a running maximum with four warps; pieces of dS added in order; recordings in a row; a penalty and "
-    "equal weights that numbers on the device decide"
+    "tiles under a running maximum with four warps; sums that the forward pass keeps; in 16 bits delta from y and its "
+    "remainder; pieces of dS added in order; recordings in a row; a penalty and equal weights that numbers on the "
+    "device decide"
 )
