@@ -300,7 +300,7 @@ def keys_kernel(
             x = tl.where(keep_i[:, None], scores - maximum[:, None], NONE)
             w = exp_nonpositive(x, PRECISE) * inverse[:, None]
             ds = masked_slopes(w * (slope - delta[:, None]), i, j, masks, frames, keys, WINDOW)
-            if EQUAL is not None:  # which delta then is
+            if EQUAL is not None:  # delta is 1 / number then
                 equal = tl.load(EQUAL) != 0
                 w = tl.where(equal, tl.where(has_weight(w, X.dtype.element_ty), delta[:, None], 0.0), w)
                 ds = tl.where(equal, 0.0, ds)

@@ -18,13 +18,13 @@ Per score, with d channels of q, P of p, V of v:
 
 The forward pass keeps the maximum and 1 / sum of each row, and 1 / n where W may be equal. In 16 bits it also keeps
 what rounding takes from y: delta is G . (y + this remainder), which costs no sweep over the keys. G . y alone would
-shift a whole row of dS, and where keys and values have a mean, dq would be several times less exact than eager's. The
-sums of float32 are too short for this: there ``queries`` sweeps the keys once more, so that rows of dS add up to 0. It
-leaves delta for ``keys``, and works on pieces of the rows, each followed by its diagonals: dS of a piece fits
-PIECE_BYTES (or is one block of queries), so memory is O(T), and dR is summed in the order of the pieces. Keys outside
-the chunk window of a block are skipped, unless a row sees nothing above -896, where the masked keys would weigh more
-than 0. What a program does depends on the shape and on the device's number of multiprocessors: on one kind of device
-results repeat bit for bit, without atomics.
+move a whole row of dS: where keys and values have a mean, dq would be several times less exact than eager's. In float32
+the additions in y round too early for either: there ``queries`` sweeps the keys once more. ``queries`` leaves delta for
+``keys``. It works on pieces of the rows, each followed by its diagonals: dS of a piece fits PIECE_BYTES (or is one
+block of queries), so memory is O(T), and dR is summed in the order of the pieces. Keys outside the chunk window of a
+block are skipped, unless a row sees nothing above -896, where the masked keys would weigh more than 0. What a program
+does depends on the shape and on the device's number of multiprocessors: on one kind of device results repeat bit for
+bit, without atomics.
 """
 
 import torch
@@ -297,8 +297,8 @@ def zipformer_attention_forward(
     keep: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns y (frames, batch, value_heads * dv) and, if it is to ``keep`` them, what the backward pass reads: in
-    float32 maximum, 1 / sum and, with ``equal``, 1 / n of each row (value_heads, batch, frames, 2 or 3), and of 16 bits
-    what rounding takes from y, of y's shape. All tensors are contiguous.
+    float32 maximum, 1 / sum and, with ``equal``, 1 / n of each row (value_heads, batch, frames, 2 or 3), and in 16 bits
+    what rounding takes from y, of y's shape. Without elements otherwise. All tensors are contiguous.
 
     equal: one number; if it is not 0, the weights are equal.
     """
