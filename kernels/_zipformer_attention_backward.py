@@ -78,10 +78,10 @@ def _acting(penalty, ACT):
 
 @triton.jit(
     do_not_specialize=[*SIZES, "first", "rows", "piece", "penalty", "limit"],
-    do_not_specialize_on_alignment=[*UNALIGNED, "ACT", "EQUAL", "DX"],
+    do_not_specialize_on_alignment=[*UNALIGNED, "ACT", "EQUAL", "DX", "INVERSE", "WEIGHT"],
 )
 def queries_kernel(
-    G, Y, REMAINDER, X, K, R, PADDING, MASK, BOUNDS, PIECES, ACT, EQUAL, V, DX, DS, STATISTICS, DELTA,
+    G, Y, REMAINDER, X, K, R, PADDING, MASK, BOUNDS, PIECES, ACT, EQUAL, V, DX, DS, MAXIMUM, INVERSE, WEIGHT, DELTA,
     frames, keys, left, first, rows, piece, batch, blocks, heads, offsets, chunk, left_chunks,
     x_time, x_batch, k_time, k_batch, v_time, v_batch, r_batch, mask_batch, ds_row, penalty, limit,
     DIM: tl.constexpr, POS_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PACKED: tl.constexpr, WINDOW: tl.constexpr,
@@ -128,9 +128,8 @@ def queries_kernel(
     masks += window(i, frames, left, keys, offsets, chunk, left_chunks, BOUNDS, WINDOW)
     begin, end = keys_seen(masks, keys, BLOCK_N, WINDOW)
     row = (head * batch + sequence) * frames + i
-    STATISTICS += row * (2 if EQUAL is None else 3)
-    pair = STATISTICS[:, None] + tl.arange(0, 2)[None, :]
-    maximum, inverse = tl.split(tl.load(pair, mask=keep_i[:, None], other=0.0))  # [BLOCK_M, 2]
+    maximum = tl.load(MAXIMUM + row, mask=keep_i, other=0.0)
+    inverse = tl.load(INVERSE + row, mask=keep_i, other=0.0)
     if WINDOW:  # noqa: SIM102, the inner condition is known on the device alone
         if any_alone(maximum, keep_i, masks):  # masked keys weigh something, so all are needed
             begin, end = keys_reached(masks, keys, BLOCK_N)
@@ -143,7 +142,7 @@ def queries_kernel(
     else:
         delta = _delta_of_values(G, Y, REMAINDER, i, v_time, keep_i, VALUE_DIM, BLOCK_M, BLOCK_V)
     if EQUAL is not None:
-        weight = tl.load(STATISTICS + 2, mask=keep_i, other=0.0)
+        weight = tl.load(WEIGHT + row, mask=keep_i, other=0.0)
         delta = tl.where(tl.load(EQUAL) != 0, weight, delta)
     tl.store(DELTA + row, delta, mask=keep_i & once)
     if penalty is not None:
@@ -230,10 +229,10 @@ def queries_kernel(
 
 @triton.jit(
     do_not_specialize=[*SIZES, "penalty", "limit"],
-    do_not_specialize_on_alignment=[*UNALIGNED, "ACT", "EQUAL", "DK"],
+    do_not_specialize_on_alignment=[*UNALIGNED, "ACT", "EQUAL", "DK", "INVERSE"],
 )
 def keys_kernel(
-    G, X, K, R, PADDING, MASK, BOUNDS, ACT, EQUAL, V, STATISTICS, DELTA, DK, DV,
+    G, X, K, R, PADDING, MASK, BOUNDS, ACT, EQUAL, V, MAXIMUM, INVERSE, DELTA, DK, DV,
     frames, keys, left, batch, blocks, heads, offsets, chunk, left_chunks,
     x_time, x_batch, k_time, k_batch, v_time, v_batch, r_batch, mask_batch, penalty, limit,
     DIM: tl.constexpr, POS_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PACKED: tl.constexpr, WINDOW: tl.constexpr,
@@ -250,9 +249,6 @@ def keys_kernel(
     G += sequence * v_batch + head * VALUE_DIM
     V += sequence * v_batch + head * VALUE_DIM
     row = (head * batch + sequence) * frames
-    EACH: tl.constexpr = 2 if EQUAL is None else 3
-    STATISTICS += row * EACH
-    DELTA += row
     if POS_DIM > 0:
         R += sequence * r_batch + head * offsets * (1 if PACKED else POS_DIM)
     if PADDING is not None:
@@ -273,7 +269,7 @@ def keys_kernel(
     for start in range(begin, end, BLOCK_M):
         i = start + tl.arange(0, BLOCK_M)
         keep_i = i < frames
-        maximum = tl.load(STATISTICS + i * EACH, mask=keep_i, other=0.0)
+        maximum = tl.load(MAXIMUM + row + i, mask=keep_i, other=0.0)
         masks = (PADDING, MASK, BOUNDS)
         masks += window(i, frames, left, keys, offsets, chunk, left_chunks, BOUNDS, WINDOW)
         needed = start >= 0
@@ -284,9 +280,8 @@ def keys_kernel(
             if penalty is not None:
                 needed = needed | (penalty != 0.0)
         if needed:
-            # W is 0 behind the last query
-            inverse = tl.load(STATISTICS + i * EACH + 1, mask=keep_i, other=0.0)
-            delta = tl.load(DELTA + i, mask=keep_i, other=0.0)
+            inverse = tl.load(INVERSE + row + i, mask=keep_i, other=0.0)  # W is 0 behind the last query
+            delta = tl.load(DELTA + row + i, mask=keep_i, other=0.0)
             P = X + i.to(tl.int64) * x_time
             query = load_rows(Q, i, x_time, tl.arange(0, BLOCK_D), keep_i, DIM)  # [BLOCK_M, BLOCK_D]
             g = load_rows(G, i, v_time, tl.arange(0, BLOCK_V), keep_i, VALUE_DIM)  # [BLOCK_M, BLOCK_V]

@@ -116,17 +116,19 @@ def _equally_weighted(
     return tl.div_rn(1.0, tl.maximum(number, 1.0)), y
 
 
-@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=[*UNALIGNED, "EQUAL"])
+@triton.jit(
+    do_not_specialize=SIZES, do_not_specialize_on_alignment=[*UNALIGNED, "EQUAL", "INVERSE", "WEIGHT"]
+)
 def forward_kernel(
-    X, K, R, PADDING, MASK, BOUNDS, EQUAL, V, Y, STATISTICS, REMAINDER,
+    X, K, R, PADDING, MASK, BOUNDS, EQUAL, V, Y, MAXIMUM, INVERSE, WEIGHT, REMAINDER,
     frames, keys, left, batch, blocks, heads, offsets, chunk, left_chunks,
     x_time, x_batch, k_time, k_batch, v_time, v_batch, r_batch, mask_batch,
     DIM: tl.constexpr, POS_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PACKED: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Writes y of a block of queries and of columns, and what rounding takes from it where REMAINDER is not None.
-    Programs of the first block of columns also store maximum and 1 / sum of the queries, where STATISTICS is not None,
-    and behind these with EQUAL the weight of the keys if they weigh the same."""
+    Programs of the first block of columns also store maximum and 1 / sum of the queries, where these are not None, and
+    with EQUAL the weight of the keys if they weigh the same."""
     PRECISE: tl.constexpr = X.dtype.element_ty == tl.float32
     head, sequence, block = dealt(tl.program_id(0), blocks, batch, BOUNDS, frames, BLOCK_M)
     i = block * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -164,10 +166,10 @@ def forward_kernel(
     maximum, total = settled(maximum, total, masks)
     inverse = tl.div_rn(1.0, total.to(tl.float32))
     once = keep_i & (tl.program_id(1) == 0)
-    if STATISTICS is not None:
-        STATISTICS += ((head * batch + sequence) * frames + i) * (2 if EQUAL is None else 3)
-        pair = STATISTICS[:, None] + tl.arange(0, 2)[None, :]
-        tl.store(pair, tl.join(maximum, inverse), mask=once[:, None])  # [BLOCK_M, 2]
+    row = (head * batch + sequence) * frames + i
+    if MAXIMUM is not None:
+        tl.store(MAXIMUM + row, maximum, mask=once)
+        tl.store(INVERSE + row, inverse, mask=once)
     if EQUAL is not None:
         if tl.load(EQUAL) != 0:
             inverse, y = _equally_weighted(
@@ -175,8 +177,8 @@ def forward_kernel(
                 frames, keys, offsets, x_time, k_time, v_time, maximum, inverse,
                 DIM, POS_DIM, VALUE_DIM, PACKED, WINDOW, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V, PRECISE,
             )  # fmt: skip
-        if STATISTICS is not None:
-            tl.store(STATISTICS + 2, inverse, mask=once)
+        if WEIGHT is not None:
+            tl.store(WEIGHT + row, inverse, mask=once)
     y = y * inverse[:, None]
     narrow = y.to(Y.dtype.element_ty)
     at = sequence * v_batch + head * VALUE_DIM + i.to(tl.int64)[:, None] * v_time + c[None, :]
@@ -297,14 +299,14 @@ def zipformer_attention_forward(
     keep: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns y (frames, batch, value_heads * dv) and, if it is to ``keep`` them, what the backward pass reads: in
-    float32 maximum, 1 / sum and, with ``equal``, 1 / n of each row (value_heads, batch, frames, 2 or 3), and in 16 bits
+    float32 maximum, 1 / sum and, with ``equal``, 1 / n of each row (2 or 3, value_heads, batch, frames), and in 16 bits
     what rounding takes from y, of y's shape. Without elements otherwise. All tensors are contiguous.
 
     equal: one number; if it is not 0, the weights are equal.
     """
     frames, batch, _ = x.shape
     y = x.new_empty(frames, batch, value.shape[2])
-    sizes = (value_heads, batch, frames, 2 if equal is None else 3) if keep else (0,)
+    sizes = (2 if equal is None else 3, value_heads, batch, frames) if keep else (0,)
     statistics = x.new_empty(sizes, dtype=torch.float32)
     remainder = torch.empty_like(y) if keep and x.dtype != torch.float32 else x.new_empty(0)
     if not y.numel():
@@ -316,7 +318,7 @@ def zipformer_attention_forward(
     blocks = cdiv(frames, tile["BLOCK_M"])
     launch(forward_kernel, (value_heads * batch * blocks, cdiv(value_dim, tile["BLOCK_V"])),
         x, o.key, o.r, as_bytes(key_padding_mask), as_bytes(attn_mask), o.bounds, number(equal), value, y,
-        _unless_empty(statistics), _unless_empty(remainder),
+        *_apart(statistics), remainder if remainder.numel() else None,
         frames, o.keys, o.left, batch, blocks, heads, o.offsets, o.chunk, o.left_chunks,
         x.stride(0), x.stride(1), o.key.stride(0), o.key.stride(1), value.stride(0), value.stride(1), o.r_batch,
         mask_stride(attn_mask), **o.constants, VALUE_DIM=value_dim, **tile,
@@ -324,8 +326,9 @@ def zipformer_attention_forward(
     return y, statistics, remainder
 
 
-def _unless_empty(t: torch.Tensor) -> torch.Tensor | None:
-    return t if t.numel() else None
+def _apart(statistics: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """Returns the kept maximum, 1 / sum and 1 / n, None for those that are not kept."""
+    return (*(statistics.unbind() if statistics.numel() else ()), None, None, None)[:3]
 
 
 class PositionSums:
@@ -392,7 +395,7 @@ def zipformer_attention_backward(
     dx = torch.empty_like(x)
     dvalue = torch.empty_like(value)
     pairs = value_heads * batch
-    delta = x.new_empty(pairs * frames, dtype=torch.float32)
+    kept, delta = _apart(statistics), x.new_empty(pairs * frames, dtype=torch.float32)
     strides = (
         x.stride(0), x.stride(1), o.key.stride(0), o.key.stride(1), value.stride(0), value.stride(1), o.r_batch,
         mask_stride(attn_mask),
@@ -410,8 +413,8 @@ def zipformer_attention_backward(
         count = min(rows, frames - first)
         blocks = cdiv(count, tile["BLOCK_M"])
         launch(queries_kernel, (pairs * blocks, columns),
-            grad, y, _unless_empty(remainder), x, o.key, o.r, *masks, diagonals and diagonals.pieces, *numbers, value,
-            dx, diagonals and diagonals.ds, statistics, delta,
+            grad, y, remainder if remainder.numel() else None, x, o.key, o.r, *masks,
+            diagonals and diagonals.pieces, *numbers, value, dx, diagonals and diagonals.ds, *kept, delta,
             frames, o.keys, o.left, first, count, piece, batch, blocks, heads, o.offsets, o.chunk, o.left_chunks,
             *strides, diagonals.row if diagonals else 0, *large, **constants, WIDE_POS=own_pos,
             OTHERS=value_heads < heads, **tile,
@@ -426,7 +429,7 @@ def zipformer_attention_backward(
     blocks = cdiv(o.keys, tile["BLOCK_N"])
     columns = max(columns, cdiv(value_dim, tile["BLOCK_V"]))
     launch(keys_kernel, (pairs * blocks, columns),
-        grad, x, o.key, o.r, *masks, *numbers, value, statistics, delta, dkey, dvalue,
+        grad, x, o.key, o.r, *masks, *numbers, value, *kept[:2], delta, dkey, dvalue,
         frames, o.keys, o.left, batch, blocks, heads, o.offsets, o.chunk, o.left_chunks,
         *strides, *large, **constants, **tile,
     )  # fmt: skip

@@ -60,7 +60,7 @@ def _statistics_shape(backend: str, a: Arguments) -> tuple[int, ...]:
     """Returns the shape of maximum, 1 / sum and, with ``equal``, 1 / number of the rows. C++ kernels keep nothing."""
     frames, batch, _ = a.x.shape
     heads = a.value_heads or a.num_heads
-    return (heads, batch, frames, 2 if a.equal is None else 3) if backend == "triton" else (0,)
+    return (2 if a.equal is None else 3, heads, batch, frames) if backend == "triton" else (0,)
 
 
 def _remainder_shape(backend: str, a: Arguments) -> tuple[int, ...]:

@@ -9,10 +9,10 @@ from .configuration import PRODUCTS, Configuration, element_type, setting
 
 def configurations(generation: int):
     like = ("X", "K", "R", "V", "G", "Y", "REMAINDER", "DX", "DS", "DK", "DV")
-    wide = dict.fromkeys(("STATISTICS", "DELTA"), "fp32")
+    wide = dict.fromkeys(("MAXIMUM", "INVERSE", "WEIGHT", "DELTA"), "fp32")
     strides = [f"{name}_{of}" for name in ("x", "k", "v") for of in ("time", "batch")] + ["ds_row"]
     given = {"PADDING": "u8", "MASK": "u8", "BOUNDS": "i32", "PIECES": "i64", "ACT": "fp32", "EQUAL": "fp32"}
-    words = {"PADDING": "padding", "MASK": "mask", "EQUAL": "equal"}
+    words = {"PADDING": "padding", "MASK": "mask", "EQUAL": "equal", "WEIGHT": "equal"}
     words |= dict.fromkeys(("BOUNDS", "PIECES", "piece"), "recordings")
     words |= dict.fromkeys(("ACT", "penalty", "limit"), "penalty")
 
@@ -30,7 +30,7 @@ def configurations(generation: int):
         fixed |= {"COLUMNS": shapes["queries"]["BLOCK_N"], "OTHERS": value_dim > 100}
         absent = [tensor for tensor, word in words.items() if word not in label]
         absent += ["REMAINDER"] if element == "fp32" else []
-        absent += ["STATISTICS", "REMAINDER"] if "inference" in label else []
+        absent += ["MAXIMUM", "INVERSE", "REMAINDER"] if "inference" in label else []
         fixed |= {"ADD": True, "WINDOW": "chunks" in label} | dict.fromkeys(absent)
         return Configuration(
             f"zipformer_attention {name}{label and ', ' + label}, {dtype}",
