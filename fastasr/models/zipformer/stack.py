@@ -2,12 +2,14 @@
 """A stack of layers at one frame rate, and a stack at a lower rate between downsampling and upsampling."""
 
 import copy
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastasr.models.zipformer.bypass import BypassModule
+from fastasr.models.zipformer.decisions import owning
 from fastasr.models.zipformer.layer import takes_chunks
 from fastasr.models.zipformer.positional_encoding import CompactRelPositionalEncoding
 from fastasr.models.zipformer.resampling import SimpleDownsample, SimpleUpsample
@@ -79,9 +81,10 @@ class ZipformerEncoder(torch.nn.Module):
                 if mask is None:
                     mask = chunk_mask(src.shape[0], chunk_size, left_context_chunks, src.device)
                 window["attn_mask"] = mask
-            src = layer(
-                src, pos_emb, chunk_size=chunk_size, src_key_padding_mask=src_key_padding_mask, **window
-            )
+            with alone(feature_mask):
+                src = layer(
+                    src, pos_emb, chunk_size=chunk_size, src_key_padding_mask=src_key_padding_mask, **window
+                )
             src = scaled(src, feature_mask)
         return src
 
@@ -158,6 +161,11 @@ def chunk_mask(frames: int, chunk_size: int, left_context_chunks: int, device: t
 def scaled(src: Tensor, feature_mask: Tensor | float) -> Tensor:
     """Returns src * feature_mask. It skips the product in inference, where the mask is 1."""
     return src if isinstance(feature_mask, (int, float)) and feature_mask == 1 else src * feature_mask
+
+
+def alone(feature_mask: Tensor | float) -> AbstractContextManager[None]:
+    """Returns the context of a layer before ``scaled``: a product's gradient is the layer's alone."""
+    return owning(isinstance(feature_mask, Tensor))
 
 
 class DownsampledZipformerEncoder(torch.nn.Module):
