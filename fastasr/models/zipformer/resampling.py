@@ -53,6 +53,10 @@ class SimpleUpsample(torch.nn.Module):
 
 
 def convert_num_channels(x: Tensor, num_channels: int) -> Tensor:
-    """Cuts the last dimension of x to ``num_channels`` channels or pads it with zeros."""
+    """Cuts the last dimension of x to ``num_channels`` channels or pads it with zeros. The result is contiguous,
+    because a stack reads it several times, forward and backward.
+    """
     missing = num_channels - x.shape[-1]
-    return F.pad(x, (0, missing)) if missing > 0 else x[..., :num_channels]
+    if missing > 0:
+        return F.pad(x, (0, missing))
+    return (x[..., :num_channels] if missing else x).contiguous()

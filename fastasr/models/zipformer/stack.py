@@ -205,7 +205,10 @@ class DownsampledZipformerEncoder(torch.nn.Module):
             src_key_padding_mask=src_key_padding_mask,
             **window,
         )
-        return self.out_combiner(src, self.upsample(y)[: src.shape[0]])
+        y = self.upsample(y)
+        if len(y) > len(src):  # else the slice would cost the backward pass a copy
+            y = y[: len(src)]
+        return self.out_combiner(src, y)
 
     def streaming_forward(
         self, src: Tensor, states: list[Tensor], left_context_len: int, src_key_padding_mask: Tensor | None
