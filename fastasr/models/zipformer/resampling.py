@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastasr.models.zipformer.schedules import FloatLike
+from fastasr.ops import _row
 
 
 class SimpleDownsample(torch.nn.Module):
@@ -29,14 +30,7 @@ class SimpleDownsample(torch.nn.Module):
         self.downsample = downsample
 
     def forward(self, src: Tensor) -> Tensor:
-        frames, batch, channels = src.shape
-        factor = self.downsample
-        missing = -frames % factor
-        if missing:
-            src = torch.cat((src, src[-1:].expand(missing, batch, channels)))
-        src = src.reshape(-1, factor, batch, channels)
-        weights = self.bias.softmax(dim=0).view(factor, 1, 1)
-        return (src * weights).sum(dim=1)
+        return _row.averaged(src, None, self.bias.softmax(dim=0))
 
 
 class SimpleUpsample(torch.nn.Module):
