@@ -101,6 +101,30 @@ def slopes_of(
     return total
 
 
+@triton.jit
+def store_with_remainder(Y, REMAINDER, at, y, keep):
+    """Stores y, and where REMAINDER is not None what rounding takes from it."""
+    narrow = y.to(Y.dtype.element_ty)
+    tl.store(Y + at, narrow, mask=keep)
+    if REMAINDER is not None:
+        tl.store(REMAINDER + at, (y - narrow.to(tl.float32)).to(narrow.dtype), mask=keep)
+
+
+@triton.jit
+def delta_of_values(
+    G, Y, REMAINDER, i, stride, keep, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr
+):
+    """Returns delta of rows i of 16 bits from y and what rounding took from it. G y alone would move whole rows of dS:
+    where keys and values have a mean, dq would be several times less exact than eager's."""
+    delta = tl.zeros([BLOCK_M], tl.float32)
+    for first in range(0, VALUE_DIM, BLOCK_V):
+        c = first + tl.arange(0, BLOCK_V)
+        y = load_rows(Y, i, stride, c, keep, VALUE_DIM).to(tl.float32)  # [BLOCK_M, BLOCK_V]
+        y += load_rows(REMAINDER, i, stride, c, keep, VALUE_DIM).to(tl.float32)
+        delta += tl.sum(y * load_rows(G, i, stride, c, keep, VALUE_DIM).to(tl.float32), axis=1)
+    return delta
+
+
 def mask_stride(attn_mask: torch.Tensor | None) -> int:
     """Returns the elements from one sequence to the next of a mask of pairs: 0 where all sequences share it."""
     return attn_mask.stride(0) if attn_mask is not None and attn_mask.dim() == 3 else 0

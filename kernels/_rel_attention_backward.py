@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from fastasr.kernels._activation import exp_nonpositive
-from fastasr.kernels._attention_tiles import load_rows, slopes_of, sums
+from fastasr.kernels._attention_tiles import delta_of_values, load_rows, slopes_of, sums
 from fastasr.kernels._recordings import blocks_of, rows_of
 from fastasr.kernels._rel_attention_scores import (
     SIZES,
@@ -61,18 +61,15 @@ def _tile(
 
 @triton.jit(do_not_specialize=["rows", "frames", "heads"])
 def delta_kernel(
-    G, Y, DELTA, rows, frames, heads, VALUE_DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_V: tl.constexpr
-):
-    """Writes the sums of G y over the columns, of a block of rows (sequence, frame, head) of both."""
+    G, Y, REMAINDER, DELTA, rows, frames, heads,
+    VALUE_DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Writes delta of a block of rows (sequence, frame, head) of 16 bits."""
     r = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     keep = r < rows
-    total = tl.zeros([BLOCK], tl.float32)
-    for first in range(0, VALUE_DIM, BLOCK_V):
-        c = first + tl.arange(0, BLOCK_V)
-        g = load_rows(G, r, VALUE_DIM, c, keep, VALUE_DIM).to(tl.float32)  # [BLOCK, BLOCK_V]
-        total += tl.sum(g * load_rows(Y, r, VALUE_DIM, c, keep, VALUE_DIM).to(tl.float32), axis=1)
+    delta = delta_of_values(G, Y, REMAINDER, r, VALUE_DIM, keep, VALUE_DIM, BLOCK, BLOCK_V)
     sequence, frame, head = r // (frames * heads), r // heads % frames, r % heads
-    tl.store(DELTA + (sequence * heads + head) * frames + frame, total, mask=keep)
+    tl.store(DELTA + (sequence * heads + head) * frames + frame, delta, mask=keep)
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)

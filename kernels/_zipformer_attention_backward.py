@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from fastasr.kernels._activation import exp_nonpositive
-from fastasr.kernels._attention_tiles import NONE, load_rows, slopes_of, sums
+from fastasr.kernels._attention_tiles import NONE, delta_of_values, load_rows, slopes_of, sums
 from fastasr.kernels._recordings import blocks_of, rows_of
 from fastasr.kernels._rel_position_tiles import (
     ALONE,
@@ -52,20 +52,6 @@ def _delta_of_keys(
         total += sums(e, 1, True)
         along += sums(e * slope, 1, True)
     return (along / tl.where(total == 0.0, 1.0, total)).to(tl.float32)
-
-
-@triton.jit
-def _delta_of_values(
-    G, Y, REMAINDER, i, time, keep_i, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr
-):
-    """Returns delta of 16 bits from y and what rounding took from it."""
-    delta = tl.zeros([BLOCK_M], tl.float32)
-    for first in range(0, VALUE_DIM, BLOCK_V):
-        c = first + tl.arange(0, BLOCK_V)
-        y = load_rows(Y, i, time, c, keep_i, VALUE_DIM).to(tl.float32)  # [BLOCK_M, BLOCK_V]
-        y += load_rows(REMAINDER, i, time, c, keep_i, VALUE_DIM).to(tl.float32)
-        delta += tl.sum(y * load_rows(G, i, time, c, keep_i, VALUE_DIM).to(tl.float32), axis=1)
-    return delta
 
 
 @triton.jit
@@ -140,7 +126,7 @@ def queries_kernel(
             DIM, POS_DIM, VALUE_DIM, PACKED, WINDOW, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V,
         )  # fmt: skip
     else:
-        delta = _delta_of_values(G, Y, REMAINDER, i, v_time, keep_i, VALUE_DIM, BLOCK_M, BLOCK_V)
+        delta = delta_of_values(G, Y, REMAINDER, i, v_time, keep_i, VALUE_DIM, BLOCK_M, BLOCK_V)
     if EQUAL is not None:
         weight = tl.load(WEIGHT + row, mask=keep_i, other=0.0)
         delta = tl.where(tl.load(EQUAL) != 0, weight, delta)

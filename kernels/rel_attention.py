@@ -14,7 +14,7 @@ Per score, with d channels of q and e of v:
 
     kernel      program                           FLOPs
     forward     BLOCK queries x columns of v      2 (2 d + columns), a running maximum
-    delta       BLOCK rows of y, 16 bits          2 e / keys; see below
+    delta       BLOCK rows of y, 16 bits          3 e / keys; see below
     statistics  BLOCK queries, float32            2 (2 d + e)
     queries     BLOCK queries x channels of q     2 (2 d + e) + 2 channels
     keys        BLOCK keys x channels of k, v     2 (3 d + e + channels + columns); dc of each head and sequence
@@ -27,8 +27,8 @@ Per score, with d channels of q and e of v:
 Scores by offset are products of tensor cores with a band of R; in registers a rotation of rows makes them scores by key
 (_relative_shift.py). A walk along the keys is one along the band: each tile needs one new piece of it; ``keys`` meets
 other queries in each tile and multiplies two. Weights are e^(s - lse), lse the log-sum-exp that the forward pass kept.
-In 16 bits delta is y . G, which costs no sweep over the keys. float32 keeps more digits than y holds: there weights are
-divided by their sum, which rounding of lse moves from 1, so that rows of dS add up to zero; ``statistics`` finds this
+In 16 bits the forward pass also keeps what rounding takes from y: delta is G . (y + this remainder), which costs no sweep
+over the keys. float32 keeps more digits than y holds: there weights are divided by their sum, which rounding of lse moves from 1, so that rows of dS add up to zero; ``statistics`` finds this
 sum and delta. (One kernel with ``queries`` would keep the registers of both sweeps alive, and spill.) Rows are worked
 on in pieces of PIECE_BYTES of dS, as in zipformer_attention.py: memory is O(T), and dR is summed in their order. What a
 program does depends on the shape and the generation of the GPU alone: results repeat bit for bit, without atomics.
@@ -38,7 +38,15 @@ import torch
 import triton
 import triton.language as tl
 
-from fastasr.kernels._attention_tiles import NONE, PIECE_BYTES, load_rows, mask_stride, running, sums
+from fastasr.kernels._attention_tiles import (
+    NONE,
+    PIECE_BYTES,
+    load_rows,
+    mask_stride,
+    running,
+    store_with_remainder,
+    sums,
+)
 from fastasr.kernels._launch import (
     as_bytes,
     cdiv,
@@ -80,13 +88,14 @@ from fastasr.kernels._weights_dropout import dropped, row_words
 # --------------------------------------------------------------------------- forward
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
 def forward_kernel(
-    Q, K, V, POS, EDGES, U, W, BIAS, GATE, KEY_BIAS, PADDING, MASK, BOUNDS, SEED, Y, LSE,
+    Q, K, V, POS, EDGES, U, W, BIAS, GATE, KEY_BIAS, PADDING, MASK, BOUNDS, SEED, Y, LSE, REMAINDER,
     frames, keys, chunk, left, right, batch, blocks, heads, q_time, v_time, q_batch, k_batch, v_batch,
     g_batch, mask_batch, c_batch, c_head, side, r_time, r_head, before, behind, threshold, scale, factor, cap,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Writes y of a block of queries and of columns, and the queries' lse, which is inf without a key."""
+    """Writes y of a block of queries and of columns, what rounding takes from it where REMAINDER is not None, and the
+    queries' lse, which is inf without a key."""
     PRECISE: tl.constexpr = Q.dtype.element_ty == tl.float32
     SUM: tl.constexpr = tl.float64 if PRECISE else tl.float32
     sizes = frames, keys, chunk, left, right, BOUNDS
@@ -135,8 +144,8 @@ def forward_kernel(
     total = total.to(tl.float32)
     none = total == 0.0
     y = y * tl.div_rn(1.0, tl.where(none, 1.0, total))[:, None]
-    out = Y + sequence * g_batch + head * VALUE_DIM + i.to(tl.int64)[:, None] * v_time + c[None, :]
-    tl.store(out, y.to(Y.dtype.element_ty), mask=keep_i[:, None] & (c < VALUE_DIM)[None, :])
+    at = sequence * g_batch + head * VALUE_DIM + i.to(tl.int64)[:, None] * v_time + c[None, :]
+    store_with_remainder(Y, REMAINDER, at, y, keep_i[:, None] & (c < VALUE_DIM)[None, :])
     lse = tl.where(none, float("inf"), maximum + tl.log(total))
     once = keep_i & (tl.program_id(1) == 0)
     tl.store(LSE + row, lse, mask=once)
@@ -218,15 +227,17 @@ def rel_attention_forward(
     soft_cap: float,
     before: int,
     behind: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns (y (B, T, H, e), lse (B, H, T) in float32, inf where a query sees no key). All tensors are
-    contiguous.
+    keep: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns (y (B, T, H, e), lse (B, H, T) in float32, inf where a query sees no key, and in 16 bits, if it is to
+    ``keep`` it, what rounding takes from y, of y's shape, else no elements). All tensors are contiguous.
     """
     batch, frames, heads, dim = q.shape
     y = v.new_empty(batch, frames, heads, v.shape[3])
     lse = q.new_empty(batch, heads, frames, dtype=torch.float32)
+    remainder = torch.empty_like(y) if keep and q.dtype != torch.float32 else y.new_empty(0)
     if not lse.numel():
-        return y, lse
+        return y, lse, remainder
     sizes, window = _sizes(frames, k.shape[1], left, right, chunk_size, starts)
     table = None if starts is None else bounds(starts, frames)
     shapes = _tiles(q, v, attn_mask, dropout_p, window, starts is not None)
@@ -236,11 +247,12 @@ def rel_attention_forward(
     launch(forward_kernel, (heads * batch * blocks, cdiv(v.shape[3], tile["BLOCK_V"])),
         q, k, v, pos, edges, bias_u, bias_v, _by_head(offset_bias), offset_gate, key_bias,
         as_bytes(key_padding_mask), as_bytes(attn_mask), table, dropout_seed if dropout_p else None, y, lse,
+        remainder if remainder.numel() else None,
         *sizes, batch, blocks, heads, *_strides(q, k, v, y), mask_stride(attn_mask), *_shared(key_bias), *span,
         *_last(dim, dropout_p, soft_cap),
         DIM=dim, VALUE_DIM=v.shape[3], WINDOW=window, **tile,
     )  # fmt: skip
-    return y, lse
+    return y, lse, remainder
 
 
 def _by_head(offset_bias: torch.Tensor | None) -> torch.Tensor | None:
@@ -362,6 +374,7 @@ def rel_attention_backward(
     dropout_seed: torch.Tensor | None,
     out: torch.Tensor,
     lse: torch.Tensor,
+    remainder: torch.Tensor,
     dropout_p: float,
     left: int,
     right: int,
@@ -402,7 +415,7 @@ def rel_attention_backward(
     else:
         inverse.fill_(1.0)
         launch(delta_kernel, (cdiv(lse.numel(), shapes["delta"]["BLOCK"]),),
-            grad, out, delta, lse.numel(), frames, heads, VALUE_DIM=v.shape[3], **shapes["delta"],
+            grad, out, remainder, delta, lse.numel(), frames, heads, VALUE_DIM=v.shape[3], **shapes["delta"],
         )  # fmt: skip
     operands = *operands, inverse, delta
     content = dq if pos is None else torch.empty_like(q, dtype=torch.float32)

@@ -32,7 +32,15 @@ import triton
 import triton.language as tl
 
 from fastasr.kernels._activation import exp_nonpositive
-from fastasr.kernels._attention_tiles import NONE, PIECE_BYTES, load_rows, mask_stride, running, sums
+from fastasr.kernels._attention_tiles import (
+    NONE,
+    PIECE_BYTES,
+    load_rows,
+    mask_stride,
+    running,
+    store_with_remainder,
+    sums,
+)
 from fastasr.kernels._launch import (
     as_bytes,
     cdiv,
@@ -180,12 +188,9 @@ def forward_kernel(
         if WEIGHT is not None:
             tl.store(WEIGHT + row, inverse, mask=once)
     y = y * inverse[:, None]
-    narrow = y.to(Y.dtype.element_ty)
     at = sequence * v_batch + head * VALUE_DIM + i.to(tl.int64)[:, None] * v_time + c[None, :]
     keep = keep_i[:, None] & (c < VALUE_DIM)[None, :]
-    tl.store(Y + at, narrow, mask=keep)
-    if REMAINDER is not None:
-        tl.store(REMAINDER + at, (y - narrow.to(tl.float32)).to(narrow.dtype), mask=keep)
+    store_with_remainder(Y, REMAINDER, at, y, keep)
 
 
 # --------------------------------------------------------------------------- launchers

@@ -116,12 +116,14 @@ int64_t backward_channels(const RelAttention& r) {
   return 3 * (r.problem.query_dim + r.position_channels()) + 2 * r.value_dim;
 }
 
-std::tuple<Tensor, Tensor> rel_attention_forward(const RelAttentionForward& call) {
+// Returns y, the log-sum-exp of the queries, and a tensor without elements in place of what Triton's kernels keep of y.
+std::tuple<Tensor, Tensor, Tensor> rel_attention_forward(const RelAttentionForward& call) {
   const RelAttention r = problem(call);
   const AttentionProblem& a = r.problem;
   Tensor y = new_contiguous(call.v, {a.batch, a.frames, a.heads, r.value_dim});
   Tensor lse = new_contiguous(call.q, {a.batch, a.heads, a.frames}, compute_type(dtype_of(call.q)));
-  if (y.numel() == 0) return {y, lse};
+  const std::tuple<Tensor, Tensor, Tensor> found{y, lse, new_contiguous(call.q, {0})};
+  if (y.numel() == 0) return found;
   const Parts parts(call, r);
   with_kernels<cpu::RelAttentionKernels>(call.q, call.kName, [&]<typename T>(const auto& kernel) {
     using C = cpu::compute_t<T>;
@@ -164,7 +166,7 @@ std::tuple<Tensor, Tensor> rel_attention_forward(const RelAttentionForward& call
       }
     });
   });
-  return {y, lse};
+  return found;
 }
 
 // The softmax is computed again with the scores: its sums are exact, and it does not depend on y.

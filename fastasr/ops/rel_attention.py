@@ -37,7 +37,8 @@ further left than the one before.
 Upstream: ``RelPositionMultiHeadedAttention`` of ESPnet's Conformer, Branchformer and E-Branchformer between its
 projections, and RETURNN's; both form the (T, 2T − 1) scores by offset, shift them, and keep some six (B, H, T, T)
 tensors for the backward pass. Here scores by offset are formed for one block of queries and keys at a time and shifted
-where they are added. Forward keeps y and the log-sum-exp of each query, backward computes the scores again: memory is
+where they are added. Forward keeps y and the log-sum-exp of each query, and Triton's kernels in 16 bits what rounding
+takes from y, with which D is G · y without a sweep over the keys. Backward computes the scores again: memory is
 O(T) in both. Blocks of keys outside the context of a block of queries are left out: work is then O(T) too.
 """
 
@@ -49,6 +50,7 @@ from torch import Tensor
 from fastasr.ops import _weights_dropout
 from fastasr.ops._op import Arguments, Op, op
 from fastasr.ops._relative_positions import apart, outside_context, relative_shift, rows_by_offset
+from fastasr.ops._remainder import remainder_shape
 
 
 def _check(op: Op, a: Arguments) -> None:
@@ -74,6 +76,10 @@ def _check(op: Op, a: Arguments) -> None:
         op.fail("context", "two numbers, each -1 or at least 0", a.context)
 
 
+def _remainder_shape(backend: str, a: Arguments) -> tuple[int, ...]:
+    return remainder_shape(backend, (*a.q.shape[:3], a.v.shape[3]), a.q.dtype)
+
+
 _FLOATING = "q k v pos bias_u bias_v offset_bias offset_gate key_bias"
 _TENSORS = f"{_FLOATING} key_padding_mask attn_mask starts dropout_seed"
 _OPTIONS = "dropout_p *context chunk_size soft_cap *pos_span"
@@ -82,9 +88,12 @@ _OPTIONS = "dropout_p *context chunk_size soft_cap *pos_span"
 @op(
     "cpu triton",
     one_dtype=_FLOATING,
-    keeps={"lse": Annotated[Tensor, "B H T", "wide q"]},
-    forward=f"{_TENSORS} {_OPTIONS}",
-    backward=f"grad {_TENSORS} y lse {_OPTIONS}",
+    keeps={
+        "lse": Annotated[Tensor, "B H T", "wide q"],
+        "remainder": Annotated[Tensor, _remainder_shape, "q"],
+    },
+    forward=f"{_TENSORS} {_OPTIONS} keep",
+    backward=f"grad {_TENSORS} y lse remainder {_OPTIONS}",
     check=_check,
 )
 def rel_attention(

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fastasr.ops._op import OPS, Arguments, Op, op
+from fastasr.ops._remainder import remainder_shape
 from fastasr.ops._zipformer_attention import (
     AttentionMask,
     CachedKey,
@@ -64,8 +65,7 @@ def _statistics_shape(backend: str, a: Arguments) -> tuple[int, ...]:
 
 
 def _remainder_shape(backend: str, a: Arguments) -> tuple[int, ...]:
-    kept = backend == "triton" and a.x.dtype != torch.float32
-    return (*a.x.shape[:2], a.value.shape[2]) if kept else (0,)
+    return remainder_shape(backend, (*a.x.shape[:2], a.value.shape[2]), a.x.dtype)
 
 
 @op(

@@ -10,7 +10,7 @@ struct RelAttentionForward {
   static constexpr const char* kName = "rel_attention_forward";
   using Types =
       ArgumentTypes<Tensor, Tensor, Tensor, Optional, Optional, Optional, Optional, Optional, Optional, Optional,
-                    Optional, Optional, Optional, double, int64_t, int64_t, int64_t, double, int64_t, int64_t>;
+                    Optional, Optional, Optional, double, int64_t, int64_t, int64_t, double, int64_t, int64_t, bool>;
 
   const Tensor& q;
   const Tensor& k;
@@ -30,6 +30,7 @@ struct RelAttentionForward {
   int64_t chunk_size;
   double soft_cap;
   std::array<int64_t, 2> pos_span;
+  bool keep;
 
   // The sizes, once the arguments are checked.
   int64_t B{};
@@ -159,7 +160,7 @@ struct RelAttentionForward {
 struct RelAttentionBackward {
   static constexpr const char* kName = "rel_attention_backward";
   using Types = ArgumentTypes<Tensor, Tensor, Tensor, Tensor, Optional, Optional, Optional, Optional, Optional,
-                              Optional, Optional, Optional, Optional, Optional, Tensor, Tensor, double, int64_t,
+                              Optional, Optional, Optional, Optional, Optional, Tensor, Tensor, Tensor, double, int64_t,
                               int64_t, int64_t, double, int64_t, int64_t>;
 
   const Tensor& grad_y;
@@ -178,6 +179,7 @@ struct RelAttentionBackward {
   const Optional& dropout_seed;
   const Tensor& y;
   const Tensor& lse;
+  const Tensor& remainder;
   double dropout_p;
   std::array<int64_t, 2> context;
   int64_t chunk_size;
@@ -315,6 +317,8 @@ struct RelAttentionBackward {
     check_dtype(lse, compute_type(dtype), op, "lse");
     fastasr::check(has_sizes(lse, {B, H, T}), op, "lse is not (B, H, T)");
     check_contiguous(lse, op, "lse");
+    check_dtype(remainder, dtype, op, "remainder");
+    check_contiguous(remainder, op, "remainder");
   }
 };
 

@@ -31,7 +31,7 @@ from fastasr.ops._runtime import (
     promoted,
     wide,
 )
-from fastasr.ops.rel_attention import _check
+from fastasr.ops.rel_attention import _check, _remainder_shape
 from fastasr.ops.rel_attention import rel_attention as formula
 
 op = OPS["rel_attention"]
@@ -75,6 +75,7 @@ class Saved(NamedTuple):
     dropout_seed: Tensor | None
     y: Tensor
     lse: Tensor
+    remainder: Tensor
     dropout_p: float
     context: tuple[int, int]
     chunk_size: int
@@ -190,9 +191,9 @@ def rel_attention(
                     key_padding_mask, attn_mask, starts, dropout_p, dropout_seed, context, chunk_size,
                     soft_cap, pos_span,
                 )  # fmt: skip
-            y, _ = kernels.forward(
+            y, _, _ = kernels.forward(
                 q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
-                starts, dropout_seed, dropout_p, *context, chunk_size, soft_cap, *pos_span,
+                starts, dropout_seed, dropout_p, *context, chunk_size, soft_cap, *pos_span, False,
             )  # fmt: skip
             return y
         except NOT_MINE:
@@ -270,7 +271,7 @@ def rel_attention(
                 key_padding_mask, attn_mask, starts, dropout_p, dropout_seed, context, chunk_size, soft_cap,
                 pos_span,
             )  # fmt: skip
-        y, _ = run_kernels(
+        y, _, _ = run_kernels(
             kernels, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask,
             attn_mask, starts, dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span, False,
         )  # fmt: skip
@@ -507,7 +508,7 @@ def traced(
             dropout_seed=dropout_seed, context=context, chunk_size=chunk_size, soft_cap=soft_cap,
             pos_span=pos_span,
         )  # fmt: skip
-    y, _ = operator(
+    y, _, _ = operator(
         q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask, starts,
         dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span, is_grad_enabled() and
         (q.requires_grad or k.requires_grad or v.requires_grad or (pos is not None and pos.requires_grad) or
@@ -526,21 +527,23 @@ def run_kernels(
     y_dtype = promoted(q)
     lse_dtype = wide(q)
     dtype = y_dtype if kernels.backend == "cpu" else None
-    y, lse = kernels.forward(
+    y, lse, remainder = kernels.forward(
         operand(q, dtype), operand(k, dtype), operand(v, dtype), operand(pos, dtype), operand(bias_u, dtype),
         operand(bias_v, dtype), operand(offset_bias, dtype), operand(offset_gate, dtype), operand(key_bias,
         dtype), operand(key_padding_mask, None), operand(attn_mask, None), operand(starts, None),
-        operand(dropout_seed, None), dropout_p, *context, chunk_size, soft_cap, *pos_span,
+        operand(dropout_seed, None), dropout_p, *context, chunk_size, soft_cap, *pos_span, keep,
     )  # fmt: skip
     if y.dtype is not y_dtype:
         y = y.to(y_dtype)
     if lse.dtype is not lse_dtype:
         lse = lse.to(lse_dtype)
-    return y, lse
+    if remainder.dtype is not y_dtype:
+        remainder = remainder.to(y_dtype)
+    return y, lse, remainder
 
 
 def result_dtypes(a) -> tuple[torch.dtype, ...]:
-    return (promoted(a.q), wide(a.q))
+    return (promoted(a.q), wide(a.q), promoted(a.q))
 
 
 # --------------------------------------------------------------------------- gradients without the dispatcher
@@ -551,19 +554,19 @@ class RelAttention(Function):
         key_padding_mask, attn_mask, starts, dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span,
     ):  # fmt: skip
         if direct:
-            y, lse = kernels.forward(
+            y, lse, remainder = kernels.forward(
                 q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
-                starts, dropout_seed, dropout_p, *context, chunk_size, soft_cap, *pos_span,
+                starts, dropout_seed, dropout_p, *context, chunk_size, soft_cap, *pos_span, True,
             )  # fmt: skip
         else:
-            y, lse = run_kernels(
+            y, lse, remainder = run_kernels(
                 kernels, q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask,
                 attn_mask, starts, dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span, True,
             )  # fmt: skip
         y = not_a_view(y)
         ctx.save_for_backward(
             q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask,
-            starts, dropout_seed, y, lse,
+            starts, dropout_seed, y, lse, remainder,
         )  # fmt: skip
         ctx.rest = kernels, direct, dropout_p, context, chunk_size, soft_cap, pos_span
         return y
@@ -589,6 +592,7 @@ class RelAttention(Function):
             dropout_seed,
             y,
             lse,
+            remainder,
         ) = ctx.saved_tensors
         kernels, direct, dropout_p, context, chunk_size, soft_cap, pos_span = ctx.rest
         if direct and not (
@@ -598,8 +602,8 @@ class RelAttention(Function):
         ):
             d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate, d_key_bias = kernels.backward(
                 operand(grad_y, None), q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias,
-                key_padding_mask, attn_mask, starts, dropout_seed, y, lse, dropout_p, *context, chunk_size,
-                soft_cap, *pos_span,
+                key_padding_mask, attn_mask, starts, dropout_seed, y, lse, remainder, dropout_p, *context,
+                chunk_size, soft_cap, *pos_span,
             )  # fmt: skip
             return (
                 None,
@@ -625,8 +629,8 @@ class RelAttention(Function):
             )
         d_q, d_k, d_v, d_pos, d_bias_u, d_bias_v, d_offset_bias, d_offset_gate, d_key_bias = node_gradients(
             op, kernels, (grad_y,), make(Saved, (q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate,
-            key_bias, key_padding_mask, attn_mask, starts, dropout_seed, y, lse, dropout_p, context,
-            chunk_size, soft_cap, pos_span,)),
+            key_bias, key_padding_mask, attn_mask, starts, dropout_seed, y, lse, remainder, dropout_p,
+            context, chunk_size, soft_cap, pos_span,)),
         )  # fmt: skip
         return (
             None,
@@ -661,8 +665,8 @@ def differentiate(kernels, grads, saved, needs=None):
         operand(saved.pos, dtype), operand(saved.bias_u, dtype), operand(saved.bias_v, dtype),
         operand(saved.offset_bias, dtype), operand(saved.offset_gate, dtype), operand(saved.key_bias, dtype),
         operand(saved.key_padding_mask, None), operand(saved.attn_mask, None), operand(saved.starts, None),
-        operand(saved.dropout_seed, None), saved.y, saved.lse, saved.dropout_p, *saved.context,
-        saved.chunk_size, saved.soft_cap, *saved.pos_span,
+        operand(saved.dropout_seed, None), saved.y, saved.lse, saved.remainder, saved.dropout_p,
+        *saved.context, saved.chunk_size, saved.soft_cap, *saved.pos_span,
     )  # fmt: skip
     d_q = back(d_q, saved.q)
     d_k = back(d_k, saved.k)
@@ -690,8 +694,38 @@ def fake(
     T = q.shape[1]
     H = q.shape[2]
     E = v.shape[3]
-    return torch.empty((B, T, H, E), dtype=promoted(q), device=q.device), torch.empty(
-        (B, H, T) if keep else (0,), dtype=wide(q), device=q.device
+    return (
+        torch.empty((B, T, H, E), dtype=promoted(q), device=q.device),
+        torch.empty((B, H, T) if keep else (0,), dtype=wide(q), device=q.device),
+        torch.empty(
+            _remainder_shape(
+                family.kernels(q).backend,
+                Arguments(
+                    q,
+                    k,
+                    v,
+                    pos,
+                    bias_u,
+                    bias_v,
+                    offset_bias,
+                    offset_gate,
+                    key_bias,
+                    key_padding_mask,
+                    attn_mask,
+                    starts,
+                    dropout_p,
+                    dropout_seed,
+                    context,
+                    chunk_size,
+                    soft_cap,
+                    pos_span,
+                ),
+            )
+            if keep
+            else (0,),
+            dtype=promoted(q),
+            device=q.device,
+        ),
     )
 
 
@@ -706,7 +740,7 @@ op.serve(
         Saved=Saved,
         apply=apply,
         differentiate=differentiate,
-        results=("y", "lse"),
+        results=("y", "lse", "remainder"),
         deciding=("q",),
         differentiable=("q", "k", "v", "pos", "bias_u", "bias_v", "offset_bias", "offset_gate", "key_bias"),
         graded={"y": ""},
@@ -726,8 +760,9 @@ op.serve(
             "dropout_seed",
             "y",
             "lse",
+            "remainder",
         ),
-        kept=("lse",),
+        kept=("lse", "remainder"),
         autocast=("q", "k", "v", "pos", "bias_u", "bias_v", "offset_bias", "offset_gate", "key_bias"),
     ),
 )
@@ -737,10 +772,10 @@ operator = register_op(
     "bias_v=None, Tensor? offset_bias=None, Tensor? offset_gate=None, Tensor? key_bias=None, Tensor? "
     "key_padding_mask=None, Tensor? attn_mask=None, Tensor? starts=None, float dropout_p=0.0, Tensor? "
     "dropout_seed=None, SymInt[2] context=[-1, -1], SymInt chunk_size=1, float soft_cap=0.0, SymInt[2] "
-    "pos_span=[-1, -1], bool keep=False) -> (Tensor, Tensor)",
+    "pos_span=[-1, -1], bool keep=False) -> (Tensor, Tensor, Tensor)",
     "rel_attention_backward(Tensor grad_y, Tensor q, Tensor k, Tensor v, Tensor? pos, Tensor? bias_u, "
     "Tensor? bias_v, Tensor? offset_bias, Tensor? offset_gate, Tensor? key_bias, Tensor? "
     "key_padding_mask, Tensor? attn_mask, Tensor? starts, Tensor? dropout_seed, Tensor y, Tensor lse, "
-    "float dropout_p, SymInt[2] context, SymInt chunk_size, float soft_cap, SymInt[2] pos_span) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor remainder, float dropout_p, SymInt[2] context, SymInt chunk_size, float soft_cap, SymInt[2] "
+    "pos_span) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )

@@ -108,6 +108,12 @@ def _span(left: int, right: int, heads: int, width: int) -> dict:
     return {"pos": lambda make: make.normal(left + right + 1, heads, width), "pos_span": (left, right)}
 
 
+def _with_mean(make: Make, frames: int = 60, width: int = 16, value: int | None = None, **more: Any) -> dict:
+    """Makes a call in which dS k needs rows of dS that add up to 0."""
+    call = _call(make, 1, frames, 2, width, value, **more)
+    return call | {"k": call["k"] + 1, "v": call["v"] + 1}
+
+
 def _infinite(make: Make) -> dict:
     call = _call(make, 2, 7, 2, 4)
     call["q"][1, 3, 0, 2] = float("inf")
@@ -403,6 +409,7 @@ TABLE = OpTable(
             "a span, several blocks of keys", (1, 1200, 1, 16), draws=2, large=True, **_span(64, 8, 1, 16)
         ),
         _sample("a span, no frames", (2, 0, 2, 8), **_span(4, 2, 1, 8)),
+        Sample("keys and values with a mean", _with_mean, thorough=True),
         Sample("an infinite query", _infinite, exact=False),
         _sample("no frames", (2, 0, 2, 8)),
         _sample("no frames, keys of a cache", (2, 0, 2, 8), cached=3),
