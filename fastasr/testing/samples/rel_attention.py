@@ -108,10 +108,11 @@ def _span(left: int, right: int, heads: int, width: int) -> dict:
     return {"pos": lambda make: make.normal(left + right + 1, heads, width), "pos_span": (left, right)}
 
 
-def _with_mean(make: Make, frames: int = 60, width: int = 16, value: int | None = None, **more: Any) -> dict:
+def _with_mean(make: Make) -> dict:
     """Makes a call in which dS k needs rows of dS that add up to 0."""
-    call = _call(make, 1, frames, 2, width, value, **more)
-    return call | {"k": call["k"] + 1, "v": call["v"] + 1}
+    call = _call(make, 1, 60, 2, 16)
+    k, v = (0.3 * call[name] + 1 for name in "kv")
+    return call | {"q": 0.3 * call["q"], "k": k, "v": v, "pos": 0.3 * call["pos"]}
 
 
 def _infinite(make: Make) -> dict:
