@@ -27,11 +27,12 @@ Per score, with d channels of q and e of v:
 Scores by offset are products of tensor cores with a band of R; in registers a rotation of rows makes them scores by key
 (_relative_shift.py). A walk along the keys is one along the band: each tile needs one new piece of it; ``keys`` meets
 other queries in each tile and multiplies two. Weights are e^(s - lse), lse the log-sum-exp that the forward pass kept.
-In 16 bits the forward pass also keeps what rounding takes from y: delta is G . (y + this remainder), which costs no sweep
-over the keys. float32 keeps more digits than y holds: there weights are divided by their sum, which rounding of lse moves from 1, so that rows of dS add up to zero; ``statistics`` finds this
-sum and delta. (One kernel with ``queries`` would keep the registers of both sweeps alive, and spill.) Rows are worked
-on in pieces of PIECE_BYTES of dS, as in zipformer_attention.py: memory is O(T), and dR is summed in their order. What a
-program does depends on the shape and the generation of the GPU alone: results repeat bit for bit, without atomics.
+In 16 bits the forward pass also keeps what rounding takes from y: delta is G . (y + this remainder), which costs no
+sweep over the keys. float32 keeps more digits than y holds: there weights are divided by their sum, which rounding of
+lse moves from 1, so that rows of dS add up to zero; ``statistics`` finds this sum and delta. (One kernel with
+``queries`` would keep the registers of both sweeps alive, and spill.) Rows are worked on in pieces of PIECE_BYTES of
+dS, as in zipformer_attention.py: memory is O(T), and dR is summed in their order. What a program does depends on the
+shape and the generation of the GPU alone: results repeat bit for bit, without atomics.
 """
 
 import torch

@@ -17,14 +17,13 @@ Per score, with d channels of q, P of p, V of v:
     positions   BLOCK_O offsets                       2 P; diagonals of a piece of dS read as columns
 
 The forward pass keeps the maximum and 1 / sum of each row, and 1 / n where W may be equal. In 16 bits it also keeps
-what rounding takes from y: delta is G . (y + this remainder), which costs no sweep over the keys. G . y alone would
-move a whole row of dS: where keys and values have a mean, dq would be several times less exact than eager's. In float32
-the additions in y round too early for either: there ``queries`` sweeps the keys once more. ``queries`` leaves delta for
-``keys``. It works on pieces of the rows, each followed by its diagonals: dS of a piece fits PIECE_BYTES (or is one
-block of queries), so memory is O(T), and dR is summed in the order of the pieces. Keys outside the chunk window of a
-block are skipped, unless a row sees nothing above -896, where the masked keys would weigh more than 0. What a program
-does depends on the shape and on the device's number of multiprocessors: on one kind of device results repeat bit for
-bit, without atomics.
+what rounding takes from y: delta is G . (y + this remainder), which costs no sweep over the keys. In float32 the
+additions in y round too early: there ``queries`` sweeps the keys once more. ``queries`` leaves delta for ``keys``. It
+works on pieces of the rows, each followed by its diagonals: dS of a piece fits PIECE_BYTES (or is one block of
+queries), so memory is O(T), and dR is summed in the order of the pieces. Keys outside the chunk window of a block are
+skipped, unless a row sees nothing above -896, where the masked keys would weigh more than 0. What a program does
+depends on the shape and on the device's number of multiprocessors: on one kind of device results repeat bit for bit,
+without atomics.
 """
 
 import torch

@@ -551,5 +551,5 @@ CASES = (sized(400, 4), sized(1500, 1), _chunks(1500, 1))
 ON_DEVICE = (sized(400, BATCH), sized(FRAMES, BATCH), _chunks(FRAMES, BATCH))
 WATCH = (
     "scores by offset shifted by `tl.gather` in registers; dropout by a hash; heads of up to 128; contexts; "
-    "delta from y in 16 bits"
+    "delta from y and its remainder in 16 bits"
 )

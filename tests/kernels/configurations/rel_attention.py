@@ -9,7 +9,7 @@ from .configuration import PRODUCTS, Configuration, element_type, setting
 
 def configurations(generation: int):
     like = ("Q", "K", "V", "POS", "U", "W", "BIAS", "GATE", "KEY_BIAS", "DGATE")
-    like += ("Y", "G", "DS", "DQ", "DK", "DV", "DU", "DW")
+    like += ("Y", "REMAINDER", "G", "DS", "DQ", "DK", "DV", "DU", "DW")
     wide = dict.fromkeys(("LSE", "INVERSE", "DELTA", "CONTENT", "EDGES"), "fp32")
     strides = [f"{name}_{of}" for name in ("q", "v") for of in ("time", "batch")]
     strides += ["k_batch", "g_batch", "ds_row", "width", "r_time", "r_head", "p_row", "p_head"]
@@ -34,6 +34,8 @@ def configurations(generation: int):
         absent = [name for name, word in words if word not in label]
         if "cap" not in label:
             absent.append("cap")
+        if element == "fp32" or "inference" in label:
+            absent.append("REMAINDER")
         if "gated bias" in label:  # without positions
             absent += ["POS", "U", "W", "PARTS"]
         return Configuration(
@@ -53,6 +55,8 @@ def configurations(generation: int):
                 yield configuration("statistics", label, dtype)
     for name in ("forward", "queries", "keys"):
         yield configuration(name, "padding", "bf16")
+        if name == "forward":
+            yield configuration(name, "padding, inference", "bf16")
         for dtype in PRODUCTS:
             yield configuration(name, "padding, mask", dtype)
             if dtype != "tf32":

@@ -25,9 +25,9 @@ def test_rel_attention(monkeypatch, generation, dim, hiding, recordings):
     starts = torch.tensor([0, 9, 52, 66]) if recordings else None
     options = 0.0, -1, -1, 1, 0.0, -1, -1
     hidden = None, mask, starts, None
-    y, lse = rel_attention.rel_attention_forward(*arguments, *no_bias, *hidden, *options)
-    saved = *hidden, y, lse, *options
-    found = y, *rel_attention.rel_attention_backward(g, *arguments, *no_bias, *saved)[:6]
+    kept = rel_attention.rel_attention_forward(*arguments, *no_bias, *hidden, *options, True)
+    saved = *hidden, *kept, *options
+    found = kept[0], *rel_attention.rel_attention_backward(g, *arguments, *no_bias, *saved)[:6]
     leaves = [t.float().requires_grad_() for t in arguments]
     expected = ops.rel_attention.definition(*leaves, attn_mask=mask, starts=starts)
     for a, b in zip(found, (expected, *torch.autograd.grad(expected, leaves, g.float())), strict=True):
