@@ -146,16 +146,26 @@ compute_t<T> equalised(compute_t<T>* __restrict w, compute_t<T> sum, int64_t n) 
 }
 
 template <typename C>
+double wide_sum(const C (&lanes)[kLanes]) {
+  double wide[kLanes];
+  for (int l = 0; l < kLanes; l++) wide[l] = static_cast<double>(lanes[l]);
+  return sum_of_lanes(wide);
+}
+
+// delta is divided by the sum of the weights as they were rounded, and subtracted in two parts: g then adds up to zero
+// as nearly as its elements allow, which dS k relies on where keys have a mean.
+template <typename C>
 void attention_gradient(const C* __restrict w, C sum, C* __restrict g, int64_t n) {
-  C lanes[kLanes] = {};
+  C along[kLanes] = {}, weight[kLanes] = {};
   for (int64_t j = 0; j < n; j += kLanes) {
 #pragma omp simd
-    for (int l = 0; l < kLanes; l++) lanes[l] += w[j + l] * g[j + l];
+    for (int l = 0; l < kLanes; l++) along[l] += w[j + l] * g[j + l], weight[l] += w[j + l];
   }
   const C inverse = 1 / sum, rest = std::fma(-sum, inverse, C(1)) * inverse;
-  const C delta = sum_of_lanes(lanes) / sum;
+  const double total = wide_sum(weight), delta = total == 0 ? 0 : wide_sum(along) / total;
+  const C high = static_cast<C>(delta), low = std::isfinite(high) ? static_cast<C>(delta - high) : C(0);
 #pragma omp simd
-  for (int64_t j = 0; j < n; j++) g[j] = (w[j] * inverse + w[j] * rest) * (g[j] - delta);
+  for (int64_t j = 0; j < n; j++) g[j] = (w[j] * inverse + w[j] * rest) * ((g[j] - high) - low);
 }
 
 template <typename C>
