@@ -19,44 +19,42 @@ BLOCK_G, BLOCK_C, NUM_WARPS = sliding.BLOCK_G, sliding.BLOCK_C, 4  # groups and 
 MAX_PARTS = 128
 
 
-@triton.jit(
-    do_not_specialize=["frames", "width", "out_frames", "out_width", "taps_f", "pad_t", "pad_f", "rows"]
-)
+@triton.jit(do_not_specialize=["frames", "out_frames", "pad_t", "pad_f", "rows"])
 def forward_kernel(
-    X, TABLE, BIAS, Y, frames, width, out_frames, out_width, C, taps_f, pad_t, pad_f, rows,
-    TURNED: tl.constexpr, RESIDUAL: tl.constexpr, TAPS: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    X, TABLE, BIAS, Y, frames, out_frames, pad_t, pad_f, rows,
+    WIDTH: tl.constexpr, OUT_WIDTH: tl.constexpr, C: tl.constexpr, TAPS_F: tl.constexpr, TURNED: tl.constexpr,
+    RESIDUAL: tl.constexpr, TAPS: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    # A row: one pixel of GROUP frames, (b, t / GROUP, f). TABLE: (taps, C). RESIDUAL: y is of x's size.
-    c_tiles = tl.cdiv(C, BLOCK_C)
+    # A row: one pixel of GROUP frames, (b, t / GROUP, f). TABLE: (taps, C). RESIDUAL: y is of x's size. Widths and
+    # channels are constants, so that steps to the next frame or tap cost no instruction.
+    c_tiles: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     pid = tl.program_id(0)
     c = pid % c_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
     row = pid // c_tiles * BLOCK_G + tl.arange(0, BLOCK_G)
     groups = tl.cdiv(out_frames, GROUP)
-    f = row % out_width
-    t = row // out_width % groups * GROUP
-    b = (row // out_width // groups).to(tl.int64)
+    f = row % OUT_WIDTH
+    t = row // OUT_WIDTH % groups * GROUP
+    b = (row // OUT_WIDTH // groups).to(tl.int64)
     in_row = c < C
-    x_step, y_step = width.to(tl.int64) * C, out_width.to(tl.int64) * C
-    w_step = taps_f * C
     pixel = f - pad_f
-    at = X + ((b * frames + (t - pad_t)) * x_step + pixel.to(tl.int64) * C)[:, None] + c[None, :]
+    at = X + (((b * frames + (t - pad_t)) * WIDTH + pixel) * C)[:, None] + c[None, :]
     # One tap per group: a row of taps would be laid out anew in shared memory.
     taps = TABLE + tl.broadcast_to(c[None, :], at.shape)
     if TURNED:
-        taps += (TAPS * taps_f - 1) * C
-        w_step = -w_step
+        taps += (TAPS * TAPS_F - 1) * C
+    w_step: tl.constexpr = -TAPS_F * C if TURNED else TAPS_F * C
     z = sliding.zeros(GROUP, BLOCK_G, BLOCK_C)
-    for _j in range(taps_f):
-        span = tl.where((pixel.to(tl.uint32) < width.to(tl.uint32)) & (row < rows), frames, 0)
-        z = sliding.sums(z, at, t - pad_t, span, taps, in_row, x_step, w_step, TAPS, GROUP)
+    for _j in range(TAPS_F):
+        span = tl.where((pixel.to(tl.uint32) < WIDTH) & (row < rows), frames, 0)
+        z = sliding.sums(z, at, t - pad_t, span, taps, in_row, WIDTH * C, w_step, TAPS, GROUP)
         pixel += 1
         at += C
         taps += -C if TURNED else C
     bias = tl.zeros([1, BLOCK_C], tl.float32)
     if BIAS is not None:
         bias += tl.load(BIAS + c, mask=in_row, other=0.0).to(tl.float32)[None, :]
-    at = ((b * out_frames + t) * y_step + f.to(tl.int64) * C)[:, None] + c[None, :]
+    y_step: tl.constexpr = OUT_WIDTH * C
+    at = (((b * out_frames + t) * OUT_WIDTH + f) * C)[:, None] + c[None, :]
     results = ()
     for r in tl.static_range(GROUP):
         y = z[r] + bias
@@ -109,11 +107,13 @@ def convolve(op: str, x, weight, bias, padding, out_size, flip: bool, residual: 
     group = constants["GROUP"]
     rows = batch * cdiv(out_size[0], group) * out_size[1]
     _check_rows(op, max(group * rows, batch * frames * width))
-    table = weight.view(channels, taps_t * taps_f).t().contiguous()  # rows of channels
+    table = weight.new_empty(taps_t * taps_f, channels, dtype=torch.float32)
+    table.copy_(weight.view(channels, taps_t * taps_f).t())  # rows of channels
     grid = (cdiv(rows, constants["BLOCK_G"]) * cdiv(channels, BLOCK_C),)
     launch(forward_kernel, grid,
-        x, table, bias, y, frames, width, *out_size, channels, taps_f, *padding, rows,
-        TURNED=flip, RESIDUAL=residual, **constants, num_warps=NUM_WARPS,
+        x, table, bias, y, frames, out_size[0], *padding, rows,
+        WIDTH=width, OUT_WIDTH=out_size[1], C=channels, TAPS_F=taps_f, TURNED=flip, RESIDUAL=residual, **constants,
+        num_warps=NUM_WARPS,
     )  # fmt: skip
     return y
 
@@ -132,7 +132,7 @@ def parameter_gradients(
     segments = sliding.Segments(out_frames, batch * out_width, out_frames, taps_t, 1, MAX_PARTS, x.dtype)
     taps = taps_t * taps_f
     table = torch.empty(segments.parts, taps + 1, channels, dtype=torch.float32, device=x.device)
-    steps = (sliding.Steps(BLOCK_C, t.stride(0), t.stride(1)) for t in (grad, x))
+    steps = (sliding.Steps(BLOCK_C, t.stride(0), t.stride(1), t.stride(1)) for t in (grad, x))
     shape = sliding.Map(out_width, width, taps_f, padding[1])
     more = frames - out_frames
     sliding.gradients(

@@ -16,6 +16,7 @@ Frames outside a span count as zeros, whatever lies there. No frame is added to 
 times infinity is not 0: the first and the last frames have code of their own.
 """
 
+import os
 from typing import NamedTuple
 
 import torch
@@ -36,15 +37,30 @@ BLOCK_G, BLOCK_C, NUM_WARPS = 8, 64, 4  # groups and channels of a tile: four ch
 BLOCK_S = 4  # segments of a tile: two channels per thread
 # With fewer than FEW taps a loaded frame serves few products: a tile has WIDE segments, a thread eight channels.
 FEW, WIDE = 5, 16
+# Two numbers of one register in float32: a bfloat16 is the upper half of one.
+OF_BFLOAT16 = tl.constexpr("shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;")
+OF_FLOAT16 = tl.constexpr("{.reg .b16 a, b; mov.b32 {a, b}, $2; cvt.f32.f16 $0, a; cvt.f32.f16 $1, b;}")
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 MAX_PARTS = 64  # A sum over frames has at most this many parts.
 
 
 @triton.jit
-def _frame(at, offset, span, in_row):
-    keep = (offset.to(tl.uint32) < span.to(tl.uint32))[:, None]
+def as_float32(x):
+    """Returns x in float32, two numbers at a time: two instructions for bfloat16, where the compiler's own conversion takes
+    three, and no moves between registers.
+    """
+    if not INTERPRETED and x.dtype.primitive_bitwidth == 16:  # the interpreter knows no assembly
+        halves: tl.constexpr = OF_BFLOAT16 if x.dtype == tl.bfloat16 else OF_FLOAT16
+        return tl.inline_asm_elementwise(halves, "=r,=r,r", [x], dtype=tl.float32, is_pure=True, pack=2)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def _frame(at, there, in_row):
+    keep = there[:, None]
     if in_row is not None:
         keep = keep & in_row[None, :]
-    return tl.load(at, mask=tl.broadcast_to(keep, at.shape), other=0.0).to(tl.float32)
+    return as_float32(tl.load(at, mask=tl.broadcast_to(keep, at.shape), other=0.0))
 
 
 @triton.jit
@@ -75,11 +91,12 @@ def _add_frame(
     FIRST: tl.constexpr, END: tl.constexpr, LOADS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Adds frame k to the sums [FIRST, END), with the weights of tap k where LOADS, and moves the others on."""
-    x = _frame(X + k * x_step, offset + k, span, in_row)  # [groups, channels]
+    there = (offset + k).to(tl.uint32) < span.to(tl.uint32)
+    x = _frame(X + tl.cast(k, tl.int64) * x_step, there, in_row)  # [groups, channels]
     newest = w[GROUP - 1]
     if LOADS:
         keep = None if in_row is None else tl.broadcast_to(in_row[None, :], TABLE.shape)
-        newest = tl.load(TABLE + k * w_step, mask=keep).to(tl.float32)
+        newest = as_float32(tl.load(TABLE + k * w_step, mask=keep))
     moved = (newest,)
     moved += w[: GROUP - 1]
     added = ()
@@ -104,6 +121,39 @@ def _added(a, b, COUNT: tl.constexpr):
     for n in tl.static_range(COUNT):
         found += (a[n] + b[n],)
     return found
+
+
+@triton.jit
+def _pairwise(values, COUNT: tl.constexpr):
+    """Returns the sum of a tuple's COUNT <= 8 tensors, each of which is rounded three times."""
+    for level in tl.static_range(3):
+        found = ()
+        for n in tl.static_range(COUNT):
+            if n % (2 << level) == 0 and n + (1 << level) < COUNT:
+                found += (values[n] + values[n + (1 << level)],)
+            else:
+                found += (values[n],)
+        values = found
+    return values[0]
+
+
+@triton.jit
+def _stacked(values, COUNT: tl.constexpr, STACKED: tl.constexpr):
+    """Returns a tuple's COUNT tensors along a last dimension of STACKED, a power of 2, so that one pass through shared
+    memory adds up the rows of all of them.
+    """
+    rows: tl.constexpr = values[0].shape[0]
+    columns: tl.constexpr = values[0].shape[1]
+    stacked = ()
+    for n in tl.static_range(STACKED):
+        stacked += (values[n if n < COUNT else 0],)
+    for level in tl.static_range(5):
+        found = ()
+        for n in tl.static_range(STACKED >> (level + 1)):
+            found += (tl.join(stacked[n], stacked[n + (STACKED >> (level + 1))]),)
+        if STACKED >> (level + 1):
+            stacked = found
+    return tl.reshape(stacked[0], [rows, columns, STACKED])
 
 
 @triton.jit
@@ -163,13 +213,14 @@ def _add_products(g, sums, windows, x, COLUMN: tl.constexpr, TAPS: tl.constexpr)
 def gradient_kernel(
     G, X, PARTS, GROUPS, g_tile, g_batch, g_time, x_tile, x_batch, x_time, frames, batch, C, chunk, pad, shift, width,
     x_width, columns, pad_f, length, groups, per_part, count, row, sum_row, rows,
-    G_STEP: tl.constexpr, X_STEP: tl.constexpr, CHUNKED: tl.constexpr, TAPS: tl.constexpr, COLUMNS: tl.constexpr,
-    BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
+    G_STEP: tl.constexpr, X_STEP: tl.constexpr, PIXEL: tl.constexpr, EARLY: tl.constexpr, CHUNKED: tl.constexpr,
+    TAPS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Writes the rows ``sum_row`` (sum of G) and row + k columns + j (tap k < count of column j) of a part's ``rows``
     rows. A frame has ``width`` pixels of C channels in G, ``x_width`` in X, and tap 0 of column 0 meets the frame
     ``pad`` and the pixel ``pad_f`` earlier. X has ``shift`` frames more before the first. Steps lead to the next tile
-    of channels, sequence and frame; that of a frame is G_STEP or X_STEP where that is not 0.
+    of channels, sequence and frame; that of a frame is G_STEP or X_STEP where that is not 0, that of a pixel of X PIXEL.
+    EARLY: the first frame meets taps of frames more than TAPS - 1 before it.
 
     A part is of ``per_part`` segments. A segment is ``length`` frames of one pixel of a chunk of a sequence. CHUNKED:
     taps meet frames of the chunk alone, else all that X has. With GROUPS (see _recordings.py) these are the segments,
@@ -222,32 +273,47 @@ def gradient_kernel(
         for m in tl.static_range(COLUMNS):
             seen = tl.where((pixel + m).to(tl.uint32) < x_width.to(tl.uint32), span, 0)
             for n in tl.static_range(TAPS - 1):
-                windows += (_frame(x_at + (n * x_step + m * C), offset + n, seen, in_row),)
+                there = (offset + n).to(tl.uint32) < seen.to(tl.uint32)
+                windows += (_frame(x_at + (n * x_step + m * PIXEL), there, in_row),)
         x_at += (TAPS - 1) * x_step
         offset += TAPS - 1
-        for i in range(0, length, TAPS):
+        behind = tl.where(span > 0, span - offset, 0)  # frames from the newest on
+        for _ in range(0, length, TAPS):
+            grads = ()
             for n in tl.static_range(TAPS):
-                g = _frame(at, tl.full([BLOCK_G], n, tl.int32) + i, left, in_row)
-                total += g.to(total.dtype)
+                g = _frame(at, left > n, in_row)
+                if PRECISE:
+                    grads += (g,)
+                else:
+                    total += g
                 for m in tl.static_range(COLUMNS):
-                    seen = tl.where((pixel + m).to(tl.uint32) < x_width.to(tl.uint32), span, 0)
-                    x = _frame(x_at + m * C, offset + n, seen, in_row)
+                    inside = (pixel + m).to(tl.uint32) < x_width.to(tl.uint32)
+                    if EARLY:
+                        there = (offset + n).to(tl.uint32) < tl.where(inside, span, 0).to(tl.uint32)
+                    else:
+                        there = tl.where(inside, behind, 0) > n
+                    x = _frame(x_at + m * PIXEL, there, in_row)
                     sums, windows = _add_products(g, sums, windows, x, m, TAPS)
                 at += g_step
                 x_at += x_step
+            left -= TAPS
+            behind -= TAPS
             offset += TAPS
             if PRECISE:  # one chain of additions through all frames would round more than torch does
+                total += _pairwise(grads, TAPS).to(tl.float64)
                 totals = _added(totals, sums, TAPS * COLUMNS)
                 sums = zeros(TAPS * COLUMNS, BLOCK_G, BLOCK_C)
     at = PARTS + (part * rows).to(tl.int64) * C + c
     if (k == 0) & (j == 0):
         tl.store(at + sum_row * C, tl.sum(total, axis=0).to(PARTS.dtype.element_ty), mask=in_row)
-    at += (row + k * columns + j) * C
-    for n in tl.static_range(TAPS):
-        for m in tl.static_range(COLUMNS):
-            keep = in_row & (k + n < count) & (j + m < columns)
-            found = totals[m * TAPS + n] if PRECISE else sums[m * TAPS + n]
-            tl.store(at + (n * columns + m) * C, tl.sum(found, axis=0), mask=keep)
+    STACKED: tl.constexpr = triton.next_power_of_2(TAPS)
+    n = tl.arange(0, STACKED)
+    keep = in_row[:, None] & ((n < TAPS) & (k + n < count))[None, :]
+    at = at[:, None] + ((row + (k + n) * columns + j) * C)[None, :]
+    for m in tl.static_range(COLUMNS):
+        found = (totals if PRECISE else sums)[m * TAPS : (m + 1) * TAPS]
+        found = tl.sum(_stacked(found, TAPS, STACKED), axis=0)  # [BLOCK_C, STACKED]
+        tl.store(at + m * C, found, mask=keep & (j + m < columns))
 
 
 def shares(count: int, most: int) -> int:
@@ -332,7 +398,8 @@ def gradients(
         g, x, table, segments.groups, *g_steps[:3], *x_steps[:3], segments.frames, batch, channels, segments.chunk,
         pad, shift, *shape, segments.length, segments.per_sequence, segments.per_part, segments.count, row, sum_row,
         table.shape[1],
-        G_STEP=g_steps.FRAME, X_STEP=x_steps.FRAME, CHUNKED=chunked, **form, num_warps=NUM_WARPS,
+        G_STEP=g_steps.FRAME, X_STEP=x_steps.FRAME, PIXEL=channels if form["COLUMNS"] > 1 else 0,
+        EARLY=pad > form["TAPS"] - 1, CHUNKED=chunked, **form, num_warps=NUM_WARPS,
     )  # fmt: skip
 
 
