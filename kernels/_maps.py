@@ -27,7 +27,7 @@ def forward_kernel(
 ):  # fmt: skip
     # A row: one pixel of GROUP frames, (b, t / GROUP, f). TABLE: (taps, C). RESIDUAL: y is of x's size. Widths and
     # channels are constants, so that steps to the next frame or tap cost no instruction.
-    c_tiles: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    c_tiles = tl.cdiv(C, BLOCK_C)
     pid = tl.program_id(0)
     c = pid % c_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
     row = pid // c_tiles * BLOCK_G + tl.arange(0, BLOCK_G)
@@ -60,7 +60,7 @@ def forward_kernel(
         y = z[r] + bias
         if RESIDUAL:
             keep = ((t + r < out_frames) & (row < rows))[:, None] & in_row[None, :]
-            y += tl.load(X + at + r * y_step, mask=keep, other=0.0).to(tl.float32)
+            y += sliding.load(X + at + r * y_step, keep)
         results += (y.to(Y.dtype.element_ty),)
     for r in tl.static_range(GROUP):
         keep = ((t + r < out_frames) & (row < rows))[:, None] & in_row[None, :]

@@ -37,7 +37,7 @@ BLOCK_G, BLOCK_C, NUM_WARPS = 8, 64, 4  # groups and channels of a tile: four ch
 BLOCK_S = 4  # segments of a tile: two channels per thread
 # With fewer than FEW taps a loaded frame serves few products: a tile has WIDE segments, a thread eight channels.
 FEW, WIDE = 5, 16
-# Two numbers of one register in float32: a bfloat16 is the upper half of one.
+# Both numbers of a register in float32: bfloat16 is the upper half of it.
 OF_BFLOAT16 = tl.constexpr("shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;")
 OF_FLOAT16 = tl.constexpr("{.reg .b16 a, b; mov.b32 {a, b}, $2; cvt.f32.f16 $0, a; cvt.f32.f16 $1, b;}")
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
@@ -45,30 +45,33 @@ MAX_PARTS = 64  # A sum over frames has at most this many parts.
 
 
 @triton.jit
-def as_float32(x):
-    """Returns x in float32, two numbers at a time: two instructions for bfloat16, where the compiler's own conversion takes
-    three, and no moves between registers.
+def load(at, keep, PAIRS: tl.constexpr = True):
+    """Returns the numbers at pointers in float32, 0 where not ``keep``. PAIRS of bfloat16 take two instructions; the
+    compiler's own conversion takes three, and moves between registers.
     """
-    if not INTERPRETED and x.dtype.primitive_bitwidth == 16:  # the interpreter knows no assembly
+    x = tl.load(at, mask=keep, other=0.0)
+    if PAIRS and not INTERPRETED and x.dtype.primitive_bitwidth == 16:  # the interpreter knows no assembly
         halves: tl.constexpr = OF_BFLOAT16 if x.dtype == tl.bfloat16 else OF_FLOAT16
         return tl.inline_asm_elementwise(halves, "=r,=r,r", [x], dtype=tl.float32, is_pure=True, pack=2)
     return x.to(tl.float32)
 
 
 @triton.jit
-def _frame(at, there, in_row):
+def _frame(at, there, in_row, PAIRS: tl.constexpr = True):
     keep = there[:, None]
     if in_row is not None:
         keep = keep & in_row[None, :]
-    return as_float32(tl.load(at, mask=tl.broadcast_to(keep, at.shape), other=0.0))
+    return load(at, tl.broadcast_to(keep, at.shape), PAIRS)
 
 
 @triton.jit
-def groups(program, batch, chunk, before, GROUP: tl.constexpr, BLOCK_G: tl.constexpr):
+def groups(program, batch, chunk, before, CHUNKED: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr):
     """Returns (sequence, first frames of groups, first frames of their chunks). A group lies in one chunk; ``before``
-    frames before the first, which groups that end there cover, have no chunk.
+    frames before the first, which groups that end there cover, have no chunk. Not CHUNKED: all frames are one.
     """
     number = program // batch * BLOCK_G + tl.arange(0, BLOCK_G) - tl.cdiv(before, GROUP)
+    if not CHUNKED:
+        return program % batch, number * GROUP, tl.zeros_like(number)
     per_chunk = tl.cdiv(chunk, GROUP)
     first = tl.maximum(number, 0) // per_chunk * chunk
     return program % batch, tl.where(number < 0, number * GROUP, first + number % per_chunk * GROUP), first
@@ -88,15 +91,15 @@ def group_blocks(frames: int, chunk: int, before: int, group: int, block: int = 
 @triton.jit
 def _add_frame(
     z, w, k, X, offset, span, TABLE, in_row, x_step, w_step,
-    FIRST: tl.constexpr, END: tl.constexpr, LOADS: tl.constexpr, GROUP: tl.constexpr,
+    FIRST: tl.constexpr, END: tl.constexpr, LOADS: tl.constexpr, GROUP: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """Adds frame k to the sums [FIRST, END), with the weights of tap k where LOADS, and moves the others on."""
     there = (offset + k).to(tl.uint32) < span.to(tl.uint32)
-    x = _frame(X + tl.cast(k, tl.int64) * x_step, there, in_row)  # [groups, channels]
+    x = _frame(X + tl.cast(k, tl.int64) * x_step, there, in_row, PAIRS)  # [groups, channels]
     newest = w[GROUP - 1]
     if LOADS:
         keep = None if in_row is None else tl.broadcast_to(in_row[None, :], TABLE.shape)
-        newest = as_float32(tl.load(TABLE + k * w_step, mask=keep))
+        newest = tl.load(TABLE + k * w_step, mask=keep)
     moved = (newest,)
     moved += w[: GROUP - 1]
     added = ()
@@ -167,26 +170,37 @@ def taps_at(TABLE, row, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr):
 @triton.jit
 def sums(
     z, X, offset, span, TABLE, in_row, x_step, w_step, TAPS: tl.constexpr, GROUP: tl.constexpr,
+    UNROLLED: tl.constexpr = False, PAIRS: tl.constexpr = True,
 ):  # fmt: skip
     """Returns the tuple z with the sums of groups added. Their first tap meets the frames ``offset`` of [0, span),
-    which lie at X [groups, channels]; its weights lie at TABLE, of the same shape. A step goes to the next frame, or
-    the next tap's weights.
+    which lie at X [groups, channels]; its weights lie at TABLE, in float32 and of the same shape. A step goes to the
+    next frame, or the next tap's weights. UNROLLED: without a loop, at whose end weights move to the registers that it
+    began with. PAIRS: as in ``load``.
     """
     w = z
+    if UNROLLED:
+        for k in tl.static_range(TAPS + GROUP - 1):
+            z, w = _add_frame(
+                z, w, k, X, offset, span, TABLE, in_row, x_step, w_step,
+                max(0, k - TAPS + 1), min(GROUP, k + 1), k < TAPS, GROUP, PAIRS,
+            )  # fmt: skip
+        return z
     HEAD: tl.constexpr = GROUP if TAPS >= GROUP else 0
     TAIL: tl.constexpr = TAPS % GROUP
     for n in tl.static_range(HEAD):
-        z, w = _add_frame(z, w, n, X, offset, span, TABLE, in_row, x_step, w_step, 0, n + 1, True, GROUP)
+        z, w = _add_frame(
+            z, w, n, X, offset, span, TABLE, in_row, x_step, w_step, 0, n + 1, True, GROUP, PAIRS
+        )
     if TAPS >= 2 * GROUP:
         for k in range(GROUP, TAPS - TAIL, GROUP):
             for n in tl.static_range(GROUP):
                 z, w = _add_frame(
-                    z, w, k + n, X, offset, span, TABLE, in_row, x_step, w_step, 0, GROUP, True, GROUP
+                    z, w, k + n, X, offset, span, TABLE, in_row, x_step, w_step, 0, GROUP, True, GROUP, PAIRS
                 )
     for n in tl.static_range(TAIL + GROUP - 1):
         z, w = _add_frame(
             z, w, TAPS - TAIL + n, X, offset, span, TABLE, in_row, x_step, w_step,
-            n - TAIL + 1, GROUP if HEAD else n + 1, n < TAIL, GROUP,
+            n - TAIL + 1, GROUP if HEAD else n + 1, n < TAIL, GROUP, PAIRS,
         )  # fmt: skip
     return z
 
@@ -219,8 +233,8 @@ def gradient_kernel(
     """Writes the rows ``sum_row`` (sum of G) and row + k columns + j (tap k < count of column j) of a part's ``rows``
     rows. A frame has ``width`` pixels of C channels in G, ``x_width`` in X, and tap 0 of column 0 meets the frame
     ``pad`` and the pixel ``pad_f`` earlier. X has ``shift`` frames more before the first. Steps lead to the next tile
-    of channels, sequence and frame; that of a frame is G_STEP or X_STEP where that is not 0, that of a pixel of X PIXEL.
-    EARLY: the first frame meets taps of frames more than TAPS - 1 before it.
+    of channels, sequence and frame; that of a frame is G_STEP or X_STEP where that is not 0. PIXEL leads to X's next
+    pixel where COLUMNS > 1. EARLY: ``pad`` is at least TAPS, so that the newest frames may lie before the first one.
 
     A part is of ``per_part`` segments. A segment is ``length`` frames of one pixel of a chunk of a sequence. CHUNKED:
     taps meet frames of the chunk alone, else all that X has. With GROUPS (see _recordings.py) these are the segments,
@@ -399,7 +413,7 @@ def gradients(
         pad, shift, *shape, segments.length, segments.per_sequence, segments.per_part, segments.count, row, sum_row,
         table.shape[1],
         G_STEP=g_steps.FRAME, X_STEP=x_steps.FRAME, PIXEL=channels if form["COLUMNS"] > 1 else 0,
-        EARLY=pad > form["TAPS"] - 1, CHUNKED=chunked, **form, num_warps=NUM_WARPS,
+        EARLY=pad >= form["TAPS"], CHUNKED=chunked, **form, num_warps=NUM_WARPS,
     )  # fmt: skip
 
 

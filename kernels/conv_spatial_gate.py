@@ -116,7 +116,7 @@ def _place(frames, batch, C, GROUP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C
     """Returns (sequence, its first row, first frames of groups, tile). Tiles vary fastest, then sequences."""
     pid = tl.program_id(0)
     c_tiles = tl.cdiv(C, BLOCK_C)
-    b, t, _ = sliding.groups(pid // c_tiles, batch, frames, 0, GROUP, BLOCK_G)
+    b, t, _ = sliding.groups(pid // c_tiles, batch, frames, 0, False, GROUP, BLOCK_G)
     return b, b.to(tl.int64) * frames, t, pid % c_tiles
 
 
@@ -131,7 +131,7 @@ def _convolve(
     row = sliding.taps_at(TABLE, tile * TAPS + (TAPS - 1 if TURNED else 0), BLOCK_G, BLOCK_C)
     return sliding.sums(
         sliding.zeros(GROUP, BLOCK_G, BLOCK_C), at, start, tl.full([BLOCK_G], 0, tl.int32) + frames, row, None,
-        BLOCK_C, -BLOCK_C if TURNED else BLOCK_C, TAPS, GROUP,
+        BLOCK_C, -BLOCK_C if TURNED else BLOCK_C, TAPS, GROUP, TAPS <= 4 * GROUP,
     )  # fmt: skip
 
 
@@ -157,7 +157,7 @@ def forward_kernel(
     results = ()
     for n in tl.static_range(GROUP):
         keep = (first + n < frames)[:, None] & (c < C)[None, :]
-        r = _load(at, n * step, keep)
+        r = sliding.load(at + n * step, keep)
         act, _ = activate_with_slope(_with_bias(found[n], BIAS, c, C), ACTIVATION, PRECISE)
         results += ((r * act).to(Y.dtype.element_ty),)
     at = Y + ((base + first)[:, None] * C + c[None, :])
@@ -181,8 +181,8 @@ def output_gradient_kernel(
     results = ()
     for n in tl.static_range(GROUP):
         keep = (first + n < frames)[:, None] & (c < C)[None, :]
-        r = _load(at, n * step, keep)
-        dy = _load(GRAD + (row * C + c[None, :]), n * C, keep)
+        r = sliding.load(at + n * step, keep)
+        dy = sliding.load(GRAD + (row * C + c[None, :]) + n * C, keep)
         act, slope = activate_with_slope(_with_bias(found[n], BIAS, c, C), ACTIVATION, PRECISE)
         results += ((dy * r * slope).to(Q.dtype.element_ty), (dy * act).to(DFACTOR.dtype.element_ty))
     at = sliding.in_tiles(tile, batch, b, frames, first, lane, BLOCK_C)
@@ -203,15 +203,16 @@ def input_gradient_kernel(
     c = tile * BLOCK_C + tl.arange(0, BLOCK_C)
     found = _convolve(Q, TABLE, tile, batch, b, first, frames, True, TAPS, GROUP, BLOCK_G, BLOCK_C)
     at = DGATE + ((base + first)[:, None] * (2 * C) + c[None, :])
-    results = ()
+    padding = ()
+    if MASK is not None:
+        for n in tl.static_range(GROUP):
+            padding += (tl.load(MASK + base + first + n, mask=first + n < frames, other=0) != 0,)
     for n in tl.static_range(GROUP):
-        du = found[n]
-        if MASK is not None:
-            there = tl.load(MASK + base + first + n, mask=first + n < frames, other=1) == 0
-            du = tl.where(there[:, None], du, 0.0)
-        results += (du.to(DGATE.dtype.element_ty),)
-    for n in tl.static_range(GROUP):
-        tl.store(at + n * 2 * C, results[n], mask=(first + n < frames)[:, None] & (c < C)[None, :])
+        du, keep = found[n].to(DGATE.dtype.element_ty), (first + n < frames)[:, None] & (c < C)[None, :]
+        if MASK is not None:  # a store of zeros takes fewer instructions than a choice between them and du
+            tl.store(at + n * 2 * C, tl.zeros(at.shape, du.dtype), mask=keep & padding[n][:, None])
+            keep = keep & ~padding[n][:, None]
+        tl.store(at + n * 2 * C, du, mask=keep)
 
 
 # --------------------------------------------------------------------------- launches

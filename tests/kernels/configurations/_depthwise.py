@@ -7,7 +7,9 @@ from fastasr.kernels import _sliding_taps as sliding
 from .configuration import DTYPES, Configuration
 
 
-def depthwise(op: str, dtype: str, types: dict, taps: tuple[int, int], width: int, channels: int, residual: bool):
+def depthwise(
+    op: str, dtype: str, types: dict, taps: tuple[int, int], width: int, channels: int, residual: bool
+):
     tile = maps.form(taps[0], 1500, DTYPES[dtype]) | {"RESIDUAL": residual, "num_warps": maps.NUM_WARPS}
     tile |= {"WIDTH": width, "OUT_WIDTH": width, "C": channels, "TAPS_F": taps[1]}
     for name, constants in (
@@ -31,7 +33,11 @@ def taps_gradients(
 ):
     steps = dict(zip(("G_STEP", "X_STEP"), steps, strict=True)) | {"PIXEL": pixel}
     segments = sliding.Segments(1500, 20, 1500, taps, 1, 64, DTYPES[types["G"]])
-    constants = segments.form(shape) | steps | {"EARLY": taps // 2 >= segments.taps, "CHUNKED": chunked, "num_warps": sliding.NUM_WARPS}
+    constants = (
+        segments.form(shape)
+        | steps
+        | {"EARLY": taps // 2 >= segments.taps, "CHUNKED": chunked, "num_warps": sliding.NUM_WARPS}
+    )
     constants |= {} if recordings else {"GROUPS": None}
     divisible = (*divisible, "g_tile", "x_tile")
     return Configuration(name, sliding.gradient_kernel, types, constants, divisible)

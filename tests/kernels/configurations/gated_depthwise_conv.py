@@ -45,7 +45,9 @@ def configurations():
                 yield Configuration(name, function, types, constants, divisible)
             name = f"gated_depthwise_conv weight gradient, {form}, {dtype}"
             strides, tiles = ("C", "g_batch", "g_time", "x_batch", "x_time"), (conv.BLOCK_C, conv.BLOCK_C)
-            yield taps_gradients(name, types, 31, sliding.LINE, strides, tiles, chunked=chunked, recordings=recordings)
+            yield taps_gradients(
+                name, types, 31, sliding.LINE, strides, tiles, chunked=chunked, recordings=recordings
+            )
             if chunked:
                 name = f"gated_depthwise_conv edge gradient, {form}, {dtype}"
                 constants = block_c | none | {"BLOCK_R": conv.BLOCK_R, "num_warps": conv.EDGE_WARPS}
