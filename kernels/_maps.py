@@ -3,7 +3,7 @@
 
 Column by column of the taps, a thread convolves a group of frames of one pixel along time (_sliding_taps.py): each
 frame is loaded once for all taps of a column. Threads of a program have neighbouring pixels, so that most loads come
-from the first-level cache. The weights lie as rows of channels (one small copy).
+from the first-level cache. The weights lie as rows of channels, in float32 (one small copy).
 """
 
 import torch
