@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from fastasr.kernels import _sliding_taps as sliding
-from fastasr.kernels._activation import activate_with_slope
+from fastasr.kernels._activation import IDENTITY, activate_with_slope
 from fastasr.kernels._launch import cdiv, contiguous_like, launch
 from fastasr.kernels._layer_norm import MAX_CHANNELS, normalise, row_mean, row_tile, row_width
 from fastasr.kernels._parts import add_pair, split_rows, store_pair
@@ -122,7 +122,7 @@ def _place(frames, batch, C, GROUP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C
 
 @triton.jit
 def _convolve(
-    POINTER, TABLE, tile, batch, b, t, frames, TURNED: tl.constexpr,
+    POINTER, TABLE, tile, batch, b, t, frames, TURNED: tl.constexpr, UNROLLED: tl.constexpr,
     TAPS: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Returns the convolution of groups, without the bias, with the taps as they are or reversed."""
@@ -131,7 +131,7 @@ def _convolve(
     row = sliding.taps_at(TABLE, tile * TAPS + (TAPS - 1 if TURNED else 0), BLOCK_G, BLOCK_C)
     return sliding.sums(
         sliding.zeros(GROUP, BLOCK_G, BLOCK_C), at, start, tl.full([BLOCK_G], 0, tl.int32) + frames, row, None,
-        BLOCK_C, -BLOCK_C if TURNED else BLOCK_C, TAPS, GROUP, TAPS <= 4 * GROUP,
+        BLOCK_C, -BLOCK_C if TURNED else BLOCK_C, TAPS, GROUP, UNROLLED,
     )  # fmt: skip
 
 
@@ -151,7 +151,8 @@ def forward_kernel(
     b, base, first, tile = _place(frames, batch, C, GROUP, BLOCK_G, BLOCK_C)
     lane = tl.arange(0, BLOCK_C)
     c = tile * BLOCK_C + lane
-    found = _convolve(U, TABLE, tile, batch, b, first, frames, False, TAPS, GROUP, BLOCK_G, BLOCK_C)
+    UNROLLED: tl.constexpr = ACTIVATION == IDENTITY and TAPS <= 4 * GROUP  # others would take more registers
+    found = _convolve(U, TABLE, tile, batch, b, first, frames, False, UNROLLED, TAPS, GROUP, BLOCK_G, BLOCK_C)
     at = FACTOR + ((b.to(tl.int64) * x_batch + first.to(tl.int64) * x_time)[:, None] + c[None, :])
     step = tl.cast(x_time, tl.int64)
     results = ()
@@ -174,7 +175,8 @@ def output_gradient_kernel(
     b, base, first, tile = _place(frames, batch, C, GROUP, BLOCK_G, BLOCK_C)
     lane = tl.arange(0, BLOCK_C)
     c = tile * BLOCK_C + lane
-    found = _convolve(U, TABLE, tile, batch, b, first, frames, False, TAPS, GROUP, BLOCK_G, BLOCK_C)
+    UNROLLED: tl.constexpr = ACTIVATION == IDENTITY and TAPS <= 4 * GROUP  # others would take more registers
+    found = _convolve(U, TABLE, tile, batch, b, first, frames, False, UNROLLED, TAPS, GROUP, BLOCK_G, BLOCK_C)
     at = FACTOR + ((b.to(tl.int64) * x_batch + first.to(tl.int64) * x_time)[:, None] + c[None, :])
     step = tl.cast(x_time, tl.int64)
     row = (base + first)[:, None]
@@ -201,18 +203,17 @@ def input_gradient_kernel(
     # Writes du, 0 at padding, where dg will be.
     b, base, first, tile = _place(frames, batch, C, GROUP, BLOCK_G, BLOCK_C)
     c = tile * BLOCK_C + tl.arange(0, BLOCK_C)
-    found = _convolve(Q, TABLE, tile, batch, b, first, frames, True, TAPS, GROUP, BLOCK_G, BLOCK_C)
+    found = _convolve(Q, TABLE, tile, batch, b, first, frames, True, False, TAPS, GROUP, BLOCK_G, BLOCK_C)
     at = DGATE + ((base + first)[:, None] * (2 * C) + c[None, :])
-    padding = ()
-    if MASK is not None:
-        for n in tl.static_range(GROUP):
-            padding += (tl.load(MASK + base + first + n, mask=first + n < frames, other=0) != 0,)
+    results = ()
     for n in tl.static_range(GROUP):
-        du, keep = found[n].to(DGATE.dtype.element_ty), (first + n < frames)[:, None] & (c < C)[None, :]
-        if MASK is not None:  # a store of zeros takes fewer instructions than a choice between them and du
-            tl.store(at + n * 2 * C, tl.zeros(at.shape, du.dtype), mask=keep & padding[n][:, None])
-            keep = keep & ~padding[n][:, None]
-        tl.store(at + n * 2 * C, du, mask=keep)
+        du = found[n]
+        if MASK is not None:
+            there = tl.load(MASK + base + first + n, mask=first + n < frames, other=1) == 0
+            du = tl.where(there[:, None], du, 0.0)
+        results += (du.to(DGATE.dtype.element_ty),)
+    for n in tl.static_range(GROUP):
+        tl.store(at + n * 2 * C, results[n], mask=(first + n < frames)[:, None] & (c < C)[None, :])
 
 
 # --------------------------------------------------------------------------- launches
