@@ -43,7 +43,7 @@ FRAME = {"BLOCK_R": 8, "BLOCK_C": 128, "num_warps": 4}
 # Frames with at most SHORT rows have a program for each row: tiles of eight rows would be mostly empty.
 SHORT, SHORT_FRAME = 16, {"BLOCK_R": 1, "BLOCK_C": 512, "num_warps": 4}
 # a thread for each channel: each stores the element of DLM that it loaded as BEFORE
-CONTEXT = {"BLOCK_T": 64, "BLOCK_C": 128, "BLOCK_P": 256, "BLOCK_V": 8, "num_warps": 4}
+CONTEXT = {"BLOCK_T": 64, "BLOCK_C": 128, "BLOCK_P": 128, "BLOCK_V": 8, "num_warps": 4}
 NORMALISE = {"BLOCK_M": 32, "num_warps": 4}
 MAX_SHARES = 16  # programs of `scores` that share the outputs of a block of rows
 NO_SYMBOL, UNKNOWN = tl.constexpr(-1), tl.constexpr(-2)
@@ -330,21 +330,20 @@ def _context_gradient(
     tl.store(DLM + context * D + c, total.to(DLM.dtype.element_ty), mask=in_row)
 
 
-@triton.jit(do_not_specialize=[*SIZES, "bias_programs", "parts"])
+@triton.jit(do_not_specialize=[*SIZES, "programs", "parts"])
 def context_gradient_kernel(
-    STARTS, DA, BEFORE, DLM, PARTS, DBIAS, first, rows, frames, length, s_range, D, bias_programs, parts, V,
+    STARTS, DA, BEFORE, DLM, PARTS, DBIAS, first, rows, frames, length, s_range, D, programs, parts, V,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Writes dlm of a context: the sum of da over its rows among [first, rows), plus BEFORE, that of earlier chunks.
-    Rows outside the boundary hold zeros. The first programs add up the parts of the bias's gradient.
+    Rows outside the boundary hold zeros. Programs behind those of the contexts add up the parts of the bias's gradient.
     """
     pid = tl.program_id(0)
-    if pid >= bias_programs:
-        place = pid - bias_programs
+    if pid < programs:
         sizes = first, rows, frames, length, s_range, D
-        _context_gradient(place, STARTS, DA, BEFORE, DLM, *sizes, BLOCK_T, BLOCK_C)
+        _context_gradient(pid, STARTS, DA, BEFORE, DLM, *sizes, BLOCK_T, BLOCK_C)
     elif PARTS is not None:
-        add_parts_at(pid, PARTS, DBIAS, parts, V, BLOCK_P, BLOCK_V)
+        add_parts_at(pid - programs, PARTS, DBIAS, parts, V, BLOCK_P, BLOCK_V)
 
 
 # --------------------------------------------------------------------------- launchers
@@ -581,10 +580,11 @@ def _hidden_gradient(p: _Plan, dhidden, first: int, end: int, dam, before, dlm, 
         p.am, p.lm, *p.band, p.seed, dhidden, dam, *sizes, *p.dropout,
         ACTIVATION=p.activation, PRECISE=precise, **tile,
     )  # fmt: skip
-    grid = p.batch * (p.length + 1) * cdiv(p.d, CONTEXT["BLOCK_C"])
-    parts, dbias = of_bias or (None, None)
-    programs = 0 if parts is None else cdiv(p.v, CONTEXT["BLOCK_V"])
-    launch(context_gradient_kernel, (programs + grid,),
-        p.band[0], dhidden, before, dlm, parts, dbias, *sizes, programs, 0 if parts is None else len(parts), p.v,
-        **CONTEXT,
+    programs = p.batch * (p.length + 1) * cdiv(p.d, CONTEXT["BLOCK_C"])
+    parts, dbias, count, more = None, None, 0, 0
+    if of_bias is not None:
+        parts, dbias = of_bias
+        count, more = len(parts), cdiv(p.v, CONTEXT["BLOCK_V"])
+    launch(context_gradient_kernel, (programs + more,),
+        p.band[0], dhidden, before, dlm, parts, dbias, *sizes, programs, count, p.v, **CONTEXT,
     )  # fmt: skip

@@ -237,7 +237,7 @@ def test_budgets_have_128_bit_accesses(rows, architecture):
     frames or taps of them in registers: a warp still reads 128 or 256 neighbouring bytes, and few for each product.
     Limits are those of one parameter of any alignment. A parameter's sample is one number for each thread. The second
     row of a table of bounds begins anywhere, one of pieces is short, and groups of a recording's frames begin anywhere.
-    A folded norm has a row of few taps a channel.
+    A folded norm has a row of few taps a channel. A thread has four channels of a joiner's frame with few rows.
     """
     others = (
         "one column",
@@ -246,6 +246,7 @@ def test_budgets_have_128_bit_accesses(rows, architecture):
         "odd sizes",
         "joiner scores",
         "joiner normalise",
+        "joiner frame gradient, few rows, D=512, bf16",
         "statistics",
         "diagonals",
         "lattice",
