@@ -4,16 +4,26 @@
 import ast
 import math
 import re
+from collections import Counter
 from functools import cache
 from importlib import import_module
 from types import SimpleNamespace
 
 import pytest
 import torch
+from steps import Calls
 
 from fastasr.benchmarks.device.checks import launch as launch_samples
+from fastasr.ops import _joiner, _lattice
 from fastasr.ops._dispatch import gpu_backends
-from fastasr.testing.table import forward_and_backward, table
+from fastasr.testing.table import (
+    Make,
+    forward_and_backward,
+    is_gradient,
+    samples_of,
+    table,
+    with_tensors,
+)
 from tests.kernels.configurations import KERNELS
 
 pytest.importorskip("triton")
@@ -25,6 +35,10 @@ from fastasr.testing.fake_gpu import fake_gpu
 
 TRITON = {op for op, backend in gpu_backends().items() if backend == "triton"}
 TABLES = {name: table(name) for name in TRITON}
+# Op -> kernels of a forward and of a backward pass in bfloat16 at the sizes of a benchmark: launches, and calls of torch
+# in which a GPU computes. A change that lowers a count lowers it here.
+COUNTS = {
+}
 # arguments of bypass.forward_kernel
 NO_ROW, TILE = (None,) * 3, {"BLOCK_R": 8, "BLOCK_C": 256, "num_warps": 4}
 
@@ -46,6 +60,29 @@ def _launches(op: str) -> frozenset[tuple[str, int, int]]:
 def test_launches_go_to_the_device_of_the_tensors(op):
     assert _launches(op)
     assert {(device, stream) for _, device, stream in _launches(op)} == {(1, 1001)}
+
+
+@pytest.mark.skipif(not torch.__version__.startswith("2.13."), reason="counts are those of torch 2.13")
+@pytest.mark.parametrize("op", sorted(TABLES))
+def test_kernels_of_a_call(op, monkeypatch):
+    for module in (_joiner, _lattice):  # values on a GPU are not checked
+        monkeypatch.setattr(module, "values_are_checked", lambda x: False)
+    function, made = TABLES[op].function, samples_of(op).sized().arguments(Make(torch.bfloat16))
+    arguments = with_tensors(made, lambda _, t: t.requires_grad_(not is_gradient(function)))
+    with fake_gpu() as gpu:
+        with (ahead := Calls()):
+            y = function(**arguments)
+        count = len(gpu.launches)
+        results = [t for t in (y if isinstance(y, tuple) else (y,)) if t.requires_grad]
+        leaves = [t for t in arguments.values() if isinstance(t, torch.Tensor) and t.requires_grad]
+        grads = [torch.ones_like(t) for t in results]
+        with (back := Calls()):
+            if results:
+                torch.autograd.grad(results, leaves, grads, allow_unused=True)
+        found = ahead.kernels + count, back.kernels + len(gpu.launches) - count
+    assert found == COUNTS.get(op), (
+        f"torch: {ahead.found}, {back.found}; launches: {Counter(one.name for one in gpu.launches)}"
+    )
 
 
 def test_every_kernel_was_launched():
