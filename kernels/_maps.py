@@ -69,8 +69,9 @@ def forward_kernel(
         tl.store(Y + at + r * y_step, results[r], mask=keep)
 
 
-@triton.jit(do_not_specialize=["parts"])
-def add_map_taps_kernel(PARTS, DWEIGHT, DBIAS, parts, C, taps, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+@triton.jit
+def add_map_taps(PARTS, DWEIGHT, DBIAS, parts, C, taps, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Adds up the rows of a table (parts, taps + 1, C), whose last row of each part is the bias's."""
     c_tiles = tl.cdiv(C, BLOCK_C)
     pid = tl.program_id(0)
     c = pid % c_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -84,6 +85,11 @@ def add_map_taps_kernel(PARTS, DWEIGHT, DBIAS, parts, C, taps, BLOCK_P: tl.const
     else:
         if DBIAS is not None:
             tl.store(DBIAS + c, total.to(DBIAS.dtype.element_ty), mask=c < C)
+
+
+@triton.jit(do_not_specialize=["parts"])
+def add_map_taps_kernel(PARTS, DWEIGHT, DBIAS, parts, C, taps, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    add_map_taps(PARTS, DWEIGHT, DBIAS, parts, C, taps, BLOCK_P, BLOCK_C)
 
 
 def form(taps: int, frames: int, dtype: torch.dtype) -> dict[str, int]:

@@ -17,13 +17,17 @@ For N rows of D channels, V outputs, e bytes, per kernel:
 
 Rows pass through in chunks that hold h, and in the backward pass dl and dh, in at most CHUNK_BYTES: the tensor of all
 logits never exists. Where the caller may keep logits, the backward pass reads the forward's h, if that was one chunk.
-dlm and dW are sums over chunks in float32; one chunk writes them in their own dtypes. A fused sweep that also forms W^T dl would compute the logits twice: 8 N D V FLOPs instead of 6. Blocks
-whose rows are all outside the boundary, or all have gradients of 0, multiply nothing. A list of rows would need a
-synchronisation, so there is none. What a program does depends on the shape and on the device's generation and number of
-multiprocessors: on one kind of device results repeat bit for bit, without atomics.
+dlm and dW are sums over chunks in float32; one chunk writes them in their own dtypes. A fused sweep that also forms
+W^T dl would compute the logits twice: 8 N D V FLOPs instead of 6. Blocks whose rows are all outside the boundary, or
+all have gradients of 0, multiply nothing. A list of rows would need a synchronisation, so there is none. What a program
+does depends on the shape and on the device's generation and number of multiprocessors: on one kind of device results
+repeat bit for bit, without atomics.
 
-The few durations of a TDT joiner are outputs behind the tokens: their logits are a product of their own from the
-same h.
+The few durations of a TDT joiner are outputs behind the tokens. A kernel of their own, ``durations``, multiplies a block
+of rows of h, and writes their log-probabilities or their part of dl.
+
+Launches: forward 3; backward, of one chunk whose h is kept, 3 and two products, and a copy of W where V is no multiple
+of 16. Of durations, 1 more in each.
 
 At B = 20, T = 750, R = 5, D = 512, V = 5000 in bf16 the products need 0.49 ms forward and 1.46 backward at 790 TFLOP/s.
 """
@@ -95,6 +99,16 @@ def locate(local, STARTS, SYMBOLS, BOUNDARY, first, rows, frames, length, s_rang
 def softplus(x):
     """Returns log(1 + e^x), of float64."""
     return tl.log(1.0 + tl.exp(-tl.abs(x))) + tl.maximum(x, 0.0)
+
+
+@triton.jit
+def _or_none(BIAS, v, here):
+    """Returns the bias of outputs, and -inf where there is none: such a logit has a gradient of 0."""
+    if BIAS is not None:
+        bias = tl.load(BIAS + v, mask=here, other=NONE).to(tl.float32)
+    else:
+        bias = tl.where(here, 0.0, NONE)
+    return bias
 
 
 # --------------------------------------------------------------------------- forward
@@ -212,10 +226,10 @@ def normalise_kernel(
 
 # --------------------------------------------------------------------------- backward
 # PARTS may begin at any row of a table
-@triton.jit(do_not_specialize=[*SIZES, "blank"], do_not_specialize_on_alignment=["PARTS"])
+@triton.jit(do_not_specialize=[*SIZES, "outputs", "blank"], do_not_specialize_on_alignment=["PARTS"])
 def logits_gradient_kernel(
     HIDDEN, WEIGHT, BIAS, STARTS, SYMBOLS, BOUNDARY, GX, GY, NORMALISER, DLOGITS, PARTS,
-    first, rows, frames, length, s_range, width, V, d_stride, blank,
+    first, rows, frames, length, s_range, width, V, outputs, d_stride, blank,
     HAT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Writes dl of a block of rows and of outputs, and its sum over the rows. Behind the last output it writes zeros,
@@ -239,12 +253,7 @@ def logits_gradient_kernel(
     here = v < V
     logits = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     logits = products(logits, HIDDEN, local, width, active, WEIGHT, v, width, here, end, BLOCK_K)
-    # Logits of -inf behind the last output have gradients of 0.
-    if BIAS is not None:
-        bias = tl.load(BIAS + v, mask=here, other=NONE).to(tl.float32)
-    else:
-        bias = tl.where(here, 0.0, NONE)
-    logits += bias[None, :]
+    logits += _or_none(BIAS, v, here)[None, :]
     normaliser = tl.load(NORMALISER + row, mask=inside, other=0.0)
     high = normaliser.to(tl.float32)
     low = (normaliser - high.to(tl.float64)).to(tl.float32)  # its rounding would scale the whole row
@@ -264,7 +273,45 @@ def logits_gradient_kernel(
     keep = (i < left)[:, None] & (v < d_stride)[None, :]
     DLOGITS += block * BLOCK_M * d_stride
     tl.store(DLOGITS + (i[:, None] * d_stride + v[None, :]), d.to(DLOGITS.dtype.element_ty), mask=keep)
-    tl.store(PARTS + block * V + v, sums(d, 0, PRECISE), mask=here)
+    tl.store(PARTS + block * outputs + v, sums(d, 0, PRECISE), mask=here)
+
+
+@triton.jit(do_not_specialize=[*SIZES, "V", "durations"], do_not_specialize_on_alignment=["BIAS", "PARTS"])
+def durations_kernel(
+    HIDDEN, WEIGHT, BIAS, STARTS, SYMBOLS, BOUNDARY, PD, GZ, DLOGITS, PARTS,
+    first, rows, frames, length, s_range, width, V, durations, d_stride,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Writes the log-probabilities of the durations of a block of rows. With their gradients GZ it writes their part of
+    dl, and its sum over the rows.
+    """
+    PRECISE: tl.constexpr = HIDDEN.dtype.element_ty == tl.float32
+    block = tl.program_id(0).to(tl.int64)
+    local = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = first + local
+    n = tl.arange(0, BLOCK_N)
+    here = n < durations
+    _frame, _context, inside, _symbol = locate(
+        local, STARTS, SYMBOLS, BOUNDARY, first, rows, frames, length, s_range, V
+    )
+    logits = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    logits = products(logits, HIDDEN, local, width, inside, WEIGHT, n, width, here, width, BLOCK_K)
+    logits += _or_none(BIAS, n, here)[None, :]
+    maximum = tl.max(logits, axis=1)
+    x = logits - maximum[:, None]
+    e = exp_nonpositive(x, PRECISE)
+    total = sums(e, 1, PRECISE)
+    keep = (row < rows)[:, None] & here[None, :]
+    at = row[:, None] * durations + n[None, :]
+    if GZ is None:
+        pd = x - tl.log(total).to(tl.float32)[:, None]
+        tl.store(PD + at, tl.where(inside[:, None], pd, NONE), mask=keep)
+    else:
+        gz = tl.load(GZ + at, mask=keep & inside[:, None], other=0.0)
+        d = gz - e * (sums(gz, 1, PRECISE) / total).to(tl.float32)[:, None]
+        at = DLOGITS + local[:, None] * d_stride + (V + n)[None, :]
+        tl.store(at, d.to(DLOGITS.dtype.element_ty), mask=keep)
+        tl.store(PARTS + block * (V + durations) + V + n, sums(d, 0, PRECISE), mask=here)
 
 
 @triton.jit(do_not_specialize=[*SIZES, "threshold"])
@@ -332,7 +379,7 @@ def _context_gradient(
 
 @triton.jit(do_not_specialize=[*SIZES, "programs", "parts"])
 def context_gradient_kernel(
-    STARTS, DA, BEFORE, DLM, PARTS, DBIAS, first, rows, frames, length, s_range, D, programs, parts, V,
+    STARTS, DA, BEFORE, DLM, PARTS, DBIAS, first, rows, frames, length, s_range, D, programs, parts, outputs,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Writes dlm of a context: the sum of da over its rows among [first, rows), plus BEFORE, that of earlier chunks.
@@ -343,12 +390,12 @@ def context_gradient_kernel(
         sizes = first, rows, frames, length, s_range, D
         _context_gradient(pid, STARTS, DA, BEFORE, DLM, *sizes, BLOCK_T, BLOCK_C)
     elif PARTS is not None:
-        add_parts_at(pid - programs, PARTS, DBIAS, parts, V, BLOCK_P, BLOCK_V)
+        add_parts_at(pid - programs, PARTS, DBIAS, parts, outputs, BLOCK_P, BLOCK_V)
 
 
 # --------------------------------------------------------------------------- launchers
 def tiles(d: int, dtype: torch.dtype, generation: int) -> dict[str, dict[str, int]]:
-    """Returns tile shape, warps and stages of ``hidden`` and of the two kernels that multiply
+    """Returns tile shape, warps and stages of ``hidden`` and of the kernels that multiply
     (tests/kernels/budgets.toml: no spills; 128 rows spill on capability 12.0). On 9.0, 256 outputs at once read a
     quarter less from the second-level cache. ``logits_gradient`` would spill; 64 outputs at once in four warps took
     less time in a trial on an H200 than 128 in eight.
@@ -363,7 +410,9 @@ def tiles(d: int, dtype: torch.dtype, generation: int) -> dict[str, dict[str, in
         scores = found | {"BLOCK_N": 256, "BLOCK_K": min(32, size), "num_stages": 4}
         gradient = found | {"BLOCK_N": 64, "num_warps": 4}
     hidden = {"BLOCK_R": 8, "BLOCK_C": 512} if generation >= 90 else {"BLOCK_R": 4, "BLOCK_C": 256}
-    return {"hidden": hidden | {"num_warps": 4}, "scores": scores, "logits_gradient": gradient}
+    few = found | {"BLOCK_N": 16, "num_warps": 4}
+    hidden |= {"num_warps": 4}
+    return {"hidden": hidden, "scores": scores, "logits_gradient": gradient, "durations": few}
 
 
 class _Plan:
@@ -388,13 +437,7 @@ class _Plan:
     ):
         self.am, self.lm, self.weight = am.contiguous(), lm.contiguous(), weight.contiguous()
         self.bias = None if bias is None else bias.contiguous()
-        self.outputs = self.weight  # tokens and durations
-        self.v, self.durations = weight.shape[0] - durations, durations
-        if durations:
-            self.weight, self.duration_weight = self.weight.split((self.v, durations))
-            self.bias, self.duration_bias = (
-                (None, None) if bias is None else self.bias.split((self.v, durations))
-            )
+        self.v, self.durations = weight.shape[0] - durations, durations  # durations lie behind the tokens
         self.seed, self.dropout = seed if p else None, constants(p)
         self.band = (
             starts.contiguous(),
@@ -405,9 +448,8 @@ class _Plan:
         self.length, self.s_range = symbols.shape[1], s_range
         self.blank, self.activation, self.hat = blank, activation, hat
         shapes = tiles(self.d, weight.dtype, generation(weight))
-        self.tile, self.scores, self.logits_gradient = (
-            shapes[name] for name in ("hidden", "scores", "logits_gradient")
-        )
+        self.tile, self.scores, self.logits_gradient, few = shapes.values()
+        self.few = few | {"BLOCK_N": max(16, next_power_of_2(max(1, durations)))}
         self.width = cdiv(self.d, 16) * 16  # row width of h and of this weight: loads of 128 bits
         more = self.width - self.d
         self.padded = torch.nn.functional.pad(self.weight, (0, more)) if more else self.weight
@@ -452,20 +494,13 @@ class _Plan:
             )  # fmt: skip
         return h
 
-    def duration_logprobs(self, hidden: torch.Tensor) -> torch.Tensor:
-        logits = _product(hidden[:, : self.d], self.duration_weight.t())
-        return (logits if self.duration_bias is None else logits + self.duration_bias).log_softmax(1)
-
-    def hide(self, durations: torch.Tensor, value: float) -> torch.Tensor:
-        """Returns numbers (rows, durations) with ``value`` outside the boundary."""
-        starts, _symbols, boundary = self.band
-        s = starts[..., None] + torch.arange(self.s_range, device=self.am.device, dtype=torch.int64)
-        outside = s > self.length  # (batch, frames, s_range)
-        if boundary is not None:
-            s_begin, t_begin, s_end, t_end = boundary[:, :, None, None].unbind(1)
-            t = torch.arange(self.frames, device=self.am.device, dtype=torch.int64)[:, None]
-            outside = outside | (s < s_begin) | (s > s_end) | (t < t_begin) | (t >= t_end)
-        return durations.masked_fill(outside.reshape(-1, 1), value)
+    def launch_durations(self, hidden, first: int, end: int, pd, gz=None, dlogits=None, parts=None) -> None:
+        bias = None if self.bias is None else self.bias[self.v :]
+        launch(durations_kernel, (self.blocks(end - first),),
+            hidden, self.padded[self.v :], bias, *self.band, pd, gz, dlogits, parts,
+            *self.sizes(first, end), self.width, self.v, self.durations, 0 if gz is None else dlogits.stride(0),
+            **self.few,
+        )  # fmt: skip
 
 
 def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -503,9 +538,7 @@ def rnnt_joiner_forward(
         if keep and need_gradients and end - first == px.numel():
             kept = hidden
         if durations:
-            pd.view(-1, durations)[first:end] = p.duration_logprobs(hidden)
-    if durations:
-        pd = p.hide(pd.view(-1, durations), -torch.inf).view(pd.shape)
+            p.launch_durations(hidden, first, end, pd)
     return px, py, pd, normaliser, kept
 
 
@@ -522,20 +555,19 @@ def rnnt_joiner_backward(
     # weights may meet.
     stride = cdiv(outputs, 16) * 16 if outputs > 16 else outputs
     more = stride - outputs
-    output_weight = torch.cat((p.outputs, p.outputs[:more])) if more else p.outputs
+    output_weight = torch.cat((p.weight, p.weight[:more])) if more else p.weight
     chunks = list(p.chunks((stride + 2 * p.width) * size))
     to_hidden = p.d > 0 and len(chunks) > 0 and (needs[0] or needs[1])
     make = torch.empty_like if to_hidden else torch.zeros_like
     dam, dlm, dweight = make(p.am), make(p.lm), None
-    duration_parts = []
     blocks_of = [p.blocks(end - first) for first, end in chunks]
     sum_dtype = torch.float64 if weight.dtype is torch.float32 else torch.float32
-    parts = torch.empty(sum(blocks_of), p.v, dtype=sum_dtype, device=am.device)
+    parts = torch.empty(sum(blocks_of), outputs, dtype=sum_dtype, device=am.device)
     dbias, of_bias = weight.new_empty(0), None
     if bias is not None:
         of_bias = (parts, bias.new_empty(outputs)) if needs[3] and len(chunks) else None
         dbias = torch.zeros_like(bias) if of_bias is None else of_bias[1]
-    gz = p.hide(grad_durations.reshape(-1, durations).float(), 0.0) if durations else None
+    gz = grad_durations.contiguous() if durations else None
     before = None
     # a backward inside autocast would take float32 products in 16 bits
     with torch.autocast(am.device.type, enabled=False):
@@ -544,29 +576,24 @@ def rnnt_joiner_backward(
             dlogits = weight.new_empty(count, stride)
             launch(logits_gradient_kernel, (blocks * cdiv(p.v, p.logits_gradient["BLOCK_N"]),),
                 hidden, p.padded, p.bias, *p.band, gx, gy, normaliser, dlogits, own,
-                *p.sizes(first, end), p.width, p.v, stride, blank, HAT=hat, **p.logits_gradient,
+                *p.sizes(first, end), p.width, p.v, outputs, stride, blank, HAT=hat, **p.logits_gradient,
             )  # fmt: skip
             if durations:
-                found = torch.ops.aten._log_softmax_backward_data(
-                    gz[first:end], p.duration_logprobs(hidden), 1, torch.float32
-                )
-                dlogits[:, p.v : outputs].copy_(found)
-                duration_parts.append(found.sum(0, dtype=torch.float64))
+                p.launch_durations(hidden, first, end, None, gz, dlogits, own)
             if needs[2]:
                 product = (torch.mm if len(chunks) == 1 else _product)(dlogits.t(), hidden[:, : p.d])
                 dweight = product if dweight is None else dweight.add_(product)
             if to_hidden:
                 last = (first, end) == chunks[-1]
-                after = dlm if last else torch.empty_like(p.lm, dtype=torch.float32) if before is None else before
+                after = (
+                    dlm if last else torch.empty_like(p.lm, dtype=torch.float32) if before is None else before
+                )
                 dhidden = torch.mm(dlogits, output_weight)
                 _hidden_gradient(p, dhidden, first, end, dam, before, after, of_bias if last else None)
                 before = after
     dweight = torch.zeros_like(weight) if dweight is None else dweight[:outputs].to(weight.dtype)
-    if of_bias is not None:
-        if not to_hidden:
-            add_parts(parts, dbias[: p.v])
-        if durations:
-            dbias[p.v :] = torch.stack(duration_parts).sum(0)
+    if of_bias is not None and not to_hidden:
+        add_parts(parts, dbias)
     return dam, dlm, dweight, dbias
 
 
@@ -584,7 +611,7 @@ def _hidden_gradient(p: _Plan, dhidden, first: int, end: int, dam, before, dlm, 
     parts, dbias, count, more = None, None, 0, 0
     if of_bias is not None:
         parts, dbias = of_bias
-        count, more = len(parts), cdiv(p.v, CONTEXT["BLOCK_V"])
+        count, more = len(parts), cdiv(len(dbias), CONTEXT["BLOCK_V"])
     launch(context_gradient_kernel, (programs + more,),
-        p.band[0], dhidden, before, dlm, parts, dbias, *sizes, programs, count, p.v, **CONTEXT,
+        p.band[0], dhidden, before, dlm, parts, dbias, *sizes, programs, count, len(p.weight), **CONTEXT,
     )  # fmt: skip

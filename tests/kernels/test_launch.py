@@ -16,14 +16,7 @@ from steps import Calls
 from fastasr.benchmarks.device.checks import launch as launch_samples
 from fastasr.ops import _joiner, _lattice
 from fastasr.ops._dispatch import gpu_backends
-from fastasr.testing.table import (
-    Make,
-    forward_and_backward,
-    is_gradient,
-    samples_of,
-    table,
-    with_tensors,
-)
+from fastasr.testing.table import Make, forward_and_backward, is_gradient, samples_of, table, with_tensors
 from tests.kernels.configurations import KERNELS
 
 pytest.importorskip("triton")
@@ -37,8 +30,7 @@ TRITON = {op for op, backend in gpu_backends().items() if backend == "triton"}
 TABLES = {name: table(name) for name in TRITON}
 # Op -> kernels of a forward and of a backward pass in bfloat16 at the sizes of a benchmark: launches, and calls of torch
 # in which a GPU computes. A change that lowers a count lowers it here.
-COUNTS = {
-}
+COUNTS = {}
 # arguments of bypass.forward_kernel
 NO_ROW, TILE = (None,) * 3, {"BLOCK_R": 8, "BLOCK_C": 256, "num_warps": 4}
 

@@ -10,7 +10,7 @@ def configurations(generation: int):
     like = dict.fromkeys(
         ("AM", "LM", "HIDDEN", "WEIGHT", "BIAS", "DLOGITS", "DBIAS", "DHIDDEN", "DA", "DAM", "DLM")
     )
-    wide = dict.fromkeys(("PX", "PY", "GX", "GY", "BEFORE"), "fp32")
+    wide = dict.fromkeys(("PX", "PY", "PD", "GX", "GY", "GZ", "BEFORE"), "fp32")
     types = wide | dict.fromkeys(("STARTS", "SYMBOLS", "BOUNDARY"), "i64") | {"NORMALISER": "fp64"}
     extra = {
         "normalise": module.NORMALISE | {"BLOCK_S": 8},
@@ -27,7 +27,7 @@ def configurations(generation: int):
             getattr(module, f"{name}_kernel"),
             types
             | dict.fromkeys(like, element)
-            | {"PARTS": "fp32" if "gradient" in name and element != "fp32" else "fp64"},
+            | {"PARTS": "fp32" if name != "scores" and element != "fp32" else "fp64"},
             {"ACTIVATION": 3, "HAT": False, "SEED": None, "PRECISE": element == "fp32"} | options | constants,
             ("width", "d_stride", "share", *(("D", "V") if d % 16 == 0 else ())),
         )
@@ -40,6 +40,8 @@ def configurations(generation: int):
             yield configuration(name, "HAT", dtype, HAT=True, BOUNDARY=None, BIAS=None)
             if dtype == "bf16":
                 yield configuration(name, "odd sizes", dtype, d=100)
+        yield configuration("durations", "", dtype, **dict.fromkeys(("GZ", "DLOGITS", "PARTS")))
+        yield configuration("durations", "gradient", dtype, PD=None)
         if dtype in ("tf32", "fp16"):
             continue
         for name in ("hidden", *extra):
