@@ -23,8 +23,8 @@ all have gradients of 0, multiply nothing. A list of rows would need a synchroni
 does depends on the shape and on the device's generation and number of multiprocessors: on one kind of device results
 repeat bit for bit, without atomics.
 
-The few durations of a TDT joiner are outputs behind the tokens. A kernel of their own, ``durations``, multiplies a block
-of rows of h, and writes their log-probabilities or their part of dl.
+The few durations of a TDT joiner are outputs behind the tokens. A kernel of their own, ``durations``, multiplies a
+block of rows of h, and writes their log-probabilities or their part of dl.
 
 Launches: forward 3; backward, of one chunk whose h is kept, 3 and two products, and a copy of W where V is no multiple
 of 16. Of durations, 1 more in each.

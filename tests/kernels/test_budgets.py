@@ -230,8 +230,8 @@ def test_budgets_repeat_no_work(rows, architecture):
 @each_architecture
 def test_budgets_have_128_bit_accesses(rows, architecture):
     """This holds at sizes that allow it (those with one column or tail elements do not). Diagonals of dS begin at any
-    column. The joiner's scores, rel_attention's statistics and the forward pass of weighted values read by asynchronous
-    copies alone, which are not counted, and write few numbers per row.
+    column. The joiner's scores and durations, rel_attention's statistics and the forward pass of weighted values read
+    by asynchronous copies alone, which are not counted, and write few numbers per row.
     Rows of a lattice are T + 1 long and start where a boundary says; the joiner's parts are as long as a chunk. Where
     depthwise convolutions have many taps (kernels/_sliding_taps.py), a thread has two or four channels, and 8 to 16
     frames or taps of them in registers: a warp still reads 128 or 256 neighbouring bytes, and few for each product.
@@ -245,6 +245,7 @@ def test_budgets_have_128_bit_accesses(rows, architecture):
         "parts, 16",
         "odd sizes",
         "joiner scores",
+        "joiner durations",
         "joiner normalise",
         "joiner frame gradient, few rows, D=512, bf16",
         "statistics",
