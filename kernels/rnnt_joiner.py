@@ -16,12 +16,12 @@ For N rows of D channels, V outputs, e bytes, per kernel:
     context gradient  a context x BLOCK_C channels      reads da of its rows, dlm; adds up the parts of dbias
 
 Rows pass through in chunks that hold h, and in the backward pass dl and dh, in at most CHUNK_BYTES: the tensor of all
-logits never exists. Where the caller may keep logits, the backward pass reads the forward's h, if that was one chunk.
-dlm and dW are sums over chunks in float32; one chunk writes them in their own dtypes. A fused sweep that also forms
-W^T dl would compute the logits twice: 8 N D V FLOPs instead of 6. Blocks whose rows are all outside the boundary, or
-all have gradients of 0, multiply nothing. A list of rows would need a synchronisation, so there is none. What a program
-does depends on the shape and on the device's generation and number of multiprocessors: on one kind of device results
-repeat bit for bit, without atomics.
+logits never exists. If the forward's h was one chunk, the backward pass reads it, unless the caller keeps nothing. dlm
+and dW are sums over chunks in float32; one chunk writes them in their own dtypes. A fused sweep that also forms W^T dl
+would compute the logits twice: 8 N D V FLOPs instead of 6. Blocks whose rows are all outside the boundary, or all have
+gradients of 0, multiply nothing. A list of rows would need a synchronisation, so there is none. What a program does
+depends on the shape and on the device's generation and number of multiprocessors: on one kind of device results repeat
+bit for bit, without atomics.
 
 The few durations of a TDT joiner are outputs behind the tokens. A kernel of their own, ``durations``, multiplies a
 block of rows of h, and writes their log-probabilities or their part of dl.
@@ -556,7 +556,9 @@ def rnnt_joiner_backward(
     stride = cdiv(outputs, 16) * 16 if outputs > 16 else outputs
     more = stride - outputs
     output_weight = torch.cat((p.weight, p.weight[:more])) if more else p.weight
-    chunks = list(p.chunks((stride + 2 * p.width) * size))
+    # Rounded once, to the dtype of the operands, dh has the error of eager's.
+    multiply = torch.mm if am.dtype is weight.dtype else _product
+    chunks = list(p.chunks((stride + p.width) * size + p.width * am.element_size()))
     to_hidden = p.d > 0 and len(chunks) > 0 and (needs[0] or needs[1])
     make = torch.empty_like if to_hidden else torch.zeros_like
     dam, dlm, dweight = make(p.am), make(p.lm), None
@@ -588,7 +590,7 @@ def rnnt_joiner_backward(
                 after = (
                     dlm if last else torch.empty_like(p.lm, dtype=torch.float32) if before is None else before
                 )
-                dhidden = torch.mm(dlogits, output_weight)
+                dhidden = multiply(dlogits, output_weight)
                 _hidden_gradient(p, dhidden, first, end, dam, before, after, of_bias if last else None)
                 before = after
     dweight = torch.zeros_like(weight) if dweight is None else dweight[:outputs].to(weight.dtype)
