@@ -570,11 +570,12 @@ def rnnt_joiner_backward(
         of_bias = (parts, bias.new_empty(outputs)) if needs[3] and len(chunks) else None
         dbias = torch.zeros_like(bias) if of_bias is None else of_bias[1]
     gz = grad_durations.contiguous() if durations else None
-    before = None
+    table = torch.empty_like(p.lm, dtype=torch.float32) if len(chunks) > 1 else None  # dlm of several chunks
     # a backward inside autocast would take float32 products in 16 bits
     with torch.autocast(am.device.type, enabled=False):
         for (first, end), blocks, own in zip(chunks, blocks_of, parts.split(blocks_of), strict=True):
             hidden, count = p.hidden(first, end) if kept is None else kept[first:end], end - first
+            last = (first, end) == chunks[-1]
             dlogits = weight.new_empty(count, stride)
             launch(logits_gradient_kernel, (blocks * cdiv(p.v, p.logits_gradient["BLOCK_N"]),),
                 hidden, p.padded, p.bias, *p.band, gx, gy, normaliser, dlogits, own,
@@ -584,16 +585,16 @@ def rnnt_joiner_backward(
                 p.launch_durations(hidden, first, end, None, gz, dlogits, own)
             if needs[2]:
                 product = (torch.mm if len(chunks) == 1 else _product)(dlogits.t(), hidden[:, : p.d])
-                dweight = product if dweight is None else dweight.add_(product)
+                if dweight is not None:
+                    product = torch.add(
+                        dweight, product, out=weight.new_empty(product.shape) if last else dweight
+                    )
+                dweight = product
             if to_hidden:
-                last = (first, end) == chunks[-1]
-                after = (
-                    dlm if last else torch.empty_like(p.lm, dtype=torch.float32) if before is None else before
-                )
                 dhidden = multiply(dlogits, output_weight)
+                before, after = table if first else None, dlm if last else table
                 _hidden_gradient(p, dhidden, first, end, dam, before, after, of_bias if last else None)
-                before = after
-    dweight = torch.zeros_like(weight) if dweight is None else dweight[:outputs].to(weight.dtype)
+    dweight = torch.zeros_like(weight) if dweight is None else dweight[:outputs]
     if of_bias is not None and not to_hidden:
         add_parts(parts, dbias)
     return dam, dlm, dweight, dbias
