@@ -65,9 +65,10 @@ def limited(t, limit, LIMITED: tl.constexpr):
 
 @triton.jit
 def within(d, t, limit, LIMITED: tl.constexpr):
-    """Returns the gradient d, 0 where t is outside the limit."""
+    """Returns the gradient d, 0 where t is outside the limit or a NaN, as in torch.clamp; an infinite limit is
+    none."""
     if LIMITED:
-        d = tl.where((t < -limit) | (t > limit), 0.0, d)
+        d = tl.where((tl.abs(t) <= limit) | (limit == float("inf")), d, 0.0)
     return d
 
 

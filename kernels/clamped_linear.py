@@ -21,13 +21,11 @@ BLOCK, NUM_WARPS = 2048, 4  # 16 elements per thread
 
 @triton.jit
 def _clamped(x, LOW, HIGH):
-    """Returns x between the bounds; keeps a NaN."""
+    """Returns x between the bounds; a NaN among them stays one."""
     if LOW is not None:
-        low = tl.load(LOW).to(tl.float32)
-        x = tl.where(x < low, low, x)
+        x = tl.maximum(x, tl.load(LOW).to(tl.float32), tl.PropagateNan.ALL)
     if HIGH is not None:
-        high = tl.load(HIGH).to(tl.float32)
-        x = tl.where(x > high, high, x)
+        x = tl.minimum(x, tl.load(HIGH).to(tl.float32), tl.PropagateNan.ALL)
     return x
 
 
@@ -67,7 +65,7 @@ def _backward_at(GRAD, Z, DZ, LOW, HIGH, NEXT_LOW, NEXT_HIGH, offsets, keep, ACT
     z = tl.load(Z + offsets, mask=keep, other=0.0).to(tl.float32)
     grad = tl.load(GRAD + offsets, mask=keep, other=0.0).to(tl.float32)
     y, slope = activate_with_slope(_clamped(z, LOW, HIGH), ACTIVATION, PRECISE)
-    dz = _inside(_inside(grad * slope, z, LOW, HIGH), y, NEXT_LOW, NEXT_HIGH)
+    dz = _inside(_inside(grad, y, NEXT_LOW, NEXT_HIGH) * slope, z, LOW, HIGH)
     tl.store(DZ + offsets, dz.to(DZ.dtype.element_ty), mask=keep)
 
 

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from fastasr import packed_frames
 from fastasr._tables import share
-from fastasr._transforms import Function
+from fastasr._transforms import Function, is_transformed
 from fastasr.ops._dispatch import KernelFamily, triton_launchers
 
 FAMILY = KernelFamily("row", (), (triton_launchers("_row"),))
@@ -81,28 +81,35 @@ def _moved(rows: Tensor, *places: Any) -> Tensor:
     return found
 
 
-def averaged(rows: Tensor, left: Tensor, weights: Tensor) -> Tensor:
-    """Returns Σ_i weights[i] rows[F t + i], (N / F, ...), for rows (N, ...) and weights (F,). Behind a recording's end
-    its last frame counts again; a sum without frames is 0. ``left`` (N,) is that of :class:`Tables`.
+def averaged(rows: Tensor, left: Tensor | None, weights: Tensor) -> Tensor:
+    """Returns Σ_i weights[i] rows[F t + i], (⌈N / F⌉, ...), for rows (N, ...) and weights (F,). Behind a recording's
+    end its last frame counts again; a sum without frames is 0. ``left`` (N,) is that of :class:`Tables`, or None where
+    all frames are one recording.
 
     With gradient g, c(t, j) = min(j, left[F t] − 1) and left[F t] > 0: d rows[F t + i] = g[t] Σ_j weights[j] [c(t, j) =
     i], d weights[j] = Σ_t g[t] · rows[F t + c(t, j)].
     """
-    if FAMILY.kernels(rows, weights) is not None:
+    traced = torch.compiler.is_compiling() or is_transformed()
+    if not traced and FAMILY.kernels(rows, weights) is not None:
         found: Tensor = _Averaged.apply(rows, left, weights)
         return found
-    factor = len(weights)
-    left = left[::factor]
-    number = torch.arange(1, factor + 1, device=left.device, dtype=left.dtype)
-    counted = torch.minimum(number, left[:, None])[:, None] == number[:, None]
-    shares = (counted * weights).sum(-1)
+    factor, shares = len(weights), weights
+    if left is None:
+        missing = -len(rows) % factor
+        if missing:
+            rows = torch.cat((rows, rows[-1:].expand(missing, *rows.shape[1:])))
+    else:
+        left = left[::factor]
+        number = torch.arange(1, factor + 1, device=left.device, dtype=left.dtype)
+        counted = torch.minimum(number, left[:, None])[:, None] == number[:, None]
+        shares = (counted * weights).sum(-1)
     shares = shares.view(*shares.shape, *(1,) * (rows.dim() - 1))
-    return (rows.unflatten(0, (-1, factor)) * shares).sum(1)
+    return (rows.reshape(-1, factor, *rows.shape[1:]) * shares).sum(1)
 
 
 class _Averaged(Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, left: Tensor, weights: Tensor) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, left: Tensor | None, weights: Tensor) -> Tensor:
         rows = rows.contiguous()
         ctx.save_for_backward(rows, left, weights)
         kernels: Any = FAMILY.kernels(rows)

@@ -93,7 +93,8 @@ def _gradients(
 
 
 def _of_bounds(grad: Tensor, x: Tensor, low: Tensor | None, high: Tensor | None) -> Bounds:
-    """Returns the gradients of the bounds of x. Where they cross, the upper one replaces all elements."""
+    """Returns the gradients of the bounds of x. Where they cross, the upper one replaces all elements; where they are
+    equal, torch gives the lower one no gradient."""
 
     def total(replaced: Tensor) -> Tensor:
         return torch.where(replaced, grad, 0.0).sum(dtype=torch.promote_types(grad.dtype, torch.float32))
@@ -103,7 +104,7 @@ def _of_bounds(grad: Tensor, x: Tensor, low: Tensor | None, high: Tensor | None)
             x > high.to(x.dtype)
         )
     low, high = low.to(x.dtype), high.to(x.dtype)
-    return total((x < low) & (low <= high)), total((x > high) | (high < low))
+    return total((x < low) & (low < high)), total((x > high) | (high < low))
 
 
 # --------------------------------------------------------------------------- the op

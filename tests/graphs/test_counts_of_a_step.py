@@ -52,19 +52,19 @@ class Counts(NamedTuple):
 # 101 of the forward calls make results of ops out of views, so that callers may change them in place. torch's BatchNorm
 # would be one call here, and several kernels on a GPU.
 CASES = {
-    "zipformer, inference": (False, NEVER, Counts(3109, 0, 251, 0, 1579)),
-    "zipformer, training, nothing acts": (True, NEVER, Counts(3843, 6327, 734, 2917, 4657)),
-    "zipformer, training, everything acts": (True, ALWAYS, Counts(4496, 13292, 1906, 3506, 7028)),
+    "zipformer, inference": (False, NEVER, Counts(3078, 0, 257, 0, 1558)),
+    "zipformer, training, nothing acts": (True, NEVER, Counts(3812, 6291, 752, 2878, 4620)),
+    "zipformer, training, everything acts": (True, ALWAYS, Counts(4465, 13256, 1924, 3467, 6991)),
     "fast_conformer, inference": (False, NEVER, Counts(1918, 0, 173, 0, 882)),
     "fast_conformer, training": (True, NEVER, Counts(2349, 4299, 622, 2089, 2654)),
 }
 
 
 # Kernels of a recorded training step of the encoder and its front end, of torch and of fastasr.
-RECORDED = {"torch": 1341, "fastasr": 2133}
-MOST_RECORDED = 3400
+RECORDED = {"torch": 1281, "fastasr": 2025}
+MOST_RECORDED = 3350
 # The same of a call in inference.
-INFERENCE = {"zipformer": {"torch": 422, "fastasr": 379}, "fast_conformer": {"torch": 282, "fastasr": 173}}
+INFERENCE = {"zipformer": {"torch": 404, "fastasr": 388}, "fast_conformer": {"torch": 282, "fastasr": 173}}
 # Kernels of a recorded training step of a FastConformer.
 PADDED = {"torch": 1133, "fastasr": 622}
 
@@ -185,7 +185,9 @@ def test_a_zipformer_on_a_row(chunk_size, monkeypatch):
         fastasr.restore(model)
     (row, calls_of_row), (padded, calls) = found[True], found[False]
     more = calls_of_row - calls
-    assert sum(row.values()) <= sum(padded.values()), f"{row}, padded {padded}\n{more.most_common(30)}"
+    gathers = len(model.encoders)  # the masks of channels, which frames of one recording share
+    most = sum(padded.values()) + gathers
+    assert sum(row.values()) <= most, f"{row}, padded {padded}\n{more.most_common(30)}"
 
 
 def test_kernels_of_a_recorded_step_do_not_grow(monkeypatch):

@@ -94,7 +94,7 @@ void backward(const AddNorm<T>& p, const T* grad_t, const T* grad_y, int64_t beg
     for (int64_t j = 0; j < n; j++) {
       const C normalised = ((bounded(j) - high) - low) * scale;
       const C dt = (load(g[j]) * w[j] - mean.d - normalised * mean.along) * scale;
-      d[j] = (t[j] > limit) | (t[j] < -limit) ? C(0) : dt;
+      d[j] = passes<C>(t[j], limit) ? dt : C(0);
     }
     if (grad_t) {
       const T* __restrict more = grad_t + i * n;
@@ -118,8 +118,8 @@ void backward(const AddNorm<T>& p, const T* grad_t, const T* grad_y, int64_t beg
     const T* __restrict update = p.update + i * n;
 #pragma omp simd
     for (int64_t j = 0; j < n; j++) {
-      const C v = load(update[j]), df = (d[j] - u[j] * along) * update_scale;
-      store(&ou[j], (v > update_limit) | (v < -update_limit) ? C(0) : df);
+      const C df = (d[j] - u[j] * along) * update_scale;
+      store(&ou[j], passes<C>(load(update[j]), update_limit) ? df : C(0));
     }
   }
 }

@@ -14,7 +14,8 @@ struct Bounds {
 
 // The steps around the product of a linear layer whose input and result are clamped: y = clamp(act(clamp(z, inner)),
 // outer), and backward dz = grad act', 0 where z is outside `inner` or the activation outside `outer`. A bound itself
-// is inside. A NaN stays one, and has gradient 0.
+// is inside. A NaN stays one, and has gradient 0 unless both bounds are infinite; a bound that is a NaN makes all
+// elements NaN.
 template <typename T>
 struct ClampKernels {
   // n elements; y may be z, dz may be grad.

@@ -2,6 +2,7 @@
 #include "cpu/rows/clamp.h"
 
 #include <algorithm>
+#include <limits>
 
 #include "cpu/math/activation.h"
 
@@ -12,13 +13,14 @@ constexpr int64_t kPiece = 1024;  // elements that stay in the first cache betwe
 
 template <typename T, typename C = compute_t<T>>
 FASTASR_INLINE C clamped(const Bounds<T>& b, C x) {
-  const C above = x < b.low ? b.low : x;
-  return above > b.high ? b.high : above;
+  const C above = (x >= b.low) | (x != x) ? x : b.low;
+  return (above <= b.high) | (above != above) ? above : b.high;
 }
 
 template <typename T, typename C = compute_t<T>>
 FASTASR_INLINE bool inside(const Bounds<T>& b, C x) {
-  return (x >= b.low) & (x <= b.high);
+  constexpr C kInfinity = std::numeric_limits<C>::infinity();
+  return ((b.low == -kInfinity) & (b.high == kInfinity)) | ((x >= b.low) & (x <= b.high));
 }
 
 template <typename T, typename C = compute_t<T>>
@@ -44,8 +46,8 @@ void backward(Bounds<T> inner, int activation, Bounds<T> outer, const T* grad, c
     activate_with_slope(activation, values, slopes, m);
 #pragma omp simd
     for (int64_t j = 0; j < m; j++) {
-      const bool passes = inside<T>(inner, load(z[i + j])) & inside<T>(outer, values[j]);
-      store(&dz[i + j], passes ? load(grad[i + j]) * slopes[j] : C(0));
+      const C slope = (inside<T>(outer, values[j]) ? load(grad[i + j]) : C(0)) * slopes[j];
+      store(&dz[i + j], inside<T>(inner, load(z[i + j])) ? slope : C(0));
     }
   }
 }

@@ -70,9 +70,9 @@ void backward(const NormActivation<T>& p, const T* grad, const RowStatistics<C>*
     T* __restrict out = dx + i * n;
 #pragma omp simd
     for (int64_t j = 0; j < n; j++) {
-      const C normalised = ((t(j) - high) - low) * scale, xj = load(x[j]);
+      const C normalised = ((t(j) - high) - low) * scale;
       const C d = (q[j] * w[j] - mean.d - normalised * mean.along) * scale;
-      store(&out[j], (xj > limit) | (xj < -limit) ? C(0) : d);
+      store(&out[j], passes<C>(load(x[j]), limit) ? d : C(0));
     }
   }
 }

@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <limits>
 
 #include "cpu/math/number.h"
 
@@ -20,6 +21,12 @@ template <typename C>
 FASTASR_INLINE C limited(C t, C limit) {
   const C above = t < -limit ? -limit : t;
   return above > limit ? limit : above;
+}
+
+// Whether the gradient of t passes `limited`. That of a NaN passes where there is no limit, as in torch.clamp.
+template <typename C>
+FASTASR_INLINE bool passes(C t, C limit) {
+  return (limit == std::numeric_limits<C>::infinity()) | ((t >= -limit) & (t <= limit));
 }
 
 // Computes sums over a row: 16 lanes add four terms each in the compute type, then go on in double. ESPnet's epsilon is

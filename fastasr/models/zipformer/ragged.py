@@ -26,7 +26,7 @@ from fastasr.models.zipformer.layer import ZipformerEncoderLayer
 from fastasr.models.zipformer.nonlin_attention import NonlinAttention
 from fastasr.models.zipformer.resampling import convert_num_channels
 from fastasr.models.zipformer.self_attention import SelfAttention
-from fastasr.models.zipformer.stack import check_chunks, scaled
+from fastasr.models.zipformer.stack import alone, check_chunks, scaled
 from fastasr.packed_frames import PackedFrames
 
 if TYPE_CHECKING:
@@ -183,7 +183,9 @@ def _layers(
     with in_use(packing):
         src = scaled(src, feature_mask)
         for layer in stack.layers:
-            src = scaled(layer(src, pos_emb, chunk_size=chunk_size, **chunks), feature_mask)
+            with alone(feature_mask):
+                src = layer(src, pos_emb, chunk_size=chunk_size, **chunks)
+            src = scaled(src, feature_mask)
     return src
 
 

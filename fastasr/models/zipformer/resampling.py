@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastasr.models.zipformer.schedules import FloatLike
+from fastasr.ops import _row
 
 
 class SimpleDownsample(torch.nn.Module):
@@ -29,14 +30,7 @@ class SimpleDownsample(torch.nn.Module):
         self.downsample = downsample
 
     def forward(self, src: Tensor) -> Tensor:
-        frames, batch, channels = src.shape
-        factor = self.downsample
-        missing = -frames % factor
-        if missing:
-            src = torch.cat((src, src[-1:].expand(missing, batch, channels)))
-        src = src.reshape(-1, factor, batch, channels)
-        weights = self.bias.softmax(dim=0).view(factor, 1, 1)
-        return (src * weights).sum(dim=1)
+        return _row.averaged(src, None, self.bias.softmax(dim=0))
 
 
 class SimpleUpsample(torch.nn.Module):
@@ -53,6 +47,10 @@ class SimpleUpsample(torch.nn.Module):
 
 
 def convert_num_channels(x: Tensor, num_channels: int) -> Tensor:
-    """Cuts the last dimension of x to ``num_channels`` channels or pads it with zeros."""
+    """Cuts the last dimension of x to ``num_channels`` channels or pads it with zeros. The result is contiguous,
+    because a stack reads it several times, forward and backward.
+    """
     missing = num_channels - x.shape[-1]
-    return F.pad(x, (0, missing)) if missing > 0 else x[..., :num_channels]
+    if missing > 0:
+        return F.pad(x, (0, missing))
+    return (x[..., :num_channels] if missing else x).contiguous()

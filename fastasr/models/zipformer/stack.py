@@ -2,12 +2,14 @@
 """A stack of layers at one frame rate, and a stack at a lower rate between downsampling and upsampling."""
 
 import copy
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastasr.models.zipformer.bypass import BypassModule
+from fastasr.models.zipformer.decisions import owning
 from fastasr.models.zipformer.layer import takes_chunks
 from fastasr.models.zipformer.positional_encoding import CompactRelPositionalEncoding
 from fastasr.models.zipformer.resampling import SimpleDownsample, SimpleUpsample
@@ -79,9 +81,10 @@ class ZipformerEncoder(torch.nn.Module):
                 if mask is None:
                     mask = chunk_mask(src.shape[0], chunk_size, left_context_chunks, src.device)
                 window["attn_mask"] = mask
-            src = layer(
-                src, pos_emb, chunk_size=chunk_size, src_key_padding_mask=src_key_padding_mask, **window
-            )
+            with alone(feature_mask):
+                src = layer(
+                    src, pos_emb, chunk_size=chunk_size, src_key_padding_mask=src_key_padding_mask, **window
+                )
             src = scaled(src, feature_mask)
         return src
 
@@ -160,6 +163,11 @@ def scaled(src: Tensor, feature_mask: Tensor | float) -> Tensor:
     return src if isinstance(feature_mask, (int, float)) and feature_mask == 1 else src * feature_mask
 
 
+def alone(feature_mask: Tensor | float) -> AbstractContextManager[None]:
+    """Returns the context of a layer before ``scaled``: a product's gradient is the layer's alone."""
+    return owning(isinstance(feature_mask, Tensor))
+
+
 class DownsampledZipformerEncoder(torch.nn.Module):
     """Runs ``encoder`` at a frame rate lower by the factor ``downsample``, with a learned bypass around it.
 
@@ -197,7 +205,10 @@ class DownsampledZipformerEncoder(torch.nn.Module):
             src_key_padding_mask=src_key_padding_mask,
             **window,
         )
-        return self.out_combiner(src, self.upsample(y)[: src.shape[0]])
+        y = self.upsample(y)
+        if len(y) > len(src):  # else the slice would cost the backward pass a copy
+            y = y[: len(src)]
+        return self.out_combiner(src, y)
 
     def streaming_forward(
         self, src: Tensor, states: list[Tensor], left_context_len: int, src_key_padding_mask: Tensor | None

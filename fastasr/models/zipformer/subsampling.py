@@ -33,6 +33,7 @@ from fastasr.models.common.row import MULTIPLE, Capacity, Room, RowCall, RowFram
 from fastasr.models.zipformer.activations import SwooshR
 from fastasr.models.zipformer.balancer import Balancer
 from fastasr.models.zipformer.convnext import ConvNeXt, has_plain_parts, runs_by_rows
+from fastasr.models.zipformer.decisions import owning
 from fastasr.models.zipformer.dropout import Dropout3
 from fastasr.models.zipformer.gradient_scale import ScaleGrad
 from fastasr.models.zipformer.normalization import BiasNorm
@@ -102,12 +103,13 @@ class Conv2dSubsampling(torch.nn.Module):
         if isinstance(x, PackedFrames):
             return of_packed(self, x)
         h = x.unsqueeze(1)
-        if _runs_channels_last(self, h):
-            # With one channel, contiguous(memory_format=...) would return h itself and conv would stay in NCHW.
-            h = _convolved(self.conv, h.to(memory_format=torch.channels_last))
-        else:
-            h = self.conv(h)
-        y = _finished(self, h)
+        with owning():  # no two nodes of a front end get the same gradient
+            if _runs_channels_last(self, h):
+                # With one channel, contiguous(memory_format=...) would return h itself and conv would stay in NCHW.
+                h = _convolved(self.conv, h.to(memory_format=torch.channels_last))
+            else:
+                h = self.conv(h)
+            y = _finished(self, h)
         return y, _lengths(y, (x_lens - 7) // 2)
 
     def streaming_forward(
@@ -290,15 +292,16 @@ def encoded(front_end: Any, x: Tensor, begins: Tensor, ends: Tensor) -> Tensor:
     x = x.unsqueeze(1)
     if _runs_channels_last(front_end, x):
         x = x.to(memory_format=torch.channels_last)
-    for module in front_end.conv:
-        if isinstance(module, torch.nn.Conv2d):
-            row = _behind(row, module, x)
+    with owning():
+        for module in front_end.conv:
+            if isinstance(module, torch.nn.Conv2d):
+                row = _behind(row, module, x)
+            with in_use(row):
+                x = module(x)
+        # The ConvNeXt layer must not see frames that upstream would compute from padding.
+        x = x.masked_fill(row.hidden[:, None, :, None], 0.0)
         with in_use(row):
-            x = module(x)
-    # The ConvNeXt layer must not see frames that upstream would compute from padding.
-    x = x.masked_fill(row.hidden[:, None, :, None], 0.0)
-    with in_use(row):
-        return _finished(front_end, x)
+            return _finished(front_end, x)
 
 
 def _behind(row: RowFrames, conv: torch.nn.Conv2d, x: Tensor) -> RowFrames:

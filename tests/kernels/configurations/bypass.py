@@ -42,4 +42,7 @@ def configurations():
     for factor in (2, 4, 8):
         for kernel, more in (("average", {}), ("average_gradient", {"LANES": factor})):
             name, function = f"row {kernel} of {factor}", getattr(_row, f"{kernel}_kernel")
-            yield Configuration(name, function, types, _row.TILE | {"FACTOR": factor} | more, ("columns",))
+            constants = _row.TILE | {"FACTOR": factor} | more
+            yield Configuration(name, function, types, constants, ("columns",))
+            padded = {key: value for key, value in types.items() if key != "LEFT"}
+            yield Configuration(f"{name}, padded", function, padded, constants | {"LEFT": None}, ("columns",))

@@ -70,6 +70,28 @@ def test_means(lengths, factor, dtype):
         assert (ours - exact).norm() <= tolerance * size
 
 
+@pytest.mark.parametrize("frames", [0, 1, 40, 67])
+@pytest.mark.parametrize("factor", [2, 3, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_means_of_a_padded_batch(frames, factor, dtype):
+    """The last frame counts again for those that the last group lacks. Programs share many columns."""
+    rows, weights = torch.randn(frames, 3, 130).to(dtype), torch.randn(factor).softmax(0)
+    g = torch.randn(-(-frames // factor), 3, 130)
+    found = []
+    for name in ("eager", "triton"):
+        leaves = [t.double() if name == "eager" else t for t in (rows, weights)]
+        leaves = [t.detach().requires_grad_() for t in leaves]
+        with backend(name):
+            y = _row.averaged(leaves[0], None, leaves[1])
+            found.append((y, *torch.autograd.grad(y, leaves, g.to(y.dtype))))
+    assert [t.dtype for t in found[1]] == [torch.float32, dtype, torch.float32]
+    sizes = found[0][0].norm(), found[0][1].norm(), 0.1 * g.norm() * rows.norm()
+    for exact, ours, size in zip(*found, sizes, strict=True):
+        assert exact.shape == ours.shape
+        tolerance = {torch.float32: 1e-6, torch.bfloat16: 1e-2}[ours.dtype]
+        assert (ours - exact).norm() <= tolerance * size
+
+
 @pytest.mark.parametrize("lengths", LENGTHS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_moves(lengths, dtype):
