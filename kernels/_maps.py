@@ -67,8 +67,9 @@ def forward_kernel(
         tl.store(Y + at + r * y_step, results[r], mask=keep)
 
 
-@triton.jit(do_not_specialize=["parts"])
-def add_map_taps_kernel(PARTS, DWEIGHT, DBIAS, parts, C, taps, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+@triton.jit
+def add_map_taps(PARTS, DWEIGHT, DBIAS, parts, C, taps, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Adds up the rows of a table (parts, taps + 1, C), whose last row of each part is the bias's."""
     c_tiles = tl.cdiv(C, BLOCK_C)
     pid = tl.program_id(0)
     c = pid % c_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -82,6 +83,11 @@ def add_map_taps_kernel(PARTS, DWEIGHT, DBIAS, parts, C, taps, BLOCK_P: tl.const
     else:
         if DBIAS is not None:
             tl.store(DBIAS + c, total.to(DBIAS.dtype.element_ty), mask=c < C)
+
+
+@triton.jit(do_not_specialize=["parts"])
+def add_map_taps_kernel(PARTS, DWEIGHT, DBIAS, parts, C, taps, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    add_map_taps(PARTS, DWEIGHT, DBIAS, parts, C, taps, BLOCK_P, BLOCK_C)
 
 
 def form(taps: int, frames: int, dtype: torch.dtype) -> dict[str, int]:
@@ -121,12 +127,15 @@ def convolve(op: str, x, weight, bias, padding, out_size, flip: bool, residual: 
 def parameter_gradients(
     op: str, grad, x, weight, padding, need_weight: bool, need_bias: bool
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Returns (dweight, dbias) of a convolution of x with this padding, None where not needed."""
+    """Returns (dweight, dbias) of a convolution of x with this padding, None where not needed: dbias in the promoted
+    dtype of x and weight.
+    """
     batch, frames, width, channels = x.shape
     taps_t, taps_f = weight.shape[-2:]
+    bias_dtype = torch.promote_types(x.dtype, weight.dtype)
     if not grad.numel():
         dweight = torch.zeros_like(weight) if need_weight else None
-        return dweight, weight.new_zeros(channels) if need_bias else None
+        return dweight, x.new_zeros(channels, dtype=bias_dtype) if need_bias else None
     _check_rows(op, max(grad.shape[:3].numel(), batch * frames * width))
     out_frames, out_width = grad.shape[1:3]
     segments = sliding.Segments(out_frames, batch * out_width, out_frames, taps_t, 1, MAX_PARTS, x.dtype)
@@ -139,7 +148,7 @@ def parameter_gradients(
         grad, x, table, segments, *steps, batch, channels, padding[0] + more, more, 0, taps, False, shape
     )
     dweight = torch.empty_like(weight) if need_weight else None
-    dbias = weight.new_empty(channels) if need_bias else None
+    dbias = x.new_empty(channels, dtype=bias_dtype) if need_bias else None
     launch(add_map_taps_kernel, ((taps + 1) * cdiv(channels, BLOCK_C),),
         table, dweight, dbias, segments.parts, channels, taps,
         BLOCK_P=MAX_PARTS, BLOCK_C=BLOCK_C, num_warps=NUM_WARPS,

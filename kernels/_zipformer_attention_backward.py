@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from fastasr.kernels._activation import exp_nonpositive
-from fastasr.kernels._attention_tiles import NONE, load_rows, running, slopes_of, sums
+from fastasr.kernels._attention_tiles import NONE, load_rows, slopes_of, sums
 from fastasr.kernels._recordings import blocks_of, rows_of
 from fastasr.kernels._rel_position_tiles import (
     ALONE,
@@ -20,7 +20,6 @@ from fastasr.kernels._rel_position_tiles import (
     raw_scores,
     rows_of_positions,
     scores_of,
-    settled,
     window,
 )
 from fastasr.kernels._zipformer_attention import SIZES, UNALIGNED, add_positions
@@ -33,16 +32,15 @@ def has_weight(w, ELEMENT: tl.constexpr):
 
 
 @triton.jit
-def _statistics(
-    query, Q, P, K, R, masks, g, G, V, i, p0, p1, p2, p3, begin, end, frames, keys, offsets, q_time, k_time, v_time,
+def _delta_of_keys(
+    query, Q, P, K, R, masks, g, G, V, i, p0, p1, p2, p3, maximum, begin, end,
+    frames, keys, offsets, q_time, k_time, v_time,
     DIM: tl.constexpr, POS_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PACKED: tl.constexpr, WINDOW: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, PRECISE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Returns (maximum, sum of exponentials e, sum of e dW) of the keys [begin, end)."""
-    SUM: tl.constexpr = tl.float64 if PRECISE else tl.float32
-    maximum = tl.full([BLOCK_M], NONE, tl.float32)
-    total = tl.zeros([BLOCK_M], SUM)
-    along = tl.zeros([BLOCK_M], SUM)
+    """Returns delta of float32 from a sweep over the keys [begin, end)."""
+    total = tl.zeros([BLOCK_M], tl.float64)
+    along = tl.zeros([BLOCK_M], tl.float64)
     for start in range(begin, end, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
         scores = scores_of(
@@ -50,10 +48,24 @@ def _statistics(
             DIM, POS_DIM, PACKED, WINDOW, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
         slope = slopes_of(g, G, V, i, j, i < frames, j < keys, v_time, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_V)
-        maximum, factor, e = running(maximum, scores, PRECISE)
-        total = total * factor + sums(e, 1, PRECISE)
-        along = along * factor + sums(e * slope, 1, PRECISE)
-    return maximum, total, along
+        e = exp_nonpositive(scores - maximum[:, None], True)
+        total += sums(e, 1, True)
+        along += sums(e * slope, 1, True)
+    return (along / tl.where(total == 0.0, 1.0, total)).to(tl.float32)
+
+
+@triton.jit
+def _delta_of_values(
+    G, Y, REMAINDER, i, time, keep_i, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr
+):
+    """Returns delta of 16 bits from y and what rounding took from it."""
+    delta = tl.zeros([BLOCK_M], tl.float32)
+    for first in range(0, VALUE_DIM, BLOCK_V):
+        c = first + tl.arange(0, BLOCK_V)
+        y = load_rows(Y, i, time, c, keep_i, VALUE_DIM).to(tl.float32)  # [BLOCK_M, BLOCK_V]
+        y += load_rows(REMAINDER, i, time, c, keep_i, VALUE_DIM).to(tl.float32)
+        delta += tl.sum(y * load_rows(G, i, time, c, keep_i, VALUE_DIM).to(tl.float32), axis=1)
+    return delta
 
 
 @triton.jit
@@ -66,10 +78,10 @@ def _acting(penalty, ACT):
 
 @triton.jit(
     do_not_specialize=[*SIZES, "first", "rows", "piece", "penalty", "limit"],
-    do_not_specialize_on_alignment=[*UNALIGNED, "ACT", "EQUAL", "DX"],
+    do_not_specialize_on_alignment=[*UNALIGNED, "ACT", "EQUAL", "DX", "INVERSE", "WEIGHT"],
 )
 def queries_kernel(
-    G, X, K, R, PADDING, MASK, BOUNDS, PIECES, ACT, EQUAL, V, DX, DS, MAXIMUM, INVERSE, DELTA,
+    G, Y, REMAINDER, X, K, R, PADDING, MASK, BOUNDS, PIECES, ACT, EQUAL, V, DX, DS, MAXIMUM, INVERSE, WEIGHT, DELTA,
     frames, keys, left, first, rows, piece, batch, blocks, heads, offsets, chunk, left_chunks,
     x_time, x_batch, k_time, k_batch, v_time, v_batch, r_batch, mask_batch, ds_row, penalty, limit,
     DIM: tl.constexpr, POS_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PACKED: tl.constexpr, WINDOW: tl.constexpr,
@@ -77,10 +89,9 @@ def queries_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Writes dq of a block of the queries [first, first + rows) and of channels; programs of the first block of
-    channels also store maximum, 1 / sum and delta of the rows, dS where DS is not None, dp, and with OTHERS the zeros
-    of heads without values. With PIECES of _recordings.py DS holds one of these, number ``piece``. Equal weights have
-    1 / number in place of delta. What an absent tensor would need is None too: ``piece``, and ``penalty`` and ``limit``
-    without a penalty."""
+    channels also store delta of the rows, dS where DS is not None, dp, and with OTHERS the zeros of heads without
+    values. With PIECES of _recordings.py DS holds one of these, number ``piece``. Equal weights are stored in place of
+    delta. What an absent tensor would need is None too: ``piece``, and ``penalty`` and ``limit`` without a penalty."""
     PRECISE: tl.constexpr = X.dtype.element_ty == tl.float32
     head, sequence, block = dealt(tl.program_id(0), blocks, batch, BOUNDS, frames, BLOCK_M)
     first_block = 0
@@ -96,7 +107,10 @@ def queries_kernel(
     P = X + sequence * x_batch + 2 * heads * DIM + head * POS_DIM + i.to(tl.int64) * x_time
     K += sequence * k_batch + head * DIM
     G += sequence * v_batch + head * VALUE_DIM
+    Y += sequence * v_batch + head * VALUE_DIM
     V += sequence * v_batch + head * VALUE_DIM
+    if REMAINDER is not None:
+        REMAINDER += sequence * v_batch + head * VALUE_DIM
     if POS_DIM > 0:
         R += sequence * r_batch + head * offsets * (1 if PACKED else POS_DIM)
     if PADDING is not None:
@@ -113,27 +127,24 @@ def queries_kernel(
     masks = (PADDING, MASK, BOUNDS)
     masks += window(i, frames, left, keys, offsets, chunk, left_chunks, BOUNDS, WINDOW)
     begin, end = keys_seen(masks, keys, BLOCK_N, WINDOW)
-    maximum, total, along = _statistics(
-        query, Q, P, K, R, masks, g, G, V, i, p0, p1, p2, p3, begin, end, frames, keys, offsets, x_time, k_time, v_time,
-        DIM, POS_DIM, VALUE_DIM, PACKED, WINDOW, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V, PRECISE,
-    )  # fmt: skip
+    row = (head * batch + sequence) * frames + i
+    maximum = tl.load(MAXIMUM + row, mask=keep_i, other=0.0)
+    inverse = tl.load(INVERSE + row, mask=keep_i, other=0.0)
     if WINDOW:  # noqa: SIM102, the inner condition is known on the device alone
         if any_alone(maximum, keep_i, masks):  # masked keys weigh something, so all are needed
             begin, end = keys_reached(masks, keys, BLOCK_N)
-            maximum, total, along = _statistics(
-                query, Q, P, K, R, masks, g, G, V, i, p0, p1, p2, p3, begin, end,
-                frames, keys, offsets, x_time, k_time, v_time,
-                DIM, POS_DIM, VALUE_DIM, PACKED, WINDOW, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V, PRECISE,
-            )  # fmt: skip
-    maximum, total = settled(maximum, total, masks)
-    delta = (along / total).to(tl.float32)
-    inverse = tl.div_rn(1.0, total.to(tl.float32))
-    row = (head * batch + sequence) * frames + i
-    tl.store(MAXIMUM + row, maximum, mask=keep_i & once)
-    tl.store(INVERSE + row, inverse, mask=keep_i & once)
-    if EQUAL is None:
-        tl.store(DELTA + row, delta, mask=keep_i & once)
-    number = tl.zeros([BLOCK_M], tl.float32)
+    if PRECISE:
+        delta = _delta_of_keys(
+            query, Q, P, K, R, masks, g, G, V, i, p0, p1, p2, p3, maximum, begin, end,
+            frames, keys, offsets, x_time, k_time, v_time,
+            DIM, POS_DIM, VALUE_DIM, PACKED, WINDOW, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V,
+        )  # fmt: skip
+    else:
+        delta = _delta_of_values(G, Y, REMAINDER, i, v_time, keep_i, VALUE_DIM, BLOCK_M, BLOCK_V)
+    if EQUAL is not None:
+        weight = tl.load(WEIGHT + row, mask=keep_i, other=0.0)
+        delta = tl.where(tl.load(EQUAL) != 0, weight, delta)
+    tl.store(DELTA + row, delta, mask=keep_i & once)
     if penalty is not None:
         penalty = _acting(penalty, ACT)
         if WINDOW:  # it reaches masked scores too
@@ -166,7 +177,6 @@ def queries_kernel(
         w = exp_nonpositive(scores - maximum[:, None], PRECISE) * inverse[:, None]
         ds = masked_slopes(w * (slope - delta[:, None]), i, j, masks, frames, keys, WINDOW)
         if EQUAL is not None:
-            number += tl.sum(has_weight(w, X.dtype.element_ty).to(tl.float32), axis=1)
             ds = tl.where(tl.load(EQUAL) != 0, 0.0, ds)
         if penalty is not None:
             ds += penalties(raw, i, j, masks, frames, keys, penalty, limit)
@@ -181,9 +191,6 @@ def queries_kernel(
                 tl.store(DS + j[None, :], narrow, mask=keep_i[:, None] & (j < ds_row)[None, :] & once)
             else:
                 tl.store(DS + j[None, :], narrow, mask=keep_i[:, None] & once)
-    if EQUAL is not None:
-        delta = tl.where(tl.load(EQUAL) != 0, tl.div_rn(1.0, tl.maximum(number, 1.0)), delta)
-        tl.store(DELTA + row, delta, mask=keep_i & once)
     if WINDOW and DS is not None:
         zeros = tl.zeros([BLOCK_M, BLOCK_N], DS.dtype.element_ty)
         if BOUNDS is None:
@@ -222,7 +229,7 @@ def queries_kernel(
 
 @triton.jit(
     do_not_specialize=[*SIZES, "penalty", "limit"],
-    do_not_specialize_on_alignment=[*UNALIGNED, "ACT", "EQUAL", "DK"],
+    do_not_specialize_on_alignment=[*UNALIGNED, "ACT", "EQUAL", "DK", "INVERSE"],
 )
 def keys_kernel(
     G, X, K, R, PADDING, MASK, BOUNDS, ACT, EQUAL, V, MAXIMUM, INVERSE, DELTA, DK, DV,
@@ -288,7 +295,7 @@ def keys_kernel(
             x = tl.where(keep_i[:, None], scores - maximum[:, None], NONE)
             w = exp_nonpositive(x, PRECISE) * inverse[:, None]
             ds = masked_slopes(w * (slope - delta[:, None]), i, j, masks, frames, keys, WINDOW)
-            if EQUAL is not None:  # delta is 1 / number
+            if EQUAL is not None:  # delta is 1 / number then
                 equal = tl.load(EQUAL) != 0
                 w = tl.where(equal, tl.where(has_weight(w, X.dtype.element_ty), delta[:, None], 0.0), w)
                 ds = tl.where(equal, 0.0, ds)

@@ -63,8 +63,8 @@ def normalise_kernel(
         at = _rows(r, frames, x_batch, x_time)[:, None] + c[None, :]
         g = _load(GATE, at, keep)  # [BLOCK_R, BLOCK_C]
         n, scale = normalise(g, keep, eps, C, PRECISE)
-        w = tl.load(NORM_WEIGHT + c, mask=c < C, other=0.0)
-        b = tl.load(NORM_BIAS + c, mask=c < C, other=0.0)
+        w = _load(NORM_WEIGHT, c, c < C)
+        b = _load(NORM_BIAS, c, c < C)
         u = tl.fma(n * scale[:, None], w[None, :], b[None, :])
         if MASK is not None:
             u = tl.where((tl.load(MASK + r, mask=r < rows, other=1) == 0)[:, None], u, 0.0)
@@ -84,7 +84,7 @@ def norm_gradient_kernel(
     part = tl.program_id(0)
     c = tl.arange(0, BLOCK_C)
     in_row = c < C
-    w = tl.load(NORM_WEIGHT + c, mask=in_row, other=0.0)
+    w = _load(NORM_WEIGHT, c, in_row)
     dweight = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     dbias = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     first = part * rows_per_part
@@ -138,7 +138,7 @@ def _convolve(
 @triton.jit
 def _with_bias(z, BIAS, c, C):
     if BIAS is not None:
-        z += tl.load(BIAS + c, mask=c < C, other=0.0)[None, :]
+        z += _load(BIAS, c, c < C)[None, :]
     return z
 
 
@@ -253,7 +253,7 @@ class _Call:
         blocks = sliding.group_blocks(self.frames, self.frames, 0, self.form["GROUP"])
         self.grid = (blocks * self.batch * self.c_tiles,)
 
-    def norm_gradients(self, norm_weight, dgate) -> tuple[torch.Tensor, torch.Tensor]:
+    def norm_gradients(self, norm_weight, norm_bias, dgate) -> tuple[torch.Tensor, torch.Tensor]:
         """Writes dg over du in dgate and returns (dnorm_weight, dnorm_bias)."""
         block_c = row_width(self.channels)
         block_r, rows_per_part, parts = split_rows(
@@ -266,7 +266,7 @@ class _Call:
             self.channels, self.eps,
             BLOCK_R=block_r, BLOCK_C=block_c, num_warps=GRADIENT_WARPS,
         )  # fmt: skip
-        dweight, dbias = torch.empty_like(norm_weight), torch.empty_like(norm_weight)
+        dweight, dbias = torch.empty_like(norm_weight), torch.empty_like(norm_bias)
         add_pair(table, dweight, dbias)
         return dweight, dbias
 
@@ -274,9 +274,7 @@ class _Call:
 def conv_spatial_gate_forward(
     x, norm_weight, norm_bias, weight, bias, mask, eps: float, activation: int
 ) -> torch.Tensor:
-    """Returns y (B, T, C) in x's dtype. The channels of x and all other tensors are contiguous;
-    parameters are float32.
-    """
+    """Returns y (B, T, C) in x's dtype. The channels of x and all other tensors are contiguous."""
     y = torch.empty(x.shape[0], x.shape[1], x.shape[2] // 2, dtype=x.dtype, device=x.device)
     if y.numel():
         call = _Call(x, norm_weight, norm_bias, weight, mask, eps)
@@ -303,14 +301,14 @@ def conv_spatial_gate_backward(
         ACTIVATION=activation, **call.form,
     )  # fmt: skip
     launch(input_gradient_kernel, call.grid, q, call.mask, call.table, dgate, *call.sizes, **call.form)
-    dnorm_weight, dnorm_bias = call.norm_gradients(norm_weight, dgate)
+    dnorm_weight, dnorm_bias = call.norm_gradients(norm_weight, norm_bias, dgate)
     (frames, batch, channels), taps = call.sizes, call.taps
     segments = sliding.Segments(frames, batch, frames, taps, call.c_tiles, sliding.MAX_PARTS, q.dtype)
     table = torch.empty(segments.parts, 1 + taps, channels, dtype=torch.float32, device=x.device)
     sliding.gradients(
         q, call.u, table, segments, call.u_steps, call.u_steps, batch, channels, taps // 2, 0, 1, 0, False
     )
-    dweight, dbias = torch.empty_like(weight), torch.empty_like(norm_bias)
+    dweight, dbias = torch.empty_like(weight), torch.empty_like(norm_bias if bias is None else bias)
     launch(sliding.add_taps_kernel, ((1 + taps) * call.c_tiles,),
         table, dweight, dbias, None, None, segments.parts, 0, channels, taps, 0,
         BLOCK_P=sliding.MAX_PARTS, BLOCK_C=BLOCK_C, num_warps=NUM_WARPS,

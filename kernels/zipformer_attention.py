@@ -6,18 +6,20 @@
     as in zipformer_attention_weights.py
 
 Where a number on the device says so, W is [W > 0] / n, n being the number of W > 0 in a row: forward sweeps the keys
-once more, ``queries`` counts, and dW is 0. The penalty on large scores joins dS; masked scores have it too, so no key
-is skipped then.
+once more, and dW is 0. The penalty on large scores joins dS; masked scores have it too, so no key is skipped then.
 
 Per score, with d channels of q, P of p, V of v:
 
     kernel      program                               FLOPs
     forward     BLOCK_M queries x columns of v        2 (d + P + columns), a running maximum
-    queries     BLOCK_M queries x channels of q       4 (d + P + V) + 2 (channels + P); twice over the keys
+    queries     BLOCK_M queries x channels of q       2 (d + P + V + channels + P); float32 2 (d + P + V) more
     keys        BLOCK_N keys x channels of k and v    2 (d + P + V + channels + columns)
     positions   BLOCK_O offsets                       2 P; diagonals of a piece of dS read as columns
 
-The forward pass keeps nothing: ``queries`` finds maximum, sum and delta of each row in one sweep, and leaves them for
+The forward pass keeps the maximum and 1 / sum of each row, and 1 / n where W may be equal. In 16 bits it also keeps
+what rounding takes from y: delta is G . (y + this remainder), which costs no sweep over the keys. G . y alone would
+move a whole row of dS: where keys and values have a mean, dq would be several times less exact than eager's. In float32
+the additions in y round too early for either: there ``queries`` sweeps the keys once more. ``queries`` leaves delta for
 ``keys``. It works on pieces of the rows, each followed by its diagonals: dS of a piece fits PIECE_BYTES (or is one
 block of queries), so memory is O(T), and dR is summed in the order of the pieces. Keys outside the chunk window of a
 block are skipped, unless a row sees nothing above -896, where the masked keys would weigh more than 0. What a program
@@ -90,14 +92,13 @@ def _weighted(
 @triton.jit
 def _equally_weighted(
     query, Q, P, K, R, masks, V, i, p0, p1, p2, p3, begin, end, c, frames, keys, offsets, q_time, k_time, v_time,
-    maximum, total,
+    maximum, inverse,
     DIM: tl.constexpr, POS_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PACKED: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, PRECISE: tl.constexpr,
 ):  # fmt: skip
-    """Returns (number of the keys [begin, end) that have weight, or 1; sum of their v)."""
+    """Returns (1 / number of the keys [begin, end) that have weight, or 1; sum of their v)."""
     number = tl.zeros([BLOCK_M], tl.float32)
     y = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-    inverse = tl.div_rn(1.0, total.to(tl.float32))
     for start in range(begin, end, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
         scores = scores_of(
@@ -112,18 +113,22 @@ def _equally_weighted(
             y = tl.fma(tl.dot(one, value), 1.0, y)
         else:
             y = tl.dot(one.to(value.dtype), value, y)
-    return tl.maximum(number, 1.0).to(total.dtype), y
+    return tl.div_rn(1.0, tl.maximum(number, 1.0)), y
 
 
-@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=[*UNALIGNED, "EQUAL"])
+@triton.jit(
+    do_not_specialize=SIZES, do_not_specialize_on_alignment=[*UNALIGNED, "EQUAL", "INVERSE", "WEIGHT"]
+)
 def forward_kernel(
-    X, K, R, PADDING, MASK, BOUNDS, EQUAL, V, Y,
+    X, K, R, PADDING, MASK, BOUNDS, EQUAL, V, Y, MAXIMUM, INVERSE, WEIGHT, REMAINDER,
     frames, keys, left, batch, blocks, heads, offsets, chunk, left_chunks,
     x_time, x_batch, k_time, k_batch, v_time, v_batch, r_batch, mask_batch,
     DIM: tl.constexpr, POS_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PACKED: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Writes y of a block of queries and of columns."""
+    """Writes y of a block of queries and of columns, and what rounding takes from it where REMAINDER is not None.
+    Programs of the first block of columns also store maximum and 1 / sum of the queries, where these are not None, and
+    with EQUAL the weight of the keys if they weigh the same."""
     PRECISE: tl.constexpr = X.dtype.element_ty == tl.float32
     head, sequence, block = dealt(tl.program_id(0), blocks, batch, BOUNDS, frames, BLOCK_M)
     i = block * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -159,16 +164,28 @@ def forward_kernel(
                 DIM, POS_DIM, VALUE_DIM, PACKED, WINDOW, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V, PRECISE,
             )  # fmt: skip
     maximum, total = settled(maximum, total, masks)
-    if EQUAL is not None:  # noqa: SIM102, the inner condition is known on the device alone
+    inverse = tl.div_rn(1.0, total.to(tl.float32))
+    once = keep_i & (tl.program_id(1) == 0)
+    row = (head * batch + sequence) * frames + i
+    if MAXIMUM is not None:
+        tl.store(MAXIMUM + row, maximum, mask=once)
+        tl.store(INVERSE + row, inverse, mask=once)
+    if EQUAL is not None:
         if tl.load(EQUAL) != 0:
-            total, y = _equally_weighted(
+            inverse, y = _equally_weighted(
                 query, Q, P, K, R, masks, V, i, p0, p1, p2, p3, begin, end, c,
-                frames, keys, offsets, x_time, k_time, v_time, maximum, total,
+                frames, keys, offsets, x_time, k_time, v_time, maximum, inverse,
                 DIM, POS_DIM, VALUE_DIM, PACKED, WINDOW, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V, PRECISE,
             )  # fmt: skip
-    y = y * tl.div_rn(1.0, total.to(tl.float32))[:, None]
-    out = Y + sequence * v_batch + head * VALUE_DIM + i.to(tl.int64)[:, None] * v_time + c[None, :]
-    tl.store(out, y.to(Y.dtype.element_ty), mask=keep_i[:, None] & (c < VALUE_DIM)[None, :])
+        if WEIGHT is not None:
+            tl.store(WEIGHT + row, inverse, mask=once)
+    y = y * inverse[:, None]
+    narrow = y.to(Y.dtype.element_ty)
+    at = sequence * v_batch + head * VALUE_DIM + i.to(tl.int64)[:, None] * v_time + c[None, :]
+    keep = keep_i[:, None] & (c < VALUE_DIM)[None, :]
+    tl.store(Y + at, narrow, mask=keep)
+    if REMAINDER is not None:
+        tl.store(REMAINDER + at, (y - narrow.to(tl.float32)).to(narrow.dtype), mask=keep)
 
 
 # --------------------------------------------------------------------------- launchers
@@ -279,15 +296,21 @@ def zipformer_attention_forward(
     chunk: int,
     left_chunks: int,
     equal: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Returns y (frames, batch, value_heads * dv). All tensors are contiguous.
+    keep: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns y (frames, batch, value_heads * dv) and, if it is to ``keep`` them, what the backward pass reads: in
+    float32 maximum, 1 / sum and, with ``equal``, 1 / n of each row (2 or 3, value_heads, batch, frames), and in 16 bits
+    what rounding takes from y, of y's shape. Without elements otherwise. All tensors are contiguous.
 
     equal: one number; if it is not 0, the weights are equal.
     """
     frames, batch, _ = x.shape
     y = x.new_empty(frames, batch, value.shape[2])
+    sizes = (2 if equal is None else 3, value_heads, batch, frames) if keep else (0,)
+    statistics = x.new_empty(sizes, dtype=torch.float32)
+    remainder = torch.empty_like(y) if keep and x.dtype != torch.float32 else x.new_empty(0)
     if not y.numel():
-        return y
+        return y, statistics.zero_(), remainder
     o = operands(x, pos, cached_key, starts, heads, dim, chunk, left_chunks)
     value_dim = value.shape[2] // value_heads
     sizes = dim, o.pos_dim, value_dim, x.dtype, generation(x)
@@ -295,11 +318,17 @@ def zipformer_attention_forward(
     blocks = cdiv(frames, tile["BLOCK_M"])
     launch(forward_kernel, (value_heads * batch * blocks, cdiv(value_dim, tile["BLOCK_V"])),
         x, o.key, o.r, as_bytes(key_padding_mask), as_bytes(attn_mask), o.bounds, number(equal), value, y,
+        *_apart(statistics), remainder if remainder.numel() else None,
         frames, o.keys, o.left, batch, blocks, heads, o.offsets, o.chunk, o.left_chunks,
         x.stride(0), x.stride(1), o.key.stride(0), o.key.stride(1), value.stride(0), value.stride(1), o.r_batch,
         mask_stride(attn_mask), **o.constants, VALUE_DIM=value_dim, **tile,
     )  # fmt: skip
-    return y
+    return y, statistics, remainder
+
+
+def _apart(statistics: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """Returns the kept maximum, 1 / sum and 1 / n, None for those that are not kept."""
+    return (*(statistics.unbind() if statistics.numel() else ()), None, None, None)[:3]
 
 
 class PositionSums:
@@ -317,6 +346,9 @@ class PositionSums:
 
 def zipformer_attention_backward(
     grad: torch.Tensor,
+    y: torch.Tensor,
+    statistics: torch.Tensor,
+    remainder: torch.Tensor,
     x: torch.Tensor,
     pos: torch.Tensor | None,
     value: torch.Tensor,
@@ -336,7 +368,7 @@ def zipformer_attention_backward(
     sums: PositionSums | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns (dx, dpos, dvalue, dcached_key), without elements where the argument is None. All tensors
-    are contiguous.
+    are contiguous; three of them are what the forward pass returned.
 
     act: one number; if it is 0, there is no penalty.
     sums: what calls with ``starts``, and all but the values the same, add dpos to. They return none.
@@ -363,7 +395,7 @@ def zipformer_attention_backward(
     dx = torch.empty_like(x)
     dvalue = torch.empty_like(value)
     pairs = value_heads * batch
-    maximum, inverse, delta = (x.new_empty(pairs * frames, dtype=torch.float32) for _ in range(3))
+    kept, delta = _apart(statistics), x.new_empty(pairs * frames, dtype=torch.float32)
     strides = (
         x.stride(0), x.stride(1), o.key.stride(0), o.key.stride(1), value.stride(0), value.stride(1), o.r_batch,
         mask_stride(attn_mask),
@@ -381,8 +413,8 @@ def zipformer_attention_backward(
         count = min(rows, frames - first)
         blocks = cdiv(count, tile["BLOCK_M"])
         launch(queries_kernel, (pairs * blocks, columns),
-            grad, x, o.key, o.r, *masks, diagonals and diagonals.pieces, *numbers, value, dx,
-            diagonals and diagonals.ds, maximum, inverse, delta,
+            grad, y, remainder if remainder.numel() else None, x, o.key, o.r, *masks,
+            diagonals and diagonals.pieces, *numbers, value, dx, diagonals and diagonals.ds, *kept, delta,
             frames, o.keys, o.left, first, count, piece, batch, blocks, heads, o.offsets, o.chunk, o.left_chunks,
             *strides, diagonals.row if diagonals else 0, *large, **constants, WIDE_POS=own_pos,
             OTHERS=value_heads < heads, **tile,
@@ -397,7 +429,7 @@ def zipformer_attention_backward(
     blocks = cdiv(o.keys, tile["BLOCK_N"])
     columns = max(columns, cdiv(value_dim, tile["BLOCK_V"]))
     launch(keys_kernel, (pairs * blocks, columns),
-        grad, x, o.key, o.r, *masks, *numbers, value, maximum, inverse, delta, dkey, dvalue,
+        grad, x, o.key, o.r, *masks, *numbers, value, *kept[:2], delta, dkey, dvalue,
         frames, o.keys, o.left, batch, blocks, heads, o.offsets, o.chunk, o.left_chunks,
         *strides, *large, **constants, **tile,
     )  # fmt: skip

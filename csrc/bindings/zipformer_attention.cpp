@@ -22,13 +22,17 @@ cpu::ValueShape value_shape(const auto& a) {
   return {a.value_heads, a.E / a.value_heads, decided(a.equal, false, a.kName)};
 }
 
-Tensor zipformer_attention_forward(const ZipformerAttentionForward& call) {
+// Returns y, and in place of what Triton's kernels keep two tensors without elements: a strip of the backward pass has
+// whole rows, so their sums come with them.
+std::tuple<Tensor, Tensor, Tensor> zipformer_attention_forward(const ZipformerAttentionForward& call) {
   const auto& [x, pos, value, cached_key] = std::tie(call.x, call.pos, call.value, call.cached_key);
   const std::vector<cpu::Recording> recordings = recordings_of(call);
   const AttentionProblem a = problem_of(call, recordings);
   const cpu::ValueShape v = value_shape(call);
   Tensor y = new_contiguous(x, {a.frames, a.batch, call.E});
-  if (y.numel() == 0) return y;
+  const std::tuple<Tensor, Tensor, Tensor> found{y, new_contiguous(x, {0}, compute_type(dtype_of(x))),
+                                                 new_contiguous(x, {0})};
+  if (y.numel() == 0) return found;
   std::vector<cpu::KeyRange> ranges(static_cast<size_t>(a.batch));
   attention_key_ranges(a, ranges.data());
   with_kernels<cpu::ZipformerAttentionKernels>(x, call.kName, [&]<typename T>(const auto& kernel) {
@@ -57,7 +61,7 @@ Tensor zipformer_attention_forward(const ZipformerAttentionForward& call) {
           }
         });
   });
-  return y;
+  return found;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> zipformer_attention_backward(const ZipformerAttentionBackward& call) {

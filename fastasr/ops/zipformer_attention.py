@@ -5,13 +5,15 @@ r"""Values weighted by attention with relative positions of Zipformer, without t
 
 v holds the values of the first ``value_heads`` heads side by side. With G = dy: dV = Wᵀ G, dW = G Vᵀ, and the rest as
 there. W is never stored: forward and backward meet blocks of queries with all keys, O(T) memory for one block, and the
-backward pass computes the scores again from the inputs: nothing else is kept.
+backward pass computes the scores again from the inputs. Triton's kernels keep the maximum and the sum of each row, and
+in 16 bits what rounding takes from y: with it δ is G · y without a sweep over the keys.
 
 Zipformer's training gives dS the penalty of large scores on some calls, and replaces W by [W > 0] / Σ_j [W > 0] on
 others, which is a constant: dW is 0 there, and dV = Wᵀ G with the new W.
 """
 
 import importlib
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import torch
@@ -54,11 +56,27 @@ def _check(op: Op, a: Arguments) -> None:
         op.fail("value", f"shape ({keys}, {batch}, a multiple of {heads})", tuple(a.value.shape))
 
 
+def _statistics_shape(backend: str, a: Arguments) -> tuple[int, ...]:
+    """Returns the shape of maximum, 1 / sum and, with ``equal``, 1 / number of the rows. C++ kernels keep nothing."""
+    frames, batch, _ = a.x.shape
+    heads = a.value_heads or a.num_heads
+    return (2 if a.equal is None else 3, heads, batch, frames) if backend == "triton" else (0,)
+
+
+def _remainder_shape(backend: str, a: Arguments) -> tuple[int, ...]:
+    kept = backend == "triton" and a.x.dtype != torch.float32
+    return (*a.x.shape[:2], a.value.shape[2]) if kept else (0,)
+
+
 @op(
     "cpu triton",
     one_dtype="x pos value cached_key",
-    forward=f"{_FORWARD} equal",
-    backward=f"grad {_FORWARD} equal score_penalty score_limit act -> x pos value cached_key",
+    keeps={
+        "statistics": Annotated[Tensor, _statistics_shape, "wide x"],
+        "remainder": Annotated[Tensor, _remainder_shape, "x"],
+    },
+    forward=f"{_FORWARD} equal keep",
+    backward=f"grad y statistics remainder {_FORWARD} equal score_penalty score_limit act -> x pos value cached_key",
     check=_check,
 )
 def zipformer_attention(
@@ -120,8 +138,19 @@ def position_sums(x: Tensor) -> Any:
     return importlib.import_module("fastasr.kernels.zipformer_attention").PositionSums()
 
 
+def kept_values(
+    x: Tensor, pos: Tensor, value: Tensor, num_heads: int, query_head_dim: int, **options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns what the op returns for valid arguments of one dtype, and behind it what :func:`gradients` reads."""
+    op = OPS["zipformer_attention"]
+    arguments = op.written.Arguments(x, pos, value, num_heads, query_head_dim, **options)
+    found: tuple[Tensor, Tensor, Tensor] = op.written.run_kernels(op.family.kernels(x), *arguments, True)
+    return found
+
+
 def gradients(
     grad: Tensor,
+    kept: Sequence[Tensor],
     x: Tensor,
     pos: Tensor,
     value: Tensor,
@@ -140,11 +169,11 @@ def gradients(
     act: Tensor | None = None,
     equal: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Returns the gradients of x and value, and adds that of pos to ``sums``. The arguments are those of the op, of one
-    dtype, contiguous."""
+    """Returns the gradients of x and value, and adds that of pos to ``sums``. ``kept`` is what :func:`kept_values`
+    returned; the other arguments are those of the op, of one dtype, contiguous."""
     kernels: Any = OPS["zipformer_attention"].family.kernels(x)
     dx, _, dvalue, _ = kernels.backward(
-        grad, x, pos, value, None, key_padding_mask, attn_mask, starts, num_heads, query_head_dim, value_heads,
+        grad, *kept, x, pos, value, None, key_padding_mask, attn_mask, starts, num_heads, query_head_dim, value_heads,
         chunk_size, left_context_chunks, equal, score_penalty, score_limit, act, sums,
     )  # fmt: skip
     return dx, dvalue

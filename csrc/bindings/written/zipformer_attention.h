@@ -9,7 +9,7 @@ namespace fastasr::bindings::zipformer_attention {
 struct ZipformerAttentionForward {
   static constexpr const char* kName = "zipformer_attention_forward";
   using Types = ArgumentTypes<Tensor, Optional, Tensor, Optional, Optional, Optional, Optional, int64_t, int64_t,
-                              int64_t, int64_t, int64_t, Optional>;
+                              int64_t, int64_t, int64_t, Optional, bool>;
 
   const Tensor& x;
   const Optional& pos;
@@ -24,6 +24,7 @@ struct ZipformerAttentionForward {
   int64_t chunk_size;
   int64_t left_context_chunks;
   const Optional& equal;
+  bool keep;
 
   // The sizes, once the arguments are checked.
   int64_t T{};
@@ -126,10 +127,14 @@ struct ZipformerAttentionForward {
 
 struct ZipformerAttentionBackward {
   static constexpr const char* kName = "zipformer_attention_backward";
-  using Types = ArgumentTypes<Tensor, Tensor, Optional, Tensor, Optional, Optional, Optional, Optional, int64_t,
-                              int64_t, int64_t, int64_t, int64_t, Optional, double, double, Optional>;
+  using Types =
+      ArgumentTypes<Tensor, Tensor, Tensor, Tensor, Tensor, Optional, Tensor, Optional, Optional, Optional, Optional,
+                    int64_t, int64_t, int64_t, int64_t, int64_t, Optional, double, double, Optional>;
 
   const Tensor& grad_y;
+  const Tensor& y;
+  const Tensor& statistics;
+  const Tensor& remainder;
   const Tensor& x;
   const Optional& pos;
   const Tensor& value;
@@ -251,9 +256,16 @@ struct ZipformerAttentionBackward {
       fastasr::check(has_sizes(*equal, {}) || has_sizes(*equal, {1}), op, "equal is not () or (1)");
       check_contiguous(*equal, op, "equal");
     }
+    check_dtype(y, dtype, op, "y");
+    fastasr::check(has_sizes(y, {T, B, E}), op, "y is not (T, B, E)");
+    check_contiguous(y, op, "y");
     check_dtype(grad_y, dtype, op, "grad_y");
     fastasr::check(has_sizes(grad_y, {T, B, E}), op, "grad_y is not (T, B, E)");
     check_contiguous(grad_y, op, "grad_y");
+    check_dtype(statistics, compute_type(dtype), op, "statistics");
+    check_contiguous(statistics, op, "statistics");
+    check_dtype(remainder, dtype, op, "remainder");
+    check_contiguous(remainder, op, "remainder");
   }
 };
 

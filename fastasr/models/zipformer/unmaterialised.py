@@ -14,7 +14,8 @@ from torch.autograd.function import once_differentiable
 
 from fastasr._transforms import Function
 from fastasr.ops import zipformer_attention
-from fastasr.ops.zipformer_attention import gradients
+from fastasr.ops._register import autocast_dtype, cast
+from fastasr.ops.zipformer_attention import gradients, kept_values
 
 
 class UnmaterialisedWeights:
@@ -92,18 +93,20 @@ class _Weighted(Function):
         options: dict[str, Any],
         sums: Any,
     ) -> Tensor:
-        y = zipformer_attention(projected, positions, values, *sizes, **options)
         ctx.dtypes = projected.dtype, values.dtype
-        ctx.save_for_backward(*(t.to(y.dtype).contiguous() for t in (projected, positions, values)))
+        dtype = autocast_dtype(projected) or projected.dtype
+        x, positions, values = (t.contiguous() for t in cast(dtype, projected, positions, values))
+        kept = kept_values(x, positions, values, *sizes, **options)
+        ctx.save_for_backward(x, positions, values, *kept)
         ctx.sizes, ctx.options, ctx.sums = sizes, options, sums
-        return y
+        return kept[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, positions, values = ctx.saved_tensors
+        x, positions, values, *kept = ctx.saved_tensors
         heads, dim = ctx.sizes
-        found = gradients(grad.contiguous(), x, positions, values, heads, dim, ctx.sums, **ctx.options)
+        found = gradients(grad.contiguous(), kept, x, positions, values, heads, dim, ctx.sums, **ctx.options)
         of_x, of_values = (g.to(dtype) for g, dtype in zip(found, ctx.dtypes, strict=True))
         return of_x, None, of_values, None, None, None
 

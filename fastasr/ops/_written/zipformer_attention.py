@@ -29,8 +29,9 @@ from fastasr.ops._runtime import (
     not_a_view,
     operand,
     promoted,
+    wide,
 )
-from fastasr.ops.zipformer_attention import _check
+from fastasr.ops.zipformer_attention import _check, _remainder_shape, _statistics_shape
 from fastasr.ops.zipformer_attention import zipformer_attention as formula
 
 op = OPS["zipformer_attention"]
@@ -66,6 +67,9 @@ class Saved(NamedTuple):
     cached_key: Tensor | None
     act: Tensor | None
     equal: Tensor | None
+    y: Tensor
+    statistics: Tensor
+    remainder: Tensor
     num_heads: int
     query_head_dim: int
     value_heads: int | None
@@ -158,10 +162,11 @@ def zipformer_attention(
                     attn_mask, starts, chunk_size, left_context_chunks, cached_key, score_penalty,
                     score_limit, act, equal,
                 )  # fmt: skip
-            return kernels.forward(
+            y, _, _ = kernels.forward(
                 x, pos, value, cached_key, key_padding_mask, attn_mask, starts, num_heads, query_head_dim,
-                (value_heads or num_heads), chunk_size, left_context_chunks, equal,
+                (value_heads or num_heads), chunk_size, left_context_chunks, equal, False,
             )  # fmt: skip
+            return y
         except NOT_MINE:
             pass  # the checked path takes what the kernels decline
         except RuntimeError:
@@ -226,9 +231,10 @@ def zipformer_attention(
                 attn_mask, starts, chunk_size, left_context_chunks, cached_key, score_penalty, score_limit,
                 act, equal,
             )  # fmt: skip
-        y = run_kernels(
+        y, _, _ = run_kernels(
             kernels, x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask, attn_mask,
             starts, chunk_size, left_context_chunks, cached_key, score_penalty, score_limit, act, equal,
+            False,
         )  # fmt: skip
     except Unlaunchable as error:
         family.give_up(error, x)
@@ -414,31 +420,40 @@ def traced(
             left_context_chunks=left_context_chunks, cached_key=cached_key, score_penalty=score_penalty,
             score_limit=score_limit, act=act, equal=equal,
         )  # fmt: skip
-    return operator(
+    y, _, _ = operator(
         x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask, attn_mask, starts,
-        chunk_size, left_context_chunks, cached_key, score_penalty, score_limit, act, equal,
+        chunk_size, left_context_chunks, cached_key, score_penalty, score_limit, act, equal, is_grad_enabled()
+        and (x.requires_grad or (pos is not None and pos.requires_grad) or value.requires_grad or (cached_key is
+        not None and cached_key.requires_grad)),
     )  # fmt: skip
+    return y
 
 
 def run_kernels(
     kernels, x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask, attn_mask, starts,
-    chunk_size, left_context_chunks, cached_key, score_penalty, score_limit, act, equal,
+    chunk_size, left_context_chunks, cached_key, score_penalty, score_limit, act, equal, keep,
 ):  # fmt: skip
     """Calls kernels with tensors as they read them, and gives the results the declared dtypes."""
     y_dtype = promoted(x)
+    statistics_dtype = wide(x)
     dtype = y_dtype if kernels.backend == "cpu" else None
-    y = kernels.forward(
+    y, statistics, remainder = kernels.forward(
         operand(x, dtype), operand(pos, dtype), operand(value, dtype), operand(cached_key, dtype),
         operand(key_padding_mask, None), operand(attn_mask, None), operand(starts, None), num_heads,
         query_head_dim, (value_heads or num_heads), chunk_size, left_context_chunks, operand(equal, None),
+        keep,
     )  # fmt: skip
     if y.dtype is not y_dtype:
         y = y.to(y_dtype)
-    return y
+    if statistics.dtype is not statistics_dtype:
+        statistics = statistics.to(statistics_dtype)
+    if remainder.dtype is not y_dtype:
+        remainder = remainder.to(y_dtype)
+    return y, statistics, remainder
 
 
 def result_dtypes(a) -> tuple[torch.dtype, ...]:
-    return (promoted(a.x),)
+    return (promoted(a.x), wide(a.x), promoted(a.x))
 
 
 # --------------------------------------------------------------------------- gradients without the dispatcher
@@ -450,17 +465,21 @@ class ZipformerAttention(Function):
         equal,
     ):  # fmt: skip
         if direct:
-            y = kernels.forward(
+            y, statistics, remainder = kernels.forward(
                 x, pos, value, cached_key, key_padding_mask, attn_mask, starts, num_heads, query_head_dim,
-                (value_heads or num_heads), chunk_size, left_context_chunks, equal,
+                (value_heads or num_heads), chunk_size, left_context_chunks, equal, True,
             )  # fmt: skip
         else:
-            y = run_kernels(
+            y, statistics, remainder = run_kernels(
                 kernels, x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask, attn_mask,
                 starts, chunk_size, left_context_chunks, cached_key, score_penalty, score_limit, act, equal,
+                True,
             )  # fmt: skip
         y = not_a_view(y)
-        ctx.save_for_backward(x, pos, value, key_padding_mask, attn_mask, starts, cached_key, act, equal)
+        ctx.save_for_backward(
+            x, pos, value, key_padding_mask, attn_mask, starts, cached_key, act, equal, y, statistics,
+            remainder,
+        )  # fmt: skip
         ctx.rest = (
             kernels,
             direct,
@@ -479,7 +498,20 @@ class ZipformerAttention(Function):
         if is_grad_enabled():
             refuse_double_backward("zipformer_attention")
         # once: a checkpoint gives them one time
-        x, pos, value, key_padding_mask, attn_mask, starts, cached_key, act, equal = ctx.saved_tensors
+        (
+            x,
+            pos,
+            value,
+            key_padding_mask,
+            attn_mask,
+            starts,
+            cached_key,
+            act,
+            equal,
+            y,
+            statistics,
+            remainder,
+        ) = ctx.saved_tensors
         (
             kernels,
             direct,
@@ -497,9 +529,9 @@ class ZipformerAttention(Function):
             or (grad_y is not None and is_batched(grad_y))
         ):
             d_x, d_pos, d_value, d_cached_key = kernels.backward(
-                operand(grad_y, None), x, pos, value, cached_key, key_padding_mask, attn_mask, starts,
-                num_heads, query_head_dim, (value_heads or num_heads), chunk_size, left_context_chunks, equal,
-                score_penalty, score_limit, act,
+                operand(grad_y, None), y, statistics, remainder, x, pos, value, cached_key, key_padding_mask,
+                attn_mask, starts, num_heads, query_head_dim, (value_heads or num_heads), chunk_size,
+                left_context_chunks, equal, score_penalty, score_limit, act,
             )  # fmt: skip
             return (
                 None,
@@ -523,8 +555,8 @@ class ZipformerAttention(Function):
             )
         d_x, d_pos, d_value, d_cached_key = node_gradients(
             op, kernels, (grad_y,), make(Saved, (x, pos, value, key_padding_mask, attn_mask, starts,
-            cached_key, act, equal, num_heads, query_head_dim, value_heads, chunk_size, left_context_chunks,
-            score_penalty, score_limit,)),
+            cached_key, act, equal, y, statistics, remainder, num_heads, query_head_dim, value_heads,
+            chunk_size, left_context_chunks, score_penalty, score_limit,)),
         )  # fmt: skip
         return (
             None,
@@ -553,11 +585,12 @@ def differentiate(kernels, grads, saved, needs=None):
     (grad_y,) = grads
     dtype = promoted(saved.x) if kernels.backend == "cpu" else None
     d_x, d_pos, d_value, d_cached_key = kernels.backward(
-        operand(grad_y, dtype), operand(saved.x, dtype), operand(saved.pos, dtype), operand(saved.value,
-        dtype), operand(saved.cached_key, dtype), operand(saved.key_padding_mask, None),
-        operand(saved.attn_mask, None), operand(saved.starts, None), saved.num_heads, saved.query_head_dim,
-        (saved.value_heads or saved.num_heads), saved.chunk_size, saved.left_context_chunks,
-        operand(saved.equal, None), saved.score_penalty, saved.score_limit, operand(saved.act, None),
+        operand(grad_y, dtype), saved.y, saved.statistics, saved.remainder, operand(saved.x, dtype),
+        operand(saved.pos, dtype), operand(saved.value, dtype), operand(saved.cached_key, dtype),
+        operand(saved.key_padding_mask, None), operand(saved.attn_mask, None), operand(saved.starts, None),
+        saved.num_heads, saved.query_head_dim, (saved.value_heads or saved.num_heads), saved.chunk_size,
+        saved.left_context_chunks, operand(saved.equal, None), saved.score_penalty, saved.score_limit,
+        operand(saved.act, None),
     )  # fmt: skip
     d_x = back(d_x, saved.x)
     d_pos = back(d_pos, saved.pos)
@@ -573,12 +606,69 @@ apply = applied(ZipformerAttention)
 def fake(
     x, pos, value, num_heads, query_head_dim, value_heads=None, key_padding_mask=None, attn_mask=None,
     starts=None, chunk_size=-1, left_context_chunks=-1, cached_key=None, score_penalty=0.0, score_limit=25.0,
-    act=None, equal=None,
+    act=None, equal=None, keep=False,
 ):  # fmt: skip
+    keep = keep and family.kernels(x) is not None
     T = x.shape[0]
     B = x.shape[1]
     E = value.shape[2]
-    return torch.empty((T, B, E), dtype=promoted(x), device=x.device)
+    return (
+        torch.empty((T, B, E), dtype=promoted(x), device=x.device),
+        torch.empty(
+            _statistics_shape(
+                family.kernels(x).backend,
+                Arguments(
+                    x,
+                    pos,
+                    value,
+                    num_heads,
+                    query_head_dim,
+                    value_heads,
+                    key_padding_mask,
+                    attn_mask,
+                    starts,
+                    chunk_size,
+                    left_context_chunks,
+                    cached_key,
+                    score_penalty,
+                    score_limit,
+                    act,
+                    equal,
+                ),
+            )
+            if keep
+            else (0,),
+            dtype=wide(x),
+            device=x.device,
+        ),
+        torch.empty(
+            _remainder_shape(
+                family.kernels(x).backend,
+                Arguments(
+                    x,
+                    pos,
+                    value,
+                    num_heads,
+                    query_head_dim,
+                    value_heads,
+                    key_padding_mask,
+                    attn_mask,
+                    starts,
+                    chunk_size,
+                    left_context_chunks,
+                    cached_key,
+                    score_penalty,
+                    score_limit,
+                    act,
+                    equal,
+                ),
+            )
+            if keep
+            else (0,),
+            dtype=promoted(x),
+            device=x.device,
+        ),
+    )
 
 
 op.serve(
@@ -592,11 +682,25 @@ op.serve(
         Saved=Saved,
         apply=apply,
         differentiate=differentiate,
-        results=("y",),
+        results=("y", "statistics", "remainder"),
         deciding=("x",),
         differentiable=("x", "pos", "value", "cached_key"),
         graded={"y": ""},
-        saves=("x", "pos", "value", "key_padding_mask", "attn_mask", "starts", "cached_key", "act", "equal"),
+        saves=(
+            "x",
+            "pos",
+            "value",
+            "key_padding_mask",
+            "attn_mask",
+            "starts",
+            "cached_key",
+            "act",
+            "equal",
+            "y",
+            "statistics",
+            "remainder",
+        ),
+        kept=("statistics", "remainder"),
         autocast=("x", "pos", "value", "cached_key"),
     ),
 )
@@ -605,9 +709,11 @@ operator = register_op(
     "zipformer_attention(Tensor x, Tensor? pos, Tensor value, SymInt num_heads, SymInt query_head_dim, "
     "SymInt? value_heads=None, Tensor? key_padding_mask=None, Tensor? attn_mask=None, Tensor? "
     "starts=None, SymInt chunk_size=-1, SymInt left_context_chunks=-1, Tensor? cached_key=None, float "
-    "score_penalty=0.0, float score_limit=25.0, Tensor? act=None, Tensor? equal=None) -> Tensor",
+    "score_penalty=0.0, float score_limit=25.0, Tensor? act=None, Tensor? equal=None, bool keep=False) -> "
+    "(Tensor, Tensor, Tensor)",
     "zipformer_attention_backward(Tensor grad_y, Tensor x, Tensor? pos, Tensor value, Tensor? "
     "key_padding_mask, Tensor? attn_mask, Tensor? starts, Tensor? cached_key, Tensor? act, Tensor? equal, "
-    "SymInt num_heads, SymInt query_head_dim, SymInt? value_heads, SymInt chunk_size, SymInt "
-    "left_context_chunks, float score_penalty, float score_limit) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor y, Tensor statistics, Tensor remainder, SymInt num_heads, SymInt query_head_dim, SymInt? "
+    "value_heads, SymInt chunk_size, SymInt left_context_chunks, float score_penalty, float score_limit) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
 )

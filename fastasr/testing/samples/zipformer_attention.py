@@ -122,6 +122,17 @@ _TRAINED = (
     ),
 )
 
+
+def _with_mean(make: Make) -> dict:
+    """Makes a call in which dS k needs rows of dS that add up to 0."""
+    call = _valued(make, weights._call(make, 60, 1, 2, 16, 4, scale=0.3), dim=12)
+    x, value = call["x"], call["value"]
+    keys = (
+        torch.arange(x.shape[2], dtype=torch.int64, device=x.device) // 32 == 1
+    )  # of two heads of 16 channels
+    return call | {"x": x + keys, "value": value + 1}
+
+
 TABLE = OpTable(
     op="zipformer_attention",
     samples=(
@@ -136,6 +147,7 @@ TABLE = OpTable(
             thorough=True,
         ),
         *_TRAINED,
+        Sample("keys and values with a mean", _with_mean, thorough=True),
         Sample("values of 48 channels", lambda m: _valued(m, weights._call(m, 40, 1, 2, 8, 4), None, 48)),
         Sample(
             "several blocks of keys",
@@ -185,6 +197,7 @@ def sized(
 CASES = (sized(), sized(2998, 1))
 ON_DEVICE = (sized(FRAMES, BATCH), sized(188, BATCH, 8, E=96))
 WATCH = (
-    "tiles under a running maximum with four warps; pieces of dS added in order; recordings in a row; a penalty and "
-    "equal weights that numbers on the device decide"
+    "tiles under a running maximum with four warps; sums that the forward pass keeps; in 16 bits delta from y and its "
+    "remainder; pieces of dS added in order; recordings in a row; a penalty and equal weights that numbers on the "
+    "device decide"
 )

@@ -8,11 +8,11 @@ from .configuration import PRODUCTS, Configuration, element_type, setting
 
 
 def configurations(generation: int):
-    like = ("X", "K", "R", "V", "G", "Y", "DX", "DS", "DK", "DV")
-    wide = dict.fromkeys(("MAXIMUM", "INVERSE", "DELTA"), "fp32")
+    like = ("X", "K", "R", "V", "G", "Y", "REMAINDER", "DX", "DS", "DK", "DV")
+    wide = dict.fromkeys(("MAXIMUM", "INVERSE", "WEIGHT", "DELTA"), "fp32")
     strides = [f"{name}_{of}" for name in ("x", "k", "v") for of in ("time", "batch")] + ["ds_row"]
     given = {"PADDING": "u8", "MASK": "u8", "BOUNDS": "i32", "PIECES": "i64", "ACT": "fp32", "EQUAL": "fp32"}
-    words = {"PADDING": "padding", "MASK": "mask", "EQUAL": "equal"}
+    words = {"PADDING": "padding", "MASK": "mask", "EQUAL": "equal", "WEIGHT": "equal"}
     words |= dict.fromkeys(("BOUNDS", "PIECES", "piece"), "recordings")
     words |= dict.fromkeys(("ACT", "penalty", "limit"), "penalty")
 
@@ -29,6 +29,8 @@ def configurations(generation: int):
         fixed |= {"PACKED": packed, "WIDE_POS": pos_dim}
         fixed |= {"COLUMNS": shapes["queries"]["BLOCK_N"], "OTHERS": value_dim > 100}
         absent = [tensor for tensor, word in words.items() if word not in label]
+        absent += ["REMAINDER"] if element == "fp32" else []
+        absent += ["MAXIMUM", "INVERSE", "REMAINDER"] if "inference" in label else []
         fixed |= {"ADD": True, "WINDOW": "chunks" in label} | dict.fromkeys(absent)
         return Configuration(
             f"zipformer_attention {name}{label and ', ' + label}, {dtype}",
@@ -46,6 +48,8 @@ def configurations(generation: int):
     for dtype in (*PRODUCTS, "fp16"):
         for name in ("forward", "queries", "keys"):
             yield configuration(name, "", dtype)
+            if name == "forward":
+                yield configuration(name, "inference", dtype)
             if dtype == "fp16":
                 continue
             yield configuration(name, "chunks, padding, mask", dtype)

@@ -7,7 +7,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastasr import backend
+from fastasr.models.zipformer.unmaterialised import UnmaterialisedWeights, collected
 from fastasr.ops import zipformer_attention
+from fastasr.ops.zipformer_attention import position_sums
 
 HEADS, DIM, POS_DIM, VALUE_DIM = 2, 8, 4, 4
 PENALTY = {"score_penalty": 0.5, "score_limit": 1.0}
@@ -60,3 +62,27 @@ def test_a_row_needs_no_memory_of_time_by_time():
     with _Largest() as seen:
         gradients(frames, longest, **row, **PENALTY, act=number, equal=number)
     assert seen.size < frames * frames * torch.float32.itemsize, seen.size
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_consumers_of_recorded_passes_share_a_table_of_positions(small_blocks, autocast):
+    """Their values, and the gradients of projection and values, are the op's to the bit."""
+    leaves = torch.randn(50, 1, HEADS * (2 * DIM + POS_DIM)), torch.randn(1, 39, HEADS * POS_DIM)
+    leaves = *leaves, torch.randn(50, 1, HEADS * VALUE_DIM), torch.randn(50, 1, VALUE_DIM)
+    masks = {"starts": torch.tensor([3, 20, 40])}
+
+    def found(together):
+        x, pos, *values = (t.clone().requires_grad_() for t in leaves)
+        with backend("triton"), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            sums = position_sums(x) if together else None
+            positions = collected(pos, sums, 1)[0] if together else pos
+            weights = UnmaterialisedWeights(x, positions, HEADS, DIM, sums=sums, **masks)
+            results = [w.weighted(v) for w, v in zip((weights, weights[0:1]), values, strict=True)]
+            return *results, *torch.autograd.grad(results, (x, pos, *values), [y.sign() for y in results])
+
+    ours, plain = found(True), found(False)
+    for number, (a, b) in enumerate(zip(ours, plain, strict=True)):
+        if number == 3:  # dpos
+            torch.testing.assert_close(a, b, rtol=2e-2 if autocast else 1e-5, atol=1e-2 if autocast else 1e-5)
+        else:
+            assert torch.equal(a, b), number
