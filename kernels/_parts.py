@@ -41,8 +41,9 @@ def reduce_tile(parts: int) -> dict[str, int]:
 
 
 @triton.jit
-def _add_parts(PARTS, OUT, parts, columns, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+def add_parts_at(place, PARTS, OUT, parts, columns, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Adds up the rows of a table, of its columns from place * BLOCK_C on."""
+    c = place.to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     total = tl.zeros([BLOCK_C], tl.float64)
     for first in range(0, parts, BLOCK_P):
         p = first + tl.arange(0, BLOCK_P).to(tl.int64)
@@ -57,7 +58,7 @@ def add_parts_kernel(PARTS, OUT, parts, columns, BLOCK_P: tl.constexpr, BLOCK_C:
     """Adds up the rows of a table; program_id(1) is the table."""
     PARTS += tl.program_id(1).to(tl.int64) * parts * columns
     OUT += tl.program_id(1).to(tl.int64) * columns
-    _add_parts(PARTS, OUT, parts, columns, BLOCK_P, BLOCK_C)
+    add_parts_at(tl.program_id(0), PARTS, OUT, parts, columns, BLOCK_P, BLOCK_C)
 
 
 def add_parts(table: torch.Tensor, out: torch.Tensor, later: Callable[..., bool] | None = None) -> None:
@@ -82,7 +83,7 @@ def add_parts_of_jobs_kernel(
     columns = multiple(job, 3)
     if tl.program_id(0) * BLOCK_C < columns:
         PARTS, OUT = pointer(job, 0, DTYPE), pointer(job, 1, TO)
-        _add_parts(PARTS, OUT, number(job, 2), columns, BLOCK_P, BLOCK_C)
+        add_parts_at(tl.program_id(0), PARTS, OUT, number(job, 2), columns, BLOCK_P, BLOCK_C)
 
 
 def add_parts_of_jobs(jobs: Sequence[tuple[torch.Tensor, torch.Tensor]], bring: _jobs.Table) -> None:

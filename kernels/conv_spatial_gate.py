@@ -13,9 +13,9 @@ where dg will be. Launches: forward 2 (the first writes u and the taps as rows o
 
 Bytes per element of g, of e bytes: forward 3e, and 2e for u; backward 5e, and 9e between the kernels: u and q three
 times each, du twice, g once more (the taps' gradients read u and q once per 16 taps, from the L2 cache where they
-fit). A 4x400x1536 bf16 tensor at 4.3 TB/s: 6 us forward, 16 us backward; by count of instructions (about 2 per tap and
-element) 5 us and 17 us. Sums over rows are made in parts (_parts.py), and the parts added in float64: on one kind of
-device results repeat bit for bit, without atomics.
+fit). A 4x400x1536 bf16 tensor at 4.3 TB/s: 6 us forward, 16 us backward; by count of instructions (about 1.6 per tap
+and element) 4 us and 13 us. Sums over rows are made in parts (_parts.py), and the parts added in float64: on one kind
+of device results repeat bit for bit, without atomics.
 """
 
 import torch
@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from fastasr.kernels import _sliding_taps as sliding
-from fastasr.kernels._activation import activate_with_slope
+from fastasr.kernels._activation import IDENTITY, activate_with_slope
 from fastasr.kernels._launch import cdiv, contiguous_like, launch
 from fastasr.kernels._layer_norm import MAX_CHANNELS, normalise, row_mean, row_tile, row_width
 from fastasr.kernels._parts import add_pair, split_rows, store_pair
@@ -63,8 +63,8 @@ def normalise_kernel(
         at = _rows(r, frames, x_batch, x_time)[:, None] + c[None, :]
         g = _load(GATE, at, keep)  # [BLOCK_R, BLOCK_C]
         n, scale = normalise(g, keep, eps, C, PRECISE)
-        w = tl.load(NORM_WEIGHT + c, mask=c < C, other=0.0)
-        b = tl.load(NORM_BIAS + c, mask=c < C, other=0.0)
+        w = _load(NORM_WEIGHT, c, c < C)
+        b = _load(NORM_BIAS, c, c < C)
         u = tl.fma(n * scale[:, None], w[None, :], b[None, :])
         if MASK is not None:
             u = tl.where((tl.load(MASK + r, mask=r < rows, other=1) == 0)[:, None], u, 0.0)
@@ -84,7 +84,7 @@ def norm_gradient_kernel(
     part = tl.program_id(0)
     c = tl.arange(0, BLOCK_C)
     in_row = c < C
-    w = tl.load(NORM_WEIGHT + c, mask=in_row, other=0.0)
+    w = _load(NORM_WEIGHT, c, in_row)
     dweight = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     dbias = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     first = part * rows_per_part
@@ -116,13 +116,13 @@ def _place(frames, batch, C, GROUP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C
     """Returns (sequence, its first row, first frames of groups, tile). Tiles vary fastest, then sequences."""
     pid = tl.program_id(0)
     c_tiles = tl.cdiv(C, BLOCK_C)
-    b, t, _ = sliding.groups(pid // c_tiles, batch, frames, 0, GROUP, BLOCK_G)
+    b, t, _ = sliding.groups(pid // c_tiles, batch, frames, 0, False, GROUP, BLOCK_G)
     return b, b.to(tl.int64) * frames, t, pid % c_tiles
 
 
 @triton.jit
 def _convolve(
-    POINTER, TABLE, tile, batch, b, t, frames, TURNED: tl.constexpr,
+    POINTER, TABLE, tile, batch, b, t, frames, TURNED: tl.constexpr, UNROLLED: tl.constexpr,
     TAPS: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Returns the convolution of groups, without the bias, with the taps as they are or reversed."""
@@ -131,14 +131,14 @@ def _convolve(
     row = sliding.taps_at(TABLE, tile * TAPS + (TAPS - 1 if TURNED else 0), BLOCK_G, BLOCK_C)
     return sliding.sums(
         sliding.zeros(GROUP, BLOCK_G, BLOCK_C), at, start, tl.full([BLOCK_G], 0, tl.int32) + frames, row, None,
-        BLOCK_C, -BLOCK_C if TURNED else BLOCK_C, TAPS, GROUP,
+        BLOCK_C, -BLOCK_C if TURNED else BLOCK_C, TAPS, GROUP, UNROLLED,
     )  # fmt: skip
 
 
 @triton.jit
 def _with_bias(z, BIAS, c, C):
     if BIAS is not None:
-        z += tl.load(BIAS + c, mask=c < C, other=0.0)[None, :]
+        z += _load(BIAS, c, c < C)[None, :]
     return z
 
 
@@ -151,13 +151,14 @@ def forward_kernel(
     b, base, first, tile = _place(frames, batch, C, GROUP, BLOCK_G, BLOCK_C)
     lane = tl.arange(0, BLOCK_C)
     c = tile * BLOCK_C + lane
-    found = _convolve(U, TABLE, tile, batch, b, first, frames, False, TAPS, GROUP, BLOCK_G, BLOCK_C)
+    UNROLLED: tl.constexpr = ACTIVATION == IDENTITY and TAPS <= 4 * GROUP  # others would take more registers
+    found = _convolve(U, TABLE, tile, batch, b, first, frames, False, UNROLLED, TAPS, GROUP, BLOCK_G, BLOCK_C)
     at = FACTOR + ((b.to(tl.int64) * x_batch + first.to(tl.int64) * x_time)[:, None] + c[None, :])
     step = tl.cast(x_time, tl.int64)
     results = ()
     for n in tl.static_range(GROUP):
         keep = (first + n < frames)[:, None] & (c < C)[None, :]
-        r = _load(at, n * step, keep)
+        r = sliding.load(at + n * step, keep)
         act, _ = activate_with_slope(_with_bias(found[n], BIAS, c, C), ACTIVATION, PRECISE)
         results += ((r * act).to(Y.dtype.element_ty),)
     at = Y + ((base + first)[:, None] * C + c[None, :])
@@ -174,15 +175,16 @@ def output_gradient_kernel(
     b, base, first, tile = _place(frames, batch, C, GROUP, BLOCK_G, BLOCK_C)
     lane = tl.arange(0, BLOCK_C)
     c = tile * BLOCK_C + lane
-    found = _convolve(U, TABLE, tile, batch, b, first, frames, False, TAPS, GROUP, BLOCK_G, BLOCK_C)
+    UNROLLED: tl.constexpr = ACTIVATION == IDENTITY and TAPS <= 4 * GROUP  # others would take more registers
+    found = _convolve(U, TABLE, tile, batch, b, first, frames, False, UNROLLED, TAPS, GROUP, BLOCK_G, BLOCK_C)
     at = FACTOR + ((b.to(tl.int64) * x_batch + first.to(tl.int64) * x_time)[:, None] + c[None, :])
     step = tl.cast(x_time, tl.int64)
     row = (base + first)[:, None]
     results = ()
     for n in tl.static_range(GROUP):
         keep = (first + n < frames)[:, None] & (c < C)[None, :]
-        r = _load(at, n * step, keep)
-        dy = _load(GRAD + (row * C + c[None, :]), n * C, keep)
+        r = sliding.load(at + n * step, keep)
+        dy = sliding.load(GRAD + (row * C + c[None, :]) + n * C, keep)
         act, slope = activate_with_slope(_with_bias(found[n], BIAS, c, C), ACTIVATION, PRECISE)
         results += ((dy * r * slope).to(Q.dtype.element_ty), (dy * act).to(DFACTOR.dtype.element_ty))
     at = sliding.in_tiles(tile, batch, b, frames, first, lane, BLOCK_C)
@@ -201,7 +203,7 @@ def input_gradient_kernel(
     # Writes du, 0 at padding, where dg will be.
     b, base, first, tile = _place(frames, batch, C, GROUP, BLOCK_G, BLOCK_C)
     c = tile * BLOCK_C + tl.arange(0, BLOCK_C)
-    found = _convolve(Q, TABLE, tile, batch, b, first, frames, True, TAPS, GROUP, BLOCK_G, BLOCK_C)
+    found = _convolve(Q, TABLE, tile, batch, b, first, frames, True, False, TAPS, GROUP, BLOCK_G, BLOCK_C)
     at = DGATE + ((base + first)[:, None] * (2 * C) + c[None, :])
     results = ()
     for n in tl.static_range(GROUP):
@@ -251,7 +253,7 @@ class _Call:
         blocks = sliding.group_blocks(self.frames, self.frames, 0, self.form["GROUP"])
         self.grid = (blocks * self.batch * self.c_tiles,)
 
-    def norm_gradients(self, norm_weight, dgate) -> tuple[torch.Tensor, torch.Tensor]:
+    def norm_gradients(self, norm_weight, norm_bias, dgate) -> tuple[torch.Tensor, torch.Tensor]:
         """Writes dg over du in dgate and returns (dnorm_weight, dnorm_bias)."""
         block_c = row_width(self.channels)
         block_r, rows_per_part, parts = split_rows(
@@ -264,7 +266,7 @@ class _Call:
             self.channels, self.eps,
             BLOCK_R=block_r, BLOCK_C=block_c, num_warps=GRADIENT_WARPS,
         )  # fmt: skip
-        dweight, dbias = torch.empty_like(norm_weight), torch.empty_like(norm_weight)
+        dweight, dbias = torch.empty_like(norm_weight), torch.empty_like(norm_bias)
         add_pair(table, dweight, dbias)
         return dweight, dbias
 
@@ -272,9 +274,7 @@ class _Call:
 def conv_spatial_gate_forward(
     x, norm_weight, norm_bias, weight, bias, mask, eps: float, activation: int
 ) -> torch.Tensor:
-    """Returns y (B, T, C) in x's dtype. The channels of x and all other tensors are contiguous;
-    parameters are float32.
-    """
+    """Returns y (B, T, C) in x's dtype. The channels of x and all other tensors are contiguous."""
     y = torch.empty(x.shape[0], x.shape[1], x.shape[2] // 2, dtype=x.dtype, device=x.device)
     if y.numel():
         call = _Call(x, norm_weight, norm_bias, weight, mask, eps)
@@ -301,14 +301,14 @@ def conv_spatial_gate_backward(
         ACTIVATION=activation, **call.form,
     )  # fmt: skip
     launch(input_gradient_kernel, call.grid, q, call.mask, call.table, dgate, *call.sizes, **call.form)
-    dnorm_weight, dnorm_bias = call.norm_gradients(norm_weight, dgate)
+    dnorm_weight, dnorm_bias = call.norm_gradients(norm_weight, norm_bias, dgate)
     (frames, batch, channels), taps = call.sizes, call.taps
     segments = sliding.Segments(frames, batch, frames, taps, call.c_tiles, sliding.MAX_PARTS, q.dtype)
     table = torch.empty(segments.parts, 1 + taps, channels, dtype=torch.float32, device=x.device)
     sliding.gradients(
         q, call.u, table, segments, call.u_steps, call.u_steps, batch, channels, taps // 2, 0, 1, 0, False
     )
-    dweight, dbias = torch.empty_like(weight), torch.empty_like(norm_bias)
+    dweight, dbias = torch.empty_like(weight), torch.empty_like(norm_bias if bias is None else bias)
     launch(sliding.add_taps_kernel, ((1 + taps) * call.c_tiles,),
         table, dweight, dbias, None, None, segments.parts, 0, channels, taps, 0,
         BLOCK_P=sliding.MAX_PARTS, BLOCK_C=BLOCK_C, num_warps=NUM_WARPS,

@@ -114,7 +114,7 @@ def gate_kernel(
 @triton.jit
 def _place(
     GROUPS, groups, batch, frames, C, chunk, before, lead,
-    GROUP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
+    CHUNKED: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Returns (first frames of groups, their chunks' first and end, their recordings' first and end, sequence, tile of
     channels) of this program: tiles vary fastest, then sequences. Without GROUPS, see _recordings.py, the recording is
@@ -123,7 +123,7 @@ def _place(
     c_tiles = tl.cdiv(C, BLOCK_C)
     pid = tl.program_id(0)
     if GROUPS is None:
-        b, t, first = sliding.groups(pid // c_tiles, batch, chunk, before, GROUP, BLOCK_G)
+        b, t, first = sliding.groups(pid // c_tiles, batch, chunk, before, CHUNKED, GROUP, BLOCK_G)
         begin = tl.zeros_like(t) - lead
         end = tl.zeros_like(t) + frames
     else:
@@ -165,6 +165,7 @@ def _convolve(
     row = sliding.taps_at(TABLE, taps if CHUNKED else 0, BLOCK_G, BLOCK_C)
     z = sliding.sums(
         zero, at, t - past - begin, end - begin, row, None, BLOCK_C, BLOCK_C, CAUSAL_TAPS if CHUNKED else TAPS, GROUP,
+        PAIRS=not CHUNKED,  # two sums with pairs would take 168 registers instead of 128
     )  # fmt: skip
     e = z
     if CHUNKED:
@@ -172,6 +173,7 @@ def _convolve(
         row = sliding.taps_at(TABLE, skip, BLOCK_G, BLOCK_C)
         e = sliding.sums(
             zero, at + skip * BLOCK_C, t - past + skip - first, last - first, row, None, BLOCK_C, BLOCK_C, TAPS, GROUP,
+            PAIRS=False,
         )  # fmt: skip
     return z, e
 
@@ -204,7 +206,7 @@ def forward_kernel(
 ):  # fmt: skip
     SHORT: tl.constexpr = Y.dtype.element_ty.primitive_bitwidth == 16
     t, first, last, begin, end, b, tile = _place(
-        GROUPS, groups, batch, frames, C, chunk, 0, past, GROUP, BLOCK_G, BLOCK_C
+        GROUPS, groups, batch, frames, C, chunk, 0, past, CHUNKED, GROUP, BLOCK_G, BLOCK_C
     )
     size = tl.minimum(chunk, end - begin)
     lane = tl.arange(0, BLOCK_C)
@@ -243,7 +245,7 @@ def output_gradient_kernel(
     # Tiles of Q = q; in chunk-causal form of R = q scale and V = q e.
     SHORT: tl.constexpr = Q.dtype.element_ty.primitive_bitwidth == 16
     t, first, last, begin, end, b, tile = _place(
-        GROUPS, groups, batch, frames, C, chunk, 0, past, GROUP, BLOCK_G, BLOCK_C
+        GROUPS, groups, batch, frames, C, chunk, 0, past, CHUNKED, GROUP, BLOCK_G, BLOCK_C
     )
     size = tl.minimum(chunk, end - begin)
     lane = tl.arange(0, BLOCK_C)
@@ -266,7 +268,7 @@ def output_gradient_kernel(
                 taps, CHUNKED, BLOCK_C,
             )  # fmt: skip
             keep = (t + (r + n) < last)[:, None] & (c < C)[None, :]
-            q = tl.load(at + (r + n) * step, mask=keep, other=0.0).to(tl.float32)  # [BLOCK_G, BLOCK_C]
+            q = sliding.load(at + (r + n) * step, keep)  # [BLOCK_G, BLOCK_C]
             if ACTIVATION == SWOOSH_R:
                 shifted, u = exp_minus_abs(z, True, SHORT)
                 q *= swoosh_slope(shifted, u, SHORT)
@@ -298,7 +300,7 @@ def input_gradient_kernel(
     SHORT: tl.constexpr = DH.dtype.element_ty.primitive_bitwidth == 16
     before = past if DCACHE is not None else 0
     t, first, last, begin, end, b, tile = _place(
-        GROUPS, groups, batch, frames, C, chunk, before, 0, GROUP, BLOCK_G, BLOCK_C
+        GROUPS, groups, batch, frames, C, chunk, before, 0, CHUNKED, GROUP, BLOCK_G, BLOCK_C
     )
     lane = tl.arange(0, BLOCK_C)
     c = tile * BLOCK_C + lane
@@ -347,8 +349,8 @@ def input_gradient_kernel(
                 valid = valid & (tl.load(MASK + b.to(tl.int64) * frames + now, mask=valid, other=1) == 0)
             keep = valid[:, None] & in_row[None, :]
             here = at + (r + n) * step
-            x = tl.load(here, mask=keep, other=0.0).to(tl.float32)
-            s = tl.load(here + C, mask=keep, other=0.0).to(tl.float32)
+            x = sliding.load(here, keep)
+            s = sliding.load(here + C, keep)
             gate = _logistic(s, SHORT)
             du = tl.where(keep, du, 0.0)
             ds = du * (x * gate)

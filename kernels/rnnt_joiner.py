@@ -12,17 +12,22 @@ For N rows of D channels, V outputs, e bytes, per kernel:
     normalise         BLOCK_M rows                      adds up the shares
     logits gradient   BLOCK_M rows x BLOCK_N outputs    2 N D V FLOPs; writes dl, N V e, and its column sums
     (products)        dl W and dl^T h                   4 N D V FLOPs, cuBLAS
-    frame gradient    a frame x BLOCK_C channels        dh to da in place, dam
-    context gradient  a context x BLOCK_C channels      reads da of its rows, adds to dlm
+    frame gradient    a frame x BLOCK_C channels        dh to da in place, N D e; dam
+    context gradient  a context x BLOCK_C channels      reads da of its rows, dlm; adds up the parts of dbias
 
-Rows pass through in chunks that hold h, and in the backward pass dl, in at most CHUNK_BYTES: the tensor of all logits
-never exists. A fused sweep that also forms W^T dl would compute the logits twice: 8 N D V FLOPs instead of 6. Blocks
-whose rows are all outside the boundary, or all have gradients of 0, multiply nothing. A list of rows would need a
-synchronisation, so there is none. What a program does depends on the shape and on the device's generation and number of
-multiprocessors: on one kind of device results repeat bit for bit, without atomics.
+Rows pass through in chunks that hold h, and in the backward pass dl and dh, in at most CHUNK_BYTES: the tensor of all
+logits never exists. If the forward's h was one chunk, the backward pass reads it, unless the caller keeps nothing. dlm
+and dW are sums over chunks in float32; one chunk writes them in their own dtypes. A fused sweep that also forms W^T dl
+would compute the logits twice: 8 N D V FLOPs instead of 6. Blocks whose rows are all outside the boundary, or all have
+gradients of 0, multiply nothing. A list of rows would need a synchronisation, so there is none. What a program does
+depends on the shape and on the device's generation and number of multiprocessors: on one kind of device results repeat
+bit for bit, without atomics.
 
-The few durations of a TDT joiner are outputs behind the tokens: their logits are a product of their own from the
-same h.
+The few durations of a TDT joiner are outputs behind the tokens. A kernel of their own, ``durations``, multiplies a
+block of rows of h, and writes their log-probabilities or their part of dl.
+
+Launches: forward 3; backward, of one chunk whose h is kept, 3 and two products, and a copy of W where V is no multiple
+of 16. Of durations, 1 more in each.
 
 At B = 20, T = 750, R = 5, D = 512, V = 5000 in bf16 the products need 0.49 ms forward and 1.46 backward at 790 TFLOP/s.
 """
@@ -34,15 +39,15 @@ import triton.language as tl
 from fastasr.kernels._activation import TANH, activate_with_slope, exp_nonpositive, sigmoid_pair
 from fastasr.kernels._attention_tiles import NONE, products, running, sums
 from fastasr.kernels._launch import cdiv, dot_options, generation, launch, next_power_of_2, processors
-from fastasr.kernels._parts import add_parts
+from fastasr.kernels._parts import add_parts, add_parts_at
 from fastasr.kernels._weights_dropout import constants, dropped, row_words
 
 CHUNK_BYTES = 128 << 20
 FRAME = {"BLOCK_R": 8, "BLOCK_C": 128, "num_warps": 4}
 # Frames with at most SHORT rows have a program for each row: tiles of eight rows would be mostly empty.
 SHORT, SHORT_FRAME = 16, {"BLOCK_R": 1, "BLOCK_C": 512, "num_warps": 4}
-# a thread for each channel: each stores the element of DLM that it loaded
-CONTEXT = {"BLOCK_T": 64, "BLOCK_C": 128, "num_warps": 4}
+# a thread for each channel: each stores the element of DLM that it loaded as BEFORE
+CONTEXT = {"BLOCK_T": 64, "BLOCK_C": 128, "BLOCK_P": 128, "BLOCK_V": 8, "num_warps": 4}
 NORMALISE = {"BLOCK_M": 32, "num_warps": 4}
 MAX_SHARES = 16  # programs of `scores` that share the outputs of a block of rows
 NO_SYMBOL, UNKNOWN = tl.constexpr(-1), tl.constexpr(-2)
@@ -94,6 +99,16 @@ def locate(local, STARTS, SYMBOLS, BOUNDARY, first, rows, frames, length, s_rang
 def softplus(x):
     """Returns log(1 + e^x), of float64."""
     return tl.log(1.0 + tl.exp(-tl.abs(x))) + tl.maximum(x, 0.0)
+
+
+@triton.jit
+def _or_none(BIAS, v, here):
+    """Returns the bias of outputs, and -inf where there is none: such a logit has a gradient of 0."""
+    if BIAS is not None:
+        bias = tl.load(BIAS + v, mask=here, other=NONE).to(tl.float32)
+    else:
+        bias = tl.where(here, 0.0, NONE)
+    return bias
 
 
 # --------------------------------------------------------------------------- forward
@@ -211,14 +226,14 @@ def normalise_kernel(
 
 # --------------------------------------------------------------------------- backward
 # PARTS may begin at any row of a table
-@triton.jit(do_not_specialize=[*SIZES, "blank"], do_not_specialize_on_alignment=["PARTS"])
+@triton.jit(do_not_specialize=[*SIZES, "outputs", "blank"], do_not_specialize_on_alignment=["PARTS"])
 def logits_gradient_kernel(
     HIDDEN, WEIGHT, BIAS, STARTS, SYMBOLS, BOUNDARY, GX, GY, NORMALISER, DLOGITS, PARTS,
-    first, rows, frames, length, s_range, width, V, d_stride, blank,
+    first, rows, frames, length, s_range, width, V, outputs, d_stride, blank,
     HAT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Writes dl of a block of rows and of outputs, and its sum over the rows. It also writes behind the last output, up
-    to ``d_stride``: only a mask that ends at a multiple of 16 keeps stores of 128 bits.
+    """Writes dl of a block of rows and of outputs, and its sum over the rows. Behind the last output it writes zeros,
+    up to ``d_stride``: only a mask that ends at a multiple of 16 keeps stores of 128 bits.
     """
     PRECISE: tl.constexpr = HIDDEN.dtype.element_ty == tl.float32
     tiles = tl.cdiv(V, BLOCK_N)
@@ -238,8 +253,7 @@ def logits_gradient_kernel(
     here = v < V
     logits = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     logits = products(logits, HIDDEN, local, width, active, WEIGHT, v, width, here, end, BLOCK_K)
-    if BIAS is not None:
-        logits += tl.load(BIAS + v, mask=here, other=0.0).to(tl.float32)[None, :]
+    logits += _or_none(BIAS, v, here)[None, :]
     normaliser = tl.load(NORMALISER + row, mask=inside, other=0.0)
     high = normaliser.to(tl.float32)
     low = (normaliser - high.to(tl.float64)).to(tl.float32)  # its rounding would scale the whole row
@@ -259,7 +273,45 @@ def logits_gradient_kernel(
     keep = (i < left)[:, None] & (v < d_stride)[None, :]
     DLOGITS += block * BLOCK_M * d_stride
     tl.store(DLOGITS + (i[:, None] * d_stride + v[None, :]), d.to(DLOGITS.dtype.element_ty), mask=keep)
-    tl.store(PARTS + block * V + v, sums(d, 0, PRECISE), mask=here)
+    tl.store(PARTS + block * outputs + v, sums(d, 0, PRECISE), mask=here)
+
+
+@triton.jit(do_not_specialize=[*SIZES, "V", "durations"], do_not_specialize_on_alignment=["BIAS", "PARTS"])
+def durations_kernel(
+    HIDDEN, WEIGHT, BIAS, STARTS, SYMBOLS, BOUNDARY, PD, GZ, DLOGITS, PARTS,
+    first, rows, frames, length, s_range, width, V, durations, d_stride,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Writes the log-probabilities of the durations of a block of rows. With their gradients GZ it writes their part of
+    dl, and its sum over the rows.
+    """
+    PRECISE: tl.constexpr = HIDDEN.dtype.element_ty == tl.float32
+    block = tl.program_id(0).to(tl.int64)
+    local = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = first + local
+    n = tl.arange(0, BLOCK_N)
+    here = n < durations
+    _frame, _context, inside, _symbol = locate(
+        local, STARTS, SYMBOLS, BOUNDARY, first, rows, frames, length, s_range, V
+    )
+    logits = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    logits = products(logits, HIDDEN, local, width, inside, WEIGHT, n, width, here, width, BLOCK_K)
+    logits += _or_none(BIAS, n, here)[None, :]
+    maximum = tl.max(logits, axis=1)
+    x = logits - maximum[:, None]
+    e = exp_nonpositive(x, PRECISE)
+    total = sums(e, 1, PRECISE)
+    keep = (row < rows)[:, None] & here[None, :]
+    at = row[:, None] * durations + n[None, :]
+    if GZ is None:
+        pd = x - tl.log(total).to(tl.float32)[:, None]
+        tl.store(PD + at, tl.where(inside[:, None], pd, NONE), mask=keep)
+    else:
+        gz = tl.load(GZ + at, mask=keep & inside[:, None], other=0.0)
+        d = gz - e * (sums(gz, 1, PRECISE) / total).to(tl.float32)[:, None]
+        at = DLOGITS + local[:, None] * d_stride + (V + n)[None, :]
+        tl.store(at, d.to(DLOGITS.dtype.element_ty), mask=keep)
+        tl.store(PARTS + block * (V + durations) + V + n, sums(d, 0, PRECISE), mask=here)
 
 
 @triton.jit(do_not_specialize=[*SIZES, "threshold"])
@@ -284,34 +336,34 @@ def frame_gradient_kernel(
         own = (r < s_range)[:, None] & in_row[None, :]  # [BLOCK_R, BLOCK_C]
         keep = own & inside[:, None]
         b = tl.load(LM + context[:, None] * D + c[None, :], mask=keep, other=0.0).to(tl.float32)
-        d = tl.load(DHIDDEN + local[:, None] * D + c[None, :], mask=keep, other=0.0)
+        d = tl.load(DHIDDEN + local[:, None] * D + c[None, :], mask=keep, other=0.0).to(tl.float32)
         d = dropped(d, SEED, row_words(SEED, first + local), c, threshold, factor)
         h, slope = activate_with_slope(a[None, :] + b, ACTIVATION, PRECISE)
         if ACTIVATION == TANH:
             # one rounding; a sum over outputs does not show the digits that cancel near 0
             slope = tl.fma(-h, h, 1.0)
         da = tl.where(keep, d * slope, 0.0)
-        tl.store(DHIDDEN + local[:, None] * D + c[None, :], da, mask=own)
+        tl.store(DHIDDEN + local[:, None] * D + c[None, :], da.to(DHIDDEN.dtype.element_ty), mask=own)
         total += tl.sum(da, axis=0)
     tl.store(DAM + frame * D + c, total.to(DAM.dtype.element_ty), mask=in_row)
 
 
-@triton.jit(do_not_specialize=SIZES)
-def context_gradient_kernel(
-    STARTS, DA, DLM, first, rows, frames, length, s_range, D, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr
-):
-    """Writes dlm of a context, plus the sum of da over its rows among [first, rows). Rows outside the boundary hold
-    zeros.
-    """
+@triton.jit
+def _context_gradient(
+    place, STARTS, DA, BEFORE, DLM, first, rows, frames, length, s_range, D,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     tiles = tl.cdiv(D, BLOCK_C)
-    context = (tl.program_id(0) // tiles).to(tl.int64)
-    c = tl.program_id(0) % tiles * BLOCK_C + tl.arange(0, BLOCK_C)
+    context = (place // tiles).to(tl.int64)
+    c = place % tiles * BLOCK_C + tl.arange(0, BLOCK_C)
     in_row = c < D
     batch = context // (length + 1)
     s = context % (length + 1)
     begin = tl.maximum(batch * frames, first // s_range)
     end = tl.minimum((batch + 1) * frames, rows // s_range)
-    total = tl.load(DLM + context * D + c, mask=in_row, other=0.0)
+    total = tl.zeros([BLOCK_C], tl.float32)
+    if BEFORE is not None:
+        total += tl.load(BEFORE + context * D + c, mask=in_row, other=0.0)
     for frame in range(begin, end, BLOCK_T):
         t = frame + tl.arange(0, BLOCK_T)
         start = tl.load(STARTS + t, mask=t < end, other=0)
@@ -320,13 +372,30 @@ def context_gradient_kernel(
         if tl.max(mine.to(tl.int32)) > 0:
             local = t * s_range + r - first
             keep = mine[:, None] & in_row[None, :]
-            total += tl.sum(tl.load(DA + local[:, None] * D + c[None, :], mask=keep, other=0.0), axis=0)
-    tl.store(DLM + context * D + c, total, mask=in_row)
+            da = tl.load(DA + local[:, None] * D + c[None, :], mask=keep, other=0.0).to(tl.float32)
+            total += tl.sum(da, axis=0)
+    tl.store(DLM + context * D + c, total.to(DLM.dtype.element_ty), mask=in_row)
+
+
+@triton.jit(do_not_specialize=[*SIZES, "programs", "parts"])
+def context_gradient_kernel(
+    STARTS, DA, BEFORE, DLM, PARTS, DBIAS, first, rows, frames, length, s_range, D, programs, parts, outputs,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Writes dlm of a context: the sum of da over its rows among [first, rows), plus BEFORE, that of earlier chunks.
+    Rows outside the boundary hold zeros. Programs behind those of the contexts add up the parts of the bias's gradient.
+    """
+    pid = tl.program_id(0)
+    if pid < programs:
+        sizes = first, rows, frames, length, s_range, D
+        _context_gradient(pid, STARTS, DA, BEFORE, DLM, *sizes, BLOCK_T, BLOCK_C)
+    elif PARTS is not None:
+        add_parts_at(pid - programs, PARTS, DBIAS, parts, outputs, BLOCK_P, BLOCK_V)
 
 
 # --------------------------------------------------------------------------- launchers
 def tiles(d: int, dtype: torch.dtype, generation: int) -> dict[str, dict[str, int]]:
-    """Returns tile shape, warps and stages of ``hidden`` and of the two kernels that multiply
+    """Returns tile shape, warps and stages of ``hidden`` and of the kernels that multiply
     (tests/kernels/budgets.toml: no spills; 128 rows spill on capability 12.0). On 9.0, 256 outputs at once read a
     quarter less from the second-level cache. ``logits_gradient`` would spill; 64 outputs at once in four warps took
     less time in a trial on an H200 than 128 in eight.
@@ -341,7 +410,9 @@ def tiles(d: int, dtype: torch.dtype, generation: int) -> dict[str, dict[str, in
         scores = found | {"BLOCK_N": 256, "BLOCK_K": min(32, size), "num_stages": 4}
         gradient = found | {"BLOCK_N": 64, "num_warps": 4}
     hidden = {"BLOCK_R": 8, "BLOCK_C": 512} if generation >= 90 else {"BLOCK_R": 4, "BLOCK_C": 256}
-    return {"hidden": hidden | {"num_warps": 4}, "scores": scores, "logits_gradient": gradient}
+    few = found | {"BLOCK_N": 16, "num_warps": 4}
+    hidden |= {"num_warps": 4}
+    return {"hidden": hidden, "scores": scores, "logits_gradient": gradient, "durations": few}
 
 
 class _Plan:
@@ -366,13 +437,7 @@ class _Plan:
     ):
         self.am, self.lm, self.weight = am.contiguous(), lm.contiguous(), weight.contiguous()
         self.bias = None if bias is None else bias.contiguous()
-        self.outputs = self.weight  # tokens and durations
-        self.v, self.durations = weight.shape[0] - durations, durations
-        if durations:
-            self.weight, self.duration_weight = self.weight.split((self.v, durations))
-            self.bias, self.duration_bias = (
-                (None, None) if bias is None else self.bias.split((self.v, durations))
-            )
+        self.v, self.durations = weight.shape[0] - durations, durations  # durations lie behind the tokens
         self.seed, self.dropout = seed if p else None, constants(p)
         self.band = (
             starts.contiguous(),
@@ -383,9 +448,8 @@ class _Plan:
         self.length, self.s_range = symbols.shape[1], s_range
         self.blank, self.activation, self.hat = blank, activation, hat
         shapes = tiles(self.d, weight.dtype, generation(weight))
-        self.tile, self.scores, self.logits_gradient = (
-            shapes[name] for name in ("hidden", "scores", "logits_gradient")
-        )
+        self.tile, self.scores, self.logits_gradient, few = shapes.values()
+        self.few = few | {"BLOCK_N": max(16, next_power_of_2(max(1, durations)))}
         self.width = cdiv(self.d, 16) * 16  # row width of h and of this weight: loads of 128 bits
         more = self.width - self.d
         self.padded = torch.nn.functional.pad(self.weight, (0, more)) if more else self.weight
@@ -430,20 +494,13 @@ class _Plan:
             )  # fmt: skip
         return h
 
-    def duration_logprobs(self, hidden: torch.Tensor) -> torch.Tensor:
-        logits = _product(hidden[:, : self.d], self.duration_weight.t())
-        return (logits if self.duration_bias is None else logits + self.duration_bias).log_softmax(1)
-
-    def hide(self, durations: torch.Tensor, value: float) -> torch.Tensor:
-        """Returns numbers (rows, durations) with ``value`` outside the boundary."""
-        starts, _symbols, boundary = self.band
-        s = starts[..., None] + torch.arange(self.s_range, device=self.am.device, dtype=torch.int64)
-        outside = s > self.length  # (batch, frames, s_range)
-        if boundary is not None:
-            s_begin, t_begin, s_end, t_end = boundary[:, :, None, None].unbind(1)
-            t = torch.arange(self.frames, device=self.am.device, dtype=torch.int64)[:, None]
-            outside = outside | (s < s_begin) | (s > s_end) | (t < t_begin) | (t >= t_end)
-        return durations.masked_fill(outside.reshape(-1, 1), value)
+    def launch_durations(self, hidden, first: int, end: int, pd, gz=None, dlogits=None, parts=None) -> None:
+        bias = None if self.bias is None else self.bias[self.v :]
+        launch(durations_kernel, (self.blocks(end - first),),
+            hidden, self.padded[self.v :], bias, *self.band, pd, gz, dlogits, parts,
+            *self.sizes(first, end), self.width, self.v, self.durations, 0 if gz is None else dlogits.stride(0),
+            **self.few,
+        )  # fmt: skip
 
 
 def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -456,14 +513,15 @@ def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def rnnt_joiner_forward(
     am, lm, weight, bias, symbols, starts, boundary, seed, s_range: int, blank: int, activation: int, hat: bool,
     durations: int, dropout: float, need_gradients: bool, keep: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, None]:  # fmt: skip
-    """Returns (symbol_logprobs, blank_logprobs, duration_logprobs, L, None): this kernel never keeps logits."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    """Returns (symbol_logprobs, blank_logprobs, duration_logprobs, L, h of all rows or None)."""
     options = s_range, blank, activation, hat, durations, dropout
     p = _Plan(am, lm, weight, bias, symbols, starts, boundary, seed, *options)
     shape = p.batch, p.frames, s_range
     px, py = (torch.empty(shape, dtype=torch.float32, device=am.device) for _ in range(2))
     pd = torch.empty(*shape, durations, dtype=torch.float32, device=am.device)
     normaliser = torch.empty(shape, dtype=torch.float64, device=am.device)
+    kept = None
     for first, end in p.chunks(p.width * weight.element_size()):
         blocks, share = p.blocks(end - first), p.share(end - first)
         shares = cdiv(p.v, share)
@@ -477,75 +535,73 @@ def rnnt_joiner_forward(
             parts, *p.band, px, py, normaliser, *p.sizes(first, end), p.v, blank, shares,
             HAT=hat, BLOCK_S=next_power_of_2(shares), **NORMALISE,
         )  # fmt: skip
+        if keep and need_gradients and end - first == px.numel():
+            kept = hidden
         if durations:
-            pd.view(-1, durations)[first:end] = p.duration_logprobs(hidden)
-    if durations:
-        pd = p.hide(pd.view(-1, durations), -torch.inf).view(pd.shape)
-    return px, py, pd, normaliser, None
+            p.launch_durations(hidden, first, end, pd)
+    return px, py, pd, normaliser, kept
 
 
 def rnnt_joiner_backward(
     grad_symbol, grad_blank, grad_durations, am, lm, weight, bias, symbols, starts, boundary, seed,
-    s_range: int, blank: int, activation: int, hat: bool, durations: int, dropout: float, normaliser, needs, kept: None,
+    s_range: int, blank: int, activation: int, hat: bool, durations: int, dropout: float, normaliser, needs, kept,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Returns (dam, dlm, dweight, dbias); those that ``needs`` does not ask for may be zeros."""
     options = s_range, blank, activation, hat, durations, dropout
     p = _Plan(am, lm, weight, bias, symbols, starts, boundary, seed, *options)
     gx, gy = grad_symbol.contiguous(), grad_blank.contiguous()
-    to_hidden = p.d > 0 and (needs[0] or needs[1])
-    dam = torch.empty_like(p.am) if to_hidden else torch.zeros_like(p.am)
-    dlm = torch.zeros(lm.shape, dtype=torch.float32, device=am.device)
-    dweight, outputs = None, weight.shape[0]
-    duration_parts = []
-    # Zeros stand behind the last output: cuBLAS takes slow kernels for products with 8,198 outputs.
-    stride = cdiv(outputs, 16) * 16
+    outputs, size = weight.shape[0], weight.element_size()
+    # cuBLAS takes slow kernels for products with 8,198 outputs. The gradients of more outputs are zeros, which any
+    # weights may meet.
+    stride = cdiv(outputs, 16) * 16 if outputs > 16 else outputs
     more = stride - outputs
-    output_weight = torch.nn.functional.pad(p.outputs, (0, 0, 0, more)) if more else p.outputs
-    size = weight.element_size()
-    chunks = list(p.chunks(stride * size + p.width * (size + 4)))
+    output_weight = torch.cat((p.weight, p.weight[:more])) if more else p.weight
+    # Rounded once, to the dtype of the operands, dh has the error of eager's.
+    multiply = torch.mm if am.dtype is weight.dtype else _product
+    chunks = list(p.chunks((stride + p.width) * size + p.width * am.element_size()))
+    to_hidden = p.d > 0 and len(chunks) > 0 and (needs[0] or needs[1])
+    make = torch.empty_like if to_hidden else torch.zeros_like
+    dam, dlm, dweight = make(p.am), make(p.lm), None
     blocks_of = [p.blocks(end - first) for first, end in chunks]
     sum_dtype = torch.float64 if weight.dtype is torch.float32 else torch.float32
-    parts = torch.empty(sum(blocks_of), p.v, dtype=sum_dtype, device=am.device)
-    gz = p.hide(grad_durations.reshape(-1, durations).float(), 0.0) if durations else None
+    parts = torch.empty(sum(blocks_of), outputs, dtype=sum_dtype, device=am.device)
+    dbias, of_bias = weight.new_empty(0), None
+    if bias is not None:
+        of_bias = (parts, bias.new_empty(outputs)) if needs[3] and len(chunks) else None
+        dbias = torch.zeros_like(bias) if of_bias is None else of_bias[1]
+    gz = grad_durations.contiguous() if durations else None
+    table = torch.empty_like(p.lm, dtype=torch.float32) if len(chunks) > 1 else None  # dlm of several chunks
     # a backward inside autocast would take float32 products in 16 bits
     with torch.autocast(am.device.type, enabled=False):
         for (first, end), blocks, own in zip(chunks, blocks_of, parts.split(blocks_of), strict=True):
-            hidden, count = p.hidden(first, end), end - first
+            hidden, count = p.hidden(first, end) if kept is None else kept[first:end], end - first
+            last = (first, end) == chunks[-1]
             dlogits = weight.new_empty(count, stride)
             launch(logits_gradient_kernel, (blocks * cdiv(p.v, p.logits_gradient["BLOCK_N"]),),
                 hidden, p.padded, p.bias, *p.band, gx, gy, normaliser, dlogits, own,
-                *p.sizes(first, end), p.width, p.v, stride, blank, HAT=hat, **p.logits_gradient,
+                *p.sizes(first, end), p.width, p.v, outputs, stride, blank, HAT=hat, **p.logits_gradient,
             )  # fmt: skip
-            if more:
-                dlogits[:, outputs:].zero_()
             if durations:
-                found = torch.ops.aten._log_softmax_backward_data(
-                    gz[first:end], p.duration_logprobs(hidden), 1, torch.float32
-                )
-                dlogits[:, p.v : outputs].copy_(found)
-                duration_parts.append(found.sum(0, dtype=torch.float64))
+                p.launch_durations(hidden, first, end, None, gz, dlogits, own)
             if needs[2]:
-                product = _product(dlogits.t(), hidden[:, : p.d])
-                dweight = product if dweight is None else dweight.add_(product)
+                product = (torch.mm if len(chunks) == 1 else _product)(dlogits.t(), hidden[:, : p.d])
+                if dweight is not None:
+                    product = torch.add(
+                        dweight, product, out=weight.new_empty(product.shape) if last else dweight
+                    )
+                dweight = product
             if to_hidden:
-                _hidden_gradient(p, _product(dlogits, output_weight), first, end, dam, dlm)
-    dweight = torch.zeros_like(weight) if dweight is None else dweight[:outputs].to(weight.dtype)
-    return dam, dlm.to(lm.dtype), dweight, _bias_gradient(p, parts, duration_parts, bias, needs[3])
+                dhidden = multiply(dlogits, output_weight)
+                before, after = table if first else None, dlm if last else table
+                _hidden_gradient(p, dhidden, first, end, dam, before, after, of_bias if last else None)
+    dweight = torch.zeros_like(weight) if dweight is None else dweight[:outputs]
+    if of_bias is not None and not to_hidden:
+        add_parts(parts, dbias)
+    return dam, dlm, dweight, dbias
 
 
-def _bias_gradient(p: _Plan, parts, duration_parts, bias, need: bool) -> torch.Tensor:
-    if bias is None:
-        return p.weight.new_empty(0)
-    if not (need and len(parts)):
-        return torch.zeros_like(bias)
-    found = torch.empty_like(bias)
-    add_parts(parts, found[: p.v])
-    if duration_parts:
-        found[p.v :] = torch.stack(duration_parts).sum(0)
-    return found
-
-
-def _hidden_gradient(p: _Plan, dhidden, first: int, end: int, dam, dlm) -> None:
+def _hidden_gradient(p: _Plan, dhidden, first: int, end: int, dam, before, dlm, of_bias) -> None:
+    """Writes dam and dlm of a chunk, dlm of contexts plus ``before``. ``of_bias``: (parts, their sum), or None."""
     sizes = *p.sizes(first, end), p.d
     tile = SHORT_FRAME if p.s_range <= SHORT else FRAME
     grid = (end - first) // p.s_range * cdiv(p.d, tile["BLOCK_C"])
@@ -554,5 +610,11 @@ def _hidden_gradient(p: _Plan, dhidden, first: int, end: int, dam, dlm) -> None:
         p.am, p.lm, *p.band, p.seed, dhidden, dam, *sizes, *p.dropout,
         ACTIVATION=p.activation, PRECISE=precise, **tile,
     )  # fmt: skip
-    grid = p.batch * (p.length + 1) * cdiv(p.d, CONTEXT["BLOCK_C"])
-    launch(context_gradient_kernel, (grid,), p.band[0], dhidden, dlm, *sizes, **CONTEXT)
+    programs = p.batch * (p.length + 1) * cdiv(p.d, CONTEXT["BLOCK_C"])
+    parts, dbias, count, more = None, None, 0, 0
+    if of_bias is not None:
+        parts, dbias = of_bias
+        count, more = len(parts), cdiv(len(dbias), CONTEXT["BLOCK_V"])
+    launch(context_gradient_kernel, (programs + more,),
+        p.band[0], dhidden, before, dlm, parts, dbias, *sizes, programs, count, len(p.weight), **CONTEXT,
+    )  # fmt: skip

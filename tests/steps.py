@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A training step of a module with its random draws, and the comparison of two modules' steps."""
+"""A training step of a module with its random draws, its kernels, and the comparison of two modules' steps."""
 
 import contextlib
+import functools
 import random
+from collections import Counter
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastasr.testing import seeds
 
@@ -166,3 +169,25 @@ def same_state(ours, theirs, but=()):
 
 def _has_gradient(x):
     return isinstance(x, torch.Tensor) and x.is_floating_point()
+
+
+class Calls(TorchDispatchMode):
+    """Counts the operator calls that reach a backend, by name, and among them those in which a GPU computes."""
+
+    def __init__(self):
+        super().__init__()
+        self.found, self.kernels = Counter(), 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.found[function._schema.name] += 1
+        self.kernels += is_kernel(function._schema)
+        return function(*args, **(kwargs or {}))
+
+
+@functools.cache
+def is_kernel(schema):
+    """Says whether a GPU computes something in calls of this operator."""
+    aliases = [result.alias_info for result in schema.returns]
+    is_view = any(alias is not None and not alias.is_write for alias in aliases)
+    name = schema.name.partition("::")[2]
+    return not is_view and "empty" not in name and name not in ("detach", "promote_types", "_unsafe_view")

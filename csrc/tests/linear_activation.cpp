@@ -42,11 +42,29 @@ void values(int activation, int64_t rows, int64_t channels) {
   for (int64_t i = 0; i < c.n; i++) CHECK(same_bits(c.z[i], c.y[i]), "in place it is something else");
 }
 
+template <typename T>
+void dropped(int64_t channels) {
+  INFO(Type<T>::name, ", ", channels, " channels");
+  const cpu::WeightsDropout half{12345, int32_t{1} << 30, 2.0};
+  const auto& kernel = cpu::kernels<cpu::LinearActivationKernels<T>>();
+  Random random{static_cast<uint64_t>(channels), rounded<T>};
+  Buffer<T> x{channels, 1, random}, y{channels, 3};
+  const cpu::DropoutRow row = cpu::dropout_row(half, 7);
+  const int64_t first = channels / 3;
+  kernel.drop(row, 0, half.threshold, half.scale, x, y, first);
+  kernel.drop(row, first, half.threshold, half.scale, x + first, y + first, channels - first);
+  for (int64_t j = 0; j < channels; j++) {
+    const bool kept = cpu::dropout_bits(row, static_cast<uint32_t>(j)) >= half.threshold;
+    CHECK(cpu::load(y[j]) == cpu::load(x[j]) * (kept ? 2 : 0));
+  }
+}
+
 TEST_CASE("linear_activation") {
   for_each_type([]<typename T>() {
     for (int activation = 0; activation < cpu::kActivations; activation++)
       for (const int64_t channels : {1, 17, 1023, 1024, 1030, 2100}) values<T>(activation, 5, channels);
     values<T>(1, 0, 8);
+    for (const int64_t channels : {1, 17, 2100}) dropped<T>(channels);
   });
 }
 

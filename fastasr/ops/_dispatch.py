@@ -321,23 +321,32 @@ def widest(x: torch.Tensor, others: tuple[torch.Tensor | None, ...]) -> torch.dt
     return x.dtype
 
 
-def _served(family: str, device_type: str, index: int | None, dtype: torch.dtype, forced: str) -> bool:
+def _serving(family: str, device_type: str, index: int | None, dtype: torch.dtype, forced: str) -> str:
     # When the graph runs, a traced dual level exists in C++ alone, and the operator would not see it.
     if forward_ad._current_level >= 0 and not transforms_active():
-        return False
+        return ""
     device = torch.device(device_type) if index is None else torch.device(device_type, index)
-    return FAMILIES[family]._choose(device, dtype) is not None
+    kernels = FAMILIES[family]._choose(device, dtype)
+    return "" if kernels is None else kernels.backend
 
 
 # torch.compiler.assume_constant_result sets this, but calling it imports torch._dynamo, which takes as long as torch.
-vars(_served)["_dynamo_marked_constant"] = True
+vars(_serving)["_dynamo_marked_constant"] = True
 
 
 def served(family: str, x: torch.Tensor, *others: torch.Tensor) -> bool:
     """Says whether a kernel serves x. Code that is being traced asks this: a graph is valid for one forced backend
     only.
     """
-    return _served(family, x.device.type, x.device.index, widest(x, others), _forced)
+    return _serving(family, x.device.type, x.device.index, widest(x, others), _forced) != ""
+
+
+def serving(family: str, x: torch.Tensor) -> str:
+    """Returns the backend whose kernels serve x, or "" for the eager definition, also of code that is being traced."""
+    if torch.compiler.is_compiling():
+        return _serving(family, x.device.type, x.device.index, x.dtype, _forced)
+    kernels = FAMILIES[family].kernels(x)
+    return "" if kernels is None else kernels.backend
 
 
 def native_kernels(

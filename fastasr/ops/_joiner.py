@@ -108,8 +108,9 @@ def operands(a: Arguments, starts: Tensor, s_range: int, hat: bool, durations: i
 def launch(kernels: Kernels, a: Arguments, operands: tuple, rows: int, keep: bool) -> tuple[Tensor, ...]:
     """Returns a joiner's outputs and the tensors kept for its backward pass."""
     kept = a.keep_logits
-    if kept is None:
-        kept = rows * sum(a.weight.shape) * max(4, a.weight.dtype.itemsize) <= KEPT_BYTES
+    if kept is None:  # Triton's kernels keep hidden rows alone, at most a chunk.
+        size = rows * sum(a.weight.shape) * max(4, a.weight.dtype.itemsize)
+        kept = kernels.backend == "triton" or size <= KEPT_BYTES
     *outputs, normaliser, chunks = kernels.forward(*operands, keep, kept)
     normaliser.chunks = chunks  # The chunks live until the backward has run.
     return *outputs, normaliser

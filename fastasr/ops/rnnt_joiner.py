@@ -21,8 +21,8 @@ Upstream: k2's ``do_rnnt_pruning``, the model's joiner, ``get_rnnt_logprobs_prun
 
 For N = B T R rows, D channels, V outputs and e bytes per element: 2 N D V FLOPs forward and 4 N D V backward (6 N D V
 where logits are computed again). Bytes read and written once: e (B T D + B (S + 1) D + V D) and 8 N forward; twice
-the first and 8 N backward. Kept for the backward: 16 N bytes, and 4 N (V + D) where logits are kept. Eager needs about
-N (20 V + 4 D) bytes at the peak of its backward.
+the first and 8 N backward. Kept for the backward: 16 N bytes, and 4 N (V + D) where logits are kept; on a GPU e N D of
+h, up to 128 MB. Eager needs about N (20 V + 4 D) bytes at the peak of its backward.
 """
 
 from collections.abc import Sequence
@@ -103,7 +103,8 @@ def rnnt_joiner(
         boundary: int64 (B, 4) of s_begin, t_begin, s_end, t_end; None: all of every sequence.
         activation: "tanh" or "relu".
         hat: factor blank out as a Bernoulli variable (HAT).
-        keep_logits: keep logits for the backward (4 N (V + D) bytes) or compute them again; None: by their size.
+        keep_logits: keep logits for the backward (4 N (V + D) bytes) or compute them again; None: by their size. A GPU
+            keeps hidden rows instead, e N D bytes up to 128 MB, unless this is False.
         dropout_p: the share of h that is set to 0; the others are divided by 1 − dropout_p.
         dropout_seed: int64 (1,), which chooses these values; needed where dropout_p is more than 0.
     Returns:

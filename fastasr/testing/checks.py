@@ -430,7 +430,8 @@ def deterministic(table: OpTable, sample: Sample, dtype: torch.dtype, device: st
 def chunked(table: OpTable, sample: Sample, dtype: torch.dtype, device: str) -> None:
     """Rows that are cut anywhere and computed separately give the same results as together, so padding cannot leak."""
     arguments = _make(sample, dtype, device)
-    if not table.rows or arguments[table.rows[0]].dim() < 2 or arguments.get("training"):
+    draws = arguments.get("training") or "dropout_seed" in arguments  # by the number of the row
+    if not table.rows or arguments[table.rows[0]].dim() < 2 or draws:
         return
     length = arguments[table.rows[0]].shape[0]
     with torch.no_grad():

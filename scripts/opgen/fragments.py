@@ -357,7 +357,9 @@ def _operands(
         dtype = "dtype"
     else:
         lines = [f'dtype = {dtype} if kernels.backend == "cpu" else None']
-    lines += [f"work = promote_types({dtype}, torch.float32)"] * bool(op.wide)
+    # Triton's kernels widen what they load.
+    work = f'work = None if kernels.backend == "triton" else promote_types({dtype}, torch.float32)'
+    lines += [work] * bool(op.wide)
     found = {}
     for name in tokens:
         grad = name.startswith("grad_") and name not in {a.name for a in op.arguments}

@@ -17,6 +17,7 @@ from fastasr.graphs import module as graphs_of
 from fastasr.models.common.activations import batch_norm_activated
 from fastasr.models.common.row import Spans
 from fastasr.models.fast_conformer import FastConformerEncoder
+from fastasr.ops import _dispatch
 from fastasr.testing.tape import TapeRecorder
 
 FRAMES, RECORDINGS, LONGEST = 400, 5, 240
@@ -135,8 +136,12 @@ def test_what_a_row_cannot_give_runs_as_it_is():
     assert not graphs.graphs
 
 
-def test_dropout_is_drawn_anew():
-    ours, graphs = recorded(encoder("swapped", dropout=0.3, attention_dropout=0.3).train(), after=0)
+@pytest.mark.parametrize("rates", [("dropout", "attention_dropout"), ("activation_dropout",)])
+def test_dropout_is_drawn_anew(rates, monkeypatch):
+    monkeypatch.setattr(
+        _dispatch, "serving", lambda family, x: "triton"
+    )  # the kernel draws that of activations
+    ours, graphs = recorded(encoder("swapped", **dict.fromkeys(rates, 0.3)).train(), after=0)
     x, mask = batch([90, 50])
     first, second = (run(ours, x, mask) for _ in range(2))
     assert len(graphs.graphs) == 1

@@ -231,14 +231,14 @@ def test_budgets_repeat_no_work(rows, architecture):
 @each_architecture
 def test_budgets_have_128_bit_accesses(rows, architecture):
     """This holds at sizes that allow it (those with one column or tail elements do not). Diagonals of dS begin at any
-    column. The joiner's scores, rel_attention's statistics and the forward pass of weighted values read by asynchronous
-    copies alone, which are not counted, and write few numbers per row.
+    column. The joiner's scores and durations, rel_attention's statistics and the forward pass of weighted values read
+    by asynchronous copies alone, which are not counted, and write few numbers per row.
     Rows of a lattice are T + 1 long and start where a boundary says; the joiner's parts are as long as a chunk. Where
     depthwise convolutions have many taps (kernels/_sliding_taps.py), a thread has two or four channels, and 8 to 16
     frames or taps of them in registers: a warp still reads 128 or 256 neighbouring bytes, and few for each product.
     Limits are those of one parameter of any alignment. A parameter's sample is one number for each thread. The second
     row of a table of bounds begins anywhere, one of pieces is short, and groups of a recording's frames begin anywhere.
-    A folded norm has a row of few taps a channel.
+    A folded norm has a row of few taps a channel. A thread has four channels of a joiner's frame with few rows.
     """
     others = (
         "one column",
@@ -246,7 +246,9 @@ def test_budgets_have_128_bit_accesses(rows, architecture):
         "parts, 16",
         "odd sizes",
         "joiner scores",
+        "joiner durations",
         "joiner normalise",
+        "joiner frame gradient, few rows, D=512, bf16",
         "statistics",
         "diagonals",
         "lattice",

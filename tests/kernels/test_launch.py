@@ -4,16 +4,19 @@
 import ast
 import math
 import re
+import sys
+from collections import Counter
 from functools import cache
 from importlib import import_module
 from types import SimpleNamespace
 
 import pytest
 import torch
+from steps import Calls
 
 from fastasr.benchmarks.device.checks import launch as launch_samples
 from fastasr.ops._dispatch import gpu_backends
-from fastasr.testing.table import forward_and_backward, table
+from fastasr.testing.table import Make, forward_and_backward, is_gradient, samples_of, table, with_tensors
 from tests.kernels.configurations import KERNELS
 
 pytest.importorskip("triton")
@@ -25,6 +28,41 @@ from fastasr.testing.fake_gpu import fake_gpu
 
 TRITON = {op for op, backend in gpu_backends().items() if backend == "triton"}
 TABLES = {name: table(name) for name in TRITON}
+# Op -> kernels of a forward and of a backward pass in bfloat16 at the sizes of a benchmark: launches, and torch's calls
+# that compute on a GPU. Every tensor with dimensions has a gradient. A change that lowers a count lowers it here.
+COUNTS = {
+    "add_norm": (1, 2),
+    "balancer_gradient": (2, 0),
+    "batch_norm_activation": (2, 2),
+    "bias_norm": (1, 2),
+    "bypass": (1, 2),
+    "clamped_linear": (5, 9),
+    "conv_spatial_gate": (2, 7),
+    "conv_subsampling": (1, 5),
+    "depthwise_conv2d": (2, 4),
+    "depthwise_conv_residual": (2, 4),
+    "gated_depthwise_conv": (2, 5),
+    "gated_residual_norm": (1, 2),
+    "layer_norm_lstm": (5, 13),
+    "linear_activation": (2, 4),
+    "nonlin_attention": (3, 4),
+    "norm_activation": (1, 2),
+    "rel_attention": (1, 9),
+    "residual_norm": (1, 2),
+    "rnnt_joiner": (3, 6),
+    "rnnt_lattice": (3, 5),
+    "rnnt_pruned_lattice": (3, 3),
+    "segment_attention": (1, 2),
+    "swoosh_l": (1, 1),
+    "swoosh_linear": (2, 5),
+    "swoosh_r": (1, 1),
+    "tdt_joiner": (4, 7),
+    "tdt_lattice": (2, 7),
+    "toeplitz_attention": (2, 12),
+    "whitening_gradient": (4, 0),
+    "zipformer_attention": (2, 6),
+    "zipformer_attention_weights": (3, 5),
+}
 # arguments of bypass.forward_kernel
 NO_ROW, TILE = (None,) * 3, {"BLOCK_R": 8, "BLOCK_C": 256, "num_warps": 4}
 
@@ -46,6 +84,35 @@ def _launches(op: str) -> frozenset[tuple[str, int, int]]:
 def test_launches_go_to_the_device_of_the_tensors(op):
     assert _launches(op)
     assert {(device, stream) for _, device, stream in _launches(op)} == {(1, 1001)}
+
+
+@pytest.mark.skipif(not torch.__version__.startswith("2.13."), reason="counts are those of torch 2.13")
+@pytest.mark.parametrize("op", sorted(TABLES))
+def test_kernels_of_a_call(op, monkeypatch):
+    for module in (
+        "_joiner",
+        "_lattice",
+        "rnnt_pruned_lattice",
+        "tdt_lattice",
+    ):  # values on a GPU are not checked
+        monkeypatch.setattr(sys.modules[f"fastasr.ops.{module}"], "values_are_checked", lambda x: False)
+    function, made = TABLES[op].function, samples_of(op).sized().arguments(Make(torch.bfloat16))
+    wanted = not is_gradient(function)
+    arguments = with_tensors(made, lambda _, t: t.requires_grad_(wanted and t.dim() > 0))
+    with fake_gpu() as gpu:
+        with (ahead := Calls()):
+            y = function(**arguments)
+        count = len(gpu.launches)
+        results = [t for t in (y if isinstance(y, tuple) else (y,)) if t.requires_grad]
+        leaves = [t for t in arguments.values() if isinstance(t, torch.Tensor) and t.requires_grad]
+        grads = [torch.ones_like(t) for t in results]
+        with (back := Calls()):
+            if results:
+                torch.autograd.grad(results, leaves, grads, allow_unused=True)
+        found = ahead.kernels + count, back.kernels + len(gpu.launches) - count
+    assert found == COUNTS.get(op), (
+        f"torch: {ahead.found}, {back.found}; launches: {Counter(one.name for one in gpu.launches)}"
+    )
 
 
 def test_every_kernel_was_launched():

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dropout with torch's draws: values, gradients and generator state equal those of torch's own function."""
+"""Dropout with torch's draws: values, gradients and generator state equal those of torch's own function. Dropout by a
+hash in linear_activation: a seed decides which elements are dropped, on every backend."""
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ import torch.nn.functional as F
 from steps import cotangent
 from torch.autograd import forward_ad
 
-from fastasr.ops import _dropout
+from fastasr.ops import _dropout, _weights_dropout, linear_activation
 from fastasr.testing import seeded
 
 
@@ -94,3 +95,37 @@ def test_gradients_with_tangents_are_refused():
             RuntimeError, match=r"fastasr\.ops\._dropout\.Dropout: not possible under forward-mode"
         ):
             torch.autograd.grad(y, x, grad)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_seed_decides_which_elements_are_dropped(dtype, gated):
+    """Products of the unit matrix show the factors, forward and backward; a product with infinity, torch's rule."""
+    rows, columns = 40, 2100  # more than the kernel for CPUs takes at once
+    x = torch.eye(rows, dtype=dtype).reshape(4, 10, rows)
+    weight, bias = torch.zeros(columns * (1 + gated), rows, dtype=dtype), torch.ones(columns * (1 + gated))
+    weight, bias = weight.requires_grad_(), bias.to(dtype).requires_grad_()
+    for p, seed in ((0.25, 0), (0.5, -(2**63)), (0.75, 2**63 - 1)):
+        seed = torch.tensor([seed])
+        options = {"dropout_p": p, "dropout_seed": seed}
+        factors = _weights_dropout.kept(seed, p, 4, 10, columns).double() / (1 - p)
+        y = linear_activation(x, weight, bias, "identity", gated, **options)
+        dweight, dbias = torch.autograd.grad(y.sum(), (weight, bias))
+        tolerance = {"rtol": torch.finfo(dtype).eps, "atol": 0}
+        torch.testing.assert_close(y.double(), factors, **tolerance)
+        expected = factors.view(rows, columns).t().repeat(1 + gated, 1)
+        torch.testing.assert_close(dweight.double(), expected, **tolerance)
+        torch.testing.assert_close(dbias.double(), expected.sum(1), rtol=8 * tolerance["rtol"], atol=0)
+        with torch.no_grad():
+            infinite = linear_activation(x, weight, bias * torch.inf, "identity", gated, **options)
+        assert torch.equal(infinite.isnan(), factors == 0)
+        assert infinite[factors > 0].isinf().all()
+
+
+def test_dropout_by_a_hash_needs_a_seed():
+    x, weight = torch.ones(3, 4), torch.ones(5, 4)
+    linear_activation(x, weight, dropout_p=0.0)
+    with pytest.raises(ValueError, match="dropout_seed: expected a Tensor where dropout_p is more than 0"):
+        linear_activation(x, weight, dropout_p=0.1)
+    with pytest.raises(ValueError, match="linear_activation: dropout_p"):
+        linear_activation(x, weight, dropout_p=1.0, dropout_seed=torch.tensor([1]))

@@ -89,4 +89,4 @@ def test_torch_is_left_as_it_would_be_without_fastasr():
 
 
 def test_the_mark_of_a_constant_result_is_torchs():
-    assert vars(torch.compiler.assume_constant_result(lambda: None)) == vars(_dispatch._served)
+    assert vars(torch.compiler.assume_constant_result(lambda: None)) == vars(_dispatch._serving)

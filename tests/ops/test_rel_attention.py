@@ -67,13 +67,14 @@ def test_a_seed_decides_which_weights_are_dropped():
         torch.testing.assert_close(found, weights * kept / (1 - p), rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.parametrize("shape", [(3, 4, 100, 100), (300, 400)])
 @pytest.mark.parametrize("p", [0.1, 0.5])
-def test_dropped_weights_are_a_share_without_order(p):
-    """The share of kept weights, and products of neighbours along each axis and of neighbouring seeds, are as far from
-    their mean as those of independent draws are. The seeds are fixed."""
+def test_what_is_dropped_is_a_share_without_order(p, shape):
+    """The share of kept elements, of weights or of rows, and products of neighbours along each axis and of neighbouring
+    seeds, are as far from their mean as those of independent draws are. The seeds are fixed."""
     for seed in (0, 1, 2**32, -5):
         kept, other = (
-            _weights_dropout.kept(torch.tensor([seed + more]), p, 3, 4, 100, 100).double() for more in (0, 1)
+            _weights_dropout.kept(torch.tensor([seed + more]), p, *shape).double() for more in (0, 1)
         )
         z, other = ((t - (1 - p)) / (p * (1 - p)) ** 0.5 for t in (kept, other))
         pairs = [(z, torch.ones_like(z)), (z, other)]

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "cpu/attention/weights_dropout.h"
 #include "cpu/simd/kernels.h"
 
 namespace fastasr::cpu {
@@ -21,6 +22,9 @@ struct LinearActivationKernels {
   void (*gated_forward)(int activation, const T* z, T* y, int64_t rows, int64_t channels);
   void (*gated_backward)(int activation, const T* grad, const T* z, T* dz, compute_t<T>* dbias, int64_t rows,
                          int64_t channels);
+  // Multiplies n elements of a row, the first of which is in the column `column`, by `scale` where dropout keeps them,
+  // else by 0. y may be x.
+  void (*drop)(DropoutRow row, int64_t column, int32_t threshold, double scale, const T* x, T* y, int64_t n);
 };
 
 }  // namespace fastasr::cpu

@@ -84,9 +84,18 @@ void gated_backward(int activation, const T* grad, const T* z, T* dz, C* dbias, 
     }
 }
 
+template <typename T, typename C = compute_t<T>>
+void drop(DropoutRow row, int64_t column, int32_t threshold, double scale, const T* x, T* y, int64_t n) {
+  const int32_t count = static_cast<int32_t>(n), first = static_cast<int32_t>(column);
+  const C factor = static_cast<C>(scale);
+#pragma omp simd
+  for (int32_t j = 0; j < count; j++)
+    store(&y[j], load(x[j]) * (dropout_bits(row, static_cast<uint32_t>(first + j)) >= threshold ? factor : C(0)));
+}
+
 }  // namespace
 
 FASTASR_KERNELS(LinearActivationKernels, .forward = forward<T>, .backward = backward<T>,
-                .gated_forward = gated_forward<T>, .gated_backward = gated_backward<T>)
+                .gated_forward = gated_forward<T>, .gated_backward = gated_backward<T>, .drop = drop<T>)
 
 }  // namespace fastasr::cpu

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from fastasr import ops
-from fastasr.models.common import plumbing
+from fastasr.models.common import attention_dropout, plumbing
 from fastasr.models.common.plain import has_known_forward, is_watched, weight_and_bias
+from fastasr.ops import _dispatch, _dropout
 
 _MODULES = {
     "gelu": torch.nn.GELU,
@@ -81,6 +82,46 @@ def activated(linear: torch.nn.Module, activation: torch.nn.Module, x: Tensor, g
         return activation(z)
     a, g = z.chunk(2, -1)
     return a * activation(g)
+
+
+def dropped(
+    linear: torch.nn.Module,
+    activation: torch.nn.Module,
+    dropout: torch.nn.Module | float,
+    x: Tensor,
+    gated: bool = False,
+) -> Tensor:
+    """Returns the dropout of ``activated(linear, activation, x, gated)``, by a module or of a share."""
+    found = dropped_in_kernel(linear, activation, dropout, x, gated)
+    if found is not None:
+        return found
+    hidden = activated(linear, activation, x, gated)
+    if isinstance(dropout, torch.nn.Module):
+        return plumbing.dropout(dropout, hidden)
+    return _dropout.dropout(hidden, dropout) if dropout else hidden
+
+
+def dropped_in_kernel(
+    linear: torch.nn.Module,
+    activation: torch.nn.Module,
+    dropout: torch.nn.Module | float,
+    x: Tensor,
+    gated: bool = False,
+) -> Tensor | None:
+    """Returns the same where a kernel for GPUs drops elements as it writes the activation, by a hash, else None.
+
+    torch's dropout would read the activation again, and write it with a mask that is kept for the backward pass. On a
+    CPU the draws are torch's, see ``fastasr.ops._dropout``.
+    """
+    p = plumbing.dropped_share(dropout) if isinstance(dropout, torch.nn.Module) else dropout
+    if not p or not plumbing.is_plain_linear(linear) or not (name := fused_name(activation, identity=gated)):
+        return None
+    if _dispatch.serving("linear_activation", x) != "triton":
+        return None
+    drawn = attention_dropout.of_kernel(p, x.device)
+    if drawn is None:
+        return None
+    return ops.linear_activation(x, *weight_and_bias(linear), name, gated, **drawn)
 
 
 def norm_activated(norm: torch.nn.Module, activation: torch.nn.Module, x: Tensor) -> Tensor:

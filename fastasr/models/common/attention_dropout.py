@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dropout of attention weights: by the kernel, which forms no weights, or as upstream draws it."""
+"""Dropout of attention weights, and on GPUs of activations: by the kernel, which forms no weights and writes no mask,
+or as upstream draws it.
+"""
 
 import logging
 from collections.abc import Iterator
@@ -16,11 +18,13 @@ _as_upstream = False
 
 @contextmanager
 def upstream_draws() -> Iterator[None]:
-    """Has attention with relative positions draw the dropout of its weights as upstream does, inside the block.
+    """Has attention with relative positions draw the dropout of its weights as upstream does, inside the block, and on
+    a GPU feed-forward blocks the dropout between their layers.
 
-    By default the kernel decides by a hash which weights to drop, because it never holds all of them. The share and the
-    distribution are upstream's, the random numbers are not. Inside the block the same seed drops the same weights as
-    upstream; the weights are formed, so memory grows with the square of the length. The setting holds for all threads.
+    By default the kernel decides by a hash what to drop: attention never holds all weights, and on a GPU a feed-forward
+    block then moves no bytes for its dropout. The share and the distribution are upstream's, the random numbers are
+    not. Inside the block the same seed drops the same as upstream; the weights are formed, so memory grows with the
+    square of the length. The setting holds for all threads.
     """
     global _as_upstream
     before, _as_upstream = _as_upstream, True

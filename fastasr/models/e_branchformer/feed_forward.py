@@ -20,5 +20,4 @@ class PositionwiseFeedForward(torch.nn.Module):
         self.activation = activations.instance("PositionwiseFeedForward", "activation", activation)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = activations.activated(self.w_1, self.activation, x)
-        return plumbing.linear(self.w_2, plumbing.dropout(self.dropout, hidden))
+        return plumbing.linear(self.w_2, activations.dropped(self.w_1, self.activation, self.dropout, x))

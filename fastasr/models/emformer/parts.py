@@ -58,5 +58,5 @@ def _fed_forward(ff: nn.Module, x: Tensor) -> Tensor:
     if not is_plain(ff, nn.Sequential) or len(ff) != 6:
         return ff(x)
     norm, first, activation, middle, last, dropout = ff
-    h = plumbing.dropout(middle, activations.activated(first, activation, norm(x)))
+    h = activations.dropped(first, activation, middle, norm(x))
     return plumbing.dropout(dropout, plumbing.linear(last, h))

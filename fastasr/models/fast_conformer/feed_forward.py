@@ -33,9 +33,7 @@ class FastConformerFeedForward(torch.nn.Module):
             return _Trained.apply(
                 hidden_states, first.weight, first.bias, second.weight, second.bias, number, dropout
             )
-        hidden = activations.activated(self.linear1, self.activation, hidden_states)
-        if dropout > 0.0:
-            hidden = _dropout.dropout(hidden, dropout)
+        hidden = activations.dropped(self.linear1, self.activation, dropout, hidden_states)
         return plumbing.linear(self.linear2, hidden)
 
 
@@ -81,7 +79,7 @@ class _Trained(Function):
         dweight2 = _gemm.weight_grad(grad, _hidden(z, activation, keep, p)) if needs[3] else None
         dz = _gemm.input_grad(grad, weight2)
         backward = torch.ops.fastasr_cpu.linear_activation_backward.default
-        dz, dbias1 = backward(dz, z, activation, needs[2], False, keep, p)
+        dz, dbias1 = backward(dz, z, activation, needs[2], False, p, None, keep)
         return (
             _gemm.input_grad(dz, weight1) if needs[0] else None,
             _gemm.weight_grad(dz, x) if needs[1] else None,
@@ -94,4 +92,4 @@ class _Trained(Function):
 
 
 def _hidden(z: Tensor, activation: int, keep: Tensor, p: float) -> Tensor:
-    return torch.ops.fastasr_cpu.linear_activation_forward.default(z, activation, False, False, keep, p)
+    return torch.ops.fastasr_cpu.linear_activation_forward.default(z, activation, False, False, p, None, keep)

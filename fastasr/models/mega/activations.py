@@ -108,6 +108,14 @@ def activated(module: torch.nn.Module, activation: torch.nn.Module, x: Tensor) -
     return activate(activation, y) if plumbing.is_plain_linear(module) else activation(y)
 
 
+def dropped(
+    module: torch.nn.Module, activation: torch.nn.Module, dropout: torch.nn.Module, x: Tensor
+) -> Tensor:
+    """Returns dropout(activation(module(x))) for a linear layer."""
+    found = activations.dropped_in_kernel(module, activation, dropout, x)
+    return plumbing.dropout(dropout, activated(module, activation, x)) if found is None else found
+
+
 def instance(activation: torch.nn.Module | type[torch.nn.Module]) -> torch.nn.Module:
     """Returns ``activation`` if it is a module; an instance if it is a class, as ESPnet's default argument is."""
     return activation() if isinstance(activation, type) else activation

@@ -35,8 +35,8 @@ class NormalizedPositionwiseFeedForward(torch.nn.Module):
             torch.nn.init.constant_(linear.bias, val)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = activations.activated(self.linear1, self.activation, x)
-        y = plumbing.linear(self.linear2, plumbing.dropout(self.hidden_dropout, hidden))
+        hidden = activations.dropped(self.linear1, self.activation, self.hidden_dropout, x)
+        y = plumbing.linear(self.linear2, hidden)
         y = plumbing.dropout(self.dropout, y)
         norm = self.normalization
         if plumbing.is_layer_norm(norm):

@@ -218,7 +218,7 @@ def run_kernels(kernels, x, weight, bias, padding_mask, eps, momentum, activatio
     mean_dtype = wide(x)
     statistics_dtype = wide(x, weight, bias)
     dtype = widest(x, (weight, bias))
-    work = promote_types(dtype, torch.float32)
+    work = None if kernels.backend == "triton" else promote_types(dtype, torch.float32)
     y, mean, variance, rate, statistics = kernels.forward(
         operand(x, dtype), operand(weight, work), operand(bias, work), operand(padding_mask, None), eps,
         momentum, ACTIVATION_CODES[activation],
@@ -291,7 +291,7 @@ def differentiate(kernels, grads, saved, needs=None):
     """Returns the gradients by the kernels, each in its tensor's dtype."""
     (grad_y,) = grads
     dtype = widest(saved.x, (saved.weight, saved.bias))
-    work = promote_types(dtype, torch.float32)
+    work = None if kernels.backend == "triton" else promote_types(dtype, torch.float32)
     d_x, d_weight, d_bias = kernels.backward(
         operand(grad_y, dtype), operand(saved.x, dtype), operand(saved.weight, work), operand(saved.bias,
         work), operand(saved.padding_mask, None), saved.statistics, ACTIVATION_CODES[saved.activation],

@@ -403,7 +403,7 @@ def run_kernels(
     y_dtype = promoted(x)
     last_dtype = wide(x, alpha, delta, theta, gamma, omega, state)
     dtype = widest(x, (alpha, delta, theta, gamma, omega, state))
-    work = promote_types(dtype, torch.float32)
+    work = None if kernels.backend == "triton" else promote_types(dtype, torch.float32)
     y, last = kernels.forward(
         operand(x, dtype, as_it_is), operand(alpha, work, as_matrix), operand(delta, work, as_matrix),
         operand(theta, work, as_vector), operand(gamma, work), operand(omega, work, as_vector), operand(state,
@@ -506,7 +506,7 @@ def differentiate(kernels, grads, saved, needs=None):
     """Returns the gradients by the kernels, each in its tensor's dtype."""
     grad_y, grad_last = grads
     dtype = widest(saved.x, (saved.alpha, saved.delta, saved.theta, saved.gamma, saved.omega, saved.state))
-    work = promote_types(dtype, torch.float32)
+    work = None if kernels.backend == "triton" else promote_types(dtype, torch.float32)
     d_x, d_alpha, d_delta, d_theta, d_gamma, d_omega, d_state = kernels.backward(
         operand(grad_y, dtype, as_it_is), operand(grad_last, work), operand(saved.x, dtype, as_it_is),
         operand(saved.alpha, work, as_matrix), operand(saved.delta, work, as_matrix), operand(saved.theta,

@@ -260,7 +260,7 @@ def run_kernels(kernels, x, norm_weight, norm_bias, weight, bias, eps, padding_m
     """Calls kernels with tensors as they read them, and gives the results the declared dtypes."""
     y_dtype = promoted(x)
     dtype = widest(x, (norm_weight, norm_bias, weight, bias))
-    work = promote_types(dtype, torch.float32)
+    work = None if kernels.backend == "triton" else promote_types(dtype, torch.float32)
     y = kernels.forward(
         operand(x, dtype, dense_channels), operand(norm_weight, work), operand(norm_bias, work),
         operand(weight, work), operand(bias, work), operand(padding_mask, None), eps,
@@ -329,7 +329,7 @@ def differentiate(kernels, grads, saved, needs=None):
     """Returns the gradients by the kernels, each in its tensor's dtype."""
     (grad_y,) = grads
     dtype = widest(saved.x, (saved.norm_weight, saved.norm_bias, saved.weight, saved.bias))
-    work = promote_types(dtype, torch.float32)
+    work = None if kernels.backend == "triton" else promote_types(dtype, torch.float32)
     d_x, d_norm_weight, d_norm_bias, d_weight, d_bias = kernels.backward(
         operand(grad_y, dtype), operand(saved.x, dtype, dense_channels), operand(saved.norm_weight, work),
         operand(saved.norm_bias, work), operand(saved.weight, work), operand(saved.bias, work),

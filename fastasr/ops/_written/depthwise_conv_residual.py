@@ -189,7 +189,7 @@ def run_kernels(kernels, x, weight, bias, padding_mask, delay):
     """Calls kernels with tensors as they read them, and gives the results the declared dtypes."""
     y_dtype = promoted(x)
     dtype = widest(x, (weight, bias))
-    work = promote_types(dtype, torch.float32)
+    work = None if kernels.backend == "triton" else promote_types(dtype, torch.float32)
     y = kernels.forward(
         operand(x, dtype, dense_channels), operand(weight, work), operand(bias, work), operand(padding_mask,
         None), delay,
@@ -240,7 +240,7 @@ def differentiate(kernels, grads, saved, needs=None):
     """Returns the gradients by the kernels, each in its tensor's dtype."""
     (grad_y,) = grads
     dtype = widest(saved.x, (saved.weight, saved.bias))
-    work = promote_types(dtype, torch.float32)
+    work = None if kernels.backend == "triton" else promote_types(dtype, torch.float32)
     d_x, d_weight, d_bias = kernels.backward(
         operand(grad_y, dtype), operand(saved.x, dtype, dense_channels), operand(saved.weight, work),
         operand(saved.padding_mask, None), saved.delay,

@@ -420,7 +420,7 @@ def run_kernels(
     y_dtype = promoted(x)
     last_dtype = wide(x, damping, decay, expansion, projection, residual, state)
     dtype = widest(x, (damping, decay, expansion, projection, residual, state))
-    work = promote_types(dtype, torch.float32)
+    work = None if kernels.backend == "triton" else promote_types(dtype, torch.float32)
     y, last = kernels.forward(
         operand(x, dtype, as_it_is), operand(damping, work, as_matrix), operand(decay, work, as_matrix),
         operand(expansion, work, as_matrix), operand(projection, work, as_matrix), operand(residual, work),
@@ -526,7 +526,7 @@ def differentiate(kernels, grads, saved, needs=None):
         saved.x, (saved.damping, saved.decay, saved.expansion, saved.projection, saved.residual, saved.state,
         ),
     )  # fmt: skip
-    work = promote_types(dtype, torch.float32)
+    work = None if kernels.backend == "triton" else promote_types(dtype, torch.float32)
     d_x, d_damping, d_decay, d_expansion, d_projection, d_residual, d_state = kernels.backward(
         operand(grad_y, dtype, as_it_is), operand(grad_last, work), operand(saved.x, dtype, as_it_is),
         operand(saved.damping, work, as_matrix), operand(saved.decay, work, as_matrix),

@@ -101,7 +101,8 @@ def rnnt_joiner(
         boundary: int64 (B, 4) of s_begin, t_begin, s_end, t_end; None: all of every sequence.
         activation: "tanh" or "relu".
         hat: factor blank out as a Bernoulli variable (HAT).
-        keep_logits: keep logits for the backward (4 N (V + D) bytes) or compute them again; None: by their size.
+        keep_logits: keep logits for the backward (4 N (V + D) bytes) or compute them again; None: by their size. A GPU
+            keeps hidden rows instead, e N D bytes up to 128 MB, unless this is False.
         dropout_p: the share of h that is set to 0; the others are divided by 1 − dropout_p.
         dropout_seed: int64 (1,), which chooses these values; needed where dropout_p is more than 0.
     Returns:

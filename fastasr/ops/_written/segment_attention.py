@@ -380,7 +380,7 @@ def run_kernels(
     """Calls kernels with tensors as they read them, and gives the results the declared dtypes."""
     y_dtype = promoted(query)
     dtype = y_dtype if kernels.backend == "cpu" else None
-    work = promote_types(y_dtype, torch.float32)
+    work = None if kernels.backend == "triton" else promote_types(y_dtype, torch.float32)
     y = kernels.forward(
         operand(query, dtype, dense_channels), operand(key, dtype, dense_channels), operand(value, dtype,
         dense_channels), operand(lengths, None, as_int64), operand(history, None, as_int64),
@@ -505,7 +505,7 @@ def differentiate(kernels, grads, saved, needs=None):
     """Returns the gradients by the kernels, each in its tensor's dtype."""
     (grad_y,) = grads
     dtype = promoted(saved.query) if kernels.backend == "cpu" else None
-    work = promote_types(promoted(saved.query), torch.float32)
+    work = None if kernels.backend == "triton" else promote_types(promoted(saved.query), torch.float32)
     d_query, d_key, d_value = kernels.backward(
         operand(grad_y, dtype, dense_channels), operand(saved.query, dtype, dense_channels),
         operand(saved.key, dtype, dense_channels), operand(saved.value, dtype, dense_channels),

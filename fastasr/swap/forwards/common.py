@@ -157,5 +157,5 @@ def in_sequential(module: Upstream, count: int) -> list[Any] | None:
 def in_sequence(layers: Upstream, x: Tensor, residual: Tensor | None = None) -> Tensor:
     """Returns dropout(W2 dropout(activation(W1 x + b1)) + b2) of the five layers, plus the residual."""
     first, activation, middle, last, dropout = layers
-    hidden = plumbing.dropout(middle, activations.activated(first, activation, x))
+    hidden = activations.dropped(first, activation, middle, x)
     return plumbing.dropout(dropout, plumbing.linear(last, hidden), residual)

@@ -65,6 +65,6 @@ def fun_asr_memory(self: Upstream, hidden_states: Tensor, input_features_mask: T
 def fun_asr_feed_forward(self: Upstream, hidden_states: Tensor) -> Tensor:
     """Serves transformers' Fun-ASR-Nano: hidden states (..., width) -> same shape."""
     rate = self.hidden_dropout if self.training else 0.0
-    hidden = activations.activated(self.fc1, self.activation_fn, hidden_states)
-    hidden = plumbing.linear(self.fc2, F.dropout(hidden, rate) if rate else hidden)
+    hidden = activations.dropped(self.fc1, self.activation_fn, rate, hidden_states)
+    hidden = plumbing.linear(self.fc2, hidden)
     return F.dropout(hidden, rate) if rate else hidden

@@ -158,7 +158,7 @@ def gigaam_convolution(self: Upstream, x: Tensor, pad_mask: Tensor | None = None
 # --------------------------------------------------------------------------- feed-forward and front end
 def nemo_feed_forward(self: Upstream, x: Tensor) -> Tensor:
     """Serves NeMo's Conformer, without the last dropout: x (..., width) -> same shape."""
-    hidden = plumbing.dropout(self.dropout, activations.activated(self.linear1, self.activation, x))
+    hidden = activations.dropped(self.linear1, self.activation, self.dropout, x)
     return plumbing.linear(self.linear2, hidden)
 
 

@@ -104,8 +104,9 @@ def phi4_convolution(self: Upstream, hidden_states: Tensor) -> Tensor:
 def phi4_feed_forward(self: Upstream, hidden_states: Tensor) -> Tensor:
     """Serves transformers' Phi-4-multimodal, whose LayerNorm comes first: hidden states (..., width) -> same shape: W2
     (a · SiLU(g)) for (a, g) = W1 LayerNorm(x)."""
-    hidden = activations.activated(self.gate_up_proj, self.act_fn, self.layer_norm(hidden_states), gated=True)
-    y = plumbing.linear(self.down_proj, plumbing.dropout(self.dropout, hidden))
+    x = self.layer_norm(hidden_states)
+    hidden = activations.dropped(self.gate_up_proj, self.act_fn, self.dropout, x, gated=True)
+    y = plumbing.linear(self.down_proj, hidden)
     return plumbing.dropout(self.dropout, y)
 
 

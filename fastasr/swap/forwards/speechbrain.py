@@ -105,5 +105,8 @@ def speechbrain_feed_forward(self: Upstream, x: Tensor) -> Tensor:
     first, activation, dropout, last = layers
     if plumbing.is_idle(dropout):
         return plumbing.linear(last, activations.activated(first, activation, x))
+    found = activations.dropped_in_kernel(first, activation, dropout, x)
+    if found is not None:
+        return plumbing.linear(last, found)
     hidden = activations.activated(first, activation, x.transpose(0, 1))  # upstream draws in this order
     return plumbing.linear(last, plumbing.dropout(dropout, hidden)).transpose(0, 1)

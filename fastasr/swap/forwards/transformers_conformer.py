@@ -190,6 +190,6 @@ def _seamless(
 # --------------------------------------------------------------------------- feed-forward
 def wav2vec2_feed_forward(self: Upstream, hidden_states: Tensor) -> Tensor:
     """Serves transformers' Wav2Vec2Conformer: hidden states (..., width) -> same shape."""
-    hidden = activations.activated(self.intermediate_dense, self.intermediate_act_fn, hidden_states)
-    hidden = plumbing.dropout(self.intermediate_dropout, hidden)
+    layers = self.intermediate_dense, self.intermediate_act_fn, self.intermediate_dropout
+    hidden = activations.dropped(*layers, hidden_states)
     return plumbing.dropout(self.output_dropout, plumbing.linear(self.output_dense, hidden))

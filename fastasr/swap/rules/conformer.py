@@ -15,7 +15,8 @@ _CONVOLUTION = ("linear", "gated_depthwise_conv")
 convolution_rule = partial(Rule, kernels=(*_CONVOLUTION, "batch_norm_activation"))
 norm_convolution_rule = partial(Rule, kernels=(*_CONVOLUTION, "norm_activation"))
 either_convolution_rule = partial(Rule, kernels=(*_CONVOLUTION, "batch_norm_activation", "norm_activation"))
-feed_forward_rule = partial(Rule, kernels=("linear_activation", "linear"))
+DROPS = "in training on a GPU the kernel draws the dropout between the layers itself, see upstream_draws"
+feed_forward_rule = partial(Rule, kernels=("linear_activation", "linear"), note=DROPS)
 
 
 def layer_rule(name: str, class_name: str, forward: Callable, known: dict[str, Known]) -> Rule:

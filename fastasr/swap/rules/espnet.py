@@ -27,6 +27,7 @@ from fastasr.swap.rule import (
     unread_code,
     upstream_class,
 )
+from fastasr.swap.rules.conformer import DROPS
 
 _ESPNET = Known("espnet 202511")
 
@@ -184,6 +185,7 @@ FEED_FORWARD = Rule(
     kernels=("linear", "residual_norm"),
     structure=holds(*_FEED_FORWARD, activation=_SWISH),
     known={"8c82b89c0bca5d0c6f04d6f5": _ESPNET},
+    note=DROPS,
 )
 
 DECODER = Rule(

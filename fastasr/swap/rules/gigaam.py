@@ -37,6 +37,7 @@ RULES = (
         forward=models.gigaam_feed_forward,
         structure=holds("linear1", "activation", "linear2"),
         known={"0feedc15a25203509e8aa7a7": _GIGAAM},
+        note="",  # it has no dropout
     ),
     layer_rule("gigaam.layer", "ConformerLayer", layers.gigaam_layer, {"5ca9e8f5aaca6eefe131c1f8": _GIGAAM}),
 )

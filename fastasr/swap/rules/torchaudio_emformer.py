@@ -15,6 +15,7 @@ from fastasr.swap.rule import (
     unread_code,
     upstream_class,
 )
+from fastasr.swap.rules.conformer import DROPS
 
 _TORCHAUDIO = Known("torchaudio 2.11.0")
 _HIDDEN = -1e4  # hidden keys are left out, so their weights must be 0
@@ -69,6 +70,7 @@ LAYER = Rule(
     functions=_functions,
     known={"388c08759cc7cf3b15a6b694": _TORCHAUDIO},
     companion=True,
+    note=DROPS,
     leaves=lambda module: {"infer": packed_step.why_not(module)},
 )
 

@@ -21,6 +21,7 @@ from fastasr.models.fast_conformer import (
 from fastasr.swap import binding
 from fastasr.swap.rule import Graphed, Known, Rule, Upstream, check_parts, unread_child, upstream_class
 from fastasr.swap.rules import transformers_parakeet as parakeet
+from fastasr.swap.rules.conformer import DROPS
 
 _CAUSAL_1D, _CAUSAL_2D = {"490bda47555e4ff32663f51b"}, {"729bfd53b68871a0ce46be64"}
 _STAGE = {"5d3928cd5c0d992983fba885"}
@@ -156,7 +157,7 @@ CONVOLUTION = _rule(
 )  # fmt: skip
 FEED_FORWARD = _rule(
     "feed_forward", "FeedForward", FastConformerFeedForward.forward, parakeet.feed_forward_structure,
-    {"42a30cc7e2d4ef6832511448": "5.17 to 5.24"}, "linear_activation linear",
+    {"42a30cc7e2d4ef6832511448": "5.17 to 5.24"}, "linear_activation linear", note=DROPS,
 )  # fmt: skip
 SUBSAMPLING = _rule(
     "subsampling", "SubsamplingConv2D", nemotron.causal_subsampling, _subsampling_structure,

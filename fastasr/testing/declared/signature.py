@@ -6,7 +6,7 @@ padding_mask: Annotated[Tensor, "B T", bool] | None  a bool tensor, or none
 lengths: Annotated[Tensor, "B", int]                 a tensor of integers
 boundary: Annotated[Tensor, "B 4", torch.int64]      a tensor of int64 alone
 weights: Annotated[Tensor, "B T", "constant"]        bool or floating, and no gradient is wanted
-bias: Annotated[Tensor, "C", "wide"]                 kernels get it in their dtype, but at least in float32
+bias: Annotated[Tensor, "C", "wide"]                 kernels in C++ get it in their dtype, but at least in float32
 chunk_size: Annotated[int, "-1 or >= 1"]             a number with its constraint
 score_limit: Annotated[float, ">= 0 and < inf"]      float likewise
 padding: tuple[int, int]                             a pair of numbers

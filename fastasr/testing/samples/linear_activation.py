@@ -6,6 +6,7 @@ import math
 
 from fastasr.testing.fuzz import Shape
 from fastasr.testing.samples.linear import affine
+from fastasr.testing.samples.rnnt_joiner import dropout
 from fastasr.testing.speed import BACKWARD, BATCH, BOTH, FORWARD, FRAMES, Case, Cost, case
 from fastasr.testing.table import Invalid, Make, OpTable, Sample
 
@@ -13,7 +14,10 @@ from fastasr.testing.table import Invalid, Make, OpTable, Sample
 def _random(make: Make, shape: Shape) -> dict:
     gated = shape.choice((False, True))
     arguments = affine(make, shape() or (3,), shape.size() * (1 + gated))
-    return arguments | {"activation": shape.choice(("silu", "tanh", "gelu")), "gated": gated}
+    arguments |= {"activation": shape.choice(("silu", "tanh", "gelu")), "gated": gated}
+    if shape.choice((True, False)):
+        arguments |= dropout(make, shape.size() % 10 / 10, shape.size())
+    return arguments
 
 
 TABLE = OpTable(
@@ -42,6 +46,22 @@ TABLE = OpTable(
         Sample("SwiGLU, no rows", lambda m: affine(m, (0, 3, 8), 6) | {"gated": True}),
         Sample("SwiGLU, no outputs", lambda m: affine(m, (4, 8), 0) | {"gated": True}),
         Sample("SwiGLU, no channels", lambda m: affine(m, (4, 0), 6) | {"gated": True}),
+        Sample("dropout", lambda m: affine(m, (6, 2, 16), 12) | dropout(m, 0.3, 2**45 + 11), thorough=True),
+        Sample("dropout, wide", lambda m: affine(m, (20, 48), 2100) | dropout(m, 0.1, -7)),
+        Sample("dropout of a vector", lambda m: affine(m, (16,), 33) | dropout(m, 0.5, 3)),
+        Sample("dropout, no rows", lambda m: affine(m, (0, 3, 8), 5) | dropout(m, 0.5, 3)),
+        Sample("dropout, no outputs", lambda m: affine(m, (4, 8), 0) | dropout(m, 0.5, 3)),
+        Sample(
+            "SwiGLU, dropout",
+            lambda m: affine(m, (6, 2, 16), 12) | {"gated": True} | dropout(m, 0.3, -1),
+            thorough=True,
+        ),
+        Sample(
+            "gated GELU of a feed-forward, dropout",
+            lambda m: (
+                affine(m, (70, 4, 96), 2 * 160) | {"activation": "gelu", "gated": True} | dropout(m, 0.2, 9)
+            ),
+        ),
         Sample("vector", lambda m: affine(m, (16,), 8)),
         Sample("one output", lambda m: affine(m, (5, 64), 1), draws=16),
         Sample("no rows", lambda m: affine(m, (0, 3, 8), 5)),
@@ -52,6 +72,12 @@ TABLE = OpTable(
     thread_invariant=False,
     random=_random,
     invalid=(
+        Invalid(
+            "dropout without a seed",
+            lambda m: affine(m, (4, 8), 5) | {"dropout_p": 0.1},
+            ValueError,
+            "fastasr.linear_activation: dropout_seed: expected a Tensor where dropout_p is more than 0, got None",
+        ),
         Invalid(
             "an odd number of rows to gate",
             lambda m: affine(m, (4, 8), 5) | {"gated": True},
@@ -98,4 +124,4 @@ ON_DEVICE = (
     _case((BATCH, FRAMES // 2, 512), 3072, "gelu"),
     _case((BATCH, FRAMES // 4, 1024), 3072, "silu", gated=True),
 )
-WATCH = "`ex2` and reciprocals in SiLU, tanh and GELU; z overwritten in place"
+WATCH = "`ex2` and reciprocals in SiLU, tanh and GELU; z overwritten in place; dropout by a hash"

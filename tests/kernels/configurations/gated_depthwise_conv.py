@@ -44,14 +44,16 @@ def configurations():
                 function = getattr(sliding if kernel == "add_taps" else conv, f"{kernel}_kernel")
                 yield Configuration(name, function, types, constants, divisible)
             name = f"gated_depthwise_conv weight gradient, {form}, {dtype}"
-            strides = ("C", "g_batch", "g_time", "x_batch", "x_time")
-            yield taps_gradients(name, types, 31, sliding.LINE, strides, (True, True), chunked, recordings)
+            strides, tiles = ("C", "g_batch", "g_time", "x_batch", "x_time"), (conv.BLOCK_C, conv.BLOCK_C)
+            yield taps_gradients(
+                name, types, 31, sliding.LINE, strides, tiles, chunked=chunked, recordings=recordings
+            )
             if chunked:
                 name = f"gated_depthwise_conv edge gradient, {form}, {dtype}"
                 constants = block_c | none | {"BLOCK_R": conv.BLOCK_R, "num_warps": conv.EDGE_WARPS}
                 yield Configuration(name, conv.edge_gradient_kernel, types, constants, divisible)
         name = f"gated_depthwise_conv weight gradient, no activation, {dtype}"
-        yield taps_gradients(name, types, 31, sliding.LINE, strides, (False, True))
+        yield taps_gradients(name, types, 31, sliding.LINE, strides, (0, conv.BLOCK_C))
         rows = block_c | absent | conv.convolving(31, 1500, False) | {"GATE": 0, "TILED": False}
         name = f"gated_depthwise_conv input gradient, no activation, {dtype}"
         yield Configuration(name, conv.input_gradient_kernel, types, rows, divisible)

@@ -7,8 +7,10 @@ from .configuration import PRODUCTS, Configuration, element_type, setting
 
 
 def configurations(generation: int):
-    like = dict.fromkeys(("AM", "LM", "HIDDEN", "WEIGHT", "BIAS", "DLOGITS", "DAM"))
-    wide = dict.fromkeys(("PX", "PY", "GX", "GY", "DHIDDEN", "DA", "DLM"), "fp32")
+    like = dict.fromkeys(
+        ("AM", "LM", "HIDDEN", "WEIGHT", "BIAS", "DLOGITS", "DBIAS", "DHIDDEN", "DA", "DAM", "DLM")
+    )
+    wide = dict.fromkeys(("PX", "PY", "PD", "GX", "GY", "GZ", "BEFORE"), "fp32")
     types = wide | dict.fromkeys(("STARTS", "SYMBOLS", "BOUNDARY"), "i64") | {"NORMALISER": "fp64"}
     extra = {
         "normalise": module.NORMALISE | {"BLOCK_S": 8},
@@ -25,7 +27,7 @@ def configurations(generation: int):
             getattr(module, f"{name}_kernel"),
             types
             | dict.fromkeys(like, element)
-            | {"PARTS": "fp32" if name == "logits_gradient" and element != "fp32" else "fp64"},
+            | {"PARTS": "fp32" if name != "scores" and element != "fp32" else "fp64"},
             {"ACTIVATION": 3, "HAT": False, "SEED": None, "PRECISE": element == "fp32"} | options | constants,
             ("width", "d_stride", "share", *(("D", "V") if d % 16 == 0 else ())),
         )
@@ -38,13 +40,14 @@ def configurations(generation: int):
             yield configuration(name, "HAT", dtype, HAT=True, BOUNDARY=None, BIAS=None)
             if dtype == "bf16":
                 yield configuration(name, "odd sizes", dtype, d=100)
+        yield configuration("durations", "", dtype, **dict.fromkeys(("GZ", "DLOGITS", "PARTS")))
+        yield configuration("durations", "gradient", dtype, PD=None)
         if dtype in ("tf32", "fp16"):
             continue
         for name in ("hidden", *extra):
-            if dtype == "fp32" or name not in (
-                "normalise",
-                "context_gradient",
-            ):  # their kernels are those of fp32
-                yield configuration(name, "", dtype)
+            if dtype == "fp32" or name != "normalise":  # whose kernel is that of fp32
+                constants = {"BEFORE": None} if name == "context_gradient" else {}
+                yield configuration(name, "", dtype, **constants)
+        yield configuration("context_gradient", "a later chunk", dtype, PARTS=None, DBIAS=None)
         yield configuration("frame_gradient", "few rows", dtype, tile=module.SHORT_FRAME)
         yield configuration("hidden", "relu, odd sizes", dtype, d=100, ACTIVATION=2, BOUNDARY=None)

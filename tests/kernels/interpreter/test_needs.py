@@ -71,8 +71,17 @@ def test_rows_of_the_joiner_without_a_gradient_add_nothing():
     keep[0] = False
     grads = [g * keep for g in torch.randn(2, batch, frames, 3).unbind(0)]
     call = *leaves, symbols, starts, boundary, None, 3, 0, 3, False, 0, 0.0
-    normaliser = rnnt_joiner.rnnt_joiner_forward(*call, True, False)[3]
-    found = rnnt_joiner.rnnt_joiner_backward(*grads, None, *call, normaliser, (True,) * 4, None)
+    normaliser, hidden = rnnt_joiner.rnnt_joiner_forward(*call, True, True)[3:]
+    found = rnnt_joiner.rnnt_joiner_backward(*grads, None, *call, normaliser, (True,) * 4, hidden)
+    again = rnnt_joiner.rnnt_joiner_backward(*grads, None, *call, normaliser, (True,) * 4, None)
+    assert hidden.shape == (batch * frames * 3, 32)
+    assert _equal(found, again)  # the hidden rows are computed again
+    for keep_hidden in ((True, False), (False, True)):
+        assert rnnt_joiner.rnnt_joiner_forward(*call, *keep_hidden)[4] is None
+    alone = rnnt_joiner.rnnt_joiner_backward(
+        *grads, None, *call, normaliser, (False, False, True, True), hidden
+    )
+    assert _equal(alone[2:], found[2:])
     wide = [t.double().requires_grad_() for t in leaves]
     outputs = ops.rnnt_joiner.definition(
         *wide, symbols, starts, s_range=3, termination_symbol=0, boundary=boundary
