@@ -110,9 +110,9 @@ def _span(left: int, right: int, heads: int, width: int) -> dict:
 
 def _with_mean(make: Make) -> dict:
     """Makes a call in which dS k needs rows of dS that add up to 0."""
-    call = _call(make, 1, 60, 2, 16)
-    k, v = (0.3 * call[name] + 1 for name in "kv")
-    return call | {"q": 0.3 * call["q"], "k": k, "v": v, "pos": 0.3 * call["pos"]}
+    call = _call(make, 1, 60, 2, 16) | _without("bias_u")  # whose gradient would be a rest of such sums
+    q, k, pos = (0.3 * call[name] for name in ("q", "k", "pos"))
+    return call | {"q": q, "k": k + 1, "v": call["v"] + 1, "pos": pos}
 
 
 def _infinite(make: Make) -> dict:
