@@ -349,9 +349,7 @@ def each_alone(model):
 @pytest.mark.parametrize("train", [True, False])
 def test_chunks_as_of_each_recording_alone(window, way, train, monkeypatch):
     """The other model is upstream's own code, unswapped, on one recording at a time."""
-    import sys
-
-    monkeypatch.setattr(sys.modules["fastasr.models.zipformer.attention"], "PENALISED_CALLS", 0.0)
+    monkeypatch.setattr(random, "random", lambda: 0.5)  # no call of either model penalises large scores
     model = still(encoder("swapped", 60000.0, **chunks(*window))).train(train)
     theirs = each_alone(copy.deepcopy(model))
     ours = recorded(model)[0] if way == "recorded" else without_padding(model)
