@@ -35,6 +35,17 @@ def test_tables_of_rates(lengths, factors):
         assert (end.diff() >= 0).all()
 
 
+def means_agree(found, product, dtype):
+    """Asserts that (y, d rows, d weights) of the formula in float64 and of kernels agree. ``product``: the gradient's
+    norm times that of the rows."""
+    expected, ours = found
+    assert [t.dtype for t in ours] == [torch.float32, dtype, torch.float32]
+    sizes = expected[0].norm(), expected[1].norm(), 0.1 * product  # the last one's terms cancel
+    for exact, t, size in zip(expected, ours, sizes, strict=True):
+        assert exact.shape == t.shape
+        assert (t - exact).norm() <= {torch.float32: 1e-6, torch.bfloat16: 1e-2}[t.dtype] * size
+
+
 @pytest.mark.parametrize("lengths", LENGTHS)
 @pytest.mark.parametrize("factor", [2, 3, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -59,15 +70,7 @@ def test_means(lengths, factor, dtype):
             grads = torch.autograd.grad(y, leaves, g.to(y.dtype))
         assert not grads[0][hidden].any()
         found.append((y, *grads))
-    assert [t.dtype for t in found[1]] == [torch.float32, dtype, torch.float32]
-    sizes = (
-        found[0][0].norm(),
-        found[0][1].norm(),
-        0.1 * g.norm() * rows.norm(),
-    )  # the last one's terms cancel
-    for exact, ours, size in zip(*found, sizes, strict=True):
-        tolerance = {torch.float32: 1e-6, torch.bfloat16: 1e-2}[ours.dtype]
-        assert (ours - exact).norm() <= tolerance * size
+    means_agree(found, g.norm() * rows.norm(), dtype)
 
 
 @pytest.mark.parametrize("frames", [0, 1, 40, 67])
@@ -84,12 +87,7 @@ def test_means_of_a_padded_batch(frames, factor, dtype):
         with backend(name):
             y = _row.averaged(leaves[0], None, leaves[1])
             found.append((y, *torch.autograd.grad(y, leaves, g.to(y.dtype))))
-    assert [t.dtype for t in found[1]] == [torch.float32, dtype, torch.float32]
-    sizes = found[0][0].norm(), found[0][1].norm(), 0.1 * g.norm() * rows.norm()
-    for exact, ours, size in zip(*found, sizes, strict=True):
-        assert exact.shape == ours.shape
-        tolerance = {torch.float32: 1e-6, torch.bfloat16: 1e-2}[ours.dtype]
-        assert (ours - exact).norm() <= tolerance * size
+    means_agree(found, g.norm() * rows.norm(), dtype)
 
 
 @pytest.mark.parametrize("lengths", LENGTHS)
