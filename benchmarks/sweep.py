@@ -8,10 +8,8 @@ op or model.
 """
 
 import itertools
-import multiprocessing
 import os
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,6 +21,7 @@ from fastasr._nearest import nearest_or_all
 from fastasr.benchmarks import models, ops, rows, upstream
 from fastasr.benchmarks.case import TRAINING, Report, Settings, measure
 from fastasr.benchmarks.harness import limit_memory
+from fastasr.benchmarks.isolate import PROCESSES, isolated
 from fastasr.benchmarks.rows import Row
 from fastasr.benchmarks.table import Unit, duration, fastest_other, ratio_to_fastest, times, units
 from fastasr.testing.speed import BOTH, FORWARD, Case
@@ -113,55 +112,25 @@ class Options:
         ]
 
 
-def _measure(cell: Cell, settings: Settings, done: Sequence[str], send: Callable) -> None:
-    """Measures a cell in this process and sends ("rows", rows of a pass) and ("note", text)."""
-    torch.set_num_threads(cell.threads)
-    if torch.device(cell.device).type == "cpu":
-        limit_memory(cell.memory)
-    case = subjects()[cell.name](cell.frames, cell.batch)
-    options = {"device": cell.device, "dtype": getattr(torch, cell.dtype), "settings": settings}
-    passes = [p for p in PASSES if p in case.passes or (p == TRAINING and BOTH in case.passes)]
-    found = measure(
-        case, passes=passes, skip=done.__contains__, report=lambda note: send(("note", note)), **options
-    )
-    for unit in found:
-        for row in unit:
-            row.suite, row.name, row.case = SUITE, cell.name, cell.case
-        send(("rows", unit))
-
-
-def _child(connection, *arguments) -> None:
+def _measure(tell: Callable, cell: Cell, settings: Settings, done: Sequence[str]) -> None:
+    """Measures a cell in this process and tells {"rows": rows of a pass} and {"note": text}."""
     try:
-        _measure(*arguments, connection.send)
-    except Exception as error:  # The parent reports the error and goes on with the next cell.
+        torch.set_num_threads(cell.threads)
+        if torch.device(cell.device).type == "cpu":
+            limit_memory(cell.memory)
+        case = subjects()[cell.name](cell.frames, cell.batch)
+        options = {"device": cell.device, "dtype": getattr(torch, cell.dtype), "settings": settings}
+        passes = [p for p in PASSES if p in case.passes or (p == TRAINING and BOTH in case.passes)]
+        found = measure(
+            case, passes=passes, skip=done.__contains__, report=lambda note: tell({"note": note}), **options
+        )
+        for unit in found:
+            for row in unit:
+                row.suite, row.name, row.case = SUITE, cell.name, cell.case
+            tell({"rows": unit})
+    except Exception as error:  # The sweep goes on with the next cell.
         first = (str(error).strip().splitlines() or [""])[0]
-        connection.send(("note", f"failed: {type(error).__name__}: {first[:160]}"))
-    connection.close()
-
-
-def _in_process(cell: Cell, options: Options, done: Sequence[str]) -> Iterator[tuple]:
-    """Yields the messages of a cell's process, and a note when it is stopped or dies."""
-    context = multiprocessing.get_context(
-        "forkserver"
-    )  # The server has imported everything and computed nothing.
-    context.set_forkserver_preload(["fastasr.benchmarks.sweep"])
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(theirs, cell, options.settings(), done), daemon=True)
-    process.start()
-    theirs.close()
-    end = time.monotonic() + options.seconds
-    try:
-        while ours.poll(max(0.0, end - time.monotonic())):
-            yield ours.recv()
-        yield "note", f"stopped after {options.seconds:g} s"
-    except EOFError:
-        process.join()
-        if process.exitcode:
-            yield "note", f"failed: its process ended with {process.exitcode}"
-    finally:
-        process.kill()
-        process.join()
-        ours.close()
+        tell({"note": f"failed: {type(error).__name__}: {first[:160]}"})
 
 
 def run(
@@ -171,6 +140,7 @@ def run(
     name."""
     from fastasr.benchmarks.runner import measured_units
 
+    PROCESSES.set_forkserver_preload([__name__])  # The server has imported everything and computed nothing.
     cells = options.cells()
     measured = set() if options.fresh else measured_units(options.out, options.device, options.reps)
     item = {name: getattr(torch, name).itemsize for name in options.dtypes}
@@ -185,12 +155,17 @@ def run(
         done = [p for p in PASSES if (SUITE, cell.name, cell.case, key[0], p, *key[1:]) in measured]
         if len(done) == len(PASSES):
             continue
-        for kind, content in _in_process(cell, options, done):
-            if kind == "note":
-                report(f"{label}: {content}")
+
+        def heard(message: dict, label: str = label) -> None:
+            if "note" in message:
+                report(f"{label}: {message['note']}")
             else:
-                rows.merge(options.out, content)
-                on_rows(content)
+                rows.merge(options.out, message["rows"])
+                on_rows(message["rows"])
+
+        outcome = isolated(_measure, (cell, options.settings(), done), options.seconds, heard)
+        if outcome.ended:
+            report(f"{label}: {outcome.ended}")
     wanted = {(cell.name, cell.case, cell.dtype, cell.threads) for cell in cells}
     return [row for row in rows.read(options.out) if (row.name, row.case, row.dtype, row.threads) in wanted]
 

@@ -43,11 +43,6 @@ def _rows(r, frames, x_batch, x_time):
     return (r // frames).to(tl.int64) * x_batch + (r % frames).to(tl.int64) * x_time
 
 
-@triton.jit
-def _load(POINTER, at, keep):
-    return tl.load(POINTER + at, mask=keep, other=0.0).to(tl.float32)
-
-
 @triton.jit(do_not_specialize=["frames", "rows", "row_programs", "taps"])
 def normalise_kernel(
     GATE, MASK, NORM_WEIGHT, NORM_BIAS, WEIGHT, U, TABLE, x_batch, x_time, frames, rows, row_programs, C, taps, eps,
@@ -61,10 +56,10 @@ def normalise_kernel(
         c = tl.arange(0, BLOCK_C)
         keep = (r < rows)[:, None] & (c < C)[None, :]
         at = _rows(r, frames, x_batch, x_time)[:, None] + c[None, :]
-        g = _load(GATE, at, keep)  # [BLOCK_R, BLOCK_C]
+        g = sliding.load(GATE + at, keep, False)  # [BLOCK_R, BLOCK_C]
         n, scale = normalise(g, keep, eps, C, PRECISE)
-        w = _load(NORM_WEIGHT, c, c < C)
-        b = _load(NORM_BIAS, c, c < C)
+        w = sliding.load(NORM_WEIGHT + c, c < C, False)
+        b = sliding.load(NORM_BIAS + c, c < C, False)
         u = tl.fma(n * scale[:, None], w[None, :], b[None, :])
         if MASK is not None:
             u = tl.where((tl.load(MASK + r, mask=r < rows, other=1) == 0)[:, None], u, 0.0)
@@ -84,7 +79,7 @@ def norm_gradient_kernel(
     part = tl.program_id(0)
     c = tl.arange(0, BLOCK_C)
     in_row = c < C
-    w = _load(NORM_WEIGHT, c, in_row)
+    w = sliding.load(NORM_WEIGHT + c, in_row, False)
     dweight = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     dbias = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     first = part * rows_per_part
@@ -93,12 +88,12 @@ def norm_gradient_kernel(
         r = first + tl.arange(0, BLOCK_R)
         keep = (r < end)[:, None] & in_row[None, :]
         at = _rows(r, frames, x_batch, x_time)[:, None] + c[None, :]
-        g = _load(GATE, at, keep)  # [BLOCK_R, BLOCK_C]
+        g = sliding.load(GATE + at, keep, False)  # [BLOCK_R, BLOCK_C]
         n, scale = normalise(g, keep, eps, C, PRECISE)
         # With eps = 0 the scale of a row past the end is infinite.
         n = tl.where(keep, n * scale[:, None], 0.0)
         at = r[:, None].to(tl.int64) * (2 * C) + c[None, :]
-        du = _load(DGATE, at, keep)
+        du = sliding.load(DGATE + at, keep, False)
         dweight = tl.fma(du, n, dweight)
         dbias += du
         d = du * w[None, :]
@@ -122,10 +117,11 @@ def _place(frames, batch, C, GROUP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C
 
 @triton.jit
 def _convolve(
-    POINTER, TABLE, tile, batch, b, t, frames, TURNED: tl.constexpr, UNROLLED: tl.constexpr,
+    POINTER, TABLE, tile, batch, b, t, frames, TURNED: tl.constexpr, ACTIVATION: tl.constexpr,
     TAPS: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Returns the convolution of groups, without the bias, with the taps as they are or reversed."""
+    UNROLLED: tl.constexpr = ACTIVATION == IDENTITY and TAPS <= 4 * GROUP  # others would take more registers
     start = t - TAPS // 2
     at = POINTER + sliding.in_tiles(tile, batch, b, frames, start, tl.arange(0, BLOCK_C), BLOCK_C)
     row = sliding.taps_at(TABLE, tile * TAPS + (TAPS - 1 if TURNED else 0), BLOCK_G, BLOCK_C)
@@ -138,7 +134,7 @@ def _convolve(
 @triton.jit
 def _with_bias(z, BIAS, c, C):
     if BIAS is not None:
-        z += _load(BIAS, c, c < C)[None, :]
+        z += sliding.load(BIAS + c, c < C, False)[None, :]
     return z
 
 
@@ -151,8 +147,9 @@ def forward_kernel(
     b, base, first, tile = _place(frames, batch, C, GROUP, BLOCK_G, BLOCK_C)
     lane = tl.arange(0, BLOCK_C)
     c = tile * BLOCK_C + lane
-    UNROLLED: tl.constexpr = ACTIVATION == IDENTITY and TAPS <= 4 * GROUP  # others would take more registers
-    found = _convolve(U, TABLE, tile, batch, b, first, frames, False, UNROLLED, TAPS, GROUP, BLOCK_G, BLOCK_C)
+    found = _convolve(
+        U, TABLE, tile, batch, b, first, frames, False, ACTIVATION, TAPS, GROUP, BLOCK_G, BLOCK_C
+    )
     at = FACTOR + ((b.to(tl.int64) * x_batch + first.to(tl.int64) * x_time)[:, None] + c[None, :])
     step = tl.cast(x_time, tl.int64)
     results = ()
@@ -175,8 +172,9 @@ def output_gradient_kernel(
     b, base, first, tile = _place(frames, batch, C, GROUP, BLOCK_G, BLOCK_C)
     lane = tl.arange(0, BLOCK_C)
     c = tile * BLOCK_C + lane
-    UNROLLED: tl.constexpr = ACTIVATION == IDENTITY and TAPS <= 4 * GROUP  # others would take more registers
-    found = _convolve(U, TABLE, tile, batch, b, first, frames, False, UNROLLED, TAPS, GROUP, BLOCK_G, BLOCK_C)
+    found = _convolve(
+        U, TABLE, tile, batch, b, first, frames, False, ACTIVATION, TAPS, GROUP, BLOCK_G, BLOCK_C
+    )
     at = FACTOR + ((b.to(tl.int64) * x_batch + first.to(tl.int64) * x_time)[:, None] + c[None, :])
     step = tl.cast(x_time, tl.int64)
     row = (base + first)[:, None]
@@ -203,7 +201,7 @@ def input_gradient_kernel(
     # Writes du, 0 at padding, where dg will be.
     b, base, first, tile = _place(frames, batch, C, GROUP, BLOCK_G, BLOCK_C)
     c = tile * BLOCK_C + tl.arange(0, BLOCK_C)
-    found = _convolve(Q, TABLE, tile, batch, b, first, frames, True, False, TAPS, GROUP, BLOCK_G, BLOCK_C)
+    found = _convolve(Q, TABLE, tile, batch, b, first, frames, True, None, TAPS, GROUP, BLOCK_G, BLOCK_C)
     at = DGATE + ((base + first)[:, None] * (2 * C) + c[None, :])
     results = ()
     for n in tl.static_range(GROUP):

@@ -17,7 +17,7 @@ import pytest
 import tiny_emformer_rnnt
 import torch
 from steps import moved, numbers, seeded
-from tiny_parakeet import SIZES, STILL
+from tiny_parakeet import SIZES, STILL, transducer
 
 WIDTH, HIDDEN, HEADS, TAPS = 16, 32, 2, 7
 
@@ -587,20 +587,9 @@ def parakeet_transducer(kind):
     """The loss in training, ``generate`` in eval mode."""
 
     def made():
-        transformers = pytest.importorskip("transformers")
-        durations = {"durations": [0, 1, 2, 3, 4]} if kind == "TDT" else {}
-        config = getattr(transformers, f"Parakeet{kind}Config")(
-            vocab_size=12,
-            decoder_hidden_size=9,
-            num_decoder_layers=1,
-            blank_token_id=11,
-            pad_token_id=11 if kind == "RNNT" else 0,
-            encoder_config={**SIZES, "num_hidden_layers": 1, "scale_input": False},
-            **durations,
-        )
-        model = getattr(transformers, f"ParakeetFor{kind}")(config)
+        model = transducer(kind, SIZES | {"num_hidden_layers": 1})
         model.generation_config.decoder_start_token_id = 11
-        if durations:
+        if kind == "TDT":
             model.generation_config.suppress_tokens = list(range(12, 17))
         with torch.no_grad():
             for parameter in [*model.decoder.parameters(), *model.joint.parameters()]:

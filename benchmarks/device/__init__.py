@@ -2,5 +2,5 @@
 """``python -m fastasr.benchmarks.device`` checks and times every kernel on a GPU and gives a verdict per op.
 
 The parts: ``machine`` (the GPU, and the dry run without one), ``checks`` and ``timing`` (the measurements), ``units``
-(their list), ``isolate`` (one process per unit), ``verdict`` (conclusions from the records).
+(their list, a process for each), ``verdict`` (conclusions from the records).
 """

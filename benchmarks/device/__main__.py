@@ -29,10 +29,10 @@ from pathlib import Path
 from fastasr import files
 from fastasr.benchmarks import rows
 from fastasr.benchmarks.device import verdict
-from fastasr.benchmarks.device.isolate import Outcome, isolated, kill_all
 from fastasr.benchmarks.device.machine import GPU, DryRun
 from fastasr.benchmarks.device.units import Unit, units
 from fastasr.benchmarks.device.whole_models import rows_of
+from fastasr.benchmarks.isolate import Outcome, isolated, kill_all
 
 LEAST = 10  # A unit begins only if this many seconds are left.
 

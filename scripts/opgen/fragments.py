@@ -302,6 +302,8 @@ def _sizes(op: Declared) -> list[str]:
         bound = list(a.pattern.bind(known, a.name))
         lines += _if_given(a, bound, (f"{name} = 0" for name in sorted(known - before)))
         lines += _given_sizes(op) if a is op.leader else ()
+    if any(callable(o.pattern) for o in op.found):
+        lines.append(f"arguments = Arguments({_names(op.arguments)})")
     return lines
 
 
@@ -312,7 +314,7 @@ def _empty(op: Declared, output: Output) -> str:
         return f"torch.empty_like({op.like(output)}, dtype={dtype})"
     if callable(output.pattern):
         backend = f"family.kernels({', '.join(op.deciding)}).backend"
-        shape = f"{_part(output.pattern)}({backend}, Arguments({_names(op.arguments)}))"
+        shape = f"{_part(output.pattern)}({backend}, arguments)"
     else:
         shape = output.pattern.alternatives[0].tuple_code()
     shape += f" if {asked} else (0,)" * bool(asked)

@@ -198,11 +198,16 @@ MEASURED = {
         ["upstream", "fastasr"],
     ),
     "ragged": (
-        ragged.QUICK,
+        ragged.QUICK
+        | {"skip": lambda case, shape, _: "w2v-BERT" in case and ", sorted" in shape},  # it is wide
         [
             (f"{encoder}'s encoder", f"{size}, 3 short commands, {order}", pass_)
-            for encoder, size in (("Parakeet", "tiny"), ("Zipformer", "tiny"), ("w2v-BERT", "0.6B"))
-            for order in ("unsorted", "sorted")
+            for encoder, size, orders in (
+                ("Parakeet", "tiny", ("unsorted", "sorted")),
+                ("Zipformer", "tiny", ("unsorted", "sorted")),
+                ("w2v-BERT", "0.6B", ("unsorted",)),
+            )
+            for order in orders
             for pass_ in (FORWARD, BOTH)
         ],
         ["upstream", "fastasr", "fastasr, ragged"],
@@ -240,7 +245,7 @@ def test_measurements_of_models(name):
         assert len({(row.case, row.shape, row.pass_) for row in unit}) == 1
     if name == "mega_step":
         assert all(unit[0].bytes > 4 * 64 * 96 for unit in units)
-    assert list(module.measure(**sizes, settings=QUICK, skip=lambda *_: True)) == []
+    assert list(module.measure(**sizes | {"skip": lambda *_: True}, settings=QUICK)) == []
 
 
 def test_lengths_of_ragged_batches():

@@ -72,8 +72,8 @@ def test_a_cell_is_measured_in_three_passes():
     found = []
     settings = Settings(1, 1, 0.0, compile=False, memory=False, limits=False)
     cell = sweep.Cell("bypass", 3, 2, "bfloat16", 1, memory=2**40)
-    sweep._measure(cell, settings, ("training forward",), found.append)
-    measured = [content for kind, content in found if kind == "rows"]
+    sweep._measure(found.append, cell, settings, ("training forward",))
+    measured = [message["rows"] for message in found if "rows" in message]
     assert [unit[0].pass_ for unit in measured] == ["forward", "forward+backward"]
     first = measured[0][0]
     assert (first.suite, first.case, first.shape, first.dtype) == ("sweep", "3 x 2", "3x2x192", "bfloat16")
@@ -81,8 +81,8 @@ def test_a_cell_is_measured_in_three_passes():
     assert first.fraction_of_limit is None
 
 
-def sleeps(connection, *_):
-    connection.send(("note", "asleep"))
+def sleeps(tell, *_):
+    tell({"note": "asleep"})
     time.sleep(60)
 
 
@@ -91,13 +91,14 @@ def dies(*_):
 
 
 @pytest.mark.parametrize(
-    ("what", "said"), [(sleeps, "stopped after 5 s"), (dies, "its process ended with 3")]
+    ("what", "said"), [(sleeps, "hung: killed after 1 s"), (dies, "crashed: exit code 3")]
 )
 def test_a_process_that_does_not_end_well(what, said, tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep, "_child", what)
-    options = sweep.Options(("bypass",), tmp_path / "rows.jsonl", frames=(1,), batches=(1,), seconds=5.0)
-    notes = [note for kind, note in sweep._in_process(options.cells()[0], options, ())]
-    assert said in notes[-1]
+    monkeypatch.setattr(sweep, "_measure", what)
+    sizes = {"frames": (1,), "batches": (1,), "dtypes": ("float32",), "threads": (1,)}
+    notes = []
+    sweep.run(sweep.Options(("bypass",), tmp_path / "rows.jsonl", **sizes, seconds=1.0), notes.append)
+    assert [note.partition("threads: ")[2] for note in notes] == ["asleep"] * (what is sleeps) + [said]
 
 
 def test_a_cell_with_two_threads(tmp_path):

@@ -9,9 +9,9 @@ import torch
 from fastasr.benchmarks import runner
 from fastasr.benchmarks.device import units as device_units
 from fastasr.benchmarks.device import verdict, whole_models
-from fastasr.benchmarks.device.isolate import Outcome
 from fastasr.benchmarks.device.machine import DryRun
 from fastasr.benchmarks.device.whole_models import Workload
+from fastasr.benchmarks.isolate import Outcome
 from fastasr.benchmarks.rows import read
 from fastasr.graphs.recording import Recorder, Unrecordable
 from fastasr.testing.tape import TapeRecorder

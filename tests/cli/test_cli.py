@@ -362,14 +362,14 @@ def ops_with_cases() -> list[str]:
 def test_bench_sweeps(run, tmp_path):
     pytest.importorskip("matplotlib")
     sizes = ("--quick", "--frames", "3", "--threads", "1")
-    command = ("bench", "--sweep", "swoosh_l", *sizes, "--out", str(tmp_path))
+    command = ("bench", "--sweep", "bypass", *sizes, "--out", str(tmp_path))
     result = run(*command)
     assert result.exit_code == 0, result.stderr
-    assert {p.name for p in tmp_path.iterdir()} == {"sweep.jsonl", "sweep_swoosh_l.png"}
+    assert {p.name for p in tmp_path.iterdir()} == {"sweep.jsonl", "sweep_bypass.png"}
     assert "cells below 0.97×; the worst: 3 x 1, " in result.stdout
     again = run(*command, "--resume")
     assert again.stdout == result.stdout
-    assert "swoosh_l 3 x 1" not in again.stderr, "nothing is measured again"
+    assert "bypass 3 x 1" not in again.stderr, "nothing is measured again"
 
 
 # --- export

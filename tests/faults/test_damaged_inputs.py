@@ -23,7 +23,7 @@ from fastasr.asr.recipe.logs import COLUMNS, Log
 from fastasr.asr.recipe.training import learn_units
 from fastasr.benchmarks import rows
 
-COUNTS = [pytest.param(40, id="40"), pytest.param(1000, id="1000", marks=pytest.mark.long)]
+COUNTS = [pytest.param(20, id="20"), pytest.param(1000, id="1000", marks=pytest.mark.long)]
 
 
 def check(function, path, count, change=children.mutated, memory=children.MEMORY, keep=()):

@@ -160,7 +160,7 @@ def kernels_of(tapes):
     return {"torch": calls.total(), "fastasr": tapes.launches}, calls
 
 
-@pytest.mark.parametrize("chunk_size", [None, 32, -1])
+@pytest.mark.parametrize("chunk_size", [None, 32, pytest.param(-1, marks=pytest.mark.long)])
 def test_a_zipformer_on_a_row(chunk_size, monkeypatch):
     monkeypatch.setattr(_linear, "MANY_ROWS", 0)
     chunks = {"causal": True, "chunk_size": (chunk_size,), "left_context_frames": (128,)}

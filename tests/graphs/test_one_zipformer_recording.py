@@ -161,10 +161,10 @@ def test_training_steps_as_without_padding(form, batch_count):
     model = encoder(form.partition(",")[0], batch_count, **FORMS[form]).train()
     theirs = without_padding(copy.deepcopy(model))
     ours, graphs = recorded(model)
-    same_steps(ours, theirs, 12)
+    same_steps(ours, theirs, 8)
     assert len(graphs.graphs) == 1
     (found,) = fastasr.graph_state(ours)[""]
-    assert (found.recorded, found.replayed, found.reason) == (1, 11, None)
+    assert (found.recorded, found.replayed, found.reason) == (1, 7, None)
 
 
 def test_training_steps_that_no_row_holds():
@@ -353,7 +353,8 @@ def test_chunks_as_of_each_recording_alone(window, way, train, monkeypatch):
     model = still(encoder("swapped", 60000.0, **chunks(*window))).train(train)
     theirs = each_alone(copy.deepcopy(model))
     ours = recorded(model)[0] if way == "recorded" else without_padding(model)
-    for seed, lengths in enumerate(drawn(9, RECORDINGS if train else None)):
+    batches = list(drawn(6, RECORDINGS) if train else drawn(9))
+    for seed, lengths in enumerate(batches):
         inputs = batch(lengths, seed=seed)
         y, gradients = step(ours, *inputs)
         expected, wanted = step(theirs, *inputs)
@@ -362,7 +363,7 @@ def test_chunks_as_of_each_recording_alone(window, way, train, monkeypatch):
             same_gradients(gradients, wanted, ROUNDED)
     if way == "recorded":
         (found,) = fastasr.graph_state(ours)[""]
-        assert (found.recorded, found.replayed, found.reason) == (1, 8, None)
+        assert (found.recorded, found.replayed, found.reason) == (1, len(batches) - 1, None)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -381,7 +382,7 @@ def test_without_decisions_as_in_float64_on_a_cpu(kind, train, device, monkeypat
     options = fastasr.Graphs(**ROOM, recorder=recorder)
     model = model.float().to(device)
     fastasr.accelerate(model, ragged=True, graphs=options)
-    for seed, lengths in enumerate(drawn(12, recordings=RECORDINGS)):
+    for seed, lengths in enumerate(drawn(8, recordings=RECORDINGS)):
         inputs = batch(lengths, seed=seed)
         y, gradients = step(model, inputs[0].float().to(device), *(t.to(device) for t in inputs[1:]))
         expected, wanted = step(theirs, *inputs)
@@ -390,4 +391,4 @@ def test_without_decisions_as_in_float64_on_a_cpu(kind, train, device, monkeypat
         if train:
             same_gradients({name: g.cpu().double() for name, g in gradients.items()}, wanted, 1e-2)
     (found,) = fastasr.graph_state(model)[""]
-    assert (found.replayed, found.recorded, found.reason) == (10, 1, None)
+    assert (found.replayed, found.recorded, found.reason) == (6, 1, None)

@@ -11,7 +11,7 @@ from fastasr.testing import Make, seeded, tables
 from fastasr.testing.fuzz import Shape, refused, run_one
 from fastasr.testing.refusals import refusals
 
-CALLS = 70
+CALLS = 50
 
 
 @pytest.mark.parametrize("name", tables())

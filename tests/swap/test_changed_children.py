@@ -311,7 +311,7 @@ def changes(module):
 
 
 # --------------------------------------------------------------------------- the walk
-DRAWN = 30  # cases of a model; all of them in long runs
+DRAWN = 20  # cases of a model; all of them in long runs
 _LAYER = re.compile(r"\b(\w*layers|mega_blocks|(?<!encoder\.)encoders)\.\d+")
 
 

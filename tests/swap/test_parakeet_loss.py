@@ -3,11 +3,7 @@
 
 import pytest
 import torch
-from tiny_parakeet import SIZES
-
-pytest.importorskip("transformers")
-
-import transformers
+from tiny_parakeet import SIZES, transducer
 
 import fastasr
 import fastasr.compat.torchaudio
@@ -16,18 +12,7 @@ SMALL = SIZES | {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads
 
 
 def parakeet(kind: str, **options):
-    more = {"durations": [0, 1, 2, 3, 4]} if kind == "TDT" else {}
-    config = getattr(transformers, f"Parakeet{kind}Config")(
-        vocab_size=12,
-        decoder_hidden_size=9,
-        num_decoder_layers=1,
-        blank_token_id=11,
-        pad_token_id=11 if kind == "RNNT" else 0,
-        encoder_config={**SMALL, "scale_input": False},
-        **more,
-        **options,
-    )
-    return getattr(transformers, f"ParakeetFor{kind}")(config).eval()
+    return transducer(kind, SMALL, **options).eval()
 
 
 def batch(pad: int):

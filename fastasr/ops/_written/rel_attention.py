@@ -694,35 +694,15 @@ def fake(
     T = q.shape[1]
     H = q.shape[2]
     E = v.shape[3]
+    arguments = Arguments(
+        q, k, v, pos, bias_u, bias_v, offset_bias, offset_gate, key_bias, key_padding_mask, attn_mask, starts,
+        dropout_p, dropout_seed, context, chunk_size, soft_cap, pos_span,
+    )  # fmt: skip
     return (
         torch.empty((B, T, H, E), dtype=promoted(q), device=q.device),
         torch.empty((B, H, T) if keep else (0,), dtype=wide(q), device=q.device),
         torch.empty(
-            _remainder_shape(
-                family.kernels(q).backend,
-                Arguments(
-                    q,
-                    k,
-                    v,
-                    pos,
-                    bias_u,
-                    bias_v,
-                    offset_bias,
-                    offset_gate,
-                    key_bias,
-                    key_padding_mask,
-                    attn_mask,
-                    starts,
-                    dropout_p,
-                    dropout_seed,
-                    context,
-                    chunk_size,
-                    soft_cap,
-                    pos_span,
-                ),
-            )
-            if keep
-            else (0,),
+            _remainder_shape(family.kernels(q).backend, arguments) if keep else (0,),
             dtype=promoted(q),
             device=q.device,
         ),

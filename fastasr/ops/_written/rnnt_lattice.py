@@ -318,6 +318,7 @@ def fake(symbol_logprobs, blank_logprobs, boundary=None, return_occupation=False
     S = symbol_logprobs.shape[1]
     W = symbol_logprobs.shape[2]
     T = blank_logprobs.shape[2]
+    arguments = Arguments(symbol_logprobs, blank_logprobs, boundary, return_occupation)
     return (
         torch.empty((B,), dtype=wide(symbol_logprobs, blank_logprobs), device=symbol_logprobs.device),
         torch.empty(
@@ -331,12 +332,7 @@ def fake(symbol_logprobs, blank_logprobs, boundary=None, return_occupation=False
             device=symbol_logprobs.device,
         ),
         torch.empty(
-            _kept_shape(
-                family.kernels(symbol_logprobs, blank_logprobs).backend,
-                Arguments(symbol_logprobs, blank_logprobs, boundary, return_occupation),
-            )
-            if keep
-            else (0,),
+            _kept_shape(family.kernels(symbol_logprobs, blank_logprobs).backend, arguments) if keep else (0,),
             dtype=wide(symbol_logprobs, blank_logprobs),
             device=symbol_logprobs.device,
         ),

@@ -370,6 +370,7 @@ def fake(
     B = symbol_logprobs.shape[0]
     T = symbol_logprobs.shape[1]
     R = symbol_logprobs.shape[2]
+    arguments = Arguments(symbol_logprobs, blank_logprobs, starts, boundary, modified, return_occupation)
     return (
         torch.empty((B,), dtype=wide(symbol_logprobs, blank_logprobs), device=symbol_logprobs.device),
         torch.empty(
@@ -383,12 +384,7 @@ def fake(
             device=symbol_logprobs.device,
         ),
         torch.empty(
-            _kept_shape(
-                family.kernels(symbol_logprobs, blank_logprobs).backend,
-                Arguments(symbol_logprobs, blank_logprobs, starts, boundary, modified, return_occupation),
-            )
-            if keep
-            else (0,),
+            _kept_shape(family.kernels(symbol_logprobs, blank_logprobs).backend, arguments) if keep else (0,),
             dtype=wide(symbol_logprobs, blank_logprobs),
             device=symbol_logprobs.device,
         ),

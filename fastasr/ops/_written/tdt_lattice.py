@@ -329,13 +329,11 @@ apply = applied(TdtLattice)
 def fake(symbol_logprobs, blank_logprobs, duration_logprobs, durations, boundary=None, keep=False):
     keep = keep and family.kernels(symbol_logprobs, blank_logprobs, duration_logprobs) is not None
     B = symbol_logprobs.shape[0]
+    arguments = Arguments(symbol_logprobs, blank_logprobs, duration_logprobs, durations, boundary)
     return torch.empty(
         (B,), dtype=wide(symbol_logprobs, blank_logprobs, duration_logprobs), device=symbol_logprobs.device
     ), torch.empty(
-        _kept_shape(
-            family.kernels(symbol_logprobs, blank_logprobs, duration_logprobs).backend,
-            Arguments(symbol_logprobs, blank_logprobs, duration_logprobs, durations, boundary),
-        )
+        _kept_shape(family.kernels(symbol_logprobs, blank_logprobs, duration_logprobs).backend, arguments)
         if keep
         else (0,),
         dtype=wide(symbol_logprobs, blank_logprobs, duration_logprobs),

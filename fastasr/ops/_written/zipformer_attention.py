@@ -612,59 +612,19 @@ def fake(
     T = x.shape[0]
     B = x.shape[1]
     E = value.shape[2]
+    arguments = Arguments(
+        x, pos, value, num_heads, query_head_dim, value_heads, key_padding_mask, attn_mask, starts,
+        chunk_size, left_context_chunks, cached_key, score_penalty, score_limit, act, equal,
+    )  # fmt: skip
     return (
         torch.empty((T, B, E), dtype=promoted(x), device=x.device),
         torch.empty(
-            _statistics_shape(
-                family.kernels(x).backend,
-                Arguments(
-                    x,
-                    pos,
-                    value,
-                    num_heads,
-                    query_head_dim,
-                    value_heads,
-                    key_padding_mask,
-                    attn_mask,
-                    starts,
-                    chunk_size,
-                    left_context_chunks,
-                    cached_key,
-                    score_penalty,
-                    score_limit,
-                    act,
-                    equal,
-                ),
-            )
-            if keep
-            else (0,),
+            _statistics_shape(family.kernels(x).backend, arguments) if keep else (0,),
             dtype=wide(x),
             device=x.device,
         ),
         torch.empty(
-            _remainder_shape(
-                family.kernels(x).backend,
-                Arguments(
-                    x,
-                    pos,
-                    value,
-                    num_heads,
-                    query_head_dim,
-                    value_heads,
-                    key_padding_mask,
-                    attn_mask,
-                    starts,
-                    chunk_size,
-                    left_context_chunks,
-                    cached_key,
-                    score_penalty,
-                    score_limit,
-                    act,
-                    equal,
-                ),
-            )
-            if keep
-            else (0,),
+            _remainder_shape(family.kernels(x).backend, arguments) if keep else (0,),
             dtype=promoted(x),
             device=x.device,
         ),

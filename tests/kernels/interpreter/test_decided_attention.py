@@ -12,6 +12,7 @@ from fastasr.ops import zipformer_attention
 from fastasr.ops.zipformer_attention import position_sums
 
 HEADS, DIM, POS_DIM, VALUE_DIM = 2, 8, 4, 4
+FRAMES = 36  # three blocks
 PENALTY = {"score_penalty": 0.5, "score_limit": 1.0}
 
 
@@ -26,18 +27,20 @@ def gradients(frames, longest, dtype=torch.float32, **options):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("masks", [{}, {"starts": torch.tensor([3, 20, 47])}, {"chunk_size": 8}])
+@pytest.mark.parametrize("masks", [{}, {"starts": torch.tensor([3, 20, 33])}, {"chunk_size": 8}])
 def test_a_number_of_zero_changes_no_bit(small_blocks, masks, dtype):
-    plain = gradients(50, 50, dtype, **masks)
+    plain = gradients(FRAMES, FRAMES, dtype, **masks)
     for number in (torch.zeros(1), torch.tensor(False)):
-        found = gradients(50, 50, dtype, **masks, **PENALTY, act=number, equal=number)
+        found = gradients(FRAMES, FRAMES, dtype, **masks, **PENALTY, act=number, equal=number)
         assert all(map(torch.equal, found, plain))
-    penalised = gradients(50, 50, dtype, **masks, **PENALTY)
+    penalised = gradients(FRAMES, FRAMES, dtype, **masks, **PENALTY)
     assert torch.equal(penalised[0], plain[0])
     assert not torch.equal(penalised[1], plain[1])
     for number in (torch.ones(1), torch.tensor([0.5], dtype=torch.bfloat16), torch.tensor(True)):
-        assert all(map(torch.equal, gradients(50, 50, dtype, **masks, **PENALTY, act=number), penalised))
-    equal = gradients(50, 50, dtype, **masks, equal=torch.ones(1))
+        assert all(
+            map(torch.equal, gradients(FRAMES, FRAMES, dtype, **masks, **PENALTY, act=number), penalised)
+        )
+    equal = gradients(FRAMES, FRAMES, dtype, **masks, equal=torch.ones(1))
     assert not torch.equal(equal[0], plain[0])
     assert not equal[1].any()
     assert not equal[2].any()

@@ -64,8 +64,14 @@ def test_rel_attention(monkeypatch, programs, room):
 
 
 OPTIONS = [{}, {"value_heads": 1}, CHUNKS, PENALTY, CHUNKS | PENALTY, EQUAL, CHUNKS | PENALTY | EQUAL]
-# options, programs, bytes of a piece, shared positions: both of the last for each size, by turns
-CASES = [(options, *size, (i + j) % 2) for i, options in enumerate(OPTIONS) for j, size in enumerate(SIZES)]
+# options, programs, bytes of a piece, shared positions: the first and last options at every size, each other one at one
+# size, and both kinds of positions by turns
+CASES = [
+    (options, *size, (i + j) % 2)
+    for i, options in enumerate(OPTIONS)
+    for j, size in enumerate(SIZES)
+    if i in (0, len(OPTIONS) - 1) or i % len(SIZES) == j
+]
 
 
 @pytest.mark.parametrize(("options", "programs", "room", "shared"), CASES)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 START_SECONDS = 120  # A process must begin within this time.
 KEPT_OUTPUT = 6000  # this many last characters of a process's output are kept
-# Each process is forked from a server that has imported what units need, and that never touches a GPU: a process forked
+# Each process is forked from a server that has imported what they need, and that never touches a GPU: a process forked
 # from one that did could not use it. torch asks NVML instead of CUDA whether there is a GPU.
 PRELOADED = ["torch._dynamo", "fastasr.benchmarks.device.units"]
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
@@ -35,11 +35,13 @@ class Outcome:
     out_of_time: bool = False
 
 
-def isolated(function: Callable, arguments: tuple, limit: float) -> Outcome:
+def isolated(
+    function: Callable, arguments: tuple, limit: float, heard: Callable[[dict], None] = lambda message: None
+) -> Outcome:
     """Calls ``function(tell, *arguments)`` in a new process, which is killed after ``limit`` seconds.
 
     ``function`` must be importable. Each ``tell(dict)`` in it adds a message to the outcome at once, so the messages
-    before a crash are kept.
+    before a crash are kept; ``heard`` gets each as it comes.
     """
     outcome, start = Outcome(), time.monotonic()
     with tempfile.NamedTemporaryFile(prefix="fastasr-") as log:
@@ -49,20 +51,24 @@ def isolated(function: Callable, arguments: tuple, limit: float) -> Outcome:
         _running.add(process.pid)
         sender.close()
         finished = False
-        with contextlib.suppress(EOFError):
-            if receiver.poll(START_SECONDS):
-                receiver.recv()  # the process has begun; the first one waits for the server
-            start = time.monotonic()
-            while not finished and receiver.poll(max(0.0, start + limit - time.monotonic())):
-                message = receiver.recv()
-                finished = message is None
-                outcome.messages += [] if finished else [message]
-        process.join(5 if finished else max(1.0, start + limit - time.monotonic()))
-        if process.is_alive():
-            outcome.out_of_time = not finished
-            _kill(process.pid)
-            process.join(10)
-        _running.discard(process.pid)
+        try:
+            with contextlib.suppress(EOFError):
+                if receiver.poll(START_SECONDS):
+                    receiver.recv()  # the process has begun; the first one waits for the server
+                start = time.monotonic()
+                while not finished and receiver.poll(max(0.0, start + limit - time.monotonic())):
+                    message = receiver.recv()
+                    finished = message is None
+                    if not finished:
+                        outcome.messages.append(message)
+                        heard(message)
+            process.join(5 if finished else max(1.0, start + limit - time.monotonic()))
+        finally:
+            if process.is_alive():
+                outcome.out_of_time = not finished
+                _kill(process.pid)
+                process.join(10)
+            _running.discard(process.pid)
         outcome.seconds = round(time.monotonic() - start, 1)
         if outcome.out_of_time:
             outcome.ended = f"hung: killed after {limit:.0f} s"
