@@ -11,6 +11,7 @@ import triton.language as tl
 from fastasr.kernels._activation import exp_nonpositive
 
 NONE = tl.constexpr(float("-inf"))
+OF_INFINITE = tl.constexpr(2.0**-10)  # the share of a y that overflowed float16 which is kept in its place
 PIECE_BYTES = 128 << 20  # At most this many bytes of scores' gradients exist at once.
 
 
@@ -103,11 +104,16 @@ def slopes_of(
 
 @triton.jit
 def store_with_remainder(Y, REMAINDER, at, y, keep):
-    """Stores y, and where REMAINDER is not None what rounding takes from it."""
+    """Stores y, and where REMAINDER is not None what rounding takes from it: where y overflows float16, a share of y in
+    its place."""
     narrow = y.to(Y.dtype.element_ty)
     tl.store(Y + at, narrow, mask=keep)
     if REMAINDER is not None:
-        tl.store(REMAINDER + at, (y - narrow.to(tl.float32)).to(narrow.dtype), mask=keep)
+        wide = narrow.to(tl.float32)
+        rest = y - wide
+        if narrow.dtype == tl.float16:
+            rest = tl.where(tl.abs(wide) == float("inf"), y * OF_INFINITE, rest)
+        tl.store(REMAINDER + at, rest.to(narrow.dtype), mask=keep)
 
 
 @triton.jit
@@ -115,12 +121,17 @@ def delta_of_values(
     G, Y, REMAINDER, i, stride, keep, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr
 ):
     """Returns delta of rows i of 16 bits from y and what rounding took from it. G y alone would move whole rows of dS:
-    where keys and values have a mean, dq would be several times less exact than eager's."""
+    where keys and values have a mean, dq would be several times less exact than eager's. Where y overflowed, eager has
+    a finite delta, which does not depend on y, and so has this."""
     delta = tl.zeros([BLOCK_M], tl.float32)
     for first in range(0, VALUE_DIM, BLOCK_V):
         c = first + tl.arange(0, BLOCK_V)
         y = load_rows(Y, i, stride, c, keep, VALUE_DIM).to(tl.float32)  # [BLOCK_M, BLOCK_V]
-        y += load_rows(REMAINDER, i, stride, c, keep, VALUE_DIM).to(tl.float32)
+        rest = load_rows(REMAINDER, i, stride, c, keep, VALUE_DIM).to(tl.float32)
+        if Y.dtype.element_ty == tl.float16:
+            y = tl.where(tl.abs(y) == float("inf"), rest * (1 / OF_INFINITE), y + rest)
+        else:
+            y += rest
         delta += tl.sum(y * load_rows(G, i, stride, c, keep, VALUE_DIM).to(tl.float32), axis=1)
     return delta
 

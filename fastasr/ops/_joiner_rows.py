@@ -73,11 +73,16 @@ class Joiner:
         step = max(16, min(CHUNK_ROWS, CHUNK_BYTES // size // 16 * 16))
         count = rows.shape[0]
         for chunk in rows.split(step) if count > step else (rows,) * (count > 0):
-            hidden = self.weight.new_empty(chunk.shape[0], self.weight.shape[1], dtype=self.wide)
-            torch.ops.fastasr_cpu.rnnt_joiner_hidden.default(self.am, self.lm, chunk, self.activation, hidden)
+            hidden = self.hidden(chunk)
             self.drop(chunk, hidden)
             yield chunk, hidden, self.logits(hidden)
             del hidden  # frees it before the next chunk is made
+
+    def hidden(self, rows: Tensor) -> Tensor:
+        """Returns act(am + lm) of the rows, before dropout."""
+        hidden = self.weight.new_empty(rows.shape[0], self.weight.shape[1], dtype=self.wide)
+        torch.ops.fastasr_cpu.rnnt_joiner_hidden.default(self.am, self.lm, rows, self.activation, hidden)
+        return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         if self.short:
@@ -163,7 +168,8 @@ def backward(
             if dhidden is not None:
                 if p.dropout:
                     p.drop(chunk, dhidden)
-                    hidden = hidden * (1 - p.dropout)  # tanh' needs the kept values unchanged.
+                    # values that were scaled and divided again have other roundings, and near 1 tanh' shows them
+                    hidden = p.hidden(chunk)
                 torch.ops.fastasr_cpu.rnnt_joiner_hidden_gradient.default(
                     dhidden, hidden, chunk, p.activation, dam, dlm
                 )

@@ -39,6 +39,11 @@ def _call(
     return call | more
 
 
+def saturated(call: dict) -> dict:
+    """Moves the sums of am and lm to where tanh' shows how tanh was rounded."""
+    return call | {"lm": call["lm"] + 4}
+
+
 def _short(make: Make, *sizes: int, **more: Any) -> dict:
     """Makes windows that end before the last context. Every row then has a symbol, so all values are finite."""
     batch, frames, length, s_range, channels, outputs = sizes
@@ -113,6 +118,10 @@ TABLE = OpTable(
             "dropout",
             lambda m: _short(m, 2, 4, 5, 3, 8, 7, keep_logits=False, **dropout(m, 0.3, 2**45 + 11)),
             thorough=True,
+        ),
+        Sample(
+            "dropout, saturated values",
+            lambda m: saturated(_call(m, 2, 6, 5, 3, 32, 7, **dropout(m, 0.3, 5))),
         ),
         Sample(
             "dropout, relu, logits kept",

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from fastasr.testing.fuzz import Shape
-from fastasr.testing.samples.rnnt_joiner import dropout
+from fastasr.testing.samples.rnnt_joiner import dropout, saturated
 from fastasr.testing.speed import Case, Cost, case, costs_of
 from fastasr.testing.table import Make, OpTable, Sample, invalid
 
@@ -79,6 +79,10 @@ TABLE = OpTable(
             "dropout",
             lambda m: _call(m, 2, 4, 3, 24, 7, 5, keep_logits=False, **dropout(m, 0.3, 2**45 + 11)),
             thorough=True,
+        ),
+        Sample(
+            "dropout, saturated values",
+            lambda m: saturated(_call(m, 2, 6, 3, 32, 7, 3, **dropout(m, 0.3, 5))),
         ),
         Sample(
             "dropout, relu, logits kept",

@@ -125,12 +125,8 @@ _TRAINED = (
 
 def _with_mean(make: Make) -> dict:
     """Makes a call in which dS k needs rows of dS that add up to 0."""
-    call = _valued(make, weights._call(make, 60, 1, 2, 16, 4, scale=0.3), dim=12)
-    x, value = call["x"], call["value"]
-    keys = (
-        torch.arange(x.shape[2], dtype=torch.int64, device=x.device) // 32 == 1
-    )  # of two heads of 16 channels
-    return call | {"x": x + keys, "value": value + 1}
+    call = _valued(make, weights._keys_with_mean(make, 1.0, 60, 1, 2, 16, 4, scale=0.3), dim=12)
+    return call | {"value": call["value"] + 1}
 
 
 TABLE = OpTable(

@@ -87,6 +87,15 @@ def _random(make: Make, shape: Shape) -> dict:
     return arguments
 
 
+def _keys_with_mean(make: Make, mean: float, *sizes: int, **rest: Any) -> dict:
+    """Adds ``mean`` to the keys."""
+    call = _call(make, *sizes, **rest)
+    heads, dim = call["num_heads"], call["query_head_dim"]
+    x = call["x"].clone()
+    x[..., heads * dim : 2 * heads * dim] += mean
+    return call | {"x": x}
+
+
 _sample = sampler(_call)
 TABLE = OpTable(
     op="zipformer_attention_weights",
@@ -150,6 +159,10 @@ TABLE = OpTable(
             key_padding_mask=lambda m: m.padding(40, [40, 17]),
         ),
         _sample("large scores", (30, 2), scale=3.0),
+        # libraries add short chains where a product is small
+        Sample(
+            "few keys with a mean, wide heads", lambda m: _keys_with_mean(m, 10.0, 7, 1, 2, 64, scale=0.3)
+        ),
         Sample("scores below the masked ones", lambda m: _below_the_masked(m, slice(20, None), -1)),
         Sample(
             "scores below the masked ones, keys hidden before alone",

@@ -6,10 +6,13 @@ import torch
 import triton
 import triton.language as tl
 
+from fastasr import backend
 from fastasr.kernels._activation import activate_with_slope
 from fastasr.kernels.bias_norm import bias_norm_forward
 from fastasr.kernels.swoosh import swoosh_backward, swoosh_forward
-from fastasr.ops import _activation, bias_norm
+from fastasr.ops import _activation, bias_norm, rel_attention
+from fastasr.testing.checks import compared
+from fastasr.testing.table import Make, table
 
 # the activations, to be computed in float64, without cancellation in the tails
 _TRUTHS = (
@@ -77,3 +80,18 @@ def test_log_scale_of_bias_norm(value):
         rtol=1e-5,
         atol=1e-38,
     )
+
+
+def test_gradients_where_an_attention_overflows():
+    """Dropout's 1 / (1 - p) takes y beyond float16. Eager's gradients do not depend on y: they are finite."""
+    make = Make(torch.float16)
+    q, k = make.normal(2, 9, 2, 8), make.normal(2, 9, 2, 8)
+    call = {"q": q, "k": k, "v": make.normal(2, 9, 2, 8, scale=100.0, mean=6e4), "dropout_p": 0.5}
+    call["dropout_seed"] = torch.tensor([3])
+    found = compared(
+        table("rel_attention"), call, torch.float16, cotangent=make.normal(2, 9, 2, 8, scale=1e-4)
+    )
+    with backend("triton"):
+        comparisons = dict(found)
+    assert not rel_attention(**call).isfinite().all()
+    assert all(c.ok for c in comparisons.values()), comparisons
