@@ -138,8 +138,10 @@ def add_two_norms_backward(
     eps: float,
     next_eps: float,
     scale: float,
+    later=None,
 ) -> tuple[torch.Tensor, ...]:
-    """Returns the gradients of all tensors but the results', each in its tensor's dtype."""
+    """Returns the gradients of all tensors but the results', each in its tensor's dtype. ``later`` are those of
+    ``add_pair``."""
     channels = x.shape[-1]
     dx, dupdate = contiguous_like(x), contiguous_like(update)
     sums = tuple(map(torch.empty_like, (weight, bias, next_weight, next_bias)))
@@ -153,8 +155,8 @@ def add_two_norms_backward(
         grad_t, grad_y, x, update, weight, bias, next_weight, dx, dupdate, table, rows, rows_per_part, channels,
         eps, next_eps, scale, T_TYPE=TYPES[dtype], **tile,
     )  # fmt: skip
-    add_pair(table[:2], *sums[:2])
-    add_pair(table[2:], *sums[2:])
+    for i in (0, 2):
+        add_pair(table[i : i + 2], *sums[i : i + 2], later=later and later[i : i + 2])
     return dx, dupdate, *sums
 
 

@@ -14,16 +14,31 @@ then: read x and u, write t and y, 12 bytes; read these gradients, x and u, writ
 Upstream: ``norm_out`` of one ``ParakeetEncoderBlock`` in transformers and ``norm_feed_forward1`` of the next.
 """
 
+from collections.abc import Sequence
 from typing import Annotated
 
 import torch
 from torch import Tensor
 
+from fastasr.ops._dispatch import Kernels, triton_kernels
+from fastasr.ops._linear import LateFamily, late_sums
 from fastasr.ops._norm import normed
-from fastasr.ops._op import op
+from fastasr.ops._op import Needs, Op, Saved, op
+from fastasr.ops._runtime import operand
 
 
-@op("triton")
+def _gradients(
+    op: Op, kernels: Kernels, grads: Sequence[Tensor], saved: Saved, needs: Needs
+) -> tuple[Tensor, ...]:
+    late = late_sums(kernels, saved.weight, saved.bias, saved.next_weight, saved.next_bias)
+    operands = (operand(t, None) for t in (*grads, *saved[:6]))
+    return kernels.backward(*operands, *saved[6:], *(() if late is None else (late,)))
+
+
+FAMILY = LateFamily("add_two_norms", ("add_two_norms",), (triton_kernels("add_two_norms"),))
+
+
+@op(FAMILY, gradients=_gradients)
 def add_two_norms(
     x: Annotated[Tensor, "*S C, C >= 1"],
     update: Annotated[Tensor, "*S C"],

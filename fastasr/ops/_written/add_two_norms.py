@@ -19,7 +19,6 @@ from fastasr.ops._runtime import (
     NOT_MINE,
     applied,
     back,
-    is_batched,
     listed,
     make,
     node_gradients,
@@ -27,6 +26,7 @@ from fastasr.ops._runtime import (
     operand,
     promoted,
 )
+from fastasr.ops.add_two_norms import _gradients
 from fastasr.ops.add_two_norms import add_two_norms as formula
 
 op = OPS["add_two_norms"]
@@ -284,33 +284,17 @@ class AddTwoNorms(Function):
         # once: a checkpoint gives them one time
         x, update, weight, bias, next_weight, next_bias = ctx.saved_tensors
         kernels, direct, eps, next_eps, scale = ctx.rest
-        if direct and not (
-            transforms_active()
-            or forward_ad._current_level >= 0
-            or (grad_t is not None and is_batched(grad_t))
-            or (grad_y is not None and is_batched(grad_y))
-        ):
-            d_x, d_update, d_weight, d_bias, d_next_weight, d_next_bias = kernels.backward(
-                operand(grad_t, None), operand(grad_y, None), x, update, weight, bias, next_weight, next_bias,
-                eps, next_eps, scale,
-            )  # fmt: skip
-            return None, None, d_x, d_update, d_weight, d_bias, d_next_weight, d_next_bias, None, None, None
         d_x, d_update, d_weight, d_bias, d_next_weight, d_next_bias = node_gradients(
             op, kernels, (grad_t, grad_y,), make(Saved, (x, update, weight, bias, next_weight, next_bias, eps,
-            next_eps, scale,)),
+            next_eps, scale,)), ctx.needs_input_grad[2:],
         )  # fmt: skip
         return None, None, d_x, d_update, d_weight, d_bias, d_next_weight, d_next_bias, None, None, None
 
 
 def differentiate(kernels, grads, saved, needs=None):
     """Returns the gradients by the kernels, each in its tensor's dtype."""
-    grad_t, grad_y = grads
-    dtype = promoted(saved.x, saved.update) if kernels.backend == "cpu" else None
-    d_x, d_update, d_weight, d_bias, d_next_weight, d_next_bias = kernels.backward(
-        operand(grad_t, dtype), operand(grad_y, dtype), operand(saved.x, dtype), operand(saved.update, dtype),
-        operand(saved.weight, dtype), operand(saved.bias, dtype), operand(saved.next_weight, dtype),
-        operand(saved.next_bias, dtype), saved.eps, saved.next_eps, saved.scale,
-    )  # fmt: skip
+    needs = make(Arguments, needs)
+    d_x, d_update, d_weight, d_bias, d_next_weight, d_next_bias = _gradients(op, kernels, grads, saved, needs)
     d_x = back(d_x, saved.x)
     d_update = back(d_update, saved.update)
     d_weight = back(d_weight, saved.weight)
@@ -348,6 +332,7 @@ op.serve(
         differentiable=("x", "update", "weight", "bias", "next_weight", "next_bias"),
         graded={"t": "", "y": ""},
         saves=("x", "update", "weight", "bias", "next_weight", "next_bias"),
+        asks=True,
     ),
 )
 operator = register_op(
@@ -355,6 +340,6 @@ operator = register_op(
     "add_two_norms(Tensor x, Tensor update, Tensor weight, Tensor bias, Tensor next_weight, Tensor "
     "next_bias, float eps=1e-05, float next_eps=1e-05, float scale=1.0) -> (Tensor, Tensor)",
     "add_two_norms_backward(Tensor? grad_t, Tensor? grad_y, Tensor x, Tensor update, Tensor weight, "
-    "Tensor bias, Tensor next_weight, Tensor next_bias, float eps, float next_eps, float scale) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor bias, Tensor next_weight, Tensor next_bias, float eps, float next_eps, float scale, bool[] "
+    "needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
