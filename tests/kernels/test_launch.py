@@ -44,7 +44,7 @@ COUNTS = {
     "depthwise_conv_residual": (2, 4),
     "gated_depthwise_conv": (2, 5),
     "gated_residual_norm": (1, 2),
-    "layer_norm_lstm": (5, 13),
+    "layer_norm_lstm": (5, 12),
     "linear_activation": (2, 4),
     "nonlin_attention": (3, 4),
     "norm_activation": (1, 2),
