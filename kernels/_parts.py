@@ -136,9 +136,19 @@ def add_pair_kernel(PARTS, FIRST, SECOND, parts, columns, BLOCK_P: tl.constexpr,
 
 
 def add_pair(
-    table: torch.Tensor, first: torch.Tensor, second: torch.Tensor, tile: dict[str, int] | None = None
-):
-    """Writes the sums over the rows of two tables (2, parts, columns), added up in float64. A tile holds all parts."""
+    table: torch.Tensor,
+    first: torch.Tensor,
+    second: torch.Tensor,
+    tile: dict[str, int] | None = None,
+    later: Sequence[Callable[..., bool] | None] | None = None,
+) -> None:
+    """Writes the sums over the rows of two tables (2, parts, columns), added up in float64. A tile holds all parts.
+    ``later`` are those of ``add_parts``, of each table.
+    """
+    if later is not None:
+        for i, out in enumerate((first, second)):
+            add_parts(table[i], out, later[i])
+        return
     _, parts, columns = table.shape
     tile = tile or reduce_tile(parts)
     launch(add_pair_kernel, (cdiv(columns, tile["BLOCK_C"]), 2), table, first, second, parts, columns, **tile)

@@ -371,14 +371,15 @@ def keys_kernel(
 def positions_kernel(
     DS, Q, W, GATE, PARTS, BIASES, BOUNDS, PIECES, frames, keys, chunk, left, right, first_block, count, piece, lowest,
     low, high, each, groups, batch, blocks, heads, q_time, q_batch, p_row, p_head, ds_row, scale, DIM: tl.constexpr,
-    WINDOW: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.constexpr,
+    WINDOW: tl.constexpr, ADDS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Writes PARTS + dS'^T (q + w) of WIDE blocks of offsets and one of channels, over the ``count`` blocks of queries
-    that DS holds of each sequence of a group of ``each``. With PIECES a group is a share of the piece's blocks of one
-    sequence: one row has too few programs otherwise. PARTS is (groups, high - low, heads, DIM) in the order of
-    its strides p_row and p_head, for the offsets from ``low`` to ``high``, or None. Programs of the first block of
-    channels also write dS'^T g to BIASES, which is (groups, high - low, heads) or None. Offsets r = T + t BLOCK + c are
-    block t + b + 1 of the rows of block b, counted from key 0; the first program begins with t = ``lowest``.
+    """Writes dS'^T (q + w), or with ADDS PARTS + dS'^T (q + w), of WIDE blocks of offsets and one of channels, over the
+    ``count`` blocks of queries that DS holds of each sequence of a group of ``each``. With PIECES a group is a share of
+    the piece's blocks of one sequence: one row has too few programs otherwise. PARTS is (groups, high - low, heads,
+    DIM) in the order of its strides p_row and p_head, for the offsets from ``low`` to ``high``, or None. Programs of
+    the first block of channels also write dS'^T g to BIASES, which is (groups, high - low, heads) or None. Offsets r =
+    T + t BLOCK + c are block t + b + 1 of the rows of block b, counted from key 0; the first program begins with t =
+    ``lowest``.
     """
     sizes = frames, keys, chunk, left, right, BOUNDS
     head, group, number = place(tl.program_id(0), blocks, groups)
@@ -437,8 +438,10 @@ def positions_kernel(
         out = PARTS + group * (high - low) * heads * DIM + head * p_head
         out += (r - low).to(tl.int64)[:, None] * p_row + d[None, :]
         whole = keep_r[:, None] & (d < DIM)[None, :]
-        found = tl.load(out, mask=whole, other=0.0)
-        tl.store(out, found + (dr * scale).to(found.dtype), mask=whole)
+        found = (dr * scale).to(PARTS.dtype.element_ty)
+        if ADDS:
+            found += tl.load(out, mask=whole, other=0.0)
+        tl.store(out, found, mask=whole)
     if BIASES is not None:
         out = BIASES + (group * (high - low) + r - low) * heads + head
         tl.store(out, db.to(BIASES.dtype.element_ty), mask=keep_r & (tl.program_id(1) == 0))

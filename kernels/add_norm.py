@@ -186,9 +186,10 @@ def add_norm_backward(
     kind: int,
     update_limit: float,
     limit: float,
+    later=None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns the gradients of x, update, weight, bias and update_weight, each in its dtype, for contiguous gradients
-    of t and y; those of absent parameters hold no result."""
+    of t and y; those of absent parameters hold no result. ``later`` is that of ``add_pair``."""
     channels = x.shape[-1]
     dx, dupdate = contiguous_like(x), contiguous_like(update)
     sums = dweight, dbias, dupdate_weight = tuple(
@@ -208,7 +209,7 @@ def add_norm_backward(
         row_stride(x), row_stride(update), eps, scale, *limits, T_TYPE=TYPES[dtype], CENTRED=kind == LAYER,
         LIMITED=is_limited, **tile,
     )  # fmt: skip
-    add_pair(table[:2], dweight, dbias)
+    add_pair(table[:2], dweight, dbias, later=later)
     if gated:
         add_parts(table[2], dupdate_weight)
     return dx, dupdate, *sums

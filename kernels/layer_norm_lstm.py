@@ -373,9 +373,9 @@ def shapes(units: int, batch: int, programs: int, dtype: torch.dtype) -> dict[st
     }
 
 
-def _launch(kernel, arguments, first: int, last: int, tail, weight, batch: int) -> None:
+def _launch(kernel, arguments, first: int, last: int, tail, weight, batch: int, arrived=None) -> None:
     """Runs phases first to last - 1 in one launch, or in one launch each where programs cannot wait or there is but one
-    step.
+    step. ``arrived`` (1,) is a zero of int32, or None.
     """
     units, device = weight.shape[1], weight.device
     programs = min(processors(weight), cdiv(4 * units, BLOCK_N))
@@ -384,7 +384,8 @@ def _launch(kernel, arguments, first: int, last: int, tail, weight, batch: int) 
         launch(kernel, (1,), *arguments, None, *tail(first, last), **shape)
         return
     if last - first > 2 and _together(device):
-        arrived = torch.zeros(1, dtype=torch.int32, device=device)
+        if arrived is None:
+            arrived = torch.zeros(1, dtype=torch.int32, device=device)
         arguments_of_all = *arguments, arrived, *tail(first, last)
         if _launched_together(kernel, programs, device, *arguments_of_all, **shape):
             return
@@ -480,7 +481,8 @@ def layer_norm_lstm_backward(
         return make(shape, dtype=dtype, device=device)
 
     dgates, rows = new(torch.empty, steps, batch, 4 * units, dtype=weight.dtype), steps * batch
-    dhidden, dcell = new(torch.zeros, 4, batch, units), new(torch.zeros, batch, units)
+    zeros, dcell = new(torch.zeros, 4 * batch * units + 1), new(torch.zeros, batch, units)
+    dhidden, arrived = zeros[:-1].view(4, batch, units), zeros[-1:].view(torch.int32)
     for gradient, given in ((dhidden[0], grad_hidden), (dcell, grad_cell)):
         if given is not None:
             gradient.copy_(given)
@@ -498,6 +500,7 @@ def layer_norm_lstm_backward(
             lambda first, last: (batch, units, steps, first, last),
             weight,
             batch,
+            arrived,
         )
         _norm_gradients(kept, before, rows, 5 * units, 0, norms[:2])
         _norm_gradients(kept, before, rows, 5 * units, 4 * units, norms[2:])

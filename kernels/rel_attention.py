@@ -450,13 +450,15 @@ def rel_attention_backward(
         first_row = max(low, keys - 1 - before + (edges is not None))
         last_row = max(first_row, min(high, keys + behind - (edges is not None)))
     parts, bias_parts = None, None
+    adds = table is not None or len(held) > 1  # else a launch of ``positions`` meets all queries
+    made = torch.zeros if adds else torch.empty
     if pos is not None:
-        parts = torch.zeros(groups, last_row - first_row, width, dtype=shares, device=q.device)
+        parts = made(groups, last_row - first_row, width, dtype=shares, device=q.device)
     if (
         offset_bias is not None
     ):  # a table of each piece: adding to numbers that several threads read would be a race
         shape = len(held), groups, high - low, heads
-        bias_parts = torch.zeros(shape, dtype=shares, device=q.device)
+        bias_parts = made(shape, dtype=shares, device=q.device)
     tables = [(parts, bias_parts, low, high)]
     if (first_row, last_row) != (low, high):
         tables = [(parts, None, first_row, last_row), (None, bias_parts, low, high)]
@@ -488,7 +490,8 @@ def rel_attention_backward(
                 launch(positions_kernel, (heads * groups * tall, 1 if found is None else of_products),
                     ds, q, bias_v, offset_gate, found, None if biases is None else biases[piece], table, of_blocks,
                     *sizes, first, count, piece, here, begin, end, each, groups, batch, tall, heads,
-                    q.stride(1), q.stride(0), *order, row, scale, DIM=dim, WINDOW=window, **shapes["positions"],
+                    q.stride(1), q.stride(0), *order, row, scale,
+                    DIM=dim, WINDOW=window, ADDS=adds, **shapes["positions"],
                 )  # fmt: skip
     if dpos is not None:
         at = first_row - (keys - 1) + before

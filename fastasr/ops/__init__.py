@@ -16,6 +16,7 @@ from fastasr.ops._wrapped.swoosh_linear import swoosh_linear as swoosh_linear
 
 # written by `make ops`: begin
 from fastasr.ops._written.add_norm import add_norm as add_norm
+from fastasr.ops._written.add_two_norms import add_two_norms as add_two_norms
 from fastasr.ops._written.balancer_gradient import balancer_gradient as balancer_gradient
 from fastasr.ops._written.batch_norm_activation import batch_norm_activation as batch_norm_activation
 from fastasr.ops._written.bias_norm import bias_norm as bias_norm

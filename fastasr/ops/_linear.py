@@ -25,7 +25,7 @@ def fits(x: Tensor, weight: Tensor, bias: Tensor | None, *_: object) -> bool:
 
 
 class LateFamily(KernelFamily):
-    """Kernels whose gradients of biases may come at the end of a recorded backward pass."""
+    """Kernels whose gradients of parameters may come at the end of a recorded backward pass."""
 
     def kernels(self, x: Tensor, *others: Tensor | None) -> Kernels | None:
         found, recorded = super().kernels(x, *others), recording()
@@ -39,6 +39,13 @@ def late(kernels: Kernels, bias: Tensor | None, grad: Tensor) -> Callable[..., b
     if kernels.later is None or bias is None or grad.dtype is not bias.dtype:
         return None
     return partial(kernels.later, bias)
+
+
+def late_sums(kernels: Kernels, *parameters: Tensor | None) -> tuple[Callable[..., bool] | None, ...] | None:
+    """Returns the same for the gradients of parameters, which have their dtypes, or None if all come at once."""
+    if kernels.later is None:
+        return None
+    return tuple(None if p is None else partial(kernels.later, p) for p in parameters)
 
 
 def bias_grad(grad: Tensor, backend: str = "cpu", later: Callable[..., bool] | None = None) -> Tensor:

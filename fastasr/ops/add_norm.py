@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from fastasr.ops import _layout
-from fastasr.ops._dispatch import Kernels
+from fastasr.ops._dispatch import Kernels, native_kernels, triton_kernels
+from fastasr.ops._linear import LateFamily, late_sums
 from fastasr.ops._norm import KINDS, effective_limit, limited, normed
 from fastasr.ops._op import Arguments, Needs, Op, Saved, op
 from fastasr.ops._runtime import operand
@@ -61,11 +62,15 @@ def _gradients(
     grad_t, grad_y = (operand(grad, work) for grad in grads)
     if grad_y is None:
         grad_y = torch.zeros_like(operands[1], memory_format=torch.contiguous_format)
-    return kernels.backward(grad_t, grad_y, *operands, *_options(saved))
+    late = late_sums(kernels, saved.weight, saved.bias)
+    return kernels.backward(grad_t, grad_y, *operands, *_options(saved), *(() if late is None else (late,)))
+
+
+FAMILY = LateFamily("add_norm", ("add_norm",), (native_kernels("add_norm"), triton_kernels("add_norm")))
 
 
 # --------------------------------------------------------------------------- the op
-@op("cpu triton", launch=_launch, gradients=_gradients)
+@op(FAMILY, launch=_launch, gradients=_gradients)
 def add_norm(
     x: Annotated[Tensor, "*S C, C >= 1"],
     update: Annotated[Tensor, "*S C"],

@@ -55,8 +55,8 @@ CASES = {
     "zipformer, inference": (False, NEVER, Counts(3078, 0, 257, 0, 1558)),
     "zipformer, training, nothing acts": (True, NEVER, Counts(3812, 6291, 752, 2878, 4620)),
     "zipformer, training, everything acts": (True, ALWAYS, Counts(4465, 13256, 1924, 3467, 6991)),
-    "fast_conformer, inference": (False, NEVER, Counts(1918, 0, 173, 0, 882)),
-    "fast_conformer, training": (True, NEVER, Counts(2246, 4333, 622, 2055, 2551)),
+    "fast_conformer, inference": (False, NEVER, Counts(1918, 0, 173, 0, 834)),
+    "fast_conformer, training": (True, NEVER, Counts(2214, 4282, 637, 2006, 2452)),
 }
 
 
@@ -64,9 +64,9 @@ CASES = {
 RECORDED = {"torch": 1281, "fastasr": 2025}
 MOST_RECORDED = 3350
 # The same of a call in inference.
-INFERENCE = {"zipformer": {"torch": 404, "fastasr": 388}, "fast_conformer": {"torch": 282, "fastasr": 173}}
+INFERENCE = {"zipformer": {"torch": 404, "fastasr": 388}, "fast_conformer": {"torch": 231, "fastasr": 175}}
 # Kernels of a recorded training step of a FastConformer.
-PADDED = {"torch": 1029, "fastasr": 589}
+PADDED = {"torch": 847, "fastasr": 522}
 
 
 class CountingTapes(TapeRecorder):
@@ -256,4 +256,6 @@ def test_a_recorded_row_has_no_more_kernels_than_a_padded_batch(monkeypatch):
         f"{padded}\n{calls.most_common(30)}"
     )
     more = calls_of_row - calls
-    assert sum(row.values()) <= sum(padded.values()), f"{row}, padded {padded}\n{more.most_common(30)}"
+    tables = 17  # of dR: attention zeroes one in each block, because some programs meet no frames
+    most = sum(padded.values()) + tables
+    assert sum(row.values()) <= most, f"{row}, padded {padded}\n{more.most_common(30)}"

@@ -135,6 +135,7 @@ def test_budgets_have_no_spills(rows, architecture):
     """No kernel runs out of its 255 registers. In those named the assembler takes fewer and spills at most 48 bytes, so
     that more programs may be resident; to forbid it would cost a third or half of the resident warps."""
     known = {
+        "add_two_norms forward, C=512, fp32, bf16 branch": (120,),
         "add_norm backward, rms of both, C=1024, bf16": (100,),
         "balancer_gradient change, 192 channels, padded, fp32": (86, 89, 100, 120),
         "balancer_gradient change, channels in the middle, padded, fp32": (80, 86, 89),

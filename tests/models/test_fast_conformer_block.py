@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The FastConformer block as a GPU computes it, with ``ops.add_norm``, against its norms and residuals by torch."""
 
+from functools import partial
+
 import pytest
 import torch
 from steps import close, moved, numbers, seeded
 
+from fastasr import ops
 from fastasr.models import fast_conformer
 from fastasr.models.fast_conformer import masks
 
@@ -89,3 +92,86 @@ def test_it_runs_on_the_meta_device():
     x = torch.empty(BATCH, FRAMES, WIDTH, device="meta")
     y = ours(x, position_embeddings=torch.empty(1, 2 * FRAMES - 1, WIDTH, device="meta"))
     assert y.shape == x.shape
+
+
+@pytest.fixture
+def joints(monkeypatch):
+    """Returns the first norms that one kernel computes with the last norm of the block before, as they are made."""
+    found, op = [], ops.add_two_norms
+    monkeypatch.setattr(ops, "add_two_norms", lambda *args: (found.append(args[4]), op(*args))[1])
+    return found
+
+
+def encoder(**rates):
+    still = dict.fromkeys(("dropout", "activation_dropout", "attention_dropout", "layer_drop"), 0.0)
+    seeded(0)
+    sizes = {"mel_bins": 16, "width": WIDTH, "layers": 3, "heads": 3, "hidden": 40, "channels": 4}
+    return moved(fast_conformer.FastConformerEncoder(**sizes, **still | rates), 0.1).train()
+
+
+def step_of_encoder(encoder, autocast=False):
+    x = torch.randn(BATCH, 8 * FRAMES, 16, generator=numbers(1)).to(encoder.subsampling.linear.weight.dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = encoder(x)[0]
+    return y, torch.autograd.grad(y.float().sin().sum(), list(encoder.layers.parameters()))
+
+
+def test_one_kernel_computes_two_norms_between_blocks(as_on_gpu, joints):
+    y, grads = step_of_encoder(encoder().double())
+    assert not joints
+    as_on_gpu()
+    ours = encoder().double()
+    found, others = step_of_encoder(ours)
+    assert list(map(id, joints)) == [id(layer.norm_feed_forward1.weight) for layer in ours.layers[1:]]
+    close(found, y, 1e-12)
+    for a, b in zip(others, grads, strict=True):
+        close(a, b, 1e-10, least=1e-2)
+
+
+def test_two_norms_between_blocks_under_autocast(as_on_gpu, joints):
+    exact = step_of_encoder(encoder())
+    as_on_gpu()
+    found = step_of_encoder(encoder(), autocast=True)
+    assert len(joints) == 2
+    apart = encoder()
+    for layer in apart.layers:
+        layer.register_forward_hook(lambda *args: None)
+    expected = step_of_encoder(apart, autocast=True)
+    assert len(joints) == 2
+    assert found[0].dtype == torch.float32
+    # They differ by how often one of them rounds to the next number of 16 bits.
+    assert distance(found[0], expected[0]) <= 0.5 * distance(expected[0], exact[0])
+    for a, b, c in zip(found[1], expected[1], exact[1], strict=True):
+        assert a.dtype == b.dtype == torch.float32
+        if c.norm() > 1e-3:
+            assert distance(a, b) <= 0.5 * distance(b, c)
+
+
+CHANGES = {
+    "a hook": lambda layer: layer.register_forward_hook(lambda *args: None),
+    "a hook of the first branch": lambda layer: layer.feed_forward1.register_forward_hook(lambda *args: None),
+    "checkpointing": lambda layer: setattr(layer, "gradient_checkpointing", True),
+    "a forward": lambda layer: setattr(layer, "forward", partial(type(layer).forward, layer)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_block_is_called(change, as_on_gpu, joints):
+    ours = encoder()
+    CHANGES[change](ours.layers[2])
+    as_on_gpu()
+    step_of_encoder(ours, autocast=True)
+    assert list(map(id, joints)) == [id(ours.layers[1].norm_feed_forward1.weight)]
+
+
+def test_blocks_that_are_left_out_have_no_followers(as_on_gpu, joints):
+    as_on_gpu()
+    ours = encoder(layer_drop=0.5)
+    expected = 0
+    for _ in range(8):
+        state = torch.get_rng_state()
+        ran = sum(torch.rand([]).item() >= 0.5 for _ in range(3))
+        torch.set_rng_state(state)
+        ours(torch.randn(1, 8 * FRAMES, 16, generator=numbers(1)))
+        expected += max(0, ran - 1)
+        assert len(joints) == expected

@@ -5,6 +5,7 @@ These functions also run on instances of upstream's classes, where a submodule m
 with hooks. A submodule that is not a plain module of torch's is called normally.
 """
 
+from collections.abc import Sequence
 from typing import Any, TypeGuard
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from fastasr import ops
 from fastasr.models.common.plain import is_plain, weight_and_bias
-from fastasr.ops import _dropout
+from fastasr.ops import _dropout, _linears
 
 
 def is_plain_linear(module: torch.nn.Module) -> TypeGuard[torch.nn.Linear]:
@@ -22,6 +23,14 @@ def is_plain_linear(module: torch.nn.Module) -> TypeGuard[torch.nn.Linear]:
 
 def linear(module: torch.nn.Module, x: Tensor) -> Tensor:
     return ops.linear(x, *weight_and_bias(module)) if is_plain_linear(module) else module(x)
+
+
+def linears(modules: Sequence[torch.nn.Module], x: Tensor) -> Sequence[Tensor]:
+    """Returns x through each module."""
+    found = None
+    if all(map(is_plain_linear, modules)):
+        found = _linears.linears(x, [weight_and_bias(module) for module in modules])
+    return [linear(module, x) for module in modules] if found is None else found
 
 
 def is_idle(module: torch.nn.Module) -> bool:

@@ -4,6 +4,7 @@
 score(i, j) = ((q_i + u) · k_j + (q_i + v) · R[j − i]) / √d, with R a projection of sinusoids.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -49,10 +50,8 @@ class RelPositionMultiHeadedAttention(torch.nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, pos_emb: Tensor, mask: Row | Tensor | None
     ) -> Tensor:
         batch, frames = query.shape[:2]
-        q = plumbing.linear(self.linear_q, query).view(batch, frames, self.h, self.d_k)
-        k = plumbing.linear(self.linear_k, key).view(batch, -1, self.h, self.d_k)
+        q, k, v = (y.view(batch, -1, self.h, self.d_k) for y in _projections(self, query, key, value))
         q, k = _normed(self, "q_norm", q), _normed(self, "k_norm", k)
-        v = plumbing.linear(self.linear_v, value).view(batch, -1, self.h, self.d_k)
         p = plumbing.linear(self.linear_pos, pos_emb).view(pos_emb.shape[0], -1, self.h, self.d_k)
         if isinstance(mask, Row):
             dropped: Any = plumbing.dropped_share(self.dropout)
@@ -73,6 +72,15 @@ class RelPositionMultiHeadedAttention(torch.nn.Module):
                 q, k, v, p[0], self.pos_bias_u, self.pos_bias_v, **_masks(hidden, batch, frames), **dropout
             )
         return plumbing.linear(self.linear_out, out.reshape(batch, frames, self.h * self.d_k))
+
+
+def _projections(
+    module: RelPositionMultiHeadedAttention, query: Tensor, key: Tensor, value: Tensor
+) -> Sequence[Tensor]:
+    layers = module.linear_q, module.linear_k, module.linear_v
+    if query is key and key is value:
+        return plumbing.linears(layers, query)
+    return [plumbing.linear(layer, x) for layer, x in zip(layers, (query, key, value), strict=True)]
 
 
 def _normed(module: RelPositionMultiHeadedAttention, name: str, x: Tensor) -> Tensor:

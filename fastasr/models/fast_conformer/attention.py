@@ -100,8 +100,8 @@ class FastConformerAttention(torch.nn.Module):
 
 def _projections(module: FastConformerAttention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Returns q, k and v, (B, T, H, d) each."""
-    projections = module.q_proj, module.k_proj, module.v_proj
-    q, k, v = (plumbing.linear(p, x).view(*x.shape[:2], *module.bias_u.shape) for p in projections)
+    found = plumbing.linears((module.q_proj, module.k_proj, module.v_proj), x)
+    q, k, v = (y.view(*x.shape[:2], *module.bias_u.shape) for y in found)
     return q, k, v
 
 

@@ -120,7 +120,7 @@ def convolved(
         z = ops.gated_depthwise_conv(
             h, weight, bias, padding_mask=hidden, cache=cache, starts=starts, **options
         )
-        z = z[::stride].transpose(0, 1)
+        z = (z if stride == 1 else z[::stride]).transpose(0, 1)  # A slice costs the backward pass a copy.
         if by_frame:
             return activations.norm_activated(norm, activation, z)
         if folded:

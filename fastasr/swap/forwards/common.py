@@ -48,7 +48,7 @@ def share_of_dropout(module: Upstream) -> float | None:
 
 def projections(x: Tensor, heads: tuple[int, ...], *layers: Upstream) -> list[Tensor]:
     """Returns x (B, T, width) through each layer, (B, T, H, d), with ``heads`` (H, d), one of which may be -1."""
-    return [plumbing.linear(layer, x).unflatten(-1, heads) for layer in layers]
+    return [y.unflatten(-1, heads) for y in plumbing.linears(layers, x)]
 
 
 def attention(
@@ -64,10 +64,11 @@ def attention(
     ``hidden``: the kernel's arguments for hidden keys and dropout. ``keys`` (B, K, width) are x unless given, ``rows``
     the projected positions those of ``positions``."""
     heads, keys = module.pos_bias_u.shape, x if keys is None else keys
-    (q,), (k, v) = (
-        projections(x, heads, module.linear_q),
-        projections(keys, heads, module.linear_k, module.linear_v),
-    )
+    layers = module.linear_q, module.linear_k, module.linear_v
+    if keys is x:
+        q, k, v = projections(x, heads, *layers)
+    else:
+        (q,), (k, v) = projections(x, heads, *layers[:1]), projections(keys, heads, *layers[1:])
     if rows is None:
         needed = max(0, x.shape[1] + keys.shape[1] - 1)
         rows = first_rows(projected(module, module.linear_pos, positions[0]), needed)

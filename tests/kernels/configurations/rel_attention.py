@@ -42,7 +42,9 @@ def configurations(generation: int):
             f"rel_attention {name}{label and ', ' + label}, {dtype}",
             getattr(module, f"{name}_kernel"),
             types | ({"DQ": "fp32"} if name == "queries" else {}),
-            {"DIM": dim, "VALUE_DIM": value, "WINDOW": limited, **dict.fromkeys(absent)} | shapes[name],
+            {"DIM": dim, "VALUE_DIM": value, "WINDOW": limited, **dict.fromkeys(absent)}
+            | ({"ADDS": label in ("pieces", "recordings")} if name == "positions" else {})
+            | shapes[name],
             strides,
             ("scale", "factor", "cap"),
         )
@@ -87,6 +89,7 @@ def configurations(generation: int):
                 yield configuration(name, "recordings", dtype)
                 if name == "offsets":
                     yield configuration(name, "span", dtype)
+        yield configuration("positions", "pieces", dtype)
         if dtype != "tf32":
             yield configuration("positions", "gated bias", dtype)
     for dtype in ("fp32", "bf16"):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A recorded pass whose Balancers, Whitens, bias gradients and limits take few launches gives what it gives when each
-call is served by itself, bit for bit. Launches lie on the tape, which runs none of them while it records.
+"""A recorded pass whose Balancers, Whitens, limits, and gradients of biases and norms take few launches gives what it
+gives when each call is served by itself, bit for bit. Launches lie on the tape, which runs none of them while it
+records.
 """
 
 import random
@@ -27,6 +28,7 @@ class Branch(nn.Module):
         self.shares = shares
         self.first, self.last = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH, bias=not shares)
         self.middle = nn.Linear(WIDTH, WIDTH)
+        self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(3))
         self.balancer = Balancer(WIDTH, -1, min_abs=2.0, prob=0.5)
         self.whiten = Whiten(1, 1.01, prob=0.5, grad_scale=0.1)
         self.scale = nn.Parameter(torch.full((WIDTH,), 1.2))
@@ -38,6 +40,9 @@ class Branch(nn.Module):
         linear = ops.linear if recording() else nn.functional.linear  # as unrecorded calls on a GPU
         x = self.whiten(self.balancer(linear(x, self.first.weight, bias)))
         x = x * limit_param_value(self.scale, 0.8, 1.0)
+        one, *two = ((norm.weight, norm.bias) for norm in self.norms)
+        stream, update = ops.add_norm(x.float(), x, *one)
+        x = sum(ops.add_two_norms(stream, update, *two[0], *two[1]))
         x = ops.linear_activation(x, self.middle.weight, self.middle.bias)
         return ops.swoosh_linear(x, self.last.weight, last)
 
@@ -68,7 +73,11 @@ def found(monkeypatch, together, shares=False):
         patch.setattr(_jobs, "fits", lambda x: together and fits(x))
         patch.setattr(_jobs, "run", lambda kernel, *a, **o: launches.append(kernel) or run(kernel, *a, **o))
         if not shares:
-            patch.setattr(_parts, "add_parts_kernel", None)  # no sum of a bias has a launch of its own
+            for name in (
+                "add_parts_kernel",
+                "add_pair_kernel",
+            ):  # no sum of a parameter has a launch of its own
+                patch.setattr(_parts, name, None)
         torch.manual_seed(0)
         module = Branch(shares)
         graphs = graphed(module, after=0)
@@ -78,8 +87,8 @@ def found(monkeypatch, together, shares=False):
 def test_they_are_those_of_each_call(monkeypatch):
     (ours, none, launches), (alone, *_, of_bias) = found(monkeypatch, True), found(monkeypatch, False)
     assert none == []
-    assert len(launches) == 14  # five kernels in a rehearsal and in the recording, and two of the casts
-    assert len(of_bias) == 8
+    assert len(launches) == 16  # six kernels in a rehearsal and in the recording, and two of the casts
+    assert len(of_bias) == 10
     for a, b in zip(ours, alone, strict=True):
         assert a.isfinite().all()
         assert torch.equal(a, b)
