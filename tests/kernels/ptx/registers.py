@@ -243,12 +243,14 @@ def _move(machine, operation, operands):
         target, parts = machine.slot(operands[0]), operands[1]
         width = BITS[kind] // len(parts)
         slots = [machine.source(o, f"b{width}") for o in parts]
+        poison = np.full((1, 1), (1 << width) - 1, UNSIGNED[width])
         dtype = UNSIGNED[BITS[kind]]
 
         def pack(m, mask):
             value = 0
             for i, slot in enumerate(slots):
-                value = value | (m.get(slot).astype(dtype) << dtype(i * width))
+                part = m.registers[slot]  # LLVM writes no number to a half that nothing reads
+                value = value | ((poison if part is None else part).astype(dtype) << dtype(i * width))
             m.put(target, value, mask)
 
         return pack
