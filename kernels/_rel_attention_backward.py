@@ -59,6 +59,22 @@ def _tile(
     return scores, slope, upper
 
 
+@triton.jit
+def _inverse(INVERSE, row, keep, lse):
+    """Returns 1 / sum of the weights of float32; of 16 bits there is none, and lse stands for it."""
+    found = lse
+    if INVERSE is not None:
+        found = tl.load(INVERSE + row, mask=keep, other=0.0)
+    return found
+
+
+@triton.jit
+def _weights(scores, lse, inverse, PRECISE: tl.constexpr):
+    """Returns the weights of queries."""
+    w = exp_nonpositive(scores - lse[:, None], PRECISE)
+    return w * inverse[:, None] if PRECISE else w
+
+
 @triton.jit(do_not_specialize=["rows", "frames", "heads"])
 def delta_kernel(
     G, Y, REMAINDER, DELTA, rows, frames, heads,
@@ -159,7 +175,7 @@ def queries_kernel(
     row = (sequence * heads + head) * frames + i
     words = row_words(SEED, row)
     lse = tl.load(LSE + row, mask=keep_i, other=float("inf"))
-    inverse = tl.load(INVERSE + row, mask=keep_i, other=0.0)
+    inverse = _inverse(INVERSE, row, keep_i, lse)
     delta = tl.load(DELTA + row, mask=keep_i, other=0.0)
     first = start_row + block * BLOCK
     begin, end = keys_seen(first, first + BLOCK - 1, sizes, BLOCK, WINDOW)
@@ -183,7 +199,7 @@ def queries_kernel(
             lower, held, key, tensors, biases, masks, G, i, q_time, v_time, keep_i, j, base + start + BLOCK, sizes,
             scale, cap, DIM, VALUE_DIM, WINDOW, BLOCK, BLOCK_D, BLOCK_V,
         )  # fmt: skip
-        w = exp_nonpositive(scores - lse[:, None], PRECISE) * inverse[:, None]
+        w = _weights(scores, lse, inverse, PRECISE)
         ds = w * (dropped(slope, SEED, words, j, threshold, factor) - delta[:, None])
         ds = through_cap(ds, scores, cap)
         if GATE is not None:
@@ -337,9 +353,9 @@ def keys_kernel(
             sizes, scale, cap, DIM, VALUE_DIM, WINDOW, BLOCK, BLOCK_D, BLOCK_V,
         )  # fmt: skip
         lse = tl.load(LSE + row + i, mask=keep_i, other=float("inf"))  # W is 0 behind the last query
-        inverse = tl.load(INVERSE + row + i, mask=keep_i, other=0.0)
+        inverse = _inverse(INVERSE, row + i, keep_i, lse)
         delta = tl.load(DELTA + row + i, mask=keep_i, other=0.0)
-        w = exp_nonpositive(scores - lse[:, None], PRECISE) * inverse[:, None]
+        w = _weights(scores, lse, inverse, PRECISE)
         words = row_words(SEED, row + i)
         ds = w * (dropped(slope, SEED, words, j, threshold, factor) - delta[:, None])
         ds = through_cap(ds, scores, cap)

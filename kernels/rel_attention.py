@@ -406,15 +406,15 @@ def rel_attention_backward(
         grad, q, k, v, pos, edges, bias_u, bias_v, _by_head(offset_bias), offset_gate, key_bias,
         as_bytes(key_padding_mask), as_bytes(attn_mask), table, dropout_seed if dropout_p else None, lse,
     )  # fmt: skip
-    inverse, delta = torch.empty_like(lse), torch.empty_like(lse)
+    inverse, delta = None, torch.empty_like(lse)
     if q.dtype == torch.float32:
         blocks = cdiv(frames, shapes["statistics"]["BLOCK"])
+        inverse = torch.empty_like(lse)
         launch(statistics_kernel, (pairs * blocks,),
             *operands, inverse, delta, *sizes, batch, blocks, heads, *strides, *last,
             **constants, **shapes["statistics"],
         )  # fmt: skip
     else:
-        inverse.fill_(1.0)
         launch(delta_kernel, (cdiv(lse.numel(), shapes["delta"]["BLOCK"]),),
             grad, out, remainder, delta, lse.numel(), frames, heads, VALUE_DIM=v.shape[3], **shapes["delta"],
         )  # fmt: skip

@@ -48,7 +48,7 @@ COUNTS = {
     "linear_activation": (2, 4),
     "nonlin_attention": (3, 4),
     "norm_activation": (1, 2),
-    "rel_attention": (1, 8),
+    "rel_attention": (1, 7),
     "residual_norm": (1, 2),
     "rnnt_joiner": (3, 6),
     "rnnt_lattice": (3, 5),

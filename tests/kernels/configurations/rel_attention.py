@@ -36,6 +36,8 @@ def configurations(generation: int):
             absent.append("cap")
         if element == "fp32" or "inference" in label:
             absent.append("REMAINDER")
+        if element != "fp32" and name != "statistics":
+            absent.append("INVERSE")
         if "gated bias" in label:  # without positions
             absent += ["POS", "U", "W", "PARTS"]
         return Configuration(
