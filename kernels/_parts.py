@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from fastasr.kernels import _jobs
+from fastasr.kernels._column_sums import column_sums
 from fastasr.kernels._jobs import multiple, number, pointer
 from fastasr.kernels._launch import cdiv, launch, next_power_of_2, processors
 
@@ -114,8 +115,8 @@ def store_pair(PARTS, c, C, first, second):
     and ``second`` [BLOCK_R, BLOCK_C].
     """
     row = PARTS + tl.program_id(0).to(tl.int64) * C + c
-    first = tl.sum(first.to(PARTS.dtype.element_ty), axis=0)
-    second = tl.sum(second.to(PARTS.dtype.element_ty), axis=0)
+    first = column_sums(first.to(PARTS.dtype.element_ty))
+    second = column_sums(second.to(PARTS.dtype.element_ty))
     tl.store(row, first, mask=c < C)
     tl.store(row + tl.num_programs(0).to(tl.int64) * C, second, mask=c < C)
 

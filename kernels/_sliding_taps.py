@@ -24,6 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fastasr.kernels._column_sums import column_sums
 from fastasr.kernels._launch import cdiv, launch, next_power_of_2
 from fastasr.kernels._parts import sum_parts
 from fastasr.kernels._recordings import group_at
@@ -321,7 +322,7 @@ def gradient_kernel(
                 sums = zeros(TAPS * COLUMNS, BLOCK_G, BLOCK_C)
     at = PARTS + (part * rows).to(tl.int64) * C + c
     if (k == 0) & (j == 0):
-        tl.store(at + sum_row * C, tl.sum(total, axis=0).to(PARTS.dtype.element_ty), mask=in_row)
+        tl.store(at + sum_row * C, column_sums(total).to(PARTS.dtype.element_ty), mask=in_row)
     STACKED: tl.constexpr = 1 if FEW_TAPS else triton.next_power_of_2(TAPS)
     for m in tl.static_range(COLUMNS):
         for first in tl.static_range(0, TAPS, STACKED):
@@ -329,8 +330,9 @@ def gradient_kernel(
             n = first + tl.arange(0, STACKED)
             here = (row + (k + n) * columns + j + m) * C
             keep = in_row[:, None] & ((n < TAPS) & (k + n < count) & (j + m < columns))[None, :]
-            found = tl.sum(_stacked(found, min(STACKED, TAPS - first), STACKED), axis=0)  # [BLOCK_C, STACKED]
-            tl.store(at[:, None] + here[None, :], found, mask=keep)
+            found = _stacked(found, min(STACKED, TAPS - first), STACKED)
+            found = column_sums(tl.reshape(found, [BLOCK_G, BLOCK_C * STACKED]))
+            tl.store(at[:, None] + here[None, :], tl.reshape(found, [BLOCK_C, STACKED]), mask=keep)
 
 
 def shares(count: int, most: int) -> int:

@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fastasr.kernels._column_sums import column_sums
 from fastasr.kernels._launch import cdiv, launch
 from fastasr.kernels._parts import WARPS, add_parts, split_rows
 
@@ -28,7 +29,7 @@ def sum_kernel(X, PARTS, rows, rows_per_part, columns, BLOCK_R: tl.constexpr, BL
         keep = (start + r < left)[:, None] & (c < columns)[None, :]
         total += tl.load(X + r[:, None] * columns + c[None, :], mask=keep, other=0.0).to(tl.float32)
         X += BLOCK_R * columns
-    total = tl.sum(total.to(PARTS.dtype.element_ty), axis=0)
+    total = column_sums(total.to(PARTS.dtype.element_ty))
     tl.store(PARTS + part * columns + c, total, mask=c < columns)
 
 

@@ -6,6 +6,7 @@ import triton.language as tl
 
 from fastasr.kernels._activation import activate_with_slope, exp_nonpositive
 from fastasr.kernels._attention_tiles import NONE, biased, dropped, running, span, sums
+from fastasr.kernels._column_sums import column_sums
 
 
 @triton.jit(
@@ -159,7 +160,7 @@ def parameters_kernel(
     table = tl.num_programs(0).to(tl.int64) * D
     element = PARTS.dtype.element_ty
     at = PARTS + part * D + c
-    tl.store(at, tl.sum(dw0.to(element), axis=0), mask=in_row)
-    tl.store(at + table, tl.sum(dw1.to(element), axis=0), mask=in_row)
-    tl.store(at + 2 * table, tl.sum(db0.to(element), axis=0), mask=in_row)
-    tl.store(at + 3 * table, tl.sum(db1.to(element), axis=0), mask=in_row)
+    tl.store(at, column_sums(dw0.to(element)), mask=in_row)
+    tl.store(at + table, column_sums(dw1.to(element)), mask=in_row)
+    tl.store(at + 2 * table, column_sums(db0.to(element)), mask=in_row)
+    tl.store(at + 3 * table, column_sums(db1.to(element)), mask=in_row)

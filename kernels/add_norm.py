@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fastasr.kernels._column_sums import column_sums
 from fastasr.kernels._launch import cdiv, contiguous_like, generation, launch
 from fastasr.kernels._layer_norm import (
     backward_parts,
@@ -127,7 +128,7 @@ def backward_kernel(
     store_pair(PARTS, c, C, dweight, dbias)
     if UPDATE_WEIGHT is not None:
         row = PARTS + (2 * tl.num_programs(0).to(tl.int64) + part) * C + c
-        tl.store(row, tl.sum(dupdate_weight.to(PARTS.dtype.element_ty), axis=0), mask=in_row)
+        tl.store(row, column_sums(dupdate_weight.to(PARTS.dtype.element_ty)), mask=in_row)
 
 
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}

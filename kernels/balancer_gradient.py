@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 
 from fastasr.kernels import _jobs
+from fastasr.kernels._column_sums import column_sums
 from fastasr.kernels._hidden import samples, visible
 from fastasr.kernels._jobs import multiple, number, pointer
 from fastasr.kernels._launch import as_bytes, cdiv, launch, next_power_of_2, processors
@@ -45,7 +46,7 @@ def _shift(X, HIDDEN, c, in_x, inner, count, x_row, outer_stride, channel_stride
     offsets = outer * outer_stride + (at - outer * inner) * x_row
     keep = seen[:, None] & in_x[None, :]
     x = tl.load(X + offsets[:, None] + (c * channel_stride)[None, :], mask=keep, other=0.0)
-    return tl.sum(x.to(tl.float32), axis=0) * share  # [BLOCK_C]
+    return column_sums(x.to(tl.float32)) * share  # [BLOCK_C]
 
 
 @triton.jit
@@ -94,8 +95,8 @@ def _sums(
         number += seen.to(tl.int32)
         tile += 1
     out = TABLE + part.to(tl.int64) * TABLE_ROWS * channels + c
-    tl.store(out, tl.sum(s1, axis=0), mask=in_x)
-    tl.store(out + channels, tl.sum(s2, axis=0), mask=in_x)
+    tl.store(out, column_sums(s1), mask=in_x)
+    tl.store(out + channels, column_sums(s2), mask=in_x)
     if HIDDEN is not None:
         rows = tl.sum(number, axis=0).to(tl.float32)
         tl.store(out + 2 * channels, tl.zeros([BLOCK_C], tl.float32) + rows, mask=in_x)
@@ -188,10 +189,10 @@ def change_kernel(
         p = first + tl.arange(0, BLOCK_P).to(tl.int64)
         keep = (p < parts)[:, None] & in_x[None, :]
         at = TABLE + p[:, None] * TABLE_ROWS * channels + c[None, :]  # [BLOCK_P, BLOCK_C]
-        s1 += tl.sum(tl.load(at, mask=keep, other=0.0).to(tl.float64), axis=0)
-        s2 += tl.sum(tl.load(at + channels, mask=keep, other=0.0).to(tl.float64), axis=0)
+        s1 += column_sums(tl.load(at, mask=keep, other=0.0).to(tl.float64))
+        s2 += column_sums(tl.load(at + channels, mask=keep, other=0.0).to(tl.float64))
         if HIDDEN is not None:
-            number += tl.sum(tl.load(at + 2 * channels, mask=keep, other=0.0).to(tl.float64), axis=0)
+            number += column_sums(tl.load(at + 2 * channels, mask=keep, other=0.0).to(tl.float64))
     shift = _shift(X, HIDDEN, c, acts, inner, count, x_row, outer_stride, channel_stride)
     rows = count
     if HIDDEN is not None:

@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 
 from fastasr.kernels._activation import activate_with_slope
+from fastasr.kernels._column_sums import column_sums
 from fastasr.kernels._hidden import visible
 from fastasr.kernels._launch import as_bytes, cdiv, launch, next_power_of_2
 from fastasr.kernels._layer_norm import inverse_root, load_tile
@@ -58,18 +59,18 @@ def statistics_kernel(
         x = load_tile(X, r, c, C, seen[:, None] & (c < C)[None, :])  # [BLOCK_R, BLOCK_C]
         here = tl.sum(tl.where(seen, 1.0, 0.0), axis=0)
         if count == 0.0:
-            shift = tl.sum(x, axis=0) / tl.maximum(here, 1.0)
+            shift = column_sums(x) / tl.maximum(here, 1.0)
         d = tl.where(seen[:, None], x - shift[None, :], 0.0)
         s1 += d
         s2 = tl.fma(d, d, s2)
         count += here
         first += BLOCK_R
     kind = TABLE.dtype.element_ty
-    sums = tl.sum(s1.to(kind), axis=0)
+    sums = column_sums(s1.to(kind))
     step = sums / tl.maximum(count, 1.0).to(kind)
     at = TABLE + part * 2 * C + c
     tl.store(at, shift.to(kind) + step, mask=c < C)
-    tl.store(at + C, tl.sum(s2.to(kind), axis=0) - sums * step, mask=c < C)
+    tl.store(at + C, column_sums(s2.to(kind)) - sums * step, mask=c < C)
     if tl.program_id(0) % tl.cdiv(C, BLOCK_C) == 0:
         tl.store(TABLE + parts.to(tl.int64) * 2 * C + part, count.to(kind))
 
@@ -86,7 +87,7 @@ def _combined(TABLE, parts, c, C, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
         count = tl.load(COUNTS + p, mask=p < parts, other=0.0).to(tl.float64)
         at = TABLE + p[:, None] * 2 * C + c[None, :]  # [BLOCK_P, BLOCK_C]
         found = tl.load(at, mask=(p < parts)[:, None] & (c < C)[None, :], other=0.0).to(tl.float64)
-        mean += tl.sum(found * count[:, None], axis=0)
+        mean += column_sums(found * count[:, None])
         counts += count
     number = tl.sum(counts, axis=0)
     share = 1.0 / tl.maximum(number, 1.0)
@@ -98,7 +99,7 @@ def _combined(TABLE, parts, c, C, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
         at = TABLE + p[:, None] * 2 * C + c[None, :]
         apart = tl.load(at, mask=keep, other=0.0).to(tl.float64) - mean[None, :]
         square = tl.load(at + C, mask=keep, other=0.0).to(tl.float64)
-        squares += tl.sum(square + count[:, None] * apart * apart, axis=0)
+        squares += column_sums(square + count[:, None] * apart * apart)
     return mean, tl.maximum(squares, 0.0, propagate_nan=tl.PropagateNan.ALL), number
 
 
@@ -193,8 +194,8 @@ def sums_kernel(
         first += BLOCK_R
     kind = TABLE.dtype.element_ty
     at = TABLE + part * 2 * C + c
-    tl.store(at, tl.sum(dweight.to(kind), axis=0), mask=c < C)
-    tl.store(at + C, tl.sum(dbias.to(kind), axis=0), mask=c < C)
+    tl.store(at, column_sums(dweight.to(kind)), mask=c < C)
+    tl.store(at + C, column_sums(dbias.to(kind)), mask=c < C)
 
 
 @triton.jit(do_not_specialize=["rows", "rows_per_part", "parts"])
@@ -210,8 +211,8 @@ def backward_kernel(
         p = start + tl.arange(0, BLOCK_P).to(tl.int64)
         keep = (p < parts)[:, None] & (c < C)[None, :]
         at = TABLE + p[:, None] * 2 * C + c[None, :]  # [BLOCK_P, BLOCK_C]
-        weight_sum += tl.sum(tl.load(at, mask=keep, other=0.0).to(tl.float64), axis=0)
-        bias_sum += tl.sum(tl.load(at + C, mask=keep, other=0.0).to(tl.float64), axis=0)
+        weight_sum += column_sums(tl.load(at, mask=keep, other=0.0).to(tl.float64))
+        bias_sum += column_sums(tl.load(at + C, mask=keep, other=0.0).to(tl.float64))
     dweight, dbias = weight_sum.to(tl.float32), bias_sum.to(tl.float32)
     if part == 0:
         tl.store(DWEIGHT + c, dweight.to(DWEIGHT.dtype.element_ty), mask=c < C)

@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fastasr.kernels._column_sums import column_sums
 from fastasr.kernels._launch import cdiv, launch, next_power_of_2
 from fastasr.kernels._parts import REDUCE, WARPS, reduce_tile, split_rows, sum_parts
 
@@ -118,7 +119,7 @@ def backward_kernel(
         dbias = tl.fma(k, d, dbias)
         dlog_scale += share
         first += BLOCK_R
-    tl.store(DBIAS_PARTS + part * C + c, tl.sum(dbias, axis=0), mask=in_row)
+    tl.store(DBIAS_PARTS + part * C + c, column_sums(dbias), mask=in_row)
     tl.store(DLOG_SCALE_PARTS + part, tl.sum(dlog_scale, axis=0).to(tl.float32))
 
 

@@ -20,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fastasr.kernels._column_sums import column_sums
 from fastasr.kernels._launch import cdiv, launch
 from fastasr.kernels._parts import WARPS, add_parts, split_rows
 
@@ -82,7 +83,7 @@ def backward_kernel(
         tl.store(DX + offsets, (kept * scale).to(DX.dtype.element_ty), mask=keep)
         dscale = tl.fma(kept, x - x_orig, dscale)
         first += BLOCK_R
-    tl.store(PARTS + part * columns + c, tl.sum(dscale, axis=0), mask=in_row)
+    tl.store(PARTS + part * columns + c, column_sums(dscale), mask=in_row)
 
 
 def _block_columns(columns: int) -> int:

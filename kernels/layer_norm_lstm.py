@@ -33,6 +33,7 @@ import triton
 import triton.language as tl
 
 from fastasr.kernels._activation import TANH, activate_with_slope, sigmoid_pair
+from fastasr.kernels._column_sums import column_sums
 from fastasr.kernels._launch import cdiv, dot_options, launch, next_power_of_2, processors
 from fastasr.kernels._layer_norm import centre, inverse_root, row_mean
 from fastasr.kernels._parts import add_pair
@@ -322,9 +323,9 @@ def norm_gradient_kernel(
         dbias += d
         first += BLOCK_R
     at = part.to(tl.int64) * columns + c
-    tl.store(PARTS + at, tl.sum(dweight.to(PARTS.dtype.element_ty), axis=0), mask=c < columns)
+    tl.store(PARTS + at, column_sums(dweight.to(PARTS.dtype.element_ty)), mask=c < columns)
     at += tl.num_programs(1).to(tl.int64) * columns
-    tl.store(PARTS + at, tl.sum(dbias.to(PARTS.dtype.element_ty), axis=0), mask=c < columns)
+    tl.store(PARTS + at, column_sums(dbias.to(PARTS.dtype.element_ty)), mask=c < columns)
 
 
 # --------------------------------------------------------------------------- launches

@@ -38,6 +38,7 @@ import triton.language as tl
 
 from fastasr.kernels._activation import TANH, activate_with_slope, exp_nonpositive, sigmoid_pair
 from fastasr.kernels._attention_tiles import NONE, products, running, sums
+from fastasr.kernels._column_sums import column_sums
 from fastasr.kernels._launch import cdiv, dot_options, generation, launch, next_power_of_2, processors
 from fastasr.kernels._parts import add_parts, add_parts_at
 from fastasr.kernels._weights_dropout import constants, dropped, row_words
@@ -326,7 +327,7 @@ def frame_gradient_kernel(
     place = tl.program_id(0) // tiles
     c = tl.program_id(0) % tiles * BLOCK_C + tl.arange(0, BLOCK_C)
     in_row = c < D
-    total = tl.zeros([BLOCK_C], tl.float32)
+    total = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     frame, batch, t = locate_frame(place, first, frames, s_range)
     a = tl.load(AM + frame * D + c, mask=in_row, other=0.0).to(tl.float32)
     for start in range(0, s_range, BLOCK_R):
@@ -344,8 +345,8 @@ def frame_gradient_kernel(
             slope = tl.fma(-h, h, 1.0)
         da = tl.where(keep, d * slope, 0.0)
         tl.store(DHIDDEN + local[:, None] * D + c[None, :], da.to(DHIDDEN.dtype.element_ty), mask=own)
-        total += tl.sum(da, axis=0)
-    tl.store(DAM + frame * D + c, total.to(DAM.dtype.element_ty), mask=in_row)
+        total += da
+    tl.store(DAM + frame * D + c, column_sums(total).to(DAM.dtype.element_ty), mask=in_row)
 
 
 @triton.jit
@@ -361,9 +362,7 @@ def _context_gradient(
     s = context % (length + 1)
     begin = tl.maximum(batch * frames, first // s_range)
     end = tl.minimum((batch + 1) * frames, rows // s_range)
-    total = tl.zeros([BLOCK_C], tl.float32)
-    if BEFORE is not None:
-        total += tl.load(BEFORE + context * D + c, mask=in_row, other=0.0)
+    total = tl.zeros([8, BLOCK_C], tl.float32)
     for frame in range(begin, end, BLOCK_T):
         t = frame + tl.arange(0, BLOCK_T)
         start = tl.load(STARTS + t, mask=t < end, other=0)
@@ -373,7 +372,10 @@ def _context_gradient(
             local = t * s_range + r - first
             keep = mine[:, None] & in_row[None, :]
             da = tl.load(DA + local[:, None] * D + c[None, :], mask=keep, other=0.0).to(tl.float32)
-            total += tl.sum(da, axis=0)
+            total += tl.sum(tl.reshape(da, [BLOCK_T // 8, 8, BLOCK_C]), axis=0)
+    total = column_sums(total)
+    if BEFORE is not None:
+        total += tl.load(BEFORE + context * D + c, mask=in_row, other=0.0)
     tl.store(DLM + context * D + c, total.to(DLM.dtype.element_ty), mask=in_row)
 
 
