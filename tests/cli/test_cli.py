@@ -227,7 +227,7 @@ REFUSED = {
     "ops": [(("bypas",), "no op is called 'bypas'; did you mean 'bypass'?")],
     "check": [
         (("bypass", "bypas"), "no op is called 'bypas'; did you mean 'bypass'?"),
-        (("xyzzy",), "no op is called 'xyzzy'; there are: add_norm, balancer_gradient, "),
+        (("xyzzy",), "no op is called 'xyzzy'; there are: add_norm, "),
         (("bypass", "--device", "nowhere"), "--device: expected cpu, cuda or cuda:1, ..., got 'nowhere'"),
         (("bypass", "--shape", "T9"), "--shape: expected sizes as T=375,B=16,C=512, got 'T9'"),
         (("bypass", "--shape", "Q=9"), "expected some of T, B, C, got 'Q'"),
