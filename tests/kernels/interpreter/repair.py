@@ -14,21 +14,7 @@ import triton.language as tl
 from triton._C.libtriton import ir
 from triton.runtime import interpreter
 
-
-def widen(bits: np.ndarray) -> np.ndarray:
-    """Converts bfloat16 bit patterns (uint16) to float32."""
-    return (bits.astype(np.uint32) << 16).view(np.float32)
-
-
-def narrow(values: np.ndarray) -> np.ndarray:
-    """Converts float32 to bfloat16 bit patterns: it adds just under half a unit, plus the last kept bit so that ties go
-    to even.
-    """
-    values = np.asarray(values, dtype=np.float32)
-    bits = values.view(np.uint32).astype(np.uint64)
-    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
-
+from tests.kernels.ptx.arithmetic import narrow, widen
 
 # ``fma_dot`` replaces the processor's BLAS for products of float32. Then a b and its transpose are the same numbers, as
 # they are on a GPU: a kernel that computes scores once by rows and once by columns relies on it.
