@@ -25,6 +25,7 @@ from triton._C.libtriton import ir
 from triton.runtime import interpreter
 
 from fastasr.kernels import _jobs
+from tests.kernels import job_tables
 from tests.kernels.interpreter.turns import Turns
 
 # A program loads these and then replaces them, without a barrier in between. Either what it stores comes out of a scan
@@ -187,13 +188,6 @@ class Launch:
 
 
 _launch: Launch | None = None
-_of_jobs = {}  # address -> the last tensor there that was written to a table of jobs
-
-
-def _noted(fields):
-    fields = list(fields)
-    _of_jobs.update({t.data_ptr(): t for t in fields if isinstance(t, torch.Tensor)})
-    return fields
 
 
 def _watch(builder: type, executor: type) -> None:
@@ -243,11 +237,7 @@ def _watch(builder: type, executor: type) -> None:
         given = dict(zip(self.arg_names, arguments, strict=False)) | options
         tensors = {n: t for n, t in given.items() if isinstance(t, torch.Tensor)}
         if "JOBS" in tensors:
-            tensors |= {
-                f"JOBS[{i}]": _of_jobs[a]
-                for i, a in enumerate(given["JOBS"].flatten().tolist())
-                if a in _of_jobs
-            }
+            tensors |= job_tables.tensors(given["JOBS"])
         _launch = Launch(self.fn, tensors, options.get("num_warps", 4))
         try:
             if options.get("launch_cooperative_grid"):
@@ -277,4 +267,4 @@ def _size(pointers) -> int:
 @cache
 def install() -> None:
     _watch(interpreter.InterpreterBuilder, interpreter.GridExecutor)
-    _jobs.row = lambda fields, row=_jobs.row: row(_noted(fields))
+    _jobs.row = partial(job_tables.row, make=_jobs.row)

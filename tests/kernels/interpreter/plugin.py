@@ -12,6 +12,7 @@ from triton.runtime import interpreter
 from fastasr.kernels import layer_norm_lstm
 from fastasr.testing.checks import Case, parity
 from fastasr.testing.tape import Tape, TapeRecorder, _kept
+from tests.kernels import job_tables
 from tests.kernels.interpreter import blocks, faster, memory, repair
 
 faster.install()
@@ -43,10 +44,10 @@ def launches_on_the_tape(monkeypatch):
     run, rehearse = interpreter.GridExecutor.__call__, TapeRecorder.rehearse
 
     def rehearsed(recorder, function):
-        before = dict(memory._of_jobs)
+        before = dict(job_tables.written)
         rehearse(recorder, function)
-        memory._of_jobs.clear()  # a call that keeps tensors is not recorded
-        memory._of_jobs.update(before)
+        job_tables.written.clear()  # a call that keeps tensors is not recorded
+        job_tables.written.update(before)
 
     def call(executor, *arguments, **options):
         tape = _get_current_dispatch_mode()

@@ -4,6 +4,7 @@
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from unittest import mock
 
 import numpy as np
@@ -12,6 +13,7 @@ import triton
 
 from fastasr.kernels import _jobs, _launch, layer_norm_lstm
 from fastasr.testing import fake_gpu as fake
+from tests.kernels import job_tables
 
 from . import registers, transfers, warps  # noqa: F401, the instructions
 from .machine import Machine
@@ -48,7 +50,7 @@ class EmulatedGPU(fake.FakeGPU):
         kept = [value for name, value in given.items() if code.src.signature[name] != "constexpr"]
         tensors = [value for value in kept if isinstance(value, torch.Tensor)]
         if "JOBS" in given:
-            tensors += [_of_jobs[a] for a in given["JOBS"].flatten().tolist() if a in _of_jobs]
+            tensors += job_tables.tensors(given["JOBS"]).values()
         storages = [t.untyped_storage() for t in tensors]
         memory = Global([(s.data_ptr(), s.nbytes()) for s in storages])
         values = [v.data_ptr() if isinstance(v, torch.Tensor) else v for v in kept] + [
@@ -65,15 +67,6 @@ class EmulatedGPU(fake.FakeGPU):
         machine.run((x, y, z), programs)
 
 
-_of_jobs = {}  # address -> the last tensor there that was written to a table of jobs
-
-
-def _noted(fields):
-    fields = list(fields)
-    _of_jobs.update({t.data_ptr(): t for t in fields if isinstance(t, torch.Tensor)})
-    return fields
-
-
 class _Never(dict):
     """Keeps nothing, so that each launch passes through Triton, which hands on tensors and not their addresses."""
 
@@ -87,7 +80,7 @@ def emulated_gpu(**settings) -> Iterator[EmulatedGPU]:
     with contextlib.ExitStack() as stack:
         for owner, name, value in (
             (fake, "FakeGPU", EmulatedGPU),
-            (_jobs, "row", lambda fields, row=_jobs.row: row(_noted(fields))),
+            (_jobs, "row", partial(job_tables.row, make=_jobs.row)),
             # Programs of one launch would wait for each other, and here they take every instruction together.
             (layer_norm_lstm, "_together", lambda device: False),
         ):
