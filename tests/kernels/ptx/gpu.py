@@ -53,10 +53,8 @@ class EmulatedGPU(fake.FakeGPU):
             tensors += job_tables.tensors(given["JOBS"]).values()
         storages = [t.untyped_storage() for t in tensors]
         memory = Global([(s.data_ptr(), s.nbytes()) for s in storages])
-        values = [v.data_ptr() if isinstance(v, torch.Tensor) else v for v in kept] + [
-            0,
-            0,
-        ]  # Triton's own two
+        values = [v.data_ptr() if isinstance(v, torch.Tensor) else v for v in kept]
+        values += [0, 0]  # Triton's own two pointers
         threads, shared = 32 * code.metadata.num_warps, code.metadata.shared
         machine = Machine(code.program, threads, shared, memory, values)
         programs = None

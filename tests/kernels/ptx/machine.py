@@ -172,10 +172,10 @@ class Machine:
 
     def _compile(self, instruction: Instruction) -> Step:
         operation, operands = instruction.operation, instruction.operands
-        if operation[0] not in MAKERS:
-            raise Fault(f"unknown instruction {instruction.text}")
         if operation[0] == "bra":
             return _branch(self, instruction)
+        if operation[0] not in MAKERS:
+            raise Fault(f"unknown instruction {instruction.text}")
         step = MAKERS[operation[0]](self, operation, operands)
         if instruction.guard is None:
             return step
@@ -208,11 +208,6 @@ def _branch(machine: Machine, instruction: Instruction) -> Step:
             m.jumped = True
 
     return branch
-
-
-@maker("bra")
-def _never(machine, operation, operands):
-    raise AssertionError
 
 
 @maker("ret")

@@ -13,6 +13,11 @@ class Fault(AssertionError):
     """What a GPU would answer with an illegal address, a misaligned address, or garbage."""
 
 
+def _check_aligned(addresses: np.ndarray, width: int, access: str) -> None:
+    if (addresses & addresses.dtype.type(width - 1)).any():
+        raise Fault(f"{access} of {width} bytes is not aligned")
+
+
 class Global:
     """Storages, as (address, bytes), that a launch may touch."""
 
@@ -57,8 +62,7 @@ class Global:
     def load(self, addresses: np.ndarray, size: int, count: int) -> np.ndarray:
         """Returns [count, n] words of ``size`` bytes from n addresses."""
         width = size * count
-        if (addresses & np.uint64(width - 1)).any():
-            raise Fault(f"a load of {width} bytes is not aligned")
+        _check_aligned(addresses, width, "a load")
         out = np.empty((count, addresses.size), WORDS[size])
         for number, here in self._parts(addresses, width):
             view = self._view(number, size)
@@ -69,8 +73,7 @@ class Global:
 
     def store(self, addresses: np.ndarray, values: list[np.ndarray], size: int) -> None:
         width = size * len(values)
-        if (addresses & np.uint64(width - 1)).any():
-            raise Fault(f"a store of {width} bytes is not aligned")
+        _check_aligned(addresses, width, "a store")
         for number, here in self._parts(addresses, width):
             view = self._view(number, size)
             places = (addresses[here] - self.begins[number]) // np.uint64(size)
@@ -98,9 +101,6 @@ class Shared:
             view[programs, places + np.uint32(i)] = value
 
     def _check(self, addresses: np.ndarray, width: int) -> None:
-        if not addresses.size:
-            return
-        if (addresses & np.uint32(width - 1)).any():
-            raise Fault(f"an access of {width} bytes of shared memory is not aligned")
-        if int(addresses.max()) + width > self.size:
+        _check_aligned(addresses, width, "an access to shared memory")
+        if addresses.size and int(addresses.max()) + width > self.size:
             raise Fault("an access outside of shared memory")
