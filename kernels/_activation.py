@@ -8,6 +8,9 @@ Without it the kernels use the hardware's exponential and division, whose errors
 import triton
 import triton.language as tl
 
+from fastasr.kernels import _special
+from fastasr.kernels._special import exp2
+
 IDENTITY, SILU, RELU, TANH, GELU = (tl.constexpr(number) for number in range(5))
 
 
@@ -17,7 +20,7 @@ def exp_nonpositive(x, PRECISE: tl.constexpr):
     below -87.
     """
     if not PRECISE:
-        return tl.exp(x)
+        return exp2(x * 1.4426950408889634)
     n = tl.floor(tl.fma(x, 1.4426950408889634, 0.5))
     f = tl.fma(n, 2.12194440e-4, tl.fma(n, -0.693359375, x))
     p = tl.fma(f, 1.0 / 5040.0, 1.0 / 720.0)
@@ -25,15 +28,13 @@ def exp_nonpositive(x, PRECISE: tl.constexpr):
     p = tl.fma(f, p, 1.0 / 24.0)
     p = tl.fma(f, p, 1.0 / 6.0)
     p = tl.fma(f, p, 0.5)
-    return tl.where(x < -87.0, 0.0, (1.0 + tl.fma(f * f, p, f)) * tl.exp2(n))  # keeps a NaN
+    return tl.where(x < -87.0, 0.0, (1.0 + tl.fma(f * f, p, f)) * exp2(n))  # keeps a NaN
 
 
 @triton.jit
 def reciprocal(d, PRECISE: tl.constexpr):
-    """Returns 1 / d for d in [1, 2]. PRECISE: a Newton step takes the hardware's reciprocal from 2 ulp to
-    under 1.
-    """
-    r = 1.0 / d
+    """Returns 1 / d for d in [1, 2]. PRECISE: a Newton step takes the hardware's reciprocal to under 1 ulp."""
+    r = _special.reciprocal(d)
     if PRECISE:
         r = tl.fma(r, tl.fma(-d, r, 1.0), r)
     return r
@@ -54,7 +55,7 @@ def normal_pair(x, PRECISE: tl.constexpr):
     density.
     """
     e = exp_nonpositive(-0.5 * x * x, PRECISE)
-    u = 1.0 / tl.fma(tl.abs(x), 0.4, 1.0)
+    u = _special.reciprocal(tl.fma(tl.abs(x), 0.4, 1.0))
     p = tl.fma(u, -3.96011658e-2, 2.00602097e-1)  # the tail over e
     p = tl.fma(u, p, -3.73684850e-1)
     p = tl.fma(u, p, 2.50974918e-1)

@@ -17,7 +17,6 @@ Frames outside a span count as zeros, whatever lies there. No frame is added to 
 times infinity is not 0: the first and the last frames have code of their own.
 """
 
-import os
 from typing import NamedTuple
 
 import torch
@@ -29,6 +28,7 @@ from fastasr.kernels._launch import cdiv, launch, next_power_of_2
 from fastasr.kernels._parts import sum_parts
 from fastasr.kernels._recordings import group_at
 from fastasr.kernels._recordings import groups as groups_of
+from fastasr.kernels._special import INTERPRETED
 
 MOST_FRAMES = 8  # A group has at most this many: the compiler takes three times as long for 16.
 # Keyed by the bytes of an element: in a program that computes gradients, its taps and a thread's sums per channel.
@@ -42,7 +42,6 @@ FEW, WIDE = 5, 16
 # Both numbers of a register in float32: bfloat16 is the upper half of it.
 OF_BFLOAT16 = tl.constexpr("shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;")
 OF_FLOAT16 = tl.constexpr("{.reg .b16 a, b; mov.b32 {a, b}, $2; cvt.f32.f16 $0, a; cvt.f32.f16 $1, b;}")
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 MAX_PARTS = 64  # A sum over frames has at most this many parts.
 
 

@@ -4,6 +4,8 @@
 import triton
 import triton.language as tl
 
+from fastasr.kernels._special import exp2, reciprocal
+
 
 @triton.jit
 def exp_minus_abs(x, RIGHT: tl.constexpr, SHORT: tl.constexpr):
@@ -15,7 +17,7 @@ def exp_minus_abs(x, RIGHT: tl.constexpr, SHORT: tl.constexpr):
     a: tl.constexpr = 1.0 if RIGHT else 4.0
     z = x - a
     e = tl.fma(x, 1.4426950408889634, -1.4426950408889634 * a)
-    u = tl.exp2(-tl.abs(e))
+    u = exp2(-tl.abs(e))
     if not SHORT:
         r = tl.fma(e, -0.6931471805599453, z) + (x - (z + a))
         u = tl.where(u > 1e-20, tl.fma(u, tl.where(z > 0.0, -r, r), u), u)  # r is nan for infinite x
@@ -47,11 +49,9 @@ def swoosh(x, z, u, RIGHT: tl.constexpr, SHORT: tl.constexpr):
 
 @triton.jit
 def swoosh_slope(z, u, SHORT: tl.constexpr):
-    """Returns swoosh'(x). Unless SHORT, a Newton step takes the hardware's reciprocal from 2 ulp to under
-    1.
-    """
+    """Returns swoosh'(x). Unless SHORT, a Newton step takes the hardware's reciprocal to under 1 ulp."""
     d = 1.0 + u
-    r = 1.0 / d
+    r = reciprocal(d)
     if not SHORT:
         r = tl.fma(r, tl.fma(-d, r, 1.0), r)
     return tl.fma(tl.where(z > 0.0, 1.0, u), r, -0.08)

@@ -31,6 +31,7 @@ import triton.language as tl
 from fastasr.kernels import _sliding_taps as sliding
 from fastasr.kernels._launch import as_bytes, cdiv, launch
 from fastasr.kernels._recordings import group_at, groups
+from fastasr.kernels._special import exp2, reciprocal
 from fastasr.kernels._swoosh import exp_minus_abs, swoosh, swoosh_slope
 
 SWOOSH_R, SILU = tl.constexpr(1), tl.constexpr(2)  # activations; 0: none
@@ -46,12 +47,12 @@ BLOCK_K = 8
 def _logistic(x, SHORT: tl.constexpr):
     """Returns 1 / (1 + exp(-x)); unless SHORT, corrected as in swoosh.py to the error of torch's."""
     e = x * 1.4426950408889634
-    u = tl.exp2(-tl.abs(e))
+    u = exp2(-tl.abs(e))
     if not SHORT:
         r = tl.fma(e, -0.6931471805599453, x)
         u = tl.where(u > 1e-20, tl.fma(u, tl.where(x > 0.0, -r, r), u), u)  # r is nan for infinite x
     d = 1.0 + u
-    r = 1.0 / d
+    r = reciprocal(d)
     if not SHORT:
         r = tl.fma(r, tl.fma(-d, r, 1.0), r)
     return tl.where(x > 0.0, 1.0, u) * r

@@ -46,6 +46,7 @@ from fastasr.kernels._rel_position_tiles import (
     settled,
     window,
 )
+from fastasr.kernels._special import reciprocal
 from fastasr.kernels._zipformer_attention import SIZES, UNALIGNED, add_positions, positions_kernel, row_size
 
 
@@ -75,7 +76,7 @@ def _divided(e, total, PRECISE: tl.constexpr):
     if PRECISE:
         quotient = tl.div_rn(e, tl.broadcast_to(total.to(tl.float32)[:, None], e.shape))
     else:
-        quotient = e * (1.0 / total)[:, None]
+        quotient = e * reciprocal(total)[:, None]
     return quotient
 
 
