@@ -7,28 +7,34 @@ import triton.language as tl
 from fastasr.kernels._attention_tiles import load_rows
 from fastasr.kernels._launch import cdiv
 from fastasr.kernels._recordings import blocks_of, rows_of
-from fastasr.kernels._rel_position_tiles import place, unpacked
+from fastasr.kernels._rel_position_tiles import MARGIN, place, unpacked
 
 ROW = 16  # rows of W and dS are padded to this many elements
 SIZES = ["frames", "keys", "left", "batch", "blocks", "heads", "offsets", "chunk", "left_chunks"]
-UNALIGNED = ["X", "K", "R", "PADDING", "MASK"]
+UNALIGNED = ["R", "PADDING", "MASK"]
 
 
 @triton.jit
 def add_positions(
-    dp, ds, R, at, offsets, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr,
-    POS_DIM: tl.constexpr, PACKED: tl.constexpr, ELEMENT: tl.constexpr,
-):  # fmt: skip
-    """Returns dp + dS R[at], [BLOCK_M, BLOCK_P]."""
+    dp,
+    ds,
+    rows,
+    offsets,
+    BLOCK_P: tl.constexpr,
+    POS_DIM: tl.constexpr,
+    PACKED: tl.constexpr,
+    ELEMENT: tl.constexpr,
+):
+    """Returns dp + dS R of the pointers ``rows``, [BLOCK_M, BLOCK_P]."""
     c = tl.arange(0, BLOCK_P)[None, :]
     if PACKED:
-        r0, r1, r2, r3 = unpacked(tl.load(R + at), ELEMENT)
+        r0, r1, r2, r3 = unpacked(tl.load(rows), ELEMENT)
         d0, d1 = tl.sum(ds * r0, axis=1)[:, None], tl.sum(ds * r1, axis=1)[:, None]
         d2, d3 = tl.sum(ds * r2, axis=1)[:, None], tl.sum(ds * r3, axis=1)[:, None]
         dp += tl.where(c < 2, tl.where(c == 0, d0, d1), tl.where(c == 2, d2, d3))
     else:
         for number in range(POS_DIM):
-            r = tl.load(R + number * offsets + at).to(tl.float32)
+            r = tl.load(rows + number * (offsets + 2 * MARGIN)).to(tl.float32)
             dp += tl.where(c == number, tl.sum(ds * r, axis=1)[:, None], 0.0)
     return dp
 
@@ -41,10 +47,7 @@ def _diagonals(dr, at, inside, DS, i, ds_row, X, x_time, c, keep_i, POS_DIM: tl.
     return tl.dot(ds, p, dr)
 
 
-@triton.jit(
-    do_not_specialize=[*SIZES, "center", "first", "rows", "base", "piece", "held", "shares"],
-    do_not_specialize_on_alignment=["X"],
-)
+@triton.jit(do_not_specialize=[*SIZES, "center", "first", "rows", "base", "piece", "held", "shares"])
 def positions_kernel(
     DS, X, BOUNDS, PIECES, PARTS,
     center, frames, keys, first, rows, base, piece, held, shares, batch, blocks, heads, offsets, ds_row,
