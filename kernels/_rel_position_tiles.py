@@ -146,12 +146,22 @@ def in_reach(j, masks):
 
 
 @triton.jit
-def masked_slopes(ds, i, j, masks, frames, keys, WINDOW: tl.constexpr):
-    """Returns the gradients of the scores of queries i and keys j, 0 where the key is hidden."""
+def _hidden(PADDING, start, keys, BLOCK_N: tl.constexpr):
+    """Says which keys from ``start`` on are padding, or behind the last one, [1, BLOCK_N]."""
+    column = tl.arange(0, BLOCK_N)
+    return (tl.load(PADDING + start + column, mask=column < keys - start, other=1) != 0)[None, :]
+
+
+@triton.jit
+def masked_slopes(ds, i, start, masks, frames, keys, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Returns the gradients of the scores of queries i and BLOCK_N keys from ``start`` on, 0 where masks hide them."""
     PADDING, MASK, BOUNDS, _low, _high, first, end = masks
+    j = start + tl.arange(0, BLOCK_N)
     ds = masked(
-        ds, 0.0, PADDING, MASK, i[:, None], j[None, :], frames, keys, first[:, None], end[:, None], WINDOW
+        ds, 0.0, None, MASK, i[:, None], j[None, :], frames, keys, first[:, None], end[:, None], WINDOW
     )  # fmt: skip
+    if PADDING is not None:
+        ds = tl.where(_hidden(PADDING, start, keys, BLOCK_N), 0.0, ds)
     if BOUNDS is not None:
         ds = tl.where(in_reach(j, masks), ds, 0.0)
     return ds
@@ -172,14 +182,15 @@ def rows_of_positions(R, top, start, frames, offsets, BOUNDS, BLOCK_M: tl.conste
 
     What a pair adds to the tile's first row is a small constant per thread, which loads add for nothing.
     """
-    if R is None:  # without position scores
-        return R
-    if BOUNDS is None:
-        first = frames - BLOCK_M - top + start
-    else:  # a tile without pairs of one recording may be anywhere
-        first = tl.maximum(offsets // 2 - (BLOCK_M - 1) - top + start, -(BLOCK_M + BLOCK_N))
-        first = tl.minimum(first, offsets)
-    return (R + first + (BLOCK_M - 1 - tl.arange(0, BLOCK_M)))[:, None] + tl.arange(0, BLOCK_N)[None, :]
+    rows = R
+    if R is not None:  # there are position scores
+        if BOUNDS is None:
+            first = frames - BLOCK_M - top + start
+        else:  # a tile without pairs of one recording may be anywhere
+            first = tl.maximum(offsets // 2 - (BLOCK_M - 1) - top + start, -(BLOCK_M + BLOCK_N))
+            first = tl.minimum(first, offsets)
+        rows = (R + first + (BLOCK_M - 1 - tl.arange(0, BLOCK_M)))[:, None] + tl.arange(0, BLOCK_N)[None, :]
+    return rows
 
 
 @triton.jit
@@ -280,17 +291,18 @@ def raw_scores(
 
 
 @triton.jit
-def masked_scores(scores, i, j, masks, frames, keys, WINDOW: tl.constexpr):
-    """Returns the scores as masks leave them, -inf behind the last key and in other recordings."""
+def masked_scores(scores, i, start, masks, frames, keys, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Returns the scores of queries i and BLOCK_N keys from ``start`` on as masks leave them, -inf behind the last key
+    and in other recordings."""
     PADDING, MASK, BOUNDS, _low, _high, first, end = masks
+    j, there = start + tl.arange(0, BLOCK_N), (tl.arange(0, BLOCK_N) < keys - start)[None, :]
     scores = masked(
         scores, MASKED, None, MASK, i[:, None], j[None, :], frames, keys, first[:, None], end[:, None], WINDOW
     )  # fmt: skip
     if PADDING is not None:
-        hidden = tl.load(PADDING + j, mask=j < keys, other=1) != 0
-        scores = tl.where(hidden[None, :], tl.where(j < keys, MASKED, NONE)[None, :], scores)
+        scores = tl.where(_hidden(PADDING, start, keys, BLOCK_N), tl.where(there, MASKED, NONE), scores)
     elif BOUNDS is None:
-        scores = tl.where((j < keys)[None, :], scores, NONE)
+        scores = tl.where(there, scores, NONE)
     if BOUNDS is not None:
         scores = tl.where(in_reach(j, masks), scores, NONE)
     return scores
@@ -310,8 +322,7 @@ def scores_of(
         query, Q, P, K, R, masks, top, start, p0, p1, p2, p3, frames, keys, offsets, q_time, k_time,
         DIM, POS_DIM, PACKED, BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
-    i, j = top + tl.arange(0, BLOCK_M), start + tl.arange(0, BLOCK_N)
-    return masked_scores(scores, i, j, masks, frames, keys, WINDOW)
+    return masked_scores(scores, top + tl.arange(0, BLOCK_M), start, masks, frames, keys, WINDOW, BLOCK_N)
 
 
 @triton.jit

@@ -15,27 +15,42 @@ UNALIGNED = ["R", "PADDING", "MASK"]
 
 
 @triton.jit
+def _partial(products, AXIS: tl.constexpr):
+    """Returns sums of the columns of [queries, keys] in eighths: each thread adds up its own."""
+    EIGHTHS: tl.constexpr = [products.shape[0], products.shape[1] // 8, 8]
+    return tl.sum(tl.reshape(products, EIGHTHS), axis=AXIS)
+
+
+@triton.jit
 def add_positions(
-    dp,
-    ds,
-    rows,
-    offsets,
-    BLOCK_P: tl.constexpr,
-    POS_DIM: tl.constexpr,
-    PACKED: tl.constexpr,
-    ELEMENT: tl.constexpr,
-):
-    """Returns dp + dS R of the pointers ``rows``, [BLOCK_M, BLOCK_P]."""
-    c = tl.arange(0, BLOCK_P)[None, :]
+    dp, parts, ds, rows, offsets, AXIS: tl.constexpr,
+    BLOCK_P: tl.constexpr, POS_DIM: tl.constexpr, PACKED: tl.constexpr, ELEMENT: tl.constexpr,
+):  # fmt: skip
+    """Returns dp + dS R of the pointers ``rows``, [BLOCK_M, BLOCK_P], and if PACKED only what ``whole_positions`` adds
+    up of them: ``parts``, four of [BLOCK_M, eighths]."""
     if PACKED:
+        d0, d1, d2, d3 = parts
         r0, r1, r2, r3 = unpacked(tl.load(rows), ELEMENT)
-        d0, d1 = tl.sum(ds * r0, axis=1)[:, None], tl.sum(ds * r1, axis=1)[:, None]
-        d2, d3 = tl.sum(ds * r2, axis=1)[:, None], tl.sum(ds * r3, axis=1)[:, None]
-        dp += tl.where(c < 2, tl.where(c == 0, d0, d1), tl.where(c == 2, d2, d3))
+        d0, d1 = d0 + _partial(ds * r0, AXIS), d1 + _partial(ds * r1, AXIS)
+        d2, d3 = d2 + _partial(ds * r2, AXIS), d3 + _partial(ds * r3, AXIS)
+        parts = d0, d1, d2, d3
     else:
+        c = tl.arange(0, BLOCK_P)[None, :]
         for number in range(POS_DIM):
             r = tl.load(rows + number * (offsets + 2 * MARGIN)).to(tl.float32)
             dp += tl.where(c == number, tl.sum(ds * r, axis=1)[:, None], 0.0)
+    return dp, parts
+
+
+@triton.jit
+def whole_positions(dp, parts, BLOCK_P: tl.constexpr, PACKED: tl.constexpr):
+    """Returns dp."""
+    if PACKED:
+        c = tl.arange(0, BLOCK_P)[None, :]
+        d0, d1, d2, d3 = parts
+        d0, d1, d2, d3 = tl.sum(d0, axis=1), tl.sum(d1, axis=1), tl.sum(d2, axis=1), tl.sum(d3, axis=1)
+        low = tl.where(c == 0, d0[:, None], d1[:, None])
+        dp = tl.where(c < 2, low, tl.where(c == 2, d2[:, None], d3[:, None]))
     return dp
 
 

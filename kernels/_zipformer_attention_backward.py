@@ -23,7 +23,7 @@ from fastasr.kernels._rel_position_tiles import (
     scores_of,
     window,
 )
-from fastasr.kernels._zipformer_attention import SIZES, UNALIGNED, add_positions
+from fastasr.kernels._zipformer_attention import SIZES, UNALIGNED, add_positions, whole_positions
 
 
 @triton.jit
@@ -142,6 +142,8 @@ def queries_kernel(
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     dp = tl.zeros([BLOCK_M, BLOCK_P], tl.float32)
+    part = tl.zeros([BLOCK_M, 8], tl.float32)
+    parts = part, part, part, part
     if DS is not None:
         if PIECES is None:
             DS += ((head * batch + sequence) * rows + local)[:, None] * ds_row
@@ -160,10 +162,10 @@ def queries_kernel(
             query, Q, P, K, R, masks, top, start, p0, p1, p2, p3, frames, keys, offsets, x_time, k_time,
             DIM, POS_DIM, PACKED, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
-        scores = masked_scores(raw, i, j, masks, frames, keys, WINDOW)
+        scores = masked_scores(raw, i, start, masks, frames, keys, WINDOW, BLOCK_N)
         slope = slopes_of(g, G, V, i, j, keep_i, keep_j, v_time, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_V)
         w = exp_difference(scores, maximum[:, None], PRECISE) * inverse[:, None]
-        ds = masked_slopes(w * (slope - delta[:, None]), i, j, masks, frames, keys, WINDOW)
+        ds = masked_slopes(w * (slope - delta[:, None]), i, start, masks, frames, keys, WINDOW, BLOCK_N)
         if EQUAL is not None:
             ds = tl.where(tl.load(EQUAL) != 0, 0.0, ds)
         if penalty is not None:
@@ -173,7 +175,9 @@ def queries_kernel(
         dq = tl.dot(narrow, key, dq)
         if POS_DIM > 0:
             at = rows_of_positions(R, top, start, frames, offsets, BOUNDS, BLOCK_M, BLOCK_N)
-            dp = add_positions(dp, ds, at, offsets, BLOCK_P, POS_DIM, PACKED, X.dtype.element_ty)
+            dp, parts = add_positions(
+                dp, parts, ds, at, offsets, 1, BLOCK_P, POS_DIM, PACKED, X.dtype.element_ty
+            )
         if DS is not None:
             if PIECES is None:
                 tl.store(DS + j[None, :], narrow, mask=keep_i[:, None] & (j < ds_row)[None, :] & once)
@@ -201,6 +205,7 @@ def queries_kernel(
     )
     c = tl.arange(0, BLOCK_P)[None, :]
     out = DX + 2 * heads * DIM + head * WIDE_POS + c
+    dp = whole_positions(dp, parts, BLOCK_P, PACKED)
     tl.store(out, dp.to(DX.dtype.element_ty), mask=keep_i[:, None] & (c < WIDE_POS) & once)
     if OTHERS:
         served = tl.num_programs(0) // blocks // batch
@@ -277,10 +282,12 @@ def keys_kernel(
                 query, Q, P, K, R, masks, start, block * BLOCK_N, p0, p1, p2, p3, frames, keys, offsets, x_time, k_time,
                 DIM, POS_DIM, PACKED, BLOCK_M, BLOCK_N, BLOCK_D,
             )  # fmt: skip
-            scores = masked_scores(raw, i, j, masks, frames, keys, WINDOW)
+            scores = masked_scores(raw, i, block * BLOCK_N, masks, frames, keys, WINDOW, BLOCK_N)
             slope = slopes_of(g, G, V, i, j, keep_i, keep_j, v_time, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_V)
             w = exp_difference(scores, maximum[:, None], PRECISE) * inverse[:, None]
-            ds = masked_slopes(w * (slope - delta[:, None]), i, j, masks, frames, keys, WINDOW)
+            ds = masked_slopes(
+                w * (slope - delta[:, None]), i, block * BLOCK_N, masks, frames, keys, WINDOW, BLOCK_N
+            )
             if EQUAL is not None:  # delta is 1 / number then
                 equal = tl.load(EQUAL) != 0
                 w = tl.where(equal, tl.where(has_weight(w, X.dtype.element_ty), delta[:, None], 0.0), w)

@@ -48,7 +48,14 @@ from fastasr.kernels._rel_position_tiles import (
     window,
 )
 from fastasr.kernels._special import reciprocal
-from fastasr.kernels._zipformer_attention import SIZES, UNALIGNED, add_positions, positions_kernel, row_size
+from fastasr.kernels._zipformer_attention import (
+    SIZES,
+    UNALIGNED,
+    add_positions,
+    positions_kernel,
+    row_size,
+    whole_positions,
+)
 
 
 # --------------------------------------------------------------------------- forward
@@ -234,6 +241,8 @@ def queries_kernel(
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     dp = tl.zeros([BLOCK_M, BLOCK_P], tl.float32)
+    part = tl.zeros([BLOCK_M, BLOCK_N // 8], tl.float32)
+    parts = part, part, part, part
     for start in range(begin, end, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
         keep_j = j < keys
@@ -244,7 +253,7 @@ def queries_kernel(
             w = tl.load(W + j[None, :], mask=rows & keep_j[None, :], other=0.0)
             g = tl.load(GRAD + j[None, :], mask=rows & keep_j[None, :], other=0.0)
         ds = softmax_gradient(w, g, delta)
-        ds = masked_slopes(ds, i, j, masks, frames, keys, WINDOW)
+        ds = masked_slopes(ds, i, start, masks, frames, keys, WINDOW, BLOCK_N)
         at = rows_of_positions(R, top, start, frames, offsets, BOUNDS, BLOCK_M, BLOCK_N)
         if PENALTY:
             s = query_key(query, Q, i, x_time, keep_i, K, j, k_time, keep_j, DIM, BLOCK_D, BLOCK_M, BLOCK_N)
@@ -260,7 +269,9 @@ def queries_kernel(
         narrow = ds.to(key.dtype)
         dq = tl.dot(narrow, key, dq)
         if POS_DIM > 0:
-            dp = add_positions(dp, ds, at, offsets, BLOCK_P, POS_DIM, PACKED, X.dtype.element_ty)
+            dp, parts = add_positions(
+                dp, parts, ds, at, offsets, 2, BLOCK_P, POS_DIM, PACKED, X.dtype.element_ty
+            )
         tl.store(DS + j[None, :], narrow, mask=rows & (j < ds_row)[None, :] & once)
     if (WINDOW and not PENALTY) or BOUNDS is not None:
         zeros = tl.zeros([BLOCK_M, BLOCK_N], DS.dtype.element_ty)
@@ -273,6 +284,7 @@ def queries_kernel(
     tl.store(DX + head * DIM + d[None, :], dq.to(DX.dtype.element_ty), mask=rows & (d < DIM)[None, :])
     c = tl.arange(0, BLOCK_P)[None, :]
     out = DX + 2 * heads * DIM + head * WIDE_POS + c
+    dp = whole_positions(dp, parts, BLOCK_P, PACKED)
     tl.store(out, dp.to(DX.dtype.element_ty), mask=rows & (c < WIDE_POS) & once)
 
 
