@@ -104,7 +104,7 @@ def positions_kernel(
         keep_i = i < rows
         j = (r - shift)[:, None] + i[None, :]  # [BLOCK_O, BLOCK_M]
         if PIECES is None:
-            inside = (j >= 0) & (j < keys) & keep_i[None, :]
+            inside = (j.to(tl.uint32) < keys.to(tl.uint32)) & keep_i[None, :]  # none below 0
             dr = _diagonals(dr, j, inside, DS, i, ds_row, X, x_time, c, keep_i, POS_DIM)
         else:
             begun = tl.load(BOUNDS + i, mask=keep_i, other=0)
