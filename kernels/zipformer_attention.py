@@ -257,6 +257,8 @@ def tiles(
         keys |= {"BLOCK_N": 64, "num_warps": 8}
     elif not wide and generation == 120:
         queries["BLOCK_V"] = min(32, columns)
+    if not wide and generation == 80 and columns > 128:
+        forward["BLOCK_N"] = 32
     if equal and wide and not rounded(dtype):  # more would spill, here and below
         keys["BLOCK_N"] = 64 if generation == 100 else 32
     elif equal and generation != 90:
@@ -266,7 +268,7 @@ def tiles(
         elif generation == 120:
             keys["BLOCK_V"] = min(32, columns)
     tight = recordings and (generation != 90 or penalty or equal)
-    if not wide and (tight or (penalty and generation == 100)):
+    if not wide and (tight or ((penalty or hiding) and generation == 100)):
         queries["BLOCK_N"] = 16
     return {
         "forward": forward,
