@@ -4,8 +4,8 @@
 Scores are s[i, j] = q[i] . k[j] + p[i] . R[T - 1 - i + j]: the row of R moves by one along either side of a tile. With
 recordings in a row, R has 2 L - 1 rows, L in place of T, and frames L or more apart do not see each other. Where
 a row has four numbers of 16 bits (PACKED), one 64-bit load reads it and registers unpack it; any other R is read by
-channel. Both ways need R separated by head, so the launcher copies it. Indices of R are clamped, not masked: the
-kernels discard whatever lies outside the tile later.
+channel. Both ways need R separated by head, so the launcher copies it, between margins: pairs of a tile that have no
+row read those, and the kernels discard their scores later.
 """
 
 from dataclasses import dataclass
@@ -21,9 +21,7 @@ from fastasr.kernels._recordings import ORDER, bounds
 
 MASKED = tl.constexpr(-1000.0)
 ALONE = tl.constexpr(-896.0)  # above it, masked keys weigh exactly 0
-MARGIN = tl.constexpr(
-    544
-)  # rows before and behind those of R: a tile has at most so many queries and keys together
+MARGIN = tl.constexpr(544)  # rows before and behind R: at least the queries and keys of a tile, 16 + 512
 
 
 @triton.jit
@@ -399,13 +397,12 @@ def operands(x, pos, cached_key, starts, heads: int, dim: int, chunk: int, left_
 
 def _by_head(pos: torch.Tensor, heads: int, packed: bool) -> torch.Tensor:
     """Returns R as (1 or B, H, rows, 1) with four 16-bit numbers in each element, or as (1 or B, H, pos_dim, rows):
-    MARGIN times the first row, all rows, and MARGIN times the last.
+    all rows between margins, which repeat the first one MARGIN times.
     """
     apart = pos.unflatten(2, (heads, -1))
     r, rows = (apart.transpose(1, 2), 2) if packed else (apart.permute(0, 2, 3, 1), 3)
-    ends = (r.narrow(rows, at, 1) for at in (0, r.shape[rows] - 1))
-    before, behind = (end.expand(*r.shape[:rows], MARGIN.value, *r.shape[rows + 1 :]) for end in ends)
-    r = torch.cat([before, r, behind], rows)
+    margin = r.narrow(rows, 0, 1).expand(*r.shape[:rows], MARGIN.value, *r.shape[rows + 1 :])
+    r = torch.cat([margin, r, margin], rows)
     return r.view(torch.int64) if packed else r
 
 
