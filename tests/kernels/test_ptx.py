@@ -27,6 +27,7 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
+from fastasr.kernels._special import exp2, reciprocal
 from tests.kernels.ptx.gpu import emulated_gpu
 from tests.kernels.ptx.machine import Machine
 from tests.kernels.ptx.memory import Fault, Global
@@ -47,6 +48,14 @@ def softmax_of_product(A, B, Y, SIZE: tl.constexpr):
     tl.store(Y + at, e / tl.sum(e, axis=1)[:, None])
 
 
+@triton.jit
+def power_and_reciprocal(X, Y, Z, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    x = tl.load(X + i)
+    tl.store(Y + i, exp2(x))
+    tl.store(Z + i, reciprocal(x))
+
+
 @triton.jit(do_not_specialize=["shift"])
 def add_one(X, Y, shift, count, BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -64,6 +73,21 @@ def test_a_product_and_a_softmax(capability, dtype, warps):
     with emulated_gpu(capability=capability):
         softmax_of_product[(1,)](a, b, y, SIZE=64, num_warps=warps, allowed_dot_input_precisions=("ieee",))
     torch.testing.assert_close(y.double(), (a.double() @ b.double().T).softmax(1), rtol=1e-5, atol=1e-6)
+
+
+def test_exponentials_and_reciprocals():
+    x = torch.cat(
+        [torch.linspace(-126, 127, 1016), torch.tensor([-200.0, -127.5, 200.0, 0.0, -0.0, 1e30, np.nan, 1])]
+    )
+    y, z = torch.empty_like(x), torch.empty_like(x)
+    with emulated_gpu():
+        power_and_reciprocal[(1,)](x, y, z, BLOCK=len(x))
+    torch.testing.assert_close(y[:1016].double(), x[:1016].double().exp2(), rtol=2**-22, atol=0)
+    torch.testing.assert_close(z[:1016].double(), 1 / x[:1016].double(), rtol=2**-23, atol=0)
+    assert y[1016:1019].tolist() == [0, 0, np.inf]
+    assert z[1019:1021].tolist() == [np.inf, -np.inf]
+    assert y[1022].isnan()
+    assert z[1022].isnan()
 
 
 def test_a_load_behind_a_tensor_is_found():
