@@ -25,7 +25,7 @@ import triton.language as tl
 from fastasr.kernels import _sliding_taps as sliding
 from fastasr.kernels._activation import IDENTITY, activate_with_slope
 from fastasr.kernels._launch import cdiv, contiguous_like, launch
-from fastasr.kernels._layer_norm import MAX_CHANNELS, normalise, row_mean, row_tile, row_width
+from fastasr.kernels._layer_norm import MAX_CHANNELS, normalise, normed_with, row_tile, row_width, through
 from fastasr.kernels._parts import add_pair, split_rows, store_pair
 
 BLOCK_C, NUM_WARPS = sliding.BLOCK_C, 4  # for a program that convolves
@@ -89,17 +89,13 @@ def norm_gradient_kernel(
         keep = (r < end)[:, None] & in_row[None, :]
         at = _rows(r, frames, x_batch, x_time)[:, None] + c[None, :]
         g = sliding.load(GATE + at, keep, False)  # [BLOCK_R, BLOCK_C]
-        n, scale = normalise(g, keep, eps, C, PRECISE)
-        # With eps = 0 the scale of a row past the end is infinite.
-        n = tl.where(keep, n * scale[:, None], 0.0)
         at = r[:, None].to(tl.int64) * (2 * C) + c[None, :]
         du = sliding.load(DGATE + at, keep, False)
+        d = du * w[None, :]
+        n, scale, mean, along = normed_with(g, d, r < end, keep, eps, C, True, PRECISE)
         dweight = tl.fma(du, n, dweight)
         dbias += du
-        d = du * w[None, :]
-        mean = row_mean(d, C, PRECISE).to(tl.float32)
-        along = row_mean(d * n, C, PRECISE).to(tl.float32)
-        dg = tl.fma(-n, along[:, None], d - mean[:, None]) * scale[:, None]
+        dg = through(d, n, scale, mean, along)
         tl.store(DGATE + at, dg.to(DGATE.dtype.element_ty), mask=keep)
         first += BLOCK_R
     store_pair(PARTS, c, C, dweight, dbias)

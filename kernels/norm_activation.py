@@ -22,8 +22,9 @@ from fastasr.kernels._layer_norm import (
     forward_tile,
     limited,
     load_tile,
+    means_with,
     normed,
-    row_mean,
+    through,
     within,
 )
 from fastasr.kernels._parts import add_pair, store_pair
@@ -85,10 +86,8 @@ def backward_kernel(
         dweight = tl.fma(q, n, dweight)
         dbias += q
         d = q * w
-        along = row_mean(d * n, C, PRECISE).to(tl.float32)
-        if CENTRED:
-            d = d - row_mean(d, C, PRECISE).to(tl.float32)[:, None]
-        dx = within(tl.fma(-n, along[:, None], d) * scale[:, None], x, limit, LIMITED)
+        mean, along = means_with(d, n, C, CENTRED, PRECISE)
+        dx = within(through(d, n, scale[:, None], mean, along), x, limit, LIMITED)
         tl.store(DX + r[:, None] * C + c[None, :], dx.to(DX.dtype.element_ty), mask=keep)
         first += BLOCK_R
     store_pair(PARTS, c, C, dweight, dbias)
