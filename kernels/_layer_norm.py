@@ -64,12 +64,16 @@ def centre(t, mean, keep, PRECISE: tl.constexpr):
 
 
 @triton.jit
-def inverse_root(variance, eps):
-    """Returns 1 / sqrt(variance + eps) within 1 ulp, by a Newton step unless the hardware's is 0 or infinite."""
+def inverse_root(variance, eps, PRECISE: tl.constexpr = True):
+    """Returns 1 / sqrt(variance + eps) within 2 ulp. PRECISE: a Newton step, unless that is 0 or infinite, takes it to
+    under 1 ulp.
+    """
     square = (variance + eps).to(tl.float32)
     y = tl.rsqrt(square)
-    error = tl.fma(-square * y, y, 1.0)
-    return tl.where(error == error, tl.fma(0.5 * y, error, y), y)
+    if PRECISE:
+        error = tl.fma(-square * y, y, 1.0)
+        y = tl.where(error == error, tl.fma(0.5 * y, error, y), y)
+    return y
 
 
 @triton.jit
@@ -80,7 +84,7 @@ def normalise(t, keep, eps, C, PRECISE: tl.constexpr):
     kernel must not add its own.
     """
     t = centre(t, row_mean(t, C, PRECISE), keep, PRECISE)
-    return t, inverse_root(row_mean(t * t, C, PRECISE, False), eps)
+    return t, inverse_root(row_mean(t * t, C, PRECISE, False), eps, PRECISE)
 
 
 @triton.jit
@@ -88,22 +92,29 @@ def normed(t, keep, eps, C, CENTRED: tl.constexpr, PRECISE: tl.constexpr):
     """Returns t - mean t, or t for RMSNorm, 0 where not ``keep``, and what it is multiplied by."""
     if CENTRED:
         return normalise(t, keep, eps, C, PRECISE)
-    return t, inverse_root(row_mean(t * t, C, PRECISE, False), eps)
+    return t, inverse_root(row_mean(t * t, C, PRECISE, False), eps, PRECISE)
+
+
+@triton.jit
+def norm(t, there, keep, eps, C, CENTRED: tl.constexpr, PRECISE: tl.constexpr):
+    """Returns the normalised rows, 0 where not ``there``, and what they were multiplied by, [BLOCK_R, 1]."""
+    t, inverse = normed(t, keep, eps, C, CENTRED, PRECISE)
+    # With eps = 0 it would be infinite in rows past the end.
+    inverse = tl.where(there, inverse, 0.0)[:, None]
+    return t * inverse, inverse
 
 
 @triton.jit
 def normed_with(t, d, there, keep, eps, C, CENTRED: tl.constexpr, PRECISE: tl.constexpr):
-    """Returns the normalised rows n, 0 where not ``there``, what they were multiplied by, mean d and mean d n, for the
-    gradient d of n, which is 0 where not ``keep``. Programs wait twice for the sums of rows: mean d n is that of
-    d (t - mean t), times what n was multiplied by.
+    """Returns what ``norm`` does, for rows n, then mean d and mean d n, for the gradient d of n, which is 0 where not
+    ``keep``. Programs wait twice for the sums of rows: mean d n is that of d (t - mean t), times the factor of n.
     """
     mean = tl.zeros([t.shape[0]], tl.float32)
     if CENTRED:
         of_t, of_d = row_means(t, d, C, PRECISE, True)
         t, mean = centre(t, of_t, keep, PRECISE), of_d.to(tl.float32)
     square, along = row_means(t * t, t * d, C, PRECISE)
-    # With eps = 0 it would be infinite in rows past the end.
-    inverse = tl.where(there, inverse_root(square, eps), 0.0)
+    inverse = tl.where(there, inverse_root(square, eps, PRECISE), 0.0)  # as in ``norm``
     along = along.to(tl.float32) * inverse
     return t * inverse[:, None], inverse[:, None], mean[:, None], along[:, None]
 

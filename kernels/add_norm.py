@@ -43,7 +43,7 @@ LAYER, RMS = range(2)
 def _normed_update(update, eps, limit, C, LIMITED: tl.constexpr, PRECISE: tl.constexpr):
     """Returns RMS(update) and 1 / sqrt(mean update^2 + eps)."""
     update = limited(update, limit, LIMITED)
-    inverse = inverse_root(row_mean(update * update, C, PRECISE, False), eps)
+    inverse = inverse_root(row_mean(update * update, C, PRECISE, False), eps, PRECISE)
     return update * inverse[:, None], inverse
 
 

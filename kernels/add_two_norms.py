@@ -23,6 +23,7 @@ from fastasr.kernels._layer_norm import (
     forward_tile,
     load_tile,
     means_with,
+    norm,
     normalise,
     normed_with,
     through,
@@ -36,14 +37,6 @@ TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: 
 @triton.jit
 def _row(VECTOR, c, C):
     return tl.load(VECTOR + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
-
-
-@triton.jit
-def _norm(t, keep, eps, C, PRECISE: tl.constexpr):
-    """Returns the normalised rows, 0 where not ``keep``, and 1 / sqrt(var t + eps), of which rows are multiples."""
-    n, inverse = normalise(t, keep, eps, C, PRECISE)
-    # With eps = 0 the scale of a row past the end is infinite.
-    return tl.where(keep, n * inverse[:, None], 0.0), inverse[:, None]
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -84,7 +77,7 @@ def backward_kernel(
         r = first + tl.arange(0, BLOCK_R)
         keep = (r < end)[:, None] & (c < C)[None, :]
         s = tl.fma(load_tile(UPDATE, r, c, C, keep), scale, load_tile(X, r, c, C, keep))  # [BLOCK_R, BLOCK_C]
-        n, inverse = _norm(s, keep, eps, C, PRECISE)
+        n, inverse = norm(s, r < end, keep, eps, C, True, PRECISE)
         t = tl.fma(n, w, b).to(T_TYPE).to(tl.float32)
         grad = load_tile(GRAD_Y, r, c, C, keep)
         d = grad * next_w

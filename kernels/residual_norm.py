@@ -27,6 +27,8 @@ from fastasr.kernels._layer_norm import (
     backward_parts,
     forward_tile,
     load_tile,
+    means_with,
+    norm,
     normalise,
     normed_with,
     row_stride,
@@ -109,10 +111,14 @@ def backward_kernel(
             t = tl.fma(s, a - x, x)
             to_update = s * rest * (a - x)
             to_sum = s * slope
-        if CANDIDATE is not None:
+        if CANDIDATE is None:
+            d = grad * w[None, :]
+            n, scale, mean, along = normed_with(t, d, r < end, keep, eps, C, True, PRECISE)
+        else:  # The gradient would take registers while the row is normalised.
+            n, scale = norm(t, r < end, keep, eps, C, True, PRECISE)
             grad = tl.load(GRAD + offsets, mask=keep, other=0.0).to(tl.float32)
-        d = grad * w[None, :]
-        n, scale, mean, along = normed_with(t, d, r < end, keep, eps, C, True, PRECISE)
+            d = grad * w[None, :]
+            mean, along = means_with(d, n, C, True, PRECISE)
         dweight = tl.fma(grad, n, dweight)
         dbias += grad
         dt = through(d, n, scale, mean, along)
