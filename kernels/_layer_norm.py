@@ -7,6 +7,7 @@ import triton.language as tl
 
 from fastasr.kernels._launch import generation, next_power_of_2
 from fastasr.kernels._parts import ELEMENTS, WARPS, split_rows
+from fastasr.kernels._vectors import load
 
 # Rows live in registers: up to 4096 channels take at most 8 elements in each thread; wider rows spill.
 MAX_CHANNELS = 65536
@@ -154,7 +155,7 @@ def within(d, t, limit, LIMITED: tl.constexpr):
 
 @triton.jit
 def load_tile(X, r, c, stride, keep):
-    return tl.load(X + r[:, None] * stride + c[None, :], mask=keep, other=0.0).to(tl.float32)
+    return load(X + r[:, None] * stride + c[None, :], keep)
 
 
 def row_width(channels: int) -> int:
