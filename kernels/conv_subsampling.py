@@ -9,8 +9,9 @@
 Programs hold tiles of channels by pixels of y. For each tap of the second convolution they gather the patches of x and
 multiply them with the weights again, 16 numbers deep, on tensor cores for 16-bit numbers: 2.25 times the products that
 h has. Channels are the rows: a thread of a product has few rows and many columns, so it loads few weights v per tap.
-A pixel outside of h or excluded has a patch of zeros without the 1. In the gradients h is only a condition on g, which
-is an operand of a second product; a program adds up E of three taps, as nine would spill. Where x is infinite, dv may
+A pixel outside of h or excluded has a patch of zeros without the 1, which gives 0, but NaN with an infinite weight:
+programs that have one select too. In the gradients h is only a condition on g, which is an operand of a second product;
+a program adds up E of three taps, as nine would spill. Where x is infinite, dv may
 be NaN in place of the formula's number. Launches: forward 1, backward 2. dx, which features do not need, takes one
 launch and torch's fold, because its kernel writes the 9 shares of each pixel of h.
 
