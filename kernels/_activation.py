@@ -51,8 +51,19 @@ def reciprocal(d, PRECISE: tl.constexpr):
 
 
 @triton.jit
+def _exp_minus(x):
+    """Returns exp(-x) to 16 bits, at most 2^100: larger ones have no reciprocal."""
+    e = tl.minimum(x * -1.4426950408889634, 100.0, propagate_nan=tl.PropagateNan.ALL)
+    return exp2(e)
+
+
+@triton.jit
 def sigmoid_pair(x, PRECISE: tl.constexpr):
     """Returns sigmoid(x) and sigmoid(-x); neither is computed as one minus the other, which would cancel."""
+    if not PRECISE:
+        e = _exp_minus(x)
+        s = _special.reciprocal(1.0 + e)
+        return s, e * s
     e = exp_nonpositive(-tl.abs(x), PRECISE)
     larger = reciprocal(1.0 + e, PRECISE)
     smaller = e * larger
@@ -81,6 +92,9 @@ def normal_pair(x, PRECISE: tl.constexpr):
 @triton.jit
 def activate_with_slope(x, ACTIVATION: tl.constexpr, PRECISE: tl.constexpr):
     """Returns act(x) and act'(x); the compiler drops the one that the caller does not use."""
+    if ACTIVATION == SILU and not PRECISE:
+        s = _special.reciprocal(1.0 + _exp_minus(x))
+        return x * s, s * tl.fma(x, 1.0 - s, 1.0)
     if ACTIVATION == SILU:
         e = exp_nonpositive(-tl.abs(x), PRECISE)
         larger = reciprocal(1.0 + e, PRECISE)

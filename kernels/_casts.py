@@ -13,6 +13,7 @@ import triton.language as tl
 
 from fastasr.kernels import _jobs
 from fastasr.kernels._jobs import multiple, pointer
+from fastasr.kernels._vectors import neighbours
 
 SAMPLE = 128  # elements of a sample, which are eight pieces
 PROGRAMS = 32  # of each parameter
@@ -49,7 +50,7 @@ def cast_kernel(
     if tl.load(pointer(job, 3, tl.int64) + SAMPLE) != 0:
         x, y, size = pointer(job, 0, DTYPE), pointer(job, 1, TO), multiple(job, 2)
         for begin in range(tl.program_id(0) * BLOCK, size, tl.num_programs(0) * BLOCK):
-            at = begin + tl.arange(0, BLOCK)
+            at = begin + neighbours(BLOCK, x, y)
             tl.store(y + at, tl.load(x + at, mask=at < size).to(TO), mask=at < size)
 
 

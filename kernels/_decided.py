@@ -23,6 +23,7 @@ import triton.language as tl
 from fastasr.kernels import _jobs
 from fastasr.kernels._jobs import number, pointer
 from fastasr.kernels._launch import cdiv, launch, next_power_of_2
+from fastasr.kernels._vectors import neighbours
 
 ROWS, COLUMNS = 32, 64  # sizes of a tile: models have multiples of 64 channels
 BLOCK = 1024
@@ -31,10 +32,11 @@ WARPS = 4
 
 
 @triton.jit
-def _tile(columns, rows, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+def _tile(columns, rows, c, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Returns the rows of this program's tile, its offsets and those that exist; ``c`` counts the tile's columns."""
     column_tiles = tl.cdiv(columns, BLOCK_C)
     r = (tl.program_id(0) // column_tiles).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    c = tl.program_id(0) % column_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
+    c = tl.program_id(0) % column_tiles * BLOCK_C + c
     keep = (r < rows)[:, None] & (c < columns)[None, :]
     return r, r[:, None] * columns + c[None, :], keep  # [BLOCK_R, BLOCK_C]
 
@@ -52,7 +54,7 @@ def _kept(DRAWN, RATE, OF, r, rows, batch):
 def plus_kernel(
     SRC, Y, DRAWN, RATE, OF, OUT, NARROW, rows, batch, columns, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
 ):
-    r, at, keep = _tile(columns, rows, BLOCK_R, BLOCK_C)
+    r, at, keep = _tile(columns, rows, neighbours(BLOCK_C, SRC, Y), BLOCK_R, BLOCK_C)
     y = tl.load(Y + at, mask=keep, other=0.0).to(tl.float32)
     if DRAWN is not None:
         y *= _kept(DRAWN, RATE, OF, r, rows, batch).to(tl.float32)
@@ -81,7 +83,7 @@ def gradients_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """Adds up to five gradients; DY is their sum where the sequence was kept."""
-    r, at, keep = _tile(columns, rows, BLOCK_R, BLOCK_C)
+    r, at, keep = _tile(columns, rows, neighbours(BLOCK_C, A, B, C, D, E), BLOCK_R, BLOCK_C)
     total = tl.load(A + at, mask=keep, other=0.0).to(tl.float32)
     if B is not None:
         total += tl.load(B + at, mask=keep, other=0.0).to(tl.float32)

@@ -7,17 +7,51 @@ import triton.language as tl
 
 from fastasr.kernels._launch import generation, next_power_of_2
 from fastasr.kernels._parts import ELEMENTS, WARPS, split_rows
+from fastasr.kernels._vectors import load
 
 # Rows live in registers: up to 4096 channels take at most 8 elements in each thread; wider rows spill.
 MAX_CHANNELS = 65536
 
 
+FEW = tl.constexpr(4)  # neighbours, which lie in one thread
+
+
 @triton.jit
-def row_mean(values, C, PRECISE: tl.constexpr):
-    """Returns row means, added in float64 when PRECISE."""
+def _share(C, PRECISE: tl.constexpr):
+    """Returns 1 / C, in float64 within 2^-44 when PRECISE: a division of float64 calls some fifty instructions."""
+    share = 1.0 / tl.cast(C, tl.float32)
     if PRECISE:
-        values = values.to(tl.float64)
-    return tl.sum(values, axis=1) / C
+        wide = share.to(tl.float64)
+        share = wide * tl.fma(-wide, tl.cast(C, tl.float64), 2.0)
+    return share
+
+
+@triton.jit
+def _addends(values, EXACT: tl.constexpr, PRECISE: tl.constexpr):
+    """Returns what sums of rows add up: when PRECISE, sums of a few neighbours in float64, which EXACT adds in it."""
+    if PRECISE:
+        rows: tl.constexpr = values.shape[0]
+        columns: tl.constexpr = values.shape[1]
+        few = tl.reshape(values, [rows, columns // FEW, FEW])
+        if EXACT:
+            few = few.to(tl.float64)
+        values = tl.sum(few, axis=2).to(tl.float64)
+    return values
+
+
+@triton.jit
+def row_mean(values, C, PRECISE: tl.constexpr, EXACT: tl.constexpr = True):
+    """Returns row means, added in float64 when PRECISE. Unless EXACT, a few neighbours are added in float32 before: the
+    products that are added are rounded as much, and a conversion takes as long as eight sums.
+    """
+    return tl.sum(_addends(values, EXACT, PRECISE), axis=1) * _share(C, PRECISE)
+
+
+@triton.jit
+def row_means(a, b, C, PRECISE: tl.constexpr, EXACT: tl.constexpr = False):
+    """Returns the row means of a and b, which cross the threads of a row together; EXACT is that of a."""
+    pairs = tl.join(_addends(a, EXACT, PRECISE), _addends(b, False, PRECISE))
+    return tl.split(tl.sum(pairs, axis=1) * _share(C, PRECISE))
 
 
 @triton.jit
@@ -31,9 +65,16 @@ def centre(t, mean, keep, PRECISE: tl.constexpr):
 
 
 @triton.jit
-def inverse_root(variance, eps):
-    """Returns 1 / sqrt(variance + eps)."""
-    return tl.div_rn(1.0, tl.sqrt_rn((variance + eps).to(tl.float32)))
+def inverse_root(variance, eps, PRECISE: tl.constexpr = True):
+    """Returns 1 / sqrt(variance + eps) within 2 ulp. PRECISE: a Newton step, unless that is 0 or infinite, takes it to
+    under 1 ulp.
+    """
+    square = (variance + eps).to(tl.float32)
+    y = tl.rsqrt(square)
+    if PRECISE:
+        error = tl.fma(-square * y, y, 1.0)
+        y = tl.where(error == error, tl.fma(0.5 * y, error, y), y)
+    return y
 
 
 @triton.jit
@@ -44,7 +85,7 @@ def normalise(t, keep, eps, C, PRECISE: tl.constexpr):
     kernel must not add its own.
     """
     t = centre(t, row_mean(t, C, PRECISE), keep, PRECISE)
-    return t, inverse_root(row_mean(t * t, C, PRECISE), eps)
+    return t, inverse_root(row_mean(t * t, C, PRECISE, False), eps, PRECISE)
 
 
 @triton.jit
@@ -52,7 +93,47 @@ def normed(t, keep, eps, C, CENTRED: tl.constexpr, PRECISE: tl.constexpr):
     """Returns t - mean t, or t for RMSNorm, 0 where not ``keep``, and what it is multiplied by."""
     if CENTRED:
         return normalise(t, keep, eps, C, PRECISE)
-    return t, inverse_root(row_mean(t * t, C, PRECISE), eps)
+    return t, inverse_root(row_mean(t * t, C, PRECISE, False), eps, PRECISE)
+
+
+@triton.jit
+def norm(t, there, keep, eps, C, CENTRED: tl.constexpr, PRECISE: tl.constexpr):
+    """Returns the normalised rows, 0 where not ``there``, and what they were multiplied by, [BLOCK_R, 1]."""
+    t, inverse = normed(t, keep, eps, C, CENTRED, PRECISE)
+    # With eps = 0 it would be infinite in rows past the end.
+    inverse = tl.where(there, inverse, 0.0)[:, None]
+    return t * inverse, inverse
+
+
+@triton.jit
+def normed_with(t, d, there, keep, eps, C, CENTRED: tl.constexpr, PRECISE: tl.constexpr):
+    """Returns what ``norm`` does, for rows n, then mean d and mean d n, for the gradient d of n, which is 0 where not
+    ``keep``. Programs wait twice for the sums of rows: mean d n is that of d (t - mean t), times the factor of n.
+    """
+    mean = tl.zeros([t.shape[0]], tl.float32)
+    if CENTRED:
+        of_t, of_d = row_means(t, d, C, PRECISE, True)
+        t, mean = centre(t, of_t, keep, PRECISE), of_d.to(tl.float32)
+    square, along = row_means(t * t, t * d, C, PRECISE)
+    inverse = tl.where(there, inverse_root(square, eps, PRECISE), 0.0)  # as in ``norm``
+    along = along.to(tl.float32) * inverse
+    return t * inverse[:, None], inverse[:, None], mean[:, None], along[:, None]
+
+
+@triton.jit
+def through(d, n, inverse, mean, along):
+    """Returns the gradient of a norm's input, for d that of its normalised rows n, mean d and mean d n."""
+    return tl.fma(-n, along, d - mean) * inverse
+
+
+@triton.jit
+def means_with(d, n, C, CENTRED: tl.constexpr, PRECISE: tl.constexpr):
+    """Returns mean d, or 0 for RMSNorm, and mean d n."""
+    if CENTRED:
+        mean, along = row_means(d, d * n, C, PRECISE)
+        return mean.to(tl.float32)[:, None], along.to(tl.float32)[:, None]
+    along = row_mean(d * n, C, PRECISE, False).to(tl.float32)
+    return tl.zeros_like(along)[:, None], along[:, None]
 
 
 @triton.jit
@@ -74,7 +155,7 @@ def within(d, t, limit, LIMITED: tl.constexpr):
 
 @triton.jit
 def load_tile(X, r, c, stride, keep):
-    return tl.load(X + r[:, None] * stride + c[None, :], mask=keep, other=0.0).to(tl.float32)
+    return load(X + r[:, None] * stride + c[None, :], keep)
 
 
 def row_width(channels: int) -> int:

@@ -13,6 +13,7 @@ import triton.language as tl
 from fastasr.kernels import _sliding_taps as sliding
 from fastasr.kernels._launch import cdiv, launch
 from fastasr.kernels._parts import sum_parts
+from fastasr.kernels._vectors import load
 
 MOST_FRAMES = 16  # A group has at most this many frames.
 BLOCK_G, BLOCK_C, NUM_WARPS = sliding.BLOCK_G, sliding.BLOCK_C, 4  # groups and channels of a tile
@@ -60,7 +61,7 @@ def forward_kernel(
         y = z[r] + bias
         if RESIDUAL:
             keep = ((t + r < out_frames) & (row < rows))[:, None] & in_row[None, :]
-            y += sliding.load(X + at + r * y_step, keep)
+            y += load(X + at + r * y_step, keep)
         results += (y.to(Y.dtype.element_ty),)
     for r in tl.static_range(GROUP):
         keep = ((t + r < out_frames) & (row < rows))[:, None] & in_row[None, :]

@@ -16,6 +16,7 @@ from fastasr.kernels import _jobs
 from fastasr.kernels._column_sums import column_sums
 from fastasr.kernels._jobs import multiple, number, pointer
 from fastasr.kernels._launch import cdiv, launch, next_power_of_2, processors
+from fastasr.kernels._vectors import neighbours
 
 ELEMENTS = 4096  # A tile has this many elements: 8 in each thread.
 WARPS = 16
@@ -158,7 +159,7 @@ def add_pair(
 @triton.jit(do_not_specialize=["parts"])
 def add_tables_kernel(PARTS, OUT, size, parts, BLOCK: tl.constexpr):
     """Adds up ``parts`` tables of ``size`` numbers."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    at = tl.program_id(0).to(tl.int64) * BLOCK + neighbours(BLOCK, PARTS, OUT)
     total = tl.zeros([BLOCK], tl.float64)
     for part in range(parts):
         total += tl.load(PARTS + part * size.to(tl.int64) + at, mask=at < size, other=0.0).to(tl.float64)

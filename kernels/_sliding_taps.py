@@ -28,7 +28,7 @@ from fastasr.kernels._launch import cdiv, launch, next_power_of_2
 from fastasr.kernels._parts import sum_parts
 from fastasr.kernels._recordings import group_at
 from fastasr.kernels._recordings import groups as groups_of
-from fastasr.kernels._special import INTERPRETED
+from fastasr.kernels._vectors import load
 
 MOST_FRAMES = 8  # A group has at most this many: the compiler takes three times as long for 16.
 # Keyed by the bytes of an element: in a program that computes gradients, its taps and a thread's sums per channel.
@@ -39,22 +39,7 @@ BLOCK_G, BLOCK_C, NUM_WARPS = 8, 64, 4  # groups and channels of a tile: four ch
 BLOCK_S = 4  # segments of a tile: two channels per thread
 # With fewer than FEW taps a loaded frame serves few products: a tile has WIDE segments, a thread eight channels.
 FEW, WIDE = 5, 16
-# Both numbers of a register in float32: bfloat16 is the upper half of it.
-OF_BFLOAT16 = tl.constexpr("shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;")
-OF_FLOAT16 = tl.constexpr("{.reg .b16 a, b; mov.b32 {a, b}, $2; cvt.f32.f16 $0, a; cvt.f32.f16 $1, b;}")
 MAX_PARTS = 64  # A sum over frames has at most this many parts.
-
-
-@triton.jit
-def load(at, keep, PAIRS: tl.constexpr = True):
-    """Returns the numbers at pointers in float32, 0 where not ``keep``. PAIRS of bfloat16 take two instructions; the
-    compiler's own conversion takes three, and moves between registers.
-    """
-    x = tl.load(at, mask=keep, other=0.0)
-    if PAIRS and not INTERPRETED and x.dtype.primitive_bitwidth == 16:  # the interpreter knows no assembly
-        halves: tl.constexpr = OF_BFLOAT16 if x.dtype == tl.bfloat16 else OF_FLOAT16
-        return tl.inline_asm_elementwise(halves, "=r,=r,r", [x], dtype=tl.float32, is_pure=True, pack=2)
-    return x.to(tl.float32)
 
 
 @triton.jit

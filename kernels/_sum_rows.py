@@ -10,6 +10,7 @@ import triton.language as tl
 from fastasr.kernels._column_sums import column_sums
 from fastasr.kernels._launch import cdiv, launch
 from fastasr.kernels._parts import WARPS, add_parts, split_rows
+from fastasr.kernels._vectors import load
 
 COLUMNS = 64  # columns of a tile: models have multiples of 64 channels
 PROGRAMS = 4  # programs per multiprocessor, to keep as many bytes in flight as memory needs
@@ -27,7 +28,7 @@ def sum_kernel(X, PARTS, rows, rows_per_part, columns, BLOCK_R: tl.constexpr, BL
     total = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     for start in range(0, left, BLOCK_R):
         keep = (start + r < left)[:, None] & (c < columns)[None, :]
-        total += tl.load(X + r[:, None] * columns + c[None, :], mask=keep, other=0.0).to(tl.float32)
+        total += load(X + r[:, None] * columns + c[None, :], keep)
         X += BLOCK_R * columns
     total = column_sums(total.to(PARTS.dtype.element_ty))
     tl.store(PARTS + part * columns + c, total, mask=c < columns)

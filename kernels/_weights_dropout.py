@@ -52,7 +52,7 @@ def dropped(values, SEED, words, j, threshold, factor):
         z = _plus(first[:, None], _times(j.to(tl.uint32), STEP)[None, :])
         z = _times(z ^ (z >> 16), FIRST)
         z = _times(z ^ (z >> 15) ^ second[:, None], SECOND)
-        values = values * tl.where((z >> 1).to(tl.int32) >= threshold, factor, 0.0)
+        values = values * tl.where(z >= (tl.cast(threshold, tl.uint32) << 1), factor, 0.0)
     return values
 
 

@@ -27,11 +27,14 @@ from fastasr.kernels._layer_norm import (
     limited,
     load_tile,
     normed,
+    normed_with,
     row_mean,
     row_stride,
+    through,
     within,
 )
 from fastasr.kernels._parts import add_pair, add_parts, store_pair
+from fastasr.kernels._vectors import neighbours
 
 LAYER, RMS = range(2)
 
@@ -40,7 +43,7 @@ LAYER, RMS = range(2)
 def _normed_update(update, eps, limit, C, LIMITED: tl.constexpr, PRECISE: tl.constexpr):
     """Returns RMS(update) and 1 / sqrt(mean update^2 + eps)."""
     update = limited(update, limit, LIMITED)
-    inverse = inverse_root(row_mean(update * update, C, PRECISE), eps)
+    inverse = inverse_root(row_mean(update * update, C, PRECISE, False), eps, PRECISE)
     return update * inverse[:, None], inverse
 
 
@@ -51,7 +54,7 @@ def forward_kernel(
 ):  # fmt: skip
     PRECISE: tl.constexpr = T.dtype.element_ty == tl.float32
     r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    c = tl.arange(0, BLOCK_C)
+    c = neighbours(BLOCK_C, X, UPDATE)
     keep = (r < rows)[:, None] & (c < C)[None, :]
     offsets = r[:, None] * C + c[None, :]  # [BLOCK_R, BLOCK_C]
     u = load_tile(UPDATE, r, c, update_stride, keep)
@@ -96,21 +99,18 @@ def backward_kernel(
         u = update
         if UPDATE_WEIGHT is not None:
             m, update_inverse = _normed_update(update, eps, update_limit, C, LIMITED, PRECISE)
-            m = tl.where(keep, m, 0.0)  # with eps = 0, as below
+            m = tl.where(keep, m, 0.0)  # With eps = 0 the scale of a row past the end is infinite.
             u = m * uw[None, :]
         t = tl.fma(u, scale, load_tile(X, r, c, x_stride, keep)).to(T_TYPE).to(tl.float32)
         grad = tl.load(GRAD_Y + offsets, mask=keep, other=0.0).to(tl.float32)
-        n, inverse = normed(limited(t, limit, LIMITED), keep, eps, C, CENTRED, PRECISE)
-        # With eps = 0 the scale of a row past the end is infinite.
-        n = tl.where(keep, n * inverse[:, None], 0.0)
+        d = grad * w[None, :]
+        n, inverse, mean, along = normed_with(
+            limited(t, limit, LIMITED), d, r < end, keep, eps, C, CENTRED, PRECISE
+        )
         dweight = tl.fma(grad, n, dweight)
         if BIAS is not None:
             dbias += grad
-        d = grad * w[None, :]
-        along = row_mean(d * n, C, PRECISE).to(tl.float32)
-        if CENTRED:
-            d = d - row_mean(d, C, PRECISE).to(tl.float32)[:, None]
-        dt = within(tl.fma(-n, along[:, None], d) * inverse[:, None], t, limit, LIMITED)
+        dt = within(through(d, n, inverse, mean, along), t, limit, LIMITED)
         if GRAD_T is not None:
             dt += tl.load(GRAD_T + offsets, mask=keep, other=0.0).to(tl.float32)
         tl.store(DX + offsets, dt.to(DX.dtype.element_ty), mask=keep)
@@ -119,7 +119,7 @@ def backward_kernel(
             du = tl.where(keep, du, 0.0)
             dupdate_weight = tl.fma(du, m, dupdate_weight)
             e = du * uw[None, :]
-            along = row_mean(e * m, C, PRECISE).to(tl.float32)
+            along = row_mean(e * m, C, PRECISE, False).to(tl.float32)
             du = within(
                 tl.fma(-m, along[:, None], e) * update_inverse[:, None], update, update_limit, LIMITED
             )

@@ -18,8 +18,18 @@ import triton
 import triton.language as tl
 
 from fastasr.kernels._launch import cdiv, contiguous_like, generation, launch
-from fastasr.kernels._layer_norm import backward_parts, forward_tile, load_tile, normalise, row_mean
+from fastasr.kernels._layer_norm import (
+    backward_parts,
+    forward_tile,
+    load_tile,
+    means_with,
+    norm,
+    normalise,
+    normed_with,
+    through,
+)
 from fastasr.kernels._parts import add_pair, store_pair
+from fastasr.kernels._vectors import neighbours
 
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -29,22 +39,6 @@ def _row(VECTOR, c, C):
     return tl.load(VECTOR + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
 
 
-@triton.jit
-def _norm(t, keep, eps, C, PRECISE: tl.constexpr):
-    """Returns the normalised rows, 0 where not ``keep``, and 1 / sqrt(var t + eps), of which rows are multiples."""
-    n, inverse = normalise(t, keep, eps, C, PRECISE)
-    # With eps = 0 the scale of a row past the end is infinite.
-    return tl.where(keep, n * inverse[:, None], 0.0), inverse[:, None]
-
-
-@triton.jit
-def _through(d, n, inverse, keep, C, PRECISE: tl.constexpr):
-    """Returns the gradient of a norm's input, 0 where not ``keep``, for that of its normalised rows n."""
-    along = row_mean(d * n, C, PRECISE).to(tl.float32)
-    d = d - row_mean(d, C, PRECISE).to(tl.float32)[:, None]
-    return tl.where(keep, tl.fma(-n, along[:, None], d) * inverse, 0.0)
-
-
 @triton.jit(do_not_specialize=["rows"])
 def forward_kernel(
     X, UPDATE, WEIGHT, BIAS, NEXT_WEIGHT, NEXT_BIAS, T, Y, rows, C, eps, next_eps, scale,
@@ -52,7 +46,7 @@ def forward_kernel(
 ):  # fmt: skip
     PRECISE: tl.constexpr = T.dtype.element_ty == tl.float32
     r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    c = tl.arange(0, BLOCK_C)
+    c = neighbours(BLOCK_C, X, UPDATE)
     keep = (r < rows)[:, None] & (c < C)[None, :]
     x = load_tile(X, r, c, C, keep)  # [BLOCK_R, BLOCK_C]
     n, inverse = normalise(tl.fma(load_tile(UPDATE, r, c, C, keep), scale, x), keep, eps, C, PRECISE)
@@ -83,16 +77,19 @@ def backward_kernel(
         r = first + tl.arange(0, BLOCK_R)
         keep = (r < end)[:, None] & (c < C)[None, :]
         s = tl.fma(load_tile(UPDATE, r, c, C, keep), scale, load_tile(X, r, c, C, keep))  # [BLOCK_R, BLOCK_C]
-        n, inverse = _norm(s, keep, eps, C, PRECISE)
+        n, inverse = norm(s, r < end, keep, eps, C, True, PRECISE)
         t = tl.fma(n, w, b).to(T_TYPE).to(tl.float32)
-        m, next_inverse = _norm(t, keep, next_eps, C, PRECISE)
         grad = load_tile(GRAD_Y, r, c, C, keep)
+        d = grad * next_w
+        m, next_inverse, mean, along = normed_with(t, d, r < end, keep, next_eps, C, True, PRECISE)
         dnext_weight = tl.fma(grad, m, dnext_weight)
         dnext_bias += grad
-        g = load_tile(GRAD_T, r, c, C, keep) + _through(grad * next_w, m, next_inverse, keep, C, PRECISE)
+        g = load_tile(GRAD_T, r, c, C, keep) + through(d, m, next_inverse, mean, along)
         dweight = tl.fma(g, n, dweight)
         dbias += g
-        dx = _through(g * w, n, inverse, keep, C, PRECISE)
+        d = g * w
+        mean, along = means_with(d, n, C, True, PRECISE)
+        dx = through(d, n, inverse, mean, along)
         offsets = r[:, None] * C + c[None, :]
         tl.store(DX + offsets, dx.to(DX.dtype.element_ty), mask=keep)
         tl.store(DUPDATE + offsets, (dx * scale).to(DUPDATE.dtype.element_ty), mask=keep)

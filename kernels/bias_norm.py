@@ -20,7 +20,9 @@ import triton.language as tl
 
 from fastasr.kernels._column_sums import column_sums
 from fastasr.kernels._launch import cdiv, launch, next_power_of_2
+from fastasr.kernels._layer_norm import inverse_root, row_mean, row_means
 from fastasr.kernels._parts import REDUCE, WARPS, reduce_tile, split_rows, sum_parts
+from fastasr.kernels._vectors import neighbours
 
 # Rows live in registers: up to 8192 channels take at most 16 elements in each thread; wider rows spill.
 MAX_CHANNELS = 65536
@@ -44,40 +46,20 @@ def _exp(x, PRECISE: tl.constexpr):
     return tl.where(tl.abs(x) < 80.0, e, tl.exp(x))
 
 
-@triton.jit
-def _inverse_root(square, C, PRECISE: tl.constexpr):
-    """Returns (square / C)^(-1/2). PRECISE: a Newton step takes the hardware's rsqrt to under 1 ulp."""
-    if not PRECISE:
-        return tl.rsqrt(square / C)
-    v = tl.div_rn(square, C * 1.0)  # not C.to(): Triton passes the integer 1 as a constant
-    r = tl.rsqrt(v)
-    better = tl.fma(0.5 * r, tl.fma(-v * r, r, 1.0), r)
-    return tl.where((r > 0.0) & (r < float("inf")), better, r)  # v = inf and v = 0
-
-
 @triton.jit(do_not_specialize=["rows"])
 def forward_kernel(X, BIAS, LOG_SCALE, Y, rows, C, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
     PRECISE: tl.constexpr = Y.dtype.element_ty == tl.float32
     r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    c = tl.arange(0, BLOCK_C)
+    c = neighbours(BLOCK_C, X, Y)
     offsets = r[:, None] * C + c[None, :]  # [BLOCK_R, BLOCK_C]
     keep = (r < rows)[:, None] & (c < C)[None, :]
     x = tl.load(X + offsets, mask=keep, other=0.0).to(tl.float32)
     b = tl.load(BIAS + c, mask=c < C, other=0.0).to(tl.float32)
     scale = _exp(tl.load(LOG_SCALE).to(tl.float32), PRECISE)
     d = x - b[None, :]
-    s = _inverse_root(tl.sum(d * d, axis=1), C, PRECISE) * scale  # [BLOCK_R]
+    s = inverse_root(row_mean(d * d, C, False), 0.0, PRECISE) * scale  # [BLOCK_R]
     y = x * s[:, None]
     tl.store(Y + offsets, y.to(Y.dtype.element_ty), mask=keep)
-
-
-@triton.jit
-def _dot(a, b, PRECISE: tl.constexpr):
-    """Returns row sums of a * b, in float64 when PRECISE."""
-    if PRECISE:
-        a = a.to(tl.float64)
-        b = b.to(tl.float64)
-    return tl.sum(a * b, axis=1)
 
 
 @triton.jit(do_not_specialize=["rows", "rows_per_part"])
@@ -85,9 +67,7 @@ def backward_kernel(
     GRAD, X, BIAS, LOG_SCALE, DX, DBIAS_PARTS, DLOG_SCALE_PARTS, rows, rows_per_part, C,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    # float32 tensors get float64 row sums: the terms of A cancel, and its error is that of a whole row. By
-    # estimate the five float64 operations per element take a third of the time that its 12 bytes take on an
-    # H200.
+    # float32 tensors get float64 products and row sums: the terms of A cancel, and its error is that of a whole row.
     PRECISE: tl.constexpr = X.dtype.element_ty == tl.float32
     part = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, BLOCK_C)
@@ -107,12 +87,16 @@ def backward_kernel(
         x = tl.load(X + offsets, mask=keep, other=0.0).to(tl.float32)
         grad = tl.load(GRAD + offsets, mask=keep, other=0.0).to(tl.float32)
         d = x - b[None, :]
-        square = _dot(d, d, PRECISE).to(tl.float32)  # [BLOCK_R]
-        s = _inverse_root(square, C, PRECISE) * scale
+        product = grad * x
+        if PRECISE:
+            product = grad.to(tl.float64) * x.to(tl.float64)
+        mean, variance = row_means(product, d * d, C, PRECISE, True)  # A / C and V, [BLOCK_R]
+        inverse = inverse_root(variance, 0.0, PRECISE)
+        s = inverse * scale
         # A row past the end has V = mean(bias^2), which may be 0: its share is set to 0, not computed as 0 *
         # inf.
-        share = tl.where(r < end, _dot(grad, x, PRECISE) * s, 0.0)  # A s
-        k = tl.where(r < end, tl.div_rn(share.to(tl.float32), square), 0.0)
+        share = tl.where(r < end, mean * s, 0.0)  # A s / C
+        k = tl.where(r < end, share.to(tl.float32) * inverse * inverse, 0.0)
         k = tl.broadcast_to(k[:, None], [BLOCK_R, BLOCK_C])
         dx = tl.fma(-k, d, grad * s[:, None])
         tl.store(DX + offsets, dx.to(DX.dtype.element_ty), mask=keep)
@@ -120,7 +104,7 @@ def backward_kernel(
         dlog_scale += share
         first += BLOCK_R
     tl.store(DBIAS_PARTS + part * C + c, column_sums(dbias), mask=in_row)
-    tl.store(DLOG_SCALE_PARTS + part, tl.sum(dlog_scale, axis=0).to(tl.float32))
+    tl.store(DLOG_SCALE_PARTS + part, (tl.sum(dlog_scale, axis=0) * C).to(tl.float32))
 
 
 @triton.jit(do_not_specialize=["parts"])

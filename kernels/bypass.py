@@ -23,6 +23,7 @@ import triton.language as tl
 from fastasr.kernels._column_sums import column_sums
 from fastasr.kernels._launch import cdiv, launch
 from fastasr.kernels._parts import WARPS, add_parts, split_rows
+from fastasr.kernels._vectors import neighbours
 
 NUM_WARPS = 4  # forward
 
@@ -42,7 +43,7 @@ def forward_kernel(
 ):
     column_tiles = tl.cdiv(columns, BLOCK_C)
     r = (tl.program_id(0) // column_tiles).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    c = (tl.program_id(0) % column_tiles).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    c = (tl.program_id(0) % column_tiles).to(tl.int64) * BLOCK_C + neighbours(BLOCK_C, X_ORIG, X)
     offsets = r[:, None] * columns + c[None, :]  # [BLOCK_R, BLOCK_C]
     keep = (r < rows)[:, None] & (c < columns)[None, :]
     x_orig = tl.load(X_ORIG + offsets, mask=keep, other=0.0).to(tl.float32)
@@ -63,7 +64,7 @@ def backward_kernel(
 ):  # fmt: skip
     column_tiles = tl.cdiv(columns, BLOCK_C)
     part = (tl.program_id(0) // column_tiles).to(tl.int64)
-    c = (tl.program_id(0) % column_tiles).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    c = (tl.program_id(0) % column_tiles).to(tl.int64) * BLOCK_C + neighbours(BLOCK_C, X_ORIG, X)
     in_row = c < columns
     scale = tl.load(SCALE + c, mask=in_row, other=0.0).to(tl.float32)
     scale = tl.broadcast_to(scale[None, :], [BLOCK_R, BLOCK_C])

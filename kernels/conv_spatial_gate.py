@@ -25,8 +25,9 @@ import triton.language as tl
 from fastasr.kernels import _sliding_taps as sliding
 from fastasr.kernels._activation import IDENTITY, activate_with_slope
 from fastasr.kernels._launch import cdiv, contiguous_like, launch
-from fastasr.kernels._layer_norm import MAX_CHANNELS, normalise, row_mean, row_tile, row_width
+from fastasr.kernels._layer_norm import MAX_CHANNELS, normalise, normed_with, row_tile, row_width, through
 from fastasr.kernels._parts import add_pair, split_rows, store_pair
+from fastasr.kernels._vectors import load
 
 BLOCK_C, NUM_WARPS = sliding.BLOCK_C, 4  # for a program that convolves
 BLOCK_K = 4
@@ -56,10 +57,10 @@ def normalise_kernel(
         c = tl.arange(0, BLOCK_C)
         keep = (r < rows)[:, None] & (c < C)[None, :]
         at = _rows(r, frames, x_batch, x_time)[:, None] + c[None, :]
-        g = sliding.load(GATE + at, keep, False)  # [BLOCK_R, BLOCK_C]
+        g = load(GATE + at, keep)  # [BLOCK_R, BLOCK_C]
         n, scale = normalise(g, keep, eps, C, PRECISE)
-        w = sliding.load(NORM_WEIGHT + c, c < C, False)
-        b = sliding.load(NORM_BIAS + c, c < C, False)
+        w = load(NORM_WEIGHT + c, c < C, False)
+        b = load(NORM_BIAS + c, c < C, False)
         u = tl.fma(n * scale[:, None], w[None, :], b[None, :])
         if MASK is not None:
             u = tl.where((tl.load(MASK + r, mask=r < rows, other=1) == 0)[:, None], u, 0.0)
@@ -79,7 +80,7 @@ def norm_gradient_kernel(
     part = tl.program_id(0)
     c = tl.arange(0, BLOCK_C)
     in_row = c < C
-    w = sliding.load(NORM_WEIGHT + c, in_row, False)
+    w = load(NORM_WEIGHT + c, in_row, False)
     dweight = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     dbias = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     first = part * rows_per_part
@@ -88,18 +89,14 @@ def norm_gradient_kernel(
         r = first + tl.arange(0, BLOCK_R)
         keep = (r < end)[:, None] & in_row[None, :]
         at = _rows(r, frames, x_batch, x_time)[:, None] + c[None, :]
-        g = sliding.load(GATE + at, keep, False)  # [BLOCK_R, BLOCK_C]
-        n, scale = normalise(g, keep, eps, C, PRECISE)
-        # With eps = 0 the scale of a row past the end is infinite.
-        n = tl.where(keep, n * scale[:, None], 0.0)
+        g = load(GATE + at, keep)  # [BLOCK_R, BLOCK_C]
         at = r[:, None].to(tl.int64) * (2 * C) + c[None, :]
-        du = sliding.load(DGATE + at, keep, False)
+        du = load(DGATE + at, keep)
+        d = du * w[None, :]
+        n, scale, mean, along = normed_with(g, d, r < end, keep, eps, C, True, PRECISE)
         dweight = tl.fma(du, n, dweight)
         dbias += du
-        d = du * w[None, :]
-        mean = row_mean(d, C, PRECISE).to(tl.float32)
-        along = row_mean(d * n, C, PRECISE).to(tl.float32)
-        dg = tl.fma(-n, along[:, None], d - mean[:, None]) * scale[:, None]
+        dg = through(d, n, scale, mean, along)
         tl.store(DGATE + at, dg.to(DGATE.dtype.element_ty), mask=keep)
         first += BLOCK_R
     store_pair(PARTS, c, C, dweight, dbias)
@@ -134,7 +131,7 @@ def _convolve(
 @triton.jit
 def _with_bias(z, BIAS, c, C):
     if BIAS is not None:
-        z += sliding.load(BIAS + c, c < C, False)[None, :]
+        z += load(BIAS + c, c < C, False)[None, :]
     return z
 
 
@@ -155,7 +152,7 @@ def forward_kernel(
     results = ()
     for n in tl.static_range(GROUP):
         keep = (first + n < frames)[:, None] & (c < C)[None, :]
-        r = sliding.load(at + n * step, keep)
+        r = load(at + n * step, keep)
         act, _ = activate_with_slope(_with_bias(found[n], BIAS, c, C), ACTIVATION, PRECISE)
         results += ((r * act).to(Y.dtype.element_ty),)
     at = Y + ((base + first)[:, None] * C + c[None, :])
@@ -181,8 +178,8 @@ def output_gradient_kernel(
     results = ()
     for n in tl.static_range(GROUP):
         keep = (first + n < frames)[:, None] & (c < C)[None, :]
-        r = sliding.load(at + n * step, keep)
-        dy = sliding.load(GRAD + (row * C + c[None, :]) + n * C, keep)
+        r = load(at + n * step, keep)
+        dy = load(GRAD + (row * C + c[None, :]) + n * C, keep)
         act, slope = activate_with_slope(_with_bias(found[n], BIAS, c, C), ACTIVATION, PRECISE)
         results += ((dy * r * slope).to(Q.dtype.element_ty), (dy * act).to(DFACTOR.dtype.element_ty))
     at = sliding.in_tiles(tile, batch, b, frames, first, lane, BLOCK_C)

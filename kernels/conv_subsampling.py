@@ -9,8 +9,9 @@
 Programs hold tiles of channels by pixels of y. For each tap of the second convolution they gather the patches of x and
 multiply them with the weights again, 16 numbers deep, on tensor cores for 16-bit numbers: 2.25 times the products that
 h has. Channels are the rows: a thread of a product has few rows and many columns, so it loads few weights v per tap.
-A pixel outside of h or excluded has a patch of zeros without the 1. In the gradients h is only a condition on g, which
-is an operand of a second product; a program adds up E of three taps, as nine would spill. Where x is infinite, dv may
+A pixel outside of h or excluded has a patch of zeros without the 1, which gives 0, but NaN with an infinite weight:
+programs that have one select too. In the gradients h is only a condition on g, which is an operand of a second product;
+a program adds up E of three taps, as nine would spill. Where x is infinite, dv may
 be NaN in place of the formula's number. Launches: forward 1, backward 2. dx, which features do not need, takes one
 launch and torch's fold, because its kernel writes the 9 shares of each pixel of h.
 
@@ -25,12 +26,17 @@ import triton.language as tl
 
 from fastasr.kernels._launch import as_bytes, cdiv, dot_options, launch
 from fastasr.kernels._maps import add_map_taps
+from fastasr.kernels._special import INTERPRETED
 
 SIZES = ["frames", "width", "first_frames", "first_width", "out_frames", "out_width", "left", "rows"]
 SLOTS = tl.constexpr(16)  # 9 taps, the bias, zeros: the depth of a product
 MAX_PARTS = 256
 LEAST_ROWS = 256  # A part has at least this many rows.
 BLOCK_SUM = 8  # channels of a program that adds parts
+# Both numbers of 16 bits of $3, 0 where the bits of $1 or $2 less one have a sign: where that float32 is not above 0.
+BOTH_WHERE_POSITIVE = tl.constexpr(
+    "{.reg .b32 a, b; sub.u32 a, $1, 1; sub.u32 b, $2, 1; prmt.b32 a, a, b, 0xffbb; not.b32 a, a; and.b32 $0, $3, a;}"
+)
 
 
 def tiles(dtype: torch.dtype) -> dict[str, dict]:
@@ -66,22 +72,39 @@ def _patches(X, pixel, width, seen):
 @triton.jit
 def _seen(MASK, frame, column, there, first_width):
     """Returns which of h's frames from ``frame`` on count (bits 0 to 2) and which columns from ``column`` on exist
-    (bits 3 to 5), [BLOCK_P]. As a sum it is computed once, and not again in every layout that asks for it.
+    (bits 3 to 5), [BLOCK_P].
     """
-    k = tl.arange(0, 4)[:, None]
-    counts = there[None, :] & (k < 3)
-    if MASK is not None:
-        counts = tl.load(MASK + frame[None, :] + k, mask=counts, other=0) != 0
     width = first_width.to(tl.uint32)
-    columns = (column.to(tl.uint32) < width).to(tl.int32) << 3
-    columns |= ((column + 1).to(tl.uint32) < width).to(tl.int32) << 4
-    columns |= ((column + 2).to(tl.uint32) < width).to(tl.int32) << 5
-    return tl.sum(tl.where(k < 3, counts.to(tl.int32) << k, columns[None, :]), axis=0)
+    bits = tl.zeros_like(column)
+    for k in tl.static_range(3):
+        counts = there
+        if MASK is not None:
+            counts = tl.load(MASK + (frame + k), mask=there, other=0) != 0
+        bits |= counts.to(tl.int32) << k
+        bits |= ((column + k).to(tl.uint32) < width).to(tl.int32) << (k + 3)
+    return bits
 
 
 @triton.jit
 def _tap_seen(bits, i, j):
     return ((bits >> i) & (bits >> (j + 3)) & 1) != 0
+
+
+@triton.jit
+def _convolved(X, DEPTHWISE, w, pixel, bits, width, c, C, FINITE: tl.constexpr):
+    """Returns y of pixels [BLOCK_C, BLOCK_P] without its bias; FINITE says that of the weights w."""
+    y = tl.zeros([w.shape[0], pixel.shape[0]], tl.float32)
+    for i in range(3):
+        for j in tl.range(0, 3, loop_unroll_factor=3 if FINITE else 1):
+            x = _patches(X, pixel + 2 * (i * width + j), width, _tap_seen(bits, i, j))
+            h = tl.maximum(tl.dot(w, x), 0.0, propagate_nan=tl.PropagateNan.ALL)
+            if not FINITE:
+                # A patch of zeros has given NaN. Its product with the weights of a bias of 1 is 0.
+                one = tl.broadcast_to((tl.arange(0, SLOTS) == 9)[None, :], w.shape).to(w.dtype)
+                h = tl.where(tl.dot(one, x) == 0.0, 0.0, h)
+            v = tl.load(DEPTHWISE + c * 9 + (3 * i + j), mask=c < C, other=0.0).to(tl.float32)
+            y = tl.fma(v[:, None], h, y)
+    return y
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -99,19 +122,26 @@ def forward_kernel(
     pixel = (b * frames + 4 * t) * width + 4 * f - 2 * left
     bits = _seen(MASK, b * first_frames + 2 * t, 2 * f - left, row < rows, first_width)
     w = _coefficients(WEIGHT, BIAS, c, C)
-    y = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
-    for i in range(3):
-        for j in tl.static_range(3):
-            seen = _tap_seen(bits, i, j)
-            z = tl.dot(w, _patches(X, pixel + 2 * (i * width + j), width, seen))
-            h = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
-            v = tl.load(DEPTHWISE + c * 9 + (3 * i + j), mask=c < C, other=0.0).to(tl.float32)
-            # A patch of zeros gives NaN with infinite weights.
-            y = tl.fma(v[:, None], tl.where(seen[None, :], h, 0.0), y)
+    if tl.max(tl.where(tl.abs(w.to(tl.float32)) < float("inf"), 0, 1)) == 0:
+        y = _convolved(X, DEPTHWISE, w, pixel, bits, width, c, C, True)
+    else:
+        y = _convolved(X, DEPTHWISE, w, pixel, bits, width, c, C, False)
     if DEPTHWISE_BIAS is not None:
         y += tl.load(DEPTHWISE_BIAS + c, mask=c < C, other=0.0).to(tl.float32)[:, None]
     at = row.to(tl.int64)[None, :] * C + c[:, None]
     tl.store(Y + at, y.to(Y.dtype.element_ty), mask=(c < C)[:, None] & (row < rows)[None, :])
+
+
+@triton.jit
+def _where_positive(z, g):
+    """Returns g, 0 where z <= 0. The compiler's own selection takes six instructions for two numbers of 16 bits."""
+    if INTERPRETED or g.dtype.primitive_bitwidth == 32:
+        active = tl.where(z <= 0.0, 0.0, g)
+    else:
+        active = tl.inline_asm_elementwise(
+            BOTH_WHERE_POSITIVE, "=r,r,r,r", [z, g], dtype=g.dtype, is_pure=True, pack=2
+        )
+    return active
 
 
 @triton.jit(do_not_specialize=[*SIZES, "rows_per_part"])
@@ -131,7 +161,11 @@ def weight_gradient_kernel(
     w = _coefficients(WEIGHT, BIAS, c, C)
     zero = tl.zeros([BLOCK_C, SLOTS], tl.float32)
     e = (zero, zero, zero)
-    total = tl.zeros([BLOCK_C], tl.float64)
+    PRECISE: tl.constexpr = G.dtype.element_ty == tl.float32
+    LANES: tl.constexpr = (
+        1 if PRECISE else BLOCK_P // 4
+    )  # sums that threads keep apart, where they have registers
+    total = tl.zeros([BLOCK_C, LANES], tl.float64 if PRECISE else tl.float32)
     start = part * rows_per_part
     end = tl.minimum(start + rows_per_part, rows)
     while start < end:
@@ -140,7 +174,8 @@ def weight_gradient_kernel(
         at = row.to(tl.int64)[None, :] * C + c[:, None]
         g = tl.load(G + at, mask=in_row[:, None] & (row < end)[None, :], other=0.0)  # [BLOCK_C, BLOCK_P]
         if i == 0:
-            total += tl.sum(g.to(tl.float32), axis=1)
+            shares = tl.reshape(g.to(tl.float32), [BLOCK_C, BLOCK_P // LANES, LANES])
+            total += tl.sum(shares, axis=1).to(total.dtype)
         kept = row < end
         if MASK is not None:
             kept = tl.load(MASK + b * first_frames + 2 * t + i, mask=kept, other=0) != 0
@@ -148,7 +183,7 @@ def weight_gradient_kernel(
         for j in tl.static_range(3):
             seen = kept & ((2 * f + j - left).to(tl.uint32) < first_width.to(tl.uint32))
             x = _patches(X, pixel + 2 * j, width, seen)
-            active = tl.where(tl.dot(w, x) <= 0.0, 0.0, g)
+            active = _where_positive(tl.dot(w, x), g)
             # Triton has no unpacking of tuples.
             e = e[:j] + (tl.dot(active, tl.trans(x), e[j]),) + e[j + 1 :]  # noqa: RUF005
         start += BLOCK_P
@@ -158,12 +193,12 @@ def weight_gradient_kernel(
     dw = tl.zeros([BLOCK_C, SLOTS], tl.float64)
     for j in tl.static_range(3):
         v = tl.load(DEPTHWISE + c * 9 + (3 * i + j), mask=in_row, other=0.0)
-        wide = e[j].to(tl.float64)
-        dw += v.to(tl.float64)[:, None] * wide
-        dv = tl.sum(w.to(tl.float64) * wide, axis=1)
+        own = e[j].to(tl.float64)
+        dw += v.to(tl.float64)[:, None] * own
+        dv = tl.sum(w.to(tl.float64) * own, axis=1)
         tl.store(second + (3 * i + j) * C, dv.to(tl.float32), mask=in_row)
     if i == 0:
-        tl.store(second + 9 * C, total.to(tl.float32), mask=in_row)
+        tl.store(second + 9 * C, tl.sum(total, axis=1).to(tl.float32), mask=in_row)
     keep = in_row[:, None] & (k < 10)[None, :]
     tl.store(first[:, None] + k[None, :] * C, dw.to(tl.float32), mask=keep)
 

@@ -33,6 +33,7 @@ from fastasr.kernels._launch import as_bytes, cdiv, launch
 from fastasr.kernels._recordings import group_at, groups
 from fastasr.kernels._special import exp2, reciprocal
 from fastasr.kernels._swoosh import exp_minus_abs, swoosh, swoosh_slope
+from fastasr.kernels._vectors import load
 
 SWOOSH_R, SILU = tl.constexpr(1), tl.constexpr(2)  # activations; 0: none
 SILU_GATE = tl.constexpr(1)  # 0: sigmoid
@@ -269,7 +270,7 @@ def output_gradient_kernel(
                 taps, CHUNKED, BLOCK_C,
             )  # fmt: skip
             keep = (t + (r + n) < last)[:, None] & (c < C)[None, :]
-            q = sliding.load(at + (r + n) * step, keep)  # [BLOCK_G, BLOCK_C]
+            q = load(at + (r + n) * step, keep)  # [BLOCK_G, BLOCK_C]
             if ACTIVATION == SWOOSH_R:
                 shifted, u = exp_minus_abs(z, True, SHORT)
                 q *= swoosh_slope(shifted, u, SHORT)
@@ -350,8 +351,8 @@ def input_gradient_kernel(
                 valid = valid & (tl.load(MASK + b.to(tl.int64) * frames + now, mask=valid, other=1) == 0)
             keep = valid[:, None] & in_row[None, :]
             here = at + (r + n) * step
-            x = sliding.load(here, keep)
-            s = sliding.load(here + C, keep)
+            x = load(here, keep)
+            s = load(here + C, keep)
             gate = _logistic(s, SHORT)
             du = tl.where(keep, du, 0.0)
             ds = du * (x * gate)

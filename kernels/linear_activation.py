@@ -17,9 +17,11 @@ import triton
 import triton.language as tl
 
 from fastasr.kernels._activation import activate_with_slope
+from fastasr.kernels._column_sums import column_sums
 from fastasr.kernels._flat import flat_range, flat_tail
 from fastasr.kernels._launch import cdiv, launch
 from fastasr.kernels._parts import add_parts
+from fastasr.kernels._vectors import load
 from fastasr.kernels._weights_dropout import constants, dropped, row_words
 
 BLOCK, NUM_WARPS = 2048, 4  # 16 elements per thread
@@ -30,7 +32,7 @@ MAX_PARTS = 64
 @triton.jit
 def _forward_at(Z, Y, offsets, keep, ACTIVATION: tl.constexpr):
     PRECISE: tl.constexpr = Y.dtype.element_ty.primitive_bitwidth == 32
-    z = tl.load(Z + offsets, mask=keep, other=0.0).to(tl.float32)
+    z = load(Z + offsets, keep)
     y, _ = activate_with_slope(z, ACTIVATION, PRECISE)
     tl.store(Y + offsets, y.to(Y.dtype.element_ty), mask=keep)
 
@@ -58,11 +60,9 @@ def tiled_forward_kernel(
     keep = (r < rows)[:, None] & (c < C)[None, :]
     row = r[:, None].to(tl.int64)
     at = Z + row * (2 if GATED else 1) * C + c[None, :]  # [BLOCK_R, BLOCK_C]
-    y = tl.load(at, mask=keep, other=0.0).to(tl.float32)
+    y = load(at, keep)
     if GATED:
-        gate, _ = activate_with_slope(
-            tl.load(at + C, mask=keep, other=0.0).to(tl.float32), ACTIVATION, PRECISE
-        )
+        gate, _ = activate_with_slope(load(at + C, keep), ACTIVATION, PRECISE)
         y = y * gate
     else:
         y, _ = activate_with_slope(y, ACTIVATION, PRECISE)
@@ -104,8 +104,8 @@ def gated_backward_kernel(
         start += BLOCK_R
     if PARTS is not None:
         at = PARTS + part.to(tl.int64) * 2 * C + c
-        tl.store(at, tl.sum(of_a, axis=0), mask=c < C)
-        tl.store(at + C, tl.sum(of_g, axis=0), mask=c < C)
+        tl.store(at, column_sums(of_a), mask=c < C)
+        tl.store(at + C, column_sums(of_g), mask=c < C)
 
 
 @triton.jit(do_not_specialize=["rows", "rows_per_part", "threshold"])
@@ -136,7 +136,7 @@ def backward_kernel(
             sums += dz
         start += BLOCK_R
     if PARTS is not None:
-        tl.store(PARTS + part.to(tl.int64) * C + c, tl.sum(sums, axis=0), mask=c < C)
+        tl.store(PARTS + part.to(tl.int64) * C + c, column_sums(sums), mask=c < C)
 
 
 def linear_activation_forward(

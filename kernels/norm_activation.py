@@ -22,8 +22,10 @@ from fastasr.kernels._layer_norm import (
     forward_tile,
     limited,
     load_tile,
+    means_with,
+    norm,
     normed,
-    row_mean,
+    through,
     within,
 )
 from fastasr.kernels._parts import add_pair, store_pair
@@ -77,18 +79,14 @@ def backward_kernel(
         keep = (r < end)[:, None] & in_row[None, :]
         grad = load_tile(GRAD, r, c, C, keep)
         x = load_tile(X, r, c, C, keep)
-        n, scale = normed(limited(x, limit, LIMITED), keep, eps, C, CENTRED, PRECISE)
-        # With eps = 0 the scale of a row past the end is infinite.
-        n = tl.where(keep, n * scale[:, None], 0.0)
+        n, scale = norm(limited(x, limit, LIMITED), r < end, keep, eps, C, CENTRED, PRECISE)
         _, slope = activate_with_slope(tl.fma(n, w, b), ACTIVATION, PRECISE)
         q = grad * slope
         dweight = tl.fma(q, n, dweight)
         dbias += q
         d = q * w
-        along = row_mean(d * n, C, PRECISE).to(tl.float32)
-        if CENTRED:
-            d = d - row_mean(d, C, PRECISE).to(tl.float32)[:, None]
-        dx = within(tl.fma(-n, along[:, None], d) * scale[:, None], x, limit, LIMITED)
+        mean, along = means_with(d, n, C, CENTRED, PRECISE)
+        dx = within(through(d, n, scale, mean, along), x, limit, LIMITED)
         tl.store(DX + r[:, None] * C + c[None, :], dx.to(DX.dtype.element_ty), mask=keep)
         first += BLOCK_R
     store_pair(PARTS, c, C, dweight, dbias)

@@ -27,9 +27,12 @@ from fastasr.kernels._layer_norm import (
     backward_parts,
     forward_tile,
     load_tile,
+    means_with,
+    norm,
     normalise,
-    row_mean,
+    normed_with,
     row_stride,
+    through,
 )
 from fastasr.kernels._parts import add_pair, store_pair
 
@@ -108,17 +111,17 @@ def backward_kernel(
             t = tl.fma(s, a - x, x)
             to_update = s * rest * (a - x)
             to_sum = s * slope
-        n, scale = normalise(t, keep, eps, C, PRECISE)
-        # With eps = 0 the scale of a row past the end is infinite.
-        n = tl.where(keep, n * scale[:, None], 0.0)
-        if CANDIDATE is not None:
+        if CANDIDATE is None:
+            d = grad * w[None, :]
+            n, scale, mean, along = normed_with(t, d, r < end, keep, eps, C, True, PRECISE)
+        else:  # The gradient would take registers while the row is normalised.
+            n, scale = norm(t, r < end, keep, eps, C, True, PRECISE)
             grad = tl.load(GRAD + offsets, mask=keep, other=0.0).to(tl.float32)
+            d = grad * w[None, :]
+            mean, along = means_with(d, n, C, True, PRECISE)
         dweight = tl.fma(grad, n, dweight)
         dbias += grad
-        d = grad * w[None, :]
-        mean = row_mean(d, C, PRECISE).to(tl.float32)
-        along = row_mean(d * n, C, PRECISE).to(tl.float32)
-        dt = tl.fma(-n, along[:, None], d - mean[:, None]) * scale[:, None]
+        dt = through(d, n, scale, mean, along)
         if CANDIDATE is None:
             tl.store(DX + offsets, dt.to(DX.dtype.element_ty), mask=keep)
         else:

@@ -26,6 +26,7 @@ import triton.language as tl
 from fastasr.kernels._flat import flat_range, flat_tail
 from fastasr.kernels._launch import cdiv, launch
 from fastasr.kernels._swoosh import exp_minus_abs, swoosh, swoosh_slope
+from fastasr.kernels._vectors import load
 
 # 16 elements per thread: two (16-bit) or four (32-bit) 128-bit loads in flight in every thread.
 BLOCK = 2048
@@ -37,7 +38,7 @@ NO_MASK, FULL_MASK, ROW_MASK, COLUMN_MASK, NAMED_MASK = 0, 1, 2, 3, 4  # NAMED: 
 @triton.jit
 def _forward_at(X, Y, offsets, keep, mask, RIGHT: tl.constexpr):
     SHORT: tl.constexpr = Y.dtype.element_ty.primitive_bitwidth == 16
-    x = tl.load(X + offsets, mask=keep, other=0.0).to(tl.float32)
+    x = load(X + offsets, keep)
     z, u = exp_minus_abs(x, RIGHT, SHORT)
     y = swoosh(x, z, u, RIGHT, SHORT) * mask
     tl.store(Y + offsets, y.to(Y.dtype.element_ty), mask=keep)

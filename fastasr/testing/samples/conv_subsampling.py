@@ -46,6 +46,12 @@ def _one_bad_frame(make: Make) -> dict:
     return arguments
 
 
+def _one_bad_weight(make: Make) -> dict:
+    arguments = _call(make, 2, 23, 9, 5)
+    arguments["weight"][2, 0, 1, 2] = float("nan")
+    return arguments
+
+
 TABLE = OpTable(
     op="conv_subsampling",
     samples=(
@@ -66,6 +72,7 @@ TABLE = OpTable(
         Sample("no sequences", lambda m: _call(m, 0, 11, 7, 8)),
         # NaN alone: torch's bfloat16 convolution turns an infinity into NaN.
         Sample("NaN in one frame", _one_bad_frame, exact=False),
+        Sample("NaN in one weight", _one_bad_weight, exact=False),
     ),
     rows=("x", "mask"),
     random=_random,
