@@ -52,7 +52,7 @@ def _tile(
     content, position, g = rows
     upper = band(position, tensors, i, q_time, keep_i, after, sizes, DIM, BLOCK, BLOCK, BLOCK_D)
     scores = scores_of(
-        lower, upper, upper, content, key, tensors, biases, masks, i, q_time, keep_i, j, sizes, scale, cap,
+        lower, upper, content, key, tensors, biases, masks, i, q_time, keep_i, j, sizes, scale, cap,
         DIM, BLOCK, BLOCK, BLOCK_D, WINDOW,
     )  # fmt: skip
     slope = slopes_of(g, G, tensors[2], i, j, keep_i, j < sizes[1], v_time, VALUE_DIM, BLOCK, BLOCK, BLOCK_V)
@@ -210,13 +210,13 @@ def queries_kernel(
             after = by_offset(narrow, BLOCK)
             tl.store(
                 DS + (start + lanes)[None, :],
-                merged(after, before, before, BLOCK, BLOCK),
+                merged(after, before, BLOCK),
                 mask=all_lanes & once,
             )
             before = after
     if DS is not None:
         j = tl.cdiv(end - begin, BLOCK) * BLOCK + lanes
-        last = merged(tl.zeros([BLOCK, BLOCK], before.dtype), before, before, BLOCK, BLOCK)
+        last = merged(tl.zeros([BLOCK, BLOCK], before.dtype), before, BLOCK)
         tl.store(DS + j[None, :], last, mask=all_lanes & once)
     if GATE is not None:
         at = DGATE + (sequence * frames + i) * heads + head

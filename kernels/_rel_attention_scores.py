@@ -208,10 +208,10 @@ def through_cap(slopes, scores, cap):
 
 @triton.jit
 def scores_of(
-    first, second, third, rows, key, tensors, biases, masks, i, q_time, keep_i, j, sizes, scale, cap,
+    first, second, rows, key, tensors, biases, masks, i, q_time, keep_i, j, sizes, scale, cap,
     DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """Returns the scores of queries i and keys j, -inf where hidden. The caller passes the first pieces of the band;
+    """Returns the scores of queries i and keys j, -inf where hidden. The caller passes the two pieces of the band;
     ``rows`` and ``key`` hold q + u and k if they fit a block.
     """
     Q, K, _v, POS, U, _w, head, _span = tensors
@@ -231,7 +231,7 @@ def scores_of(
     else:
         scores = products(scores, Q, i, q_time, keep_i, K, j, q_time, keep_j, DIM, BLOCK_D, U)
     if POS is not None:
-        scores += by_key(first, second, third, BLOCK_M, BLOCK_N)
+        scores += by_key(first, second, BLOCK_M, BLOCK_N)
     scores *= scale
     if BIAS is not None:
         bias = offset_biases(biases, i, keep_i, j, frames, keys)  # [BLOCK_M, BLOCK_N]

@@ -81,7 +81,7 @@ from fastasr.kernels._rel_attention_scores import (
     scores_of,
 )
 from fastasr.kernels._rel_position_tiles import dealt, head_block
-from fastasr.kernels._relative_shift import moved
+from fastasr.kernels._relative_shift import ready
 from fastasr.kernels._weights_dropout import constants as dropout_constants
 from fastasr.kernels._weights_dropout import dropped, row_words
 
@@ -113,12 +113,12 @@ def forward_kernel(
     content, position = queries(tensors, i, q_time, keep_i, DIM, BLOCK_M, BLOCK_D)
     base = frames - (block + 1) * BLOCK_M  # row of R of the last query and key 0
     begin, end = keys_seen(block * BLOCK_M, (block + 1) * BLOCK_M - 1, sizes, BLOCK_N, WINDOW)
-    first = band(position, tensors, i, q_time, keep_i, base + begin, sizes, DIM, BLOCK_M, BLOCK_N, BLOCK_D)
-    second = first
+    last = band(position, tensors, i, q_time, keep_i, base + begin, sizes, DIM, BLOCK_M, BLOCK_N, BLOCK_D)
+    first = last
     if BLOCK_M > BLOCK_N:
-        second = band(
-            position, tensors, i, q_time, keep_i, base + begin + BLOCK_N, sizes, DIM, BLOCK_M, BLOCK_N, BLOCK_D
-        )  # fmt: skip
+        after = base + begin + BLOCK_N
+        last = band(position, tensors, i, q_time, keep_i, after, sizes, DIM, BLOCK_M, BLOCK_N, BLOCK_D)
+    first = ready(first, last, BLOCK_M, BLOCK_N)
     row = (sequence * heads + head) * frames + i
     words = row_words(SEED, row)
     maximum = tl.full([BLOCK_M], NONE, tl.float32)
@@ -126,17 +126,16 @@ def forward_kernel(
     y = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     for start in range(begin, end, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
-        third = band(
+        piece = band(
             position, tensors, i, q_time, keep_i, base + start + BLOCK_M, sizes, DIM, BLOCK_M, BLOCK_N, BLOCK_D
         )  # fmt: skip
-        if BLOCK_M == BLOCK_N:
-            second = third
+        second = ready(last, piece, BLOCK_M, BLOCK_N)
         key = load_rows(tensors[1], j, q_time, tl.arange(0, BLOCK_D), j < keys, DIM)  # [BLOCK_N, BLOCK_D]
         scores = scores_of(
-            first, second, third, content, key, tensors, biases, masks, i, q_time, keep_i, j, sizes, scale, cap,
+            first, second, content, key, tensors, biases, masks, i, q_time, keep_i, j, sizes, scale, cap,
             DIM, BLOCK_M, BLOCK_N, BLOCK_D, WINDOW,
         )  # fmt: skip
-        first, second = moved(first, second, third, BLOCK_M, BLOCK_N)
+        first, last = second, piece
         maximum, shrunk, e = running(maximum, scores, PRECISE)
         total = total * shrunk + sums(e, 1, PRECISE)
         e = dropped(e, SEED, words, j, threshold, factor)
@@ -178,7 +177,8 @@ def tiles(
     square = common | {"BLOCK": block, "BLOCK_V": columns, "num_stages": 2 if wide else 3}
     halves = {"BLOCK_D": 64} if dim > 64 and not wide else {}
     forward = common | {"BLOCK_M": block, "BLOCK_N": block, "BLOCK_V": columns, "num_stages": 2}
-    if generation in (90, 100) and dim <= (64 if dropping or limited else 128) and not wide and not hiding:
+    room = 128 if generation in (90, 100) and not (dropping or limited) else 64
+    if dim <= room and not wide and not hiding:
         forward["BLOCK_M"] = 64
     else:
         forward |= halves
