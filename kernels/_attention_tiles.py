@@ -27,7 +27,19 @@ def span(program, blocks, length, size, count):
 @triton.jit
 def load_rows(X, r, stride, c, keep, width, BIAS=None):
     """Loads [rows, columns] of X, with zeros outside, and adds BIAS, a number per column."""
-    pointers = (X + r.to(tl.int64) * stride)[:, None] + c[None, :]
+    return _loaded((X + r.to(tl.int64) * stride)[:, None] + c[None, :], c, keep, width, BIAS)
+
+
+@triton.jit
+def load_tile(X, first, stride, c, keep, width, BIAS=None):
+    """Does the same for consecutive rows from ``first`` on, of fewer than 2^24 elements each: in a loop over tiles,
+    only one pointer for all moves in 64 bits."""
+    rows = tl.arange(0, keep.shape[0]) * stride
+    return _loaded(X + tl.cast(first, tl.int64) * stride + (rows[:, None] + c[None, :]), c, keep, width, BIAS)
+
+
+@triton.jit
+def _loaded(pointers, c, keep, width, BIAS):
     rows = tl.load(pointers, mask=keep[:, None] & (c < width)[None, :], other=0.0)
     if BIAS is not None:
         bias = tl.load(BIAS + c, mask=c < width, other=0.0).to(tl.float32)

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from fastasr.kernels._activation import exp_nonpositive
-from fastasr.kernels._attention_tiles import delta_of_values, load_rows, slopes_of, sums
+from fastasr.kernels._attention_tiles import delta_of_values, load_rows, load_tile, products, sums
 from fastasr.kernels._recordings import blocks_of, rows_of
 from fastasr.kernels._rel_attention_scores import (
     SIZES,
@@ -29,20 +29,26 @@ from fastasr.kernels._weights_dropout import dropped, row_words
 
 @triton.jit
 def _rows(
-    tensors, G, i, q_time, v_time, keep, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    tensors, G, first, q_time, v_time, keep, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Returns (q + u, q + w, G) of queries, each if it fits a block of channels."""
-    content, position = queries(tensors, i, q_time, keep, DIM, BLOCK, BLOCK_D)
-    g = tl.zeros([BLOCK, BLOCK_V], G.dtype.element_ty)
-    if VALUE_DIM <= BLOCK_V:
-        g = load_rows(G, i, v_time, tl.arange(0, BLOCK_V), keep, VALUE_DIM)
-    return content, position, g
+    """Returns (q + u, q + w, G) of queries from ``first`` on, each if it fits a block of channels."""
+    content, position = queries(tensors, first, q_time, keep, DIM, BLOCK, BLOCK_D)
+    return content, position, _row_block(G, first, v_time, keep, VALUE_DIM, BLOCK, BLOCK_V)
+
+
+@triton.jit
+def _row_block(X, first, stride, keep, WIDTH: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
+    """Returns rows of X from ``first`` on if they fit a block of channels; else zeros that nothing reads."""
+    rows = tl.zeros([BLOCK, COLUMNS], X.dtype.element_ty)
+    if WIDTH <= COLUMNS:
+        rows = load_tile(X, first, stride, tl.arange(0, COLUMNS), keep, WIDTH)
+    return rows
 
 
 @triton.jit
 def _tile(
-    lower, rows, key, tensors, biases, masks, G, i, q_time, v_time, keep_i, j, after, sizes, scale, cap,
+    lower, rows, key, value, tensors, biases, masks, G, i, q_time, v_time, keep_i, j, after, sizes, scale, cap,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -55,7 +61,12 @@ def _tile(
         lower, upper, content, key, tensors, biases, masks, i, q_time, keep_i, j, sizes, scale, cap,
         DIM, BLOCK, BLOCK, BLOCK_D, WINDOW,
     )  # fmt: skip
-    slope = slopes_of(g, G, tensors[2], i, j, keep_i, j < sizes[1], v_time, VALUE_DIM, BLOCK, BLOCK, BLOCK_V)
+    slope = tl.zeros([BLOCK, BLOCK], tl.float32)
+    if VALUE_DIM <= BLOCK_V:
+        slope = tl.dot(g, tl.trans(value), slope)
+    else:
+        V = tensors[2]
+        slope = products(slope, G, i, v_time, keep_i, V, j, v_time, j < sizes[1], VALUE_DIM, BLOCK_V)
     return scores, slope, upper
 
 
@@ -109,7 +120,7 @@ def statistics_kernel(
     masks += context(i, sizes, WINDOW)
     biases = (BIAS, GATE, KEY_BIAS, head, sequence * frames, heads, c_batch, c_head)
     G += sequence * g_batch + head * VALUE_DIM
-    held = _rows(tensors, G, i, q_time, v_time, keep_i, DIM, VALUE_DIM, BLOCK, BLOCK_D, BLOCK_V)
+    held = _rows(tensors, G, block * BLOCK, q_time, v_time, keep_i, DIM, VALUE_DIM, BLOCK, BLOCK_D, BLOCK_V)
     row = (sequence * heads + head) * frames + i
     words = row_words(SEED, row)
     lse = tl.load(LSE + row, mask=keep_i, other=float("inf"))
@@ -120,9 +131,10 @@ def statistics_kernel(
     along = tl.zeros([BLOCK], tl.float64)
     for start in range(begin, end, BLOCK):
         j = start + lanes
-        key = load_rows(tensors[1], j, q_time, tl.arange(0, BLOCK_D), j < keys, DIM)  # [BLOCK, BLOCK_D]
+        key = load_tile(tensors[1], start, q_time, tl.arange(0, BLOCK_D), j < keys, DIM)  # [BLOCK, BLOCK_D]
+        value = _row_block(tensors[2], start, v_time, j < keys, VALUE_DIM, BLOCK, BLOCK_V)
         scores, slope, lower = _tile(
-            lower, held, key, tensors, biases, masks, G, i, q_time, v_time, keep_i, j, base + start + BLOCK, sizes,
+            lower, held, key, value, tensors, biases, masks, G, i, q_time, v_time, keep_i, j, base + start + BLOCK, sizes,
             scale, cap, DIM, VALUE_DIM, WINDOW, BLOCK, BLOCK_D, BLOCK_V,
         )  # fmt: skip
         slope = dropped(slope, SEED, words, j, threshold, factor)
@@ -171,13 +183,13 @@ def queries_kernel(
     masks += context(i, sizes, WINDOW)
     biases = (BIAS, GATE, KEY_BIAS, head, sequence * frames, heads, c_batch, c_head)
     G += sequence * g_batch + head * VALUE_DIM
-    held = _rows(tensors, G, i, q_time, v_time, keep_i, DIM, VALUE_DIM, BLOCK, BLOCK_D, BLOCK_V)
+    first = start_row + block * BLOCK
+    held = _rows(tensors, G, first, q_time, v_time, keep_i, DIM, VALUE_DIM, BLOCK, BLOCK_D, BLOCK_V)
     row = (sequence * heads + head) * frames + i
     words = row_words(SEED, row)
     lse = tl.load(LSE + row, mask=keep_i, other=float("inf"))
     inverse = _inverse(INVERSE, row, keep_i, lse)
     delta = tl.load(DELTA + row, mask=keep_i, other=0.0)
-    first = start_row + block * BLOCK
     begin, end = keys_seen(first, first + BLOCK - 1, sizes, BLOCK, WINDOW)
     base = frames - first - BLOCK + begin
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -194,9 +206,10 @@ def queries_kernel(
     lower = band(held[1], tensors, i, q_time, keep_i, base, sizes, DIM, BLOCK, BLOCK, BLOCK_D)
     for start in range(0, end - begin, BLOCK):
         j = begin + start + lanes
-        key = load_rows(tensors[1], j, q_time, d, j < keys, DIM)  # [BLOCK, BLOCK_D]
+        key = load_tile(tensors[1], begin + start, q_time, d, j < keys, DIM)  # [BLOCK, BLOCK_D]
+        value = _row_block(tensors[2], begin + start, v_time, j < keys, VALUE_DIM, BLOCK, BLOCK_V)
         scores, slope, lower = _tile(
-            lower, held, key, tensors, biases, masks, G, i, q_time, v_time, keep_i, j, base + start + BLOCK, sizes,
+            lower, held, key, value, tensors, biases, masks, G, i, q_time, v_time, keep_i, j, base + start + BLOCK, sizes,
             scale, cap, DIM, VALUE_DIM, WINDOW, BLOCK, BLOCK_D, BLOCK_V,
         )  # fmt: skip
         w = _weights(scores, lse, inverse, PRECISE)
@@ -208,11 +221,7 @@ def queries_kernel(
         dq = tl.dot(narrow, key, dq)
         if DS is not None:
             after = by_offset(narrow, BLOCK)
-            tl.store(
-                DS + (start + lanes)[None, :],
-                merged(after, before, BLOCK),
-                mask=all_lanes & once,
-            )
+            tl.store(DS + (start + lanes)[None, :], merged(after, before, BLOCK), mask=all_lanes & once)
             before = after
     if DS is not None:
         j = tl.cdiv(end - begin, BLOCK) * BLOCK + lanes
@@ -268,22 +277,22 @@ def offsets_kernel(
     last_sum = first_sum
     for start in range(0, tl.cdiv(end - begin, BLOCK) * BLOCK + BLOCK, BLOCK):
         ds = tl.load(DS + (start + lanes)[None, :])  # [BLOCK, BLOCK]
-        r = base + start + lanes
+        r = base + start
         if EDGES is None:
-            inside = (r >= 0) & (r < frames + keys - 1)
+            rows = frames + keys - 1
             if BOUNDS is not None:
                 r -= keys - 1 - before
-                inside = (r >= 0) & (r <= before + behind)
-            pos = load_rows(POS, r, r_time, d, inside, DIM)  # [BLOCK, BLOCK_D]
+                rows = before + behind + 1
+            pos = load_tile(POS, r, r_time, d, (lanes >= -r) & (lanes < rows - r), DIM)  # [BLOCK, BLOCK_D]
             dq = tl.dot(ds, pos, dq)
         else:
-            distance = r - (keys - 1)
+            distance = r + lanes - (keys - 1)
             at_first, inside = distance <= -before, (distance > -before) & (distance < behind)
             wide = ds.to(tl.float32)
             first_sum += sums(tl.where(at_first[None, :], wide, 0.0), 1, PRECISE)
             last_sum += sums(tl.where((at_first | inside)[None, :], 0.0, wide), 1, PRECISE)
             if is_spanned(base + start, keys, span, BLOCK):
-                pos = load_rows(POS, distance + before, r_time, d, inside, DIM)  # [BLOCK, BLOCK_D]
+                pos = load_tile(POS, r - (keys - 1) + before, r_time, d, inside, DIM)  # [BLOCK, BLOCK_D]
                 dq = tl.dot(ds, pos, dq)
     part = (sequence * all_blocks + first_block + block) * heads + head
     if EDGES is not None:
@@ -333,7 +342,8 @@ def keys_kernel(
     row = (sequence * heads + head) * frames
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     c = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-    key = load_rows(tensors[1], j, q_time, tl.arange(0, BLOCK_D), keep_j, DIM)
+    key = load_tile(tensors[1], block * BLOCK, q_time, tl.arange(0, BLOCK_D), keep_j, DIM)
+    value = _row_block(tensors[2], block * BLOCK, v_time, keep_j, VALUE_DIM, BLOCK, BLOCK_V)
     dk = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK, BLOCK_V], tl.float32)
     dbias = tl.zeros([BLOCK], tl.float64 if PRECISE else tl.float32)
@@ -342,15 +352,15 @@ def keys_kernel(
         i = start + lanes
         keep_i = i < frames
         content, position, g = _rows(
-            tensors, G, i, q_time, v_time, keep_i, DIM, VALUE_DIM, BLOCK, BLOCK_D, BLOCK_V
+            tensors, G, start, q_time, v_time, keep_i, DIM, VALUE_DIM, BLOCK, BLOCK_D, BLOCK_V
         )
         masks = (PADDING, MASK, sequence, mask_batch)
         masks += context(i, sizes, WINDOW)
         first = frames + (block - 1) * BLOCK - start
         lower = band(position, tensors, i, q_time, keep_i, first, sizes, DIM, BLOCK, BLOCK, BLOCK_D)
         scores, slope, _ = _tile(
-            lower, (content, position, g), key, tensors, biases, masks, G, i, q_time, v_time, keep_i, j, first + BLOCK,
-            sizes, scale, cap, DIM, VALUE_DIM, WINDOW, BLOCK, BLOCK_D, BLOCK_V,
+            lower, (content, position, g), key, value, tensors, biases, masks, G, i, q_time, v_time, keep_i, j,
+            first + BLOCK, sizes, scale, cap, DIM, VALUE_DIM, WINDOW, BLOCK, BLOCK_D, BLOCK_V,
         )  # fmt: skip
         lse = tl.load(LSE + row + i, mask=keep_i, other=float("inf"))  # W is 0 behind the last query
         inverse = _inverse(INVERSE, row + i, keep_i, lse)
@@ -366,9 +376,9 @@ def keys_kernel(
             bias = U
             if U is not None:
                 bias = U + head * DIM
-            content = load_rows(Q, i, q_time, d, keep_i, DIM, bias)
+            content = load_tile(Q, start, q_time, d, keep_i, DIM, bias)
         if VALUE_DIM > BLOCK_V:
-            g = load_rows(G, i, v_time, c, keep_i, VALUE_DIM)
+            g = load_tile(G, start, v_time, c, keep_i, VALUE_DIM)
         dk = tl.dot(tl.trans(ds.to(content.dtype)), content, dk)
         dv = tl.dot(tl.trans(w.to(g.dtype)), g, dv)
     out = DK + sequence * k_batch + head * DIM + j.to(tl.int64)[:, None] * q_time + d[None, :]
@@ -441,7 +451,9 @@ def positions_kernel(
         inside = (column >= first) & (column < behind)
         ds = tl.load(DS + rows[:, None] + (column - first)[None, :], mask=inside[None, :], other=0.0)
         if PARTS is not None:
-            p = load_rows(Q + sequence * q_batch, i, q_time, d, i < frames, DIM, W)  # [BLOCK, BLOCK_D]
+            p = load_tile(
+                Q + sequence * q_batch, block * BLOCK, q_time, d, i < frames, DIM, W
+            )  # [BLOCK, BLOCK_D]
             dr = tl.dot(tl.trans(ds), p, dr)
         if BIASES is not None:
             gated = ds.to(tl.float32)

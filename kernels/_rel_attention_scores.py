@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from fastasr.kernels._activation import TANH, activate_with_slope
-from fastasr.kernels._attention_tiles import NONE, load_rows, products
+from fastasr.kernels._attention_tiles import NONE, load_tile, products
 from fastasr.kernels._rel_position_tiles import masked, query_key
 from fastasr.kernels._relative_shift import by_key
 
@@ -128,27 +128,27 @@ def key_biases(biases, sequence, j, keys):
 
 @triton.jit
 def _biased(
-    Q, BIAS, head, i, q_time, keep, DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr
+    Q, BIAS, head, first, q_time, keep, DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
-    """Returns rows of q + bias, rounded as they are stored, if they fit a block of channels; else zeros that nothing
-    reads.
+    """Returns rows of q + bias from ``first`` on, rounded as they are stored, if they fit a block of channels; else
+    zeros that nothing reads.
     """
     rows = tl.zeros([BLOCK_M, BLOCK_D], Q.dtype.element_ty)
     if BIAS is not None:
         BIAS += head * DIM
     if DIM <= BLOCK_D:
-        rows = load_rows(Q, i, q_time, tl.arange(0, BLOCK_D), keep, DIM, BIAS)
+        rows = load_tile(Q, first, q_time, tl.arange(0, BLOCK_D), keep, DIM, BIAS)
     return rows
 
 
 @triton.jit
-def queries(tensors, i, q_time, keep, DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Returns (q + u, q + w) of rows, see ``_biased``; q + u twice where there are no positions."""
+def queries(tensors, first, q_time, keep, DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Returns (q + u, q + w) of rows from ``first`` on, see ``_biased``; q + u twice where there are no positions."""
     Q, _k, _v, POS, U, W, head, _span = tensors
-    content = _biased(Q, U, head, i, q_time, keep, DIM, BLOCK_M, BLOCK_D)
+    content = _biased(Q, U, head, first, q_time, keep, DIM, BLOCK_M, BLOCK_D)
     position = content
     if POS is not None:
-        position = _biased(Q, W, head, i, q_time, keep, DIM, BLOCK_M, BLOCK_D)
+        position = _biased(Q, W, head, first, q_time, keep, DIM, BLOCK_M, BLOCK_D)
     return content, position
 
 
@@ -175,17 +175,24 @@ def band(
     scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if POS is not None:
         POS += head * r_head
-        r = start + tl.arange(0, BLOCK_N)
+        lanes = tl.arange(0, BLOCK_N)
         if EDGES is None:
-            keep_r = (r >= 0) & (r < sizes[0] + sizes[1] - 1)
+            rows_of_r = sizes[0] + sizes[1] - 1
             if sizes[5] is not None:
-                r -= sizes[1] - 1 - before
-                keep_r = (r >= 0) & (r <= before + behind)
-            scores = query_key(
-                rows, Q, i, q_time, keep_i, POS, r, r_time, keep_r, DIM, BLOCK_D, BLOCK_M, BLOCK_N, W
-            )  # fmt: skip
+                start -= sizes[1] - 1 - before
+                rows_of_r = before + behind + 1
+            keep_r = (lanes >= -start) & (lanes < rows_of_r - start)
+            if DIM <= BLOCK_D:
+                piece = load_tile(
+                    POS, start, r_time, tl.arange(0, BLOCK_D), keep_r, DIM
+                )  # [BLOCK_N, BLOCK_D]
+                scores = tl.dot(rows, tl.trans(piece), scores)
+            else:
+                scores = products(
+                    scores, Q, i, q_time, keep_i, POS, start + lanes, r_time, keep_r, DIM, BLOCK_D, W
+                )  # fmt: skip
         else:
-            distance = r - (sizes[1] - 1)
+            distance = start + lanes - (sizes[1] - 1)
             if is_spanned(start, sizes[1], span, BLOCK_N):
                 r = tl.minimum(tl.maximum(distance, -before), behind) + before
                 scores = query_key(

@@ -47,7 +47,9 @@ def ready(before, piece, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
         m = tl.arange(0, BLOCK_M)[:, None]
         even, odd = tl.where(m >= BLOCK_N, before, piece).reshape([BLOCK_M, BLOCK_N // 2, 2]).split()
         swapped = m % 2 == 0
-        piece = tl.join(tl.where(swapped, odd, even), tl.where(swapped, even, odd)).reshape([BLOCK_M, BLOCK_N])
+        piece = tl.join(tl.where(swapped, odd, even), tl.where(swapped, even, odd)).reshape(
+            [BLOCK_M, BLOCK_N]
+        )
     return piece
 
 

@@ -42,7 +42,7 @@ import triton.language as tl
 from fastasr.kernels._attention_tiles import (
     NONE,
     PIECE_BYTES,
-    load_rows,
+    load_tile,
     mask_stride,
     running,
     store_with_remainder,
@@ -110,7 +110,7 @@ def forward_kernel(
     masks = (PADDING, MASK, sequence, mask_batch)
     masks += context(i, sizes, WINDOW)
     biases = (BIAS, GATE, KEY_BIAS, head, sequence * frames, heads, c_batch, c_head)
-    content, position = queries(tensors, i, q_time, keep_i, DIM, BLOCK_M, BLOCK_D)
+    content, position = queries(tensors, block * BLOCK_M, q_time, keep_i, DIM, BLOCK_M, BLOCK_D)
     base = frames - (block + 1) * BLOCK_M  # row of R of the last query and key 0
     begin, end = keys_seen(block * BLOCK_M, (block + 1) * BLOCK_M - 1, sizes, BLOCK_N, WINDOW)
     last = band(position, tensors, i, q_time, keep_i, base + begin, sizes, DIM, BLOCK_M, BLOCK_N, BLOCK_D)
@@ -130,7 +130,7 @@ def forward_kernel(
             position, tensors, i, q_time, keep_i, base + start + BLOCK_M, sizes, DIM, BLOCK_M, BLOCK_N, BLOCK_D
         )  # fmt: skip
         second = ready(last, piece, BLOCK_M, BLOCK_N)
-        key = load_rows(tensors[1], j, q_time, tl.arange(0, BLOCK_D), j < keys, DIM)  # [BLOCK_N, BLOCK_D]
+        key = load_tile(tensors[1], start, q_time, tl.arange(0, BLOCK_D), j < keys, DIM)  # [BLOCK_N, BLOCK_D]
         scores = scores_of(
             first, second, content, key, tensors, biases, masks, i, q_time, keep_i, j, sizes, scale, cap,
             DIM, BLOCK_M, BLOCK_N, BLOCK_D, WINDOW,
@@ -139,7 +139,7 @@ def forward_kernel(
         maximum, shrunk, e = running(maximum, scores, PRECISE)
         total = total * shrunk + sums(e, 1, PRECISE)
         e = dropped(e, SEED, words, j, threshold, factor)
-        value = load_rows(tensors[2], j, v_time, c, j < keys, VALUE_DIM)  # [BLOCK_N, BLOCK_V]
+        value = load_tile(tensors[2], start, v_time, c, j < keys, VALUE_DIM)  # [BLOCK_N, BLOCK_V]
         y = tl.dot(e.to(value.dtype), value, y * shrunk[:, None])
     total = total.to(tl.float32)
     none = total == 0.0
