@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from fastasr.kernels._activation import exp_nonpositive
+from fastasr.kernels._special import exp2
 
 NONE = tl.constexpr(float("-inf"))
 OF_INFINITE = tl.constexpr(2.0**-10)  # the share of a y that overflowed float16 which is kept in its place
@@ -97,6 +98,16 @@ def running(maximum, scores, PRECISE: tl.constexpr):
     new = tl.maximum(maximum, tl.max(scores, axis=1))
     shift = tl.where(new == NONE, 0.0, new)
     return new, exp_nonpositive(maximum - shift, PRECISE), exp_nonpositive(scores - shift[:, None], PRECISE)
+
+
+@triton.jit
+def running_in_bits(maximum, scores, factor):
+    """Does the same for 16-bit tensors, with powers of 2 of ``factor`` times the scores, whose maximum it returns. With
+    a factor of log2(e) they are exponentials; an argument is one multiplication and addition.
+    """
+    new = tl.maximum(maximum, tl.max(scores, axis=1) * factor)
+    shift = tl.where(new == NONE, 0.0, new)
+    return new, exp2(maximum - shift), exp2(tl.fma(scores, factor, -shift[:, None]))
 
 
 @triton.jit

@@ -8,22 +8,27 @@ from fastasr.kernels._activation import exp_nonpositive
 from fastasr.kernels._attention_tiles import delta_of_values, load_rows, load_tile, products, sums
 from fastasr.kernels._recordings import blocks_of, rows_of
 from fastasr.kernels._rel_attention_scores import (
+    LOG2_E,
     SIZES,
     UNALIGNED,
     band,
+    bits_of,
     context,
     gates,
     is_spanned,
+    keys_of_all,
     keys_seen,
     of_head,
     offset_biases,
     queries,
+    queries_of_all,
     queries_seeing,
     scores_of,
     through_cap,
 )
 from fastasr.kernels._rel_position_tiles import dealt, place
 from fastasr.kernels._relative_shift import by_offset, merged
+from fastasr.kernels._special import exp2
 from fastasr.kernels._weights_dropout import dropped, row_words
 
 
@@ -48,8 +53,8 @@ def _row_block(X, first, stride, keep, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 
 @triton.jit
 def _tile(
-    lower, rows, key, value, tensors, biases, masks, G, i, q_time, v_time, keep_i, j, after, sizes, scale, cap,
-    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WINDOW: tl.constexpr,
+    lower, rows, key, value, tensors, biases, masks, G, i, q_time, v_time, keep_i, start, partial, after, sizes, scale,
+    cap, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Returns (scores, dW, upper piece of the band) of a square tile. ``_rows`` gave the operands; the lower piece of
@@ -58,14 +63,14 @@ def _tile(
     content, position, g = rows
     upper = band(position, tensors, i, q_time, keep_i, after, sizes, DIM, BLOCK, BLOCK, BLOCK_D)
     scores = scores_of(
-        lower, upper, content, key, tensors, biases, masks, i, q_time, keep_i, j, sizes, scale, cap,
+        lower, upper, content, key, tensors, biases, masks, i, q_time, keep_i, start, partial, sizes, scale, cap,
         DIM, BLOCK, BLOCK, BLOCK_D, WINDOW,
     )  # fmt: skip
     slope = tl.zeros([BLOCK, BLOCK], tl.float32)
     if VALUE_DIM <= BLOCK_V:
         slope = tl.dot(g, tl.trans(value), slope)
     else:
-        V = tensors[2]
+        V, j = tensors[2], start + tl.arange(0, BLOCK)
         slope = products(slope, G, i, v_time, keep_i, V, j, v_time, j < sizes[1], VALUE_DIM, BLOCK_V)
     return scores, slope, upper
 
@@ -80,10 +85,13 @@ def _inverse(INVERSE, row, keep, lse):
 
 
 @triton.jit
-def _weights(scores, lse, inverse, PRECISE: tl.constexpr):
-    """Returns the weights of queries."""
-    w = exp_nonpositive(scores - lse[:, None], PRECISE)
-    return w * inverse[:, None] if PRECISE else w
+def _weights(scores, lse, inverse, bits, PRECISE: tl.constexpr):
+    """Returns the weights of queries, see ``bits_of``."""
+    if PRECISE:
+        w = exp_nonpositive(scores - lse[:, None], True) * inverse[:, None]
+    else:
+        w = exp2(tl.fma(scores, bits, -(lse * LOG2_E)[:, None]))
+    return w
 
 
 @triton.jit(do_not_specialize=["rows", "frames", "heads"])
@@ -118,6 +126,7 @@ def statistics_kernel(
     tensors = (Q, K, V, POS, U, W, head, span)
     masks = (PADDING, MASK, sequence, mask_batch)
     masks += context(i, sizes, WINDOW)
+    seen_from, seen_to = keys_of_all(block * BLOCK, (block + 1) * BLOCK - 1, sizes, WINDOW)
     biases = (BIAS, GATE, KEY_BIAS, head, sequence * frames, heads, c_batch, c_head)
     G += sequence * g_batch + head * VALUE_DIM
     held = _rows(tensors, G, block * BLOCK, q_time, v_time, keep_i, DIM, VALUE_DIM, BLOCK, BLOCK_D, BLOCK_V)
@@ -133,9 +142,10 @@ def statistics_kernel(
         j = start + lanes
         key = load_tile(tensors[1], start, q_time, tl.arange(0, BLOCK_D), j < keys, DIM)  # [BLOCK, BLOCK_D]
         value = _row_block(tensors[2], start, v_time, j < keys, VALUE_DIM, BLOCK, BLOCK_V)
+        partial = (start < seen_from) | (start + BLOCK > seen_to)
         scores, slope, lower = _tile(
-            lower, held, key, value, tensors, biases, masks, G, i, q_time, v_time, keep_i, j, base + start + BLOCK, sizes,
-            scale, cap, DIM, VALUE_DIM, WINDOW, BLOCK, BLOCK_D, BLOCK_V,
+            lower, held, key, value, tensors, biases, masks, G, i, q_time, v_time, keep_i, start, partial,
+            base + start + BLOCK, sizes, scale, cap, DIM, VALUE_DIM, WINDOW, BLOCK, BLOCK_D, BLOCK_V,
         )  # fmt: skip
         slope = dropped(slope, SEED, words, j, threshold, factor)
         e = exp_nonpositive(scores - lse[:, None], True)
@@ -181,9 +191,10 @@ def queries_kernel(
     tensors = (Q, K, V, POS, U, W, head, span)
     masks = (PADDING, MASK, sequence, mask_batch)
     masks += context(i, sizes, WINDOW)
+    first = start_row + block * BLOCK
+    seen_from, seen_to = keys_of_all(first, first + BLOCK - 1, sizes, WINDOW)
     biases = (BIAS, GATE, KEY_BIAS, head, sequence * frames, heads, c_batch, c_head)
     G += sequence * g_batch + head * VALUE_DIM
-    first = start_row + block * BLOCK
     held = _rows(tensors, G, first, q_time, v_time, keep_i, DIM, VALUE_DIM, BLOCK, BLOCK_D, BLOCK_V)
     row = (sequence * heads + head) * frames + i
     words = row_words(SEED, row)
@@ -208,11 +219,12 @@ def queries_kernel(
         j = begin + start + lanes
         key = load_tile(tensors[1], begin + start, q_time, d, j < keys, DIM)  # [BLOCK, BLOCK_D]
         value = _row_block(tensors[2], begin + start, v_time, j < keys, VALUE_DIM, BLOCK, BLOCK_V)
+        partial = (begin + start < seen_from) | (begin + start + BLOCK > seen_to)
         scores, slope, lower = _tile(
-            lower, held, key, value, tensors, biases, masks, G, i, q_time, v_time, keep_i, j, base + start + BLOCK, sizes,
-            scale, cap, DIM, VALUE_DIM, WINDOW, BLOCK, BLOCK_D, BLOCK_V,
+            lower, held, key, value, tensors, biases, masks, G, i, q_time, v_time, keep_i, begin + start, partial,
+            base + start + BLOCK, sizes, scale, cap, DIM, VALUE_DIM, WINDOW, BLOCK, BLOCK_D, BLOCK_V,
         )  # fmt: skip
-        w = _weights(scores, lse, inverse, PRECISE)
+        w = _weights(scores, lse, inverse, bits_of(biases, scale, cap), PRECISE)
         ds = w * (dropped(slope, SEED, words, j, threshold, factor) - delta[:, None])
         ds = through_cap(ds, scores, cap)
         if GATE is not None:
@@ -348,24 +360,25 @@ def keys_kernel(
     dv = tl.zeros([BLOCK, BLOCK_V], tl.float32)
     dbias = tl.zeros([BLOCK], tl.float64 if PRECISE else tl.float32)
     begin, end = queries_seeing(block * BLOCK, (block + 1) * BLOCK - 1, sizes, BLOCK, WINDOW)
+    masks = (PADDING, MASK, sequence, mask_batch, None, None)
+    seen_from, seen_to = queries_of_all(block * BLOCK, (block + 1) * BLOCK - 1, sizes, WINDOW)
     for start in range(begin, end, BLOCK):
         i = start + lanes
         keep_i = i < frames
         content, position, g = _rows(
             tensors, G, start, q_time, v_time, keep_i, DIM, VALUE_DIM, BLOCK, BLOCK_D, BLOCK_V
         )
-        masks = (PADDING, MASK, sequence, mask_batch)
-        masks += context(i, sizes, WINDOW)
+        partial = (start < seen_from) | (start + BLOCK > seen_to)
         first = frames + (block - 1) * BLOCK - start
         lower = band(position, tensors, i, q_time, keep_i, first, sizes, DIM, BLOCK, BLOCK, BLOCK_D)
         scores, slope, _ = _tile(
-            lower, (content, position, g), key, value, tensors, biases, masks, G, i, q_time, v_time, keep_i, j,
-            first + BLOCK, sizes, scale, cap, DIM, VALUE_DIM, WINDOW, BLOCK, BLOCK_D, BLOCK_V,
+            lower, (content, position, g), key, value, tensors, biases, masks, G, i, q_time, v_time, keep_i,
+            block * BLOCK, partial, first + BLOCK, sizes, scale, cap, DIM, VALUE_DIM, WINDOW, BLOCK, BLOCK_D, BLOCK_V,
         )  # fmt: skip
         lse = tl.load(LSE + row + i, mask=keep_i, other=float("inf"))  # W is 0 behind the last query
         inverse = _inverse(INVERSE, row + i, keep_i, lse)
         delta = tl.load(DELTA + row + i, mask=keep_i, other=0.0)
-        w = _weights(scores, lse, inverse, PRECISE)
+        w = _weights(scores, lse, inverse, bits_of(biases, scale, cap), PRECISE)
         words = row_words(SEED, row + i)
         ds = w * (dropped(slope, SEED, words, j, threshold, factor) - delta[:, None])
         ds = through_cap(ds, scores, cap)

@@ -39,9 +39,9 @@ def by_offset(tile, BLOCK: tl.constexpr):
 
 @triton.jit
 def ready(before, piece, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Returns a piece of a band, of which ``before`` is the one before, as ``by_key`` takes it. In a tile of 64 x 32 the
-    rows of the lower half need the columns of the piece before, and in rows that move by an odd number of columns the
-    two of a pair change places.
+    """Returns a piece of a band as ``by_key`` takes it; ``before`` is the one before it. In a tile of 64 x 32 the rows
+    of the lower half need the columns of the one before, and in rows that move by an odd number of columns the two of
+    a pair change places.
     """
     if BLOCK_M > BLOCK_N:
         m = tl.arange(0, BLOCK_M)[:, None]

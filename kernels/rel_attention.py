@@ -45,6 +45,7 @@ from fastasr.kernels._attention_tiles import (
     load_tile,
     mask_stride,
     running,
+    running_in_bits,
     store_with_remainder,
     sums,
 )
@@ -74,7 +75,9 @@ from fastasr.kernels._rel_attention_scores import (
     SIZES,
     UNALIGNED,
     band,
+    bits_of,
     context,
+    keys_of_all,
     keys_seen,
     of_head,
     queries,
@@ -85,6 +88,8 @@ from fastasr.kernels._relative_shift import ready
 from fastasr.kernels._weights_dropout import constants as dropout_constants
 from fastasr.kernels._weights_dropout import dropped, row_words
 
+LN_2 = tl.constexpr(0.6931471805599453)
+
 
 # --------------------------------------------------------------------------- forward
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
@@ -94,6 +99,7 @@ def forward_kernel(
     g_batch, mask_batch, c_batch, c_head, side, r_time, r_head, before, behind, threshold, scale, factor, cap,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    BRANCHES: tl.constexpr,
 ):  # fmt: skip
     """Writes y of a block of queries and of columns, what rounding takes from it where REMAINDER is not None, and the
     queries' lse, which is inf without a key."""
@@ -109,6 +115,7 @@ def forward_kernel(
     tensors = (Q, K, V, POS, U, W, head, span)
     masks = (PADDING, MASK, sequence, mask_batch)
     masks += context(i, sizes, WINDOW)
+    seen_from, seen_to = keys_of_all(block * BLOCK_M, (block + 1) * BLOCK_M - 1, sizes, WINDOW)
     biases = (BIAS, GATE, KEY_BIAS, head, sequence * frames, heads, c_batch, c_head)
     content, position = queries(tensors, block * BLOCK_M, q_time, keep_i, DIM, BLOCK_M, BLOCK_D)
     base = frames - (block + 1) * BLOCK_M  # row of R of the last query and key 0
@@ -124,6 +131,7 @@ def forward_kernel(
     maximum = tl.full([BLOCK_M], NONE, tl.float32)
     total = tl.zeros([BLOCK_M], SUM)
     y = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    bits = bits_of(biases, scale, cap)
     for start in range(begin, end, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
         piece = band(
@@ -131,12 +139,16 @@ def forward_kernel(
         )  # fmt: skip
         second = ready(last, piece, BLOCK_M, BLOCK_N)
         key = load_tile(tensors[1], start, q_time, tl.arange(0, BLOCK_D), j < keys, DIM)  # [BLOCK_N, BLOCK_D]
+        partial = (start < seen_from) | (start + BLOCK_N > seen_to)
         scores = scores_of(
-            first, second, content, key, tensors, biases, masks, i, q_time, keep_i, j, sizes, scale, cap,
-            DIM, BLOCK_M, BLOCK_N, BLOCK_D, WINDOW,
+            first, second, content, key, tensors, biases, masks, i, q_time, keep_i, start, partial, sizes,
+            scale, cap, DIM, BLOCK_M, BLOCK_N, BLOCK_D, WINDOW, BRANCHES,
         )  # fmt: skip
         first, last = second, piece
-        maximum, shrunk, e = running(maximum, scores, PRECISE)
+        if PRECISE:
+            maximum, shrunk, e = running(maximum, scores, True)
+        else:
+            maximum, shrunk, e = running_in_bits(maximum, scores, bits)
         total = total * shrunk + sums(e, 1, PRECISE)
         e = dropped(e, SEED, words, j, threshold, factor)
         value = load_tile(tensors[2], start, v_time, c, j < keys, VALUE_DIM)  # [BLOCK_N, BLOCK_V]
@@ -146,7 +158,11 @@ def forward_kernel(
     y = y * tl.div_rn(1.0, tl.where(none, 1.0, total))[:, None]
     at = sequence * g_batch + head * VALUE_DIM + i.to(tl.int64)[:, None] * v_time + c[None, :]
     store_with_remainder(Y, REMAINDER, at, y, keep_i[:, None] & (c < VALUE_DIM)[None, :])
-    lse = tl.where(none, float("inf"), maximum + tl.log(total))
+    if PRECISE:
+        lse = maximum + tl.log(total)
+    else:
+        lse = (maximum + tl.log2(total)) * LN_2
+    lse = tl.where(none, float("inf"), lse)
     once = keep_i & (tl.program_id(1) == 0)
     tl.store(LSE + row, lse, mask=once)
 
@@ -177,9 +193,12 @@ def tiles(
     square = common | {"BLOCK": block, "BLOCK_V": columns, "num_stages": 2 if wide else 3}
     halves = {"BLOCK_D": 64} if dim > 64 and not wide else {}
     forward = common | {"BLOCK_M": block, "BLOCK_N": block, "BLOCK_V": columns, "num_stages": 2}
+    forward["BRANCHES"] = True
     room = 128 if generation in (90, 100) and not (dropping or limited) else 64
     if dim <= room and not wide and not hiding:
         forward["BLOCK_M"] = 64
+        # without wgmma, a branch between two products would cost the layout that shifts in registers
+        forward["BRANCHES"] = generation in (90, 100)
     else:
         forward |= halves
     if 64 < dim <= 128 and not wide:
