@@ -27,7 +27,7 @@ from fastasr.kernels._rel_attention_scores import (
     through_cap,
 )
 from fastasr.kernels._rel_position_tiles import dealt, place
-from fastasr.kernels._relative_shift import by_offset, merged
+from fastasr.kernels._relative_shift import by_offset, merged, ready
 from fastasr.kernels._special import exp2
 from fastasr.kernels._weights_dropout import dropped, row_words
 
@@ -53,24 +53,25 @@ def _row_block(X, first, stride, keep, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 
 @triton.jit
 def _tile(
-    lower, rows, key, value, tensors, biases, masks, G, i, q_time, v_time, keep_i, start, partial, after, sizes, scale,
-    cap, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WINDOW: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    lower, last, rows, key, value, tensors, biases, masks, G, i, q_time, v_time, keep_i, start, partial, after, sizes,
+    scale, cap, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WINDOW: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Returns (scores, dW, upper piece of the band) of a square tile. ``_rows`` gave the operands; the lower piece of
-    the band ends at row ``after`` of R.
+    """Returns (scores, dW, upper piece of the band) of a tile. ``_rows`` gave the operands; the lower piece of the
+    band, which is ``ready``, and ``last``, the piece before the upper one, end at row ``after`` of R.
     """
     content, position, g = rows
-    upper = band(position, tensors, i, q_time, keep_i, after, sizes, DIM, BLOCK, BLOCK, BLOCK_D)
+    piece = band(position, tensors, i, q_time, keep_i, after, sizes, DIM, BLOCK_M, BLOCK_N, BLOCK_D)
+    upper = ready(last, piece, BLOCK_M, BLOCK_N)
     scores = scores_of(
         lower, upper, content, key, tensors, biases, masks, i, q_time, keep_i, start, partial, sizes, scale, cap,
-        DIM, BLOCK, BLOCK, BLOCK_D, WINDOW,
+        DIM, BLOCK_M, BLOCK_N, BLOCK_D, WINDOW,
     )  # fmt: skip
-    slope = tl.zeros([BLOCK, BLOCK], tl.float32)
+    slope = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if VALUE_DIM <= BLOCK_V:
         slope = tl.dot(g, tl.trans(value), slope)
     else:
-        V, j = tensors[2], start + tl.arange(0, BLOCK)
+        V, j = tensors[2], start + tl.arange(0, BLOCK_N)
         slope = products(slope, G, i, v_time, keep_i, V, j, v_time, j < sizes[1], VALUE_DIM, BLOCK_V)
     return scores, slope, upper
 
@@ -144,8 +145,8 @@ def statistics_kernel(
         value = _row_block(tensors[2], start, v_time, j < keys, VALUE_DIM, BLOCK, BLOCK_V)
         partial = (start < seen_from) | (start + BLOCK > seen_to)
         scores, slope, lower = _tile(
-            lower, held, key, value, tensors, biases, masks, G, i, q_time, v_time, keep_i, start, partial,
-            base + start + BLOCK, sizes, scale, cap, DIM, VALUE_DIM, WINDOW, BLOCK, BLOCK_D, BLOCK_V,
+            lower, lower, held, key, value, tensors, biases, masks, G, i, q_time, v_time, keep_i, start, partial,
+            base + start + BLOCK, sizes, scale, cap, DIM, VALUE_DIM, WINDOW, BLOCK, BLOCK, BLOCK_D, BLOCK_V,
         )  # fmt: skip
         slope = dropped(slope, SEED, words, j, threshold, factor)
         e = exp_nonpositive(scores - lse[:, None], True)
@@ -221,8 +222,8 @@ def queries_kernel(
         value = _row_block(tensors[2], begin + start, v_time, j < keys, VALUE_DIM, BLOCK, BLOCK_V)
         partial = (begin + start < seen_from) | (begin + start + BLOCK > seen_to)
         scores, slope, lower = _tile(
-            lower, held, key, value, tensors, biases, masks, G, i, q_time, v_time, keep_i, begin + start, partial,
-            base + start + BLOCK, sizes, scale, cap, DIM, VALUE_DIM, WINDOW, BLOCK, BLOCK_D, BLOCK_V,
+            lower, lower, held, key, value, tensors, biases, masks, G, i, q_time, v_time, keep_i, begin + start,
+            partial, base + start + BLOCK, sizes, scale, cap, DIM, VALUE_DIM, WINDOW, BLOCK, BLOCK, BLOCK_D, BLOCK_V,
         )  # fmt: skip
         w = _weights(scores, lse, inverse, bits_of(biases, scale, cap), PRECISE)
         ds = w * (dropped(slope, SEED, words, j, threshold, factor) - delta[:, None])
@@ -335,7 +336,7 @@ def keys_kernel(
     DKEY_BIAS, frames, keys, chunk, left, right, batch, blocks, heads, q_time, v_time, q_batch, k_batch,
     v_batch, g_batch, mask_batch, c_batch, c_head, side, r_time, r_head, before, behind, s_batch, s_head, threshold,
     scale, factor, cap, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WINDOW: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Writes dS^T (q + u) and W^T G of a block of keys and of their channels. Programs of the first block of channels
     also write the sums of dS over the queries, unless DKEY_BIAS is None.
@@ -343,8 +344,7 @@ def keys_kernel(
     PRECISE: tl.constexpr = Q.dtype.element_ty == tl.float32
     head, sequence, block = dealt(tl.program_id(0), blocks, batch, BOUNDS, frames, BLOCK)
     sizes = frames, keys, chunk, left, right, BOUNDS
-    lanes = tl.arange(0, BLOCK)
-    j = block * BLOCK + lanes
+    j = block * BLOCK + tl.arange(0, BLOCK)
     keep_j = j < keys
     Q, K, V = of_head(Q, K, V, head, sequence, q_batch, k_batch, v_batch, DIM, VALUE_DIM)
     span = (EDGES, (sequence * heads + head) * frames, side, r_time, r_head, before, behind)
@@ -359,21 +359,27 @@ def keys_kernel(
     dk = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK, BLOCK_V], tl.float32)
     dbias = tl.zeros([BLOCK], tl.float64 if PRECISE else tl.float32)
-    begin, end = queries_seeing(block * BLOCK, (block + 1) * BLOCK - 1, sizes, BLOCK, WINDOW)
+    begin, end = queries_seeing(block * BLOCK, (block + 1) * BLOCK - 1, sizes, BLOCK_M, WINDOW)
     masks = (PADDING, MASK, sequence, mask_batch, None, None)
     seen_from, seen_to = queries_of_all(block * BLOCK, (block + 1) * BLOCK - 1, sizes, WINDOW)
-    for start in range(begin, end, BLOCK):
-        i = start + lanes
+    for start in range(begin, end, BLOCK_M):
+        i = start + tl.arange(0, BLOCK_M)
         keep_i = i < frames
-        content, position, g = _rows(
-            tensors, G, start, q_time, v_time, keep_i, DIM, VALUE_DIM, BLOCK, BLOCK_D, BLOCK_V
-        )
-        partial = (start < seen_from) | (start + BLOCK > seen_to)
-        first = frames + (block - 1) * BLOCK - start
-        lower = band(position, tensors, i, q_time, keep_i, first, sizes, DIM, BLOCK, BLOCK, BLOCK_D)
+        rows = _rows(tensors, G, start, q_time, v_time, keep_i, DIM, VALUE_DIM, BLOCK_M, BLOCK_D, BLOCK_V)
+        content, position, g = rows
+        partial = (start < seen_from) | (start + BLOCK_M > seen_to)
+        after = frames + (block + 1) * BLOCK - start  # of the query ``start`` and the last key, and one
+        first = after - BLOCK - BLOCK_M
+        last = band(position, tensors, i, q_time, keep_i, first, sizes, DIM, BLOCK_M, BLOCK, BLOCK_D)
+        lower = last
+        if BLOCK_M > BLOCK:
+            last = band(
+                position, tensors, i, q_time, keep_i, first + BLOCK, sizes, DIM, BLOCK_M, BLOCK, BLOCK_D
+            )
+            lower = ready(lower, last, BLOCK_M, BLOCK)
         scores, slope, _ = _tile(
-            lower, (content, position, g), key, value, tensors, biases, masks, G, i, q_time, v_time, keep_i,
-            block * BLOCK, partial, first + BLOCK, sizes, scale, cap, DIM, VALUE_DIM, WINDOW, BLOCK, BLOCK_D, BLOCK_V,
+            lower, last, rows, key, value, tensors, biases, masks, G, i, q_time, v_time, keep_i, block * BLOCK, partial,
+            after - BLOCK, sizes, scale, cap, DIM, VALUE_DIM, WINDOW, BLOCK_M, BLOCK, BLOCK_D, BLOCK_V,
         )  # fmt: skip
         lse = tl.load(LSE + row + i, mask=keep_i, other=float("inf"))  # W is 0 behind the last query
         inverse = _inverse(INVERSE, row + i, keep_i, lse)

@@ -205,6 +205,7 @@ def tiles(
         square = inner = square | halves | {"BLOCK_V": min(64, columns)}
     else:
         inner = square | ({"num_warps": 8} if wide or dim > 128 else {})
+    tall = {"BLOCK_M": 64 if generation == 90 and dim <= 64 and not wide and not hiding else block}
     products = common | {"BLOCK": 32, "num_stages": 3}  # blocks of dS as ``queries`` stores them
     crowding = hiding or (recordings and dim > 64)
     crowded = {"num_stages": 1} if crowding and dropping else {}  # loads ahead would spill
@@ -216,7 +217,7 @@ def tiles(
         "delta": {"BLOCK": 32, "BLOCK_V": columns, "num_warps": 4},
         "statistics": square | two,  # those of ``queries`` to the last bit, so that rows of dS add up to zero
         "queries": inner | {"BLOCK": 32},
-        "keys": square | {"num_stages": 1} | two if wide else inner | crowded,
+        "keys": tall | (square | {"num_stages": 1} | two if wide else inner | crowded),
         "offsets": products,
         "positions": products | {"WIDE": 1 if wide else 2},
     }
