@@ -310,7 +310,7 @@ def scores_of(
     if PADDING is not None:
         hidden = tl.load(PADDING + sequence * keys + j, mask=keep_j, other=1) != 0
         some = some | (tl.max(hidden.to(tl.int32), axis=0) > 0)
-    if BRANCHES:
+    if BRANCHES and not PRECISE:  # in float32 a branch spills, and products take far longer than masks
         if some:  # few tiles
             scores = _masked(scores, hidden, masks, i, j, sizes, WINDOW)
     else:
