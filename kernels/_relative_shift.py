@@ -20,21 +20,22 @@ import triton.language as tl
 
 
 @triton.jit
-def _diagonal(BLOCK: tl.constexpr):
-    """Returns [BLOCK, BLOCK] of m + n; it is BLOCK - 1 or more where the tile needs the column of the first piece."""
-    return tl.arange(0, BLOCK)[:, None] + tl.arange(0, BLOCK)[None, :]
+def _diagonal(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Returns [BLOCK_M, BLOCK_N] of m + n, where m counts the rows of a square."""
+    return (tl.arange(0, BLOCK_M) % BLOCK_N)[:, None] + tl.arange(0, BLOCK_N)[None, :]
 
 
 @triton.jit
-def merged(first, second, BLOCK: tl.constexpr):
-    """Returns the columns that a square tile needs out of two pieces of a band."""
-    return tl.where(_diagonal(BLOCK) >= BLOCK - 1, first, second)
+def merged(first, second, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Returns the columns that a square tile, or each half of a taller one, needs out of two pieces of a band."""
+    return tl.where(_diagonal(BLOCK_M, BLOCK_N) >= BLOCK_N - 1, first, second)
 
 
 @triton.jit
-def by_offset(tile, BLOCK: tl.constexpr):
-    """Inverts ``by_key`` for square tiles: returns both pieces of a band merged into one, see ``merged``."""
-    return tl.gather(tile, (_diagonal(BLOCK) + 1) & (BLOCK - 1), axis=1)
+def by_offset(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Inverts ``by_key`` for square tiles and both halves of a taller one: returns two pieces of a band merged into
+    one, see ``merged``."""
+    return tl.gather(tile, (_diagonal(BLOCK_M, BLOCK_N) + 1) & (BLOCK_N - 1), axis=1)
 
 
 @triton.jit
@@ -57,11 +58,11 @@ def ready(before, piece, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 def by_key(first, second, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Returns the tile by keys of two pieces that are ``ready``. Tiles are square or 64 x 32."""
     if BLOCK_M > BLOCK_N:
-        tile = _shifted(first, second)
+        tile = _shifted(first, second, BLOCK_M, BLOCK_N)
     else:
         m, n = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :]
         turn = (n - m + (BLOCK_M - 1)) & (BLOCK_N - 1)
-        tile = tl.gather(merged(first, second, BLOCK_M), turn, axis=1)
+        tile = tl.gather(merged(first, second, BLOCK_M, BLOCK_N), turn, axis=1)
     return tile
 
 
@@ -84,33 +85,46 @@ def _wholes(parts):
 
 
 @triton.jit
-def _registers(piece):
-    """Returns the 16 numbers of each lane as tensors of [warp, row of 8, lane of 4], counted by the 8 rows that are
-    first or second, then by 8 columns, then by the columns of a pair."""
-    bits = piece.reshape([4, 2, 8, 2, 2, 4, 2]).permute(0, 2, 5, 6, 4, 3, 1)
-    return _halves(_halves(_halves(_halves((bits,)))))
+def _registers(piece, WARPS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Returns the numbers of each lane as tensors of [warp, row of 8, lane of 4], counted by the 8 rows that are first
+    or second, then by 8 columns, then by the columns of a pair."""
+    if COLUMNS == 32:
+        bits = piece.reshape([WARPS, 2, 8, 2, 2, 4, 2]).permute(0, 2, 5, 6, 4, 3, 1)
+        parts = _halves(_halves(_halves(_halves((bits,)))))
+    else:
+        bits = piece.reshape([WARPS, 2, 8, 2, 4, 2]).permute(0, 2, 4, 5, 3, 1)
+        parts = _halves(_halves(_halves((bits,))))
+    return parts
 
 
 @triton.jit
-def _shifted(first, second):
+def _shifted(first, second, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Returns ``by_key`` of a tile of 64 x 32: row 16 warp + 8 below + r moves by 16 (3 - warp), of which ``ready`` has
-    done what is above 16, and by 8 (1 - below) and 7 - r columns."""
-    first, second = _registers(first), _registers(second)
-    warp, lane = tl.arange(0, 4)[:, None, None], tl.arange(0, 4)[None, None, :]
+    done the 32, and by 8 (1 - below) and 7 - r columns. Of 32 x 16, for tests, ``ready`` has done all of the first."""
+    WARPS: tl.constexpr = ROWS // 16
+    first, second = _registers(first, WARPS, COLUMNS), _registers(second, WARPS, COLUMNS)
+    own: tl.constexpr = COLUMNS // 4  # numbers of a row that a lane has
+    warp, lane = tl.arange(0, WARPS)[:, None, None], tl.arange(0, 4)[None, None, :]
     left = 7 - tl.arange(0, 8)[None, :, None]
     moved = ()
     for below in tl.static_range(2):
         columns = ()
-        for n in tl.static_range(8):
-            columns += (first[8 * below + n],)
-        for n in tl.static_range(8):
-            columns += (second[8 * below + n],)
-        near = ()  # 40 columns, of which the lanes still move by 0 to 7
-        for n in tl.static_range(2 - 2 * below, 12 - 2 * below):
-            near += (tl.where(warp % 2 == 0, columns[n + 4], columns[n]),)
-        for n in tl.static_range(8):
+        for n in tl.static_range(own):
+            columns += (first[own * below + n],)
+        for n in tl.static_range(own):
+            columns += (second[own * below + n],)
+        near = ()  # 8 columns more than the tile has, of which the lanes still move by 0 to 7
+        for n in tl.static_range(2 - 2 * below, own + 4 - 2 * below):
+            if COLUMNS == 32:
+                near += (tl.where(warp % 2 == 0, columns[n + 4], columns[n]),)
+            else:
+                near += (columns[n],)
+        for n in tl.static_range(own):
             pairs = (left + n % 2) // 2
             sent = tl.where(lane < pairs, near[n + 2], near[n])
             moved += (tl.gather(sent, (lane + pairs + tl.zeros_like(sent).to(tl.int32)) % 4, axis=2),)
-    bits = _wholes(_wholes(_wholes(_wholes(moved))))[0]
-    return bits.permute(0, 6, 1, 5, 4, 2, 3).reshape([64, 32])
+    if COLUMNS == 32:
+        bits = _wholes(_wholes(_wholes(_wholes(moved))))[0].permute(0, 6, 1, 5, 4, 2, 3)
+    else:
+        bits = _wholes(_wholes(_wholes(moved)))[0].permute(0, 5, 1, 4, 2, 3)
+    return bits.reshape([ROWS, COLUMNS])

@@ -205,7 +205,7 @@ def tiles(
         square = inner = square | halves | {"BLOCK_V": min(64, columns)}
     else:
         inner = square | ({"num_warps": 8} if wide or dim > 128 else {})
-    tall = {"BLOCK_M": 64 if generation == 90 and dim <= 64 and not wide and not hiding else block}
+    tall = {"BLOCK_M": 64} if generation == 90 and dim <= 64 and not wide and not hiding else {}
     products = common | {"BLOCK": 32, "num_stages": 3}  # blocks of dS as ``queries`` stores them
     crowding = hiding or (recordings and dim > 64)
     crowded = {"num_stages": 1} if crowding and dropping else {}  # loads ahead would spill
@@ -216,8 +216,8 @@ def tiles(
         "edges": {"BLOCK": 32, "BLOCK_D": common["BLOCK_D"], "num_warps": 4},
         "delta": {"BLOCK": 32, "BLOCK_V": columns, "num_warps": 4},
         "statistics": square | two,  # those of ``queries`` to the last bit, so that rows of dS add up to zero
-        "queries": inner | {"BLOCK": 32},
-        "keys": tall | (square | {"num_stages": 1} | two if wide else inner | crowded),
+        "queries": {"BLOCK_M": 32} | tall | inner | {"BLOCK": 32},
+        "keys": {"BLOCK_M": block} | tall | (square | {"num_stages": 1} | two if wide else inner | crowded),
         "offsets": products,
         "positions": products | {"WIDE": 1 if wide else 2},
     }
@@ -446,8 +446,10 @@ def rel_attention_backward(
     block = tile["BLOCK"]
     blocks = cdiv(frames, block)
     met, lowest, highest = _met(sizes, block)
-    row = (met + 1) * block  # a row of dS by offset
-    step = max(1, PIECE_BYTES // (pairs * row * q.element_size()) // block) if by_offset else blocks
+    joined = {"EACH": tile["BLOCK_M"] // block}  # blocks of queries that are one in ``queries``
+    row = (min(met + joined["EACH"] - 1, cdiv(k.shape[1], block)) + 1) * block  # a row of dS by offset
+    room = PIECE_BYTES // (pairs * q.element_size())
+    step = max(1, room // row // tile["BLOCK_M"]) * joined["EACH"] if by_offset else blocks
     of_program = shapes["positions"]["WIDE"]  # blocks of offsets of a program
     programs = heads * cdiv(highest - lowest + 1, of_program)
     each = 1 if q.dtype == torch.float32 else _each(batch, programs)
@@ -455,11 +457,10 @@ def rel_attention_backward(
     held = [
         (n // step, n, min(step, blocks - n)) for n in range(0, blocks, step)
     ]  # piece, first block, blocks
-    size, of_blocks = min(step, blocks) * block * row, None
+    size, of_blocks = cdiv(min(step, blocks), joined["EACH"]) * tile["BLOCK_M"] * row, None
     if table is not None and by_offset:
         reach = (frames if n < 0 else n for n in sizes[3:])
-        room = PIECE_BYTES // (pairs * q.element_size())
-        of_blocks, count, size = pieces(starts, table, *reach, block, block, block, room)
+        of_blocks, count, size = pieces(starts, table, *reach, tile["BLOCK_M"], block, block, room)
         row, held = size, [(n, 0, blocks) for n in range(count)]
         groups = batch * cdiv(blocks, _each(blocks, programs * batch))
     ds = q.new_empty(pairs * size) if by_offset else None
@@ -491,15 +492,17 @@ def rel_attention_backward(
     columns, of_products = (cdiv(dim, shapes[name]["BLOCK_D"]) for name in ("queries", "offsets"))
     for piece, first, count in held:
         rows = min(count * block, frames - first * block)
-        launch(queries_kernel, (pairs * count, columns),
+        of_queries = cdiv(count, joined["EACH"])
+        launch(queries_kernel, (pairs * of_queries, columns),
             *operands, content, ds, None if bias_u is None else sums_of[0], dgate, of_blocks,
-            *sizes, first * block, rows, piece, batch, count, blocks, heads, *strides, row, *last, **constants, **tile,
+            *sizes, first * block, rows, piece, batch, of_queries, blocks, heads, *strides, row, *last,
+            **constants, **tile,
         )  # fmt: skip
         if pos is not None:
             launch(offsets_kernel, (pairs * count, of_products),
                 ds, q, pos, edges, bias_v, content, dq, None if bias_v is None else sums_of[1], edge_sums, table,
                 of_blocks, *sizes, first, piece, batch, count, blocks, heads,
-                q.stride(1), q.stride(0), *span, row, scale, DIM=dim, WINDOW=window, **shapes["offsets"],
+                q.stride(1), q.stride(0), *span, row, scale, DIM=dim, WINDOW=window, **joined, **shapes["offsets"],
             )  # fmt: skip
         for found, biases, begin, end in tables:
             here = max((begin - frames) // block, -first - count)  # offsets of the piece, in blocks
@@ -511,7 +514,7 @@ def rel_attention_backward(
                     ds, q, bias_v, offset_gate, found, None if biases is None else biases[piece], table, of_blocks,
                     *sizes, first, count, piece, here, begin, end, each, groups, batch, tall, heads,
                     q.stride(1), q.stride(0), *order, row, scale,
-                    DIM=dim, WINDOW=window, ADDS=adds, **shapes["positions"],
+                    DIM=dim, WINDOW=window, ADDS=adds, **joined, **shapes["positions"],
                 )  # fmt: skip
     if dpos is not None:
         at = first_row - (keys - 1) + before
