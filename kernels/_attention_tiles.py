@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from fastasr.kernels._activation import exp_difference
+from fastasr.kernels._special import exp2
 
 NONE = tl.constexpr(float("-inf"))
 OF_INFINITE = tl.constexpr(2.0**-10)  # the share of a y that overflowed float16 which is kept in its place
@@ -27,7 +28,19 @@ def span(program, blocks, length, size, count):
 @triton.jit
 def load_rows(X, r, stride, c, keep, width, BIAS=None):
     """Loads [rows, columns] of X, with zeros outside, and adds BIAS, a number per column."""
-    pointers = (X + r.to(tl.int64) * stride)[:, None] + c[None, :]
+    return _loaded((X + r.to(tl.int64) * stride)[:, None] + c[None, :], c, keep, width, BIAS)
+
+
+@triton.jit
+def load_tile(X, first, stride, c, keep, width, BIAS=None):
+    """Does the same for consecutive rows from ``first`` on, of fewer than 2^24 elements each: in a loop over tiles,
+    only one pointer for all moves in 64 bits."""
+    rows = tl.arange(0, keep.shape[0]) * stride
+    return _loaded(X + tl.cast(first, tl.int64) * stride + (rows[:, None] + c[None, :]), c, keep, width, BIAS)
+
+
+@triton.jit
+def _loaded(pointers, c, keep, width, BIAS):
     rows = tl.load(pointers, mask=keep[:, None] & (c < width)[None, :], other=0.0)
     if BIAS is not None:
         bias = tl.load(BIAS + c, mask=c < width, other=0.0).to(tl.float32)
@@ -85,6 +98,16 @@ def running(maximum, scores, PRECISE: tl.constexpr):
     new = tl.maximum(maximum, tl.max(scores, axis=1))
     shift = tl.where(new == NONE, 0.0, new)
     return new, exp_difference(maximum, shift, PRECISE), exp_difference(scores, shift[:, None], PRECISE)
+
+
+@triton.jit
+def running_in_bits(maximum, scores, factor):
+    """Does the same for 16-bit tensors, with powers of 2 of ``factor`` times the scores, whose maximum it returns. With
+    a factor of log2(e) they are exponentials; an argument is one multiplication and addition.
+    """
+    new = tl.maximum(maximum, tl.max(scores, axis=1) * factor)
+    shift = tl.where(new == NONE, 0.0, new)
+    return new, exp2(maximum - shift), exp2(tl.fma(scores, factor, -shift[:, None]))
 
 
 @triton.jit

@@ -5,58 +5,76 @@ import triton
 import triton.language as tl
 
 from fastasr.kernels._activation import exp_nonpositive
-from fastasr.kernels._attention_tiles import delta_of_values, load_rows, slopes_of, sums
+from fastasr.kernels._attention_tiles import delta_of_values, load_rows, load_tile, products, sums
 from fastasr.kernels._recordings import blocks_of, rows_of
 from fastasr.kernels._rel_attention_scores import (
+    LOG2_E,
     SIZES,
     UNALIGNED,
     band,
+    bits_of,
     context,
     gates,
     is_spanned,
+    keys_of_all,
     keys_seen,
     of_head,
     offset_biases,
     queries,
+    queries_of_all,
     queries_seeing,
     scores_of,
     through_cap,
 )
 from fastasr.kernels._rel_position_tiles import dealt, place
-from fastasr.kernels._relative_shift import by_offset, merged
+from fastasr.kernels._relative_shift import by_offset, merged, ready
+from fastasr.kernels._special import exp2
 from fastasr.kernels._weights_dropout import dropped, row_words
 
 
 @triton.jit
 def _rows(
-    tensors, G, i, q_time, v_time, keep, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    tensors, G, first, q_time, v_time, keep, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Returns (q + u, q + w, G) of queries, each if it fits a block of channels."""
-    content, position = queries(tensors, i, q_time, keep, DIM, BLOCK, BLOCK_D)
-    g = tl.zeros([BLOCK, BLOCK_V], G.dtype.element_ty)
-    if VALUE_DIM <= BLOCK_V:
-        g = load_rows(G, i, v_time, tl.arange(0, BLOCK_V), keep, VALUE_DIM)
-    return content, position, g
+    """Returns (q + u, q + w, G) of queries from ``first`` on, each if it fits a block of channels."""
+    content, position = queries(tensors, first, q_time, keep, DIM, BLOCK, BLOCK_D)
+    return content, position, _row_block(G, first, v_time, keep, VALUE_DIM, BLOCK, BLOCK_V)
+
+
+@triton.jit
+def _row_block(X, first, stride, keep, WIDTH: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
+    """Returns rows of X from ``first`` on if they fit a block of channels; else zeros that nothing reads."""
+    rows = tl.zeros([BLOCK, COLUMNS], X.dtype.element_ty)
+    if WIDTH <= COLUMNS:
+        rows = load_tile(X, first, stride, tl.arange(0, COLUMNS), keep, WIDTH)
+    return rows
 
 
 @triton.jit
 def _tile(
-    lower, rows, key, tensors, biases, masks, G, i, q_time, v_time, keep_i, j, after, sizes, scale, cap,
-    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WINDOW: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    lower, last, rows, key, value, tensors, biases, masks, G, i, q_time, v_time, keep_i, start, partial, after, sizes,
+    scale, cap, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WINDOW: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Returns (scores, dW, upper piece of the band) of a square tile. ``_rows`` gave the operands; the lower piece of
-    the band ends at row ``after`` of R.
+    """Returns (scores, dW, upper piece of the band as it is ``ready``, and as it is) of a tile. ``_rows`` gave the
+    operands; the lower piece, which is ``ready``, and ``last``, the piece before the upper one, end at row ``after``
+    of R.
     """
     content, position, g = rows
-    upper = band(position, tensors, i, q_time, keep_i, after, sizes, DIM, BLOCK, BLOCK, BLOCK_D)
+    piece = band(position, tensors, i, q_time, keep_i, after, sizes, DIM, BLOCK_M, BLOCK_N, BLOCK_D)
+    upper = ready(last, piece, BLOCK_M, BLOCK_N)
     scores = scores_of(
-        lower, upper, upper, content, key, tensors, biases, masks, i, q_time, keep_i, j, sizes, scale, cap,
-        DIM, BLOCK, BLOCK, BLOCK_D, WINDOW,
+        lower, upper, content, key, tensors, biases, masks, i, q_time, keep_i, start, partial, sizes, scale, cap,
+        DIM, BLOCK_M, BLOCK_N, BLOCK_D, WINDOW,
     )  # fmt: skip
-    slope = slopes_of(g, G, tensors[2], i, j, keep_i, j < sizes[1], v_time, VALUE_DIM, BLOCK, BLOCK, BLOCK_V)
-    return scores, slope, upper
+    slope = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if VALUE_DIM <= BLOCK_V:
+        slope = tl.dot(g, tl.trans(value), slope)
+    else:
+        V, j = tensors[2], start + tl.arange(0, BLOCK_N)
+        slope = products(slope, G, i, v_time, keep_i, V, j, v_time, j < sizes[1], VALUE_DIM, BLOCK_V)
+    return scores, slope, upper, piece
 
 
 @triton.jit
@@ -69,10 +87,13 @@ def _inverse(INVERSE, row, keep, lse):
 
 
 @triton.jit
-def _weights(scores, lse, inverse, PRECISE: tl.constexpr):
-    """Returns the weights of queries."""
-    w = exp_nonpositive(scores - lse[:, None], PRECISE)
-    return w * inverse[:, None] if PRECISE else w
+def _weights(scores, lse, inverse, bits, PRECISE: tl.constexpr):
+    """Returns the weights of queries, see ``bits_of``."""
+    if PRECISE:
+        w = exp_nonpositive(scores - lse[:, None], True) * inverse[:, None]
+    else:
+        w = exp2(tl.fma(scores, bits, -(lse * LOG2_E)[:, None]))
+    return w
 
 
 @triton.jit(do_not_specialize=["rows", "frames", "heads"])
@@ -107,9 +128,10 @@ def statistics_kernel(
     tensors = (Q, K, V, POS, U, W, head, span)
     masks = (PADDING, MASK, sequence, mask_batch)
     masks += context(i, sizes, WINDOW)
+    seen_from, seen_to = keys_of_all(block * BLOCK, (block + 1) * BLOCK - 1, sizes, WINDOW)
     biases = (BIAS, GATE, KEY_BIAS, head, sequence * frames, heads, c_batch, c_head)
     G += sequence * g_batch + head * VALUE_DIM
-    held = _rows(tensors, G, i, q_time, v_time, keep_i, DIM, VALUE_DIM, BLOCK, BLOCK_D, BLOCK_V)
+    held = _rows(tensors, G, block * BLOCK, q_time, v_time, keep_i, DIM, VALUE_DIM, BLOCK, BLOCK_D, BLOCK_V)
     row = (sequence * heads + head) * frames + i
     words = row_words(SEED, row)
     lse = tl.load(LSE + row, mask=keep_i, other=float("inf"))
@@ -120,10 +142,12 @@ def statistics_kernel(
     along = tl.zeros([BLOCK], tl.float64)
     for start in range(begin, end, BLOCK):
         j = start + lanes
-        key = load_rows(tensors[1], j, q_time, tl.arange(0, BLOCK_D), j < keys, DIM)  # [BLOCK, BLOCK_D]
-        scores, slope, lower = _tile(
-            lower, held, key, tensors, biases, masks, G, i, q_time, v_time, keep_i, j, base + start + BLOCK, sizes,
-            scale, cap, DIM, VALUE_DIM, WINDOW, BLOCK, BLOCK_D, BLOCK_V,
+        key = load_tile(tensors[1], start, q_time, tl.arange(0, BLOCK_D), j < keys, DIM)  # [BLOCK, BLOCK_D]
+        value = _row_block(tensors[2], start, v_time, j < keys, VALUE_DIM, BLOCK, BLOCK_V)
+        partial = (start < seen_from) | (start + BLOCK > seen_to)
+        scores, slope, lower, _ = _tile(
+            lower, lower, held, key, value, tensors, biases, masks, G, i, q_time, v_time, keep_i, start, partial,
+            base + start + BLOCK, sizes, scale, cap, DIM, VALUE_DIM, WINDOW, BLOCK, BLOCK, BLOCK_D, BLOCK_V,
         )  # fmt: skip
         slope = dropped(slope, SEED, words, j, threshold, factor)
         e = exp_nonpositive(scores - lse[:, None], True)
@@ -144,23 +168,23 @@ def queries_kernel(
     v_time, q_batch, k_batch, v_batch, g_batch, mask_batch, c_batch, c_head, side, r_time, r_head, before, behind,
     ds_row, threshold, scale, factor, cap,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WINDOW: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Writes dS k of a block of the queries [start_row, start_row + rows) and of channels and its sums, and the
     gradient of the gate. DQ has float32 if dS' R will be added. Programs of the first block of channels also store dS
-    by offset, unless DS is None: one BLOCK of columns more than the keys that they
-    meet, of which column 0 is the row ``base`` of R. Rows behind the last query are 0. With PIECES of _recordings.py,
-    DS holds one of these."""
+    by offset, unless DS is None: one BLOCK of columns more than the keys that they meet. Column 0 is the row of R of
+    the last query in each BLOCK of rows and the first key. Rows behind the last query are 0. With PIECES of
+    _recordings.py, DS holds one of these."""
     PRECISE: tl.constexpr = Q.dtype.element_ty == tl.float32
     sizes = frames, keys, chunk, left, right, BOUNDS
-    head, sequence, block = dealt(tl.program_id(0), blocks, batch, BOUNDS, frames, BLOCK)
+    head, sequence, block = dealt(tl.program_id(0), blocks, batch, BOUNDS, frames, BLOCK_M)
     first_block = 0
     if PIECES is not None:
         first_block, end_block = blocks_of(PIECES, piece, blocks)
         if (block < first_block) | (block >= end_block):
             return
     lanes = tl.arange(0, BLOCK)
-    local = block * BLOCK + lanes
+    local = block * BLOCK_M + tl.arange(0, BLOCK_M)
     i = start_row + local
     keep_i = local < rows
     once = tl.program_id(1) == 0
@@ -169,37 +193,44 @@ def queries_kernel(
     tensors = (Q, K, V, POS, U, W, head, span)
     masks = (PADDING, MASK, sequence, mask_batch)
     masks += context(i, sizes, WINDOW)
+    first = start_row + block * BLOCK_M
+    seen_from, seen_to = keys_of_all(first, first + BLOCK_M - 1, sizes, WINDOW)
     biases = (BIAS, GATE, KEY_BIAS, head, sequence * frames, heads, c_batch, c_head)
     G += sequence * g_batch + head * VALUE_DIM
-    held = _rows(tensors, G, i, q_time, v_time, keep_i, DIM, VALUE_DIM, BLOCK, BLOCK_D, BLOCK_V)
+    held = _rows(tensors, G, first, q_time, v_time, keep_i, DIM, VALUE_DIM, BLOCK_M, BLOCK_D, BLOCK_V)
     row = (sequence * heads + head) * frames + i
     words = row_words(SEED, row)
     lse = tl.load(LSE + row, mask=keep_i, other=float("inf"))
     inverse = _inverse(INVERSE, row, keep_i, lse)
     delta = tl.load(DELTA + row, mask=keep_i, other=0.0)
-    first = start_row + block * BLOCK
-    begin, end = keys_seen(first, first + BLOCK - 1, sizes, BLOCK, WINDOW)
-    base = frames - first - BLOCK + begin
+    begin, end = keys_seen(first, first + BLOCK_M - 1, sizes, BLOCK, WINDOW)
+    base = frames - first - BLOCK_M + begin
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    dq = tl.zeros([BLOCK, BLOCK_D], tl.float32)
-    all_lanes = (lanes >= 0)[None, :]
-    before = tl.zeros([BLOCK, BLOCK], Q.dtype.element_ty)
-    dgate = tl.zeros([BLOCK], tl.float64 if PRECISE else tl.float32)
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    all_rows = (tl.arange(0, BLOCK_M) >= 0)[:, None]
+    before = tl.zeros([BLOCK_M, BLOCK], Q.dtype.element_ty)
+    dgate = tl.zeros([BLOCK_M], tl.float64 if PRECISE else tl.float32)
     if DS is not None:
         if PIECES is None:
-            DS += ((head * batch + sequence) * blocks * BLOCK + local)[:, None] * ds_row
+            DS += ((head * batch + sequence) * blocks * BLOCK_M + local)[:, None] * ds_row
         else:
             _, row_size, at = rows_of(PIECES, block, first_block, blocks, BLOCK)
-            DS += (head * batch + sequence) * ds_row + at + (lanes * row_size)[:, None]
-    lower = band(held[1], tensors, i, q_time, keep_i, base, sizes, DIM, BLOCK, BLOCK, BLOCK_D)
+            DS += (head * batch + sequence) * ds_row + at + (tl.arange(0, BLOCK_M) * row_size)[:, None]
+    last = band(held[1], tensors, i, q_time, keep_i, base, sizes, DIM, BLOCK_M, BLOCK, BLOCK_D)
+    lower = last
+    if BLOCK_M > BLOCK:
+        last = band(held[1], tensors, i, q_time, keep_i, base + BLOCK, sizes, DIM, BLOCK_M, BLOCK, BLOCK_D)
+        lower = ready(lower, last, BLOCK_M, BLOCK)
     for start in range(0, end - begin, BLOCK):
         j = begin + start + lanes
-        key = load_rows(tensors[1], j, q_time, d, j < keys, DIM)  # [BLOCK, BLOCK_D]
-        scores, slope, lower = _tile(
-            lower, held, key, tensors, biases, masks, G, i, q_time, v_time, keep_i, j, base + start + BLOCK, sizes,
-            scale, cap, DIM, VALUE_DIM, WINDOW, BLOCK, BLOCK_D, BLOCK_V,
+        key = load_tile(tensors[1], begin + start, q_time, d, j < keys, DIM)  # [BLOCK, BLOCK_D]
+        value = _row_block(tensors[2], begin + start, v_time, j < keys, VALUE_DIM, BLOCK, BLOCK_V)
+        partial = (begin + start < seen_from) | (begin + start + BLOCK > seen_to)
+        scores, slope, lower, last = _tile(
+            lower, last, held, key, value, tensors, biases, masks, G, i, q_time, v_time, keep_i, begin + start, partial,
+            base + start + BLOCK_M, sizes, scale, cap, DIM, VALUE_DIM, WINDOW, BLOCK_M, BLOCK, BLOCK_D, BLOCK_V,
         )  # fmt: skip
-        w = _weights(scores, lse, inverse, PRECISE)
+        w = _weights(scores, lse, inverse, bits_of(biases, scale, cap), PRECISE)
         ds = w * (dropped(slope, SEED, words, j, threshold, factor) - delta[:, None])
         ds = through_cap(ds, scores, cap)
         if GATE is not None:
@@ -207,17 +238,15 @@ def queries_kernel(
         narrow = ds.to(key.dtype)
         dq = tl.dot(narrow, key, dq)
         if DS is not None:
-            after = by_offset(narrow, BLOCK)
+            after = by_offset(narrow, BLOCK_M, BLOCK)
             tl.store(
-                DS + (start + lanes)[None, :],
-                merged(after, before, before, BLOCK, BLOCK),
-                mask=all_lanes & once,
+                DS + (start + lanes)[None, :], merged(after, before, BLOCK_M, BLOCK), mask=all_rows & once
             )
             before = after
     if DS is not None:
         j = tl.cdiv(end - begin, BLOCK) * BLOCK + lanes
-        last = merged(tl.zeros([BLOCK, BLOCK], before.dtype), before, before, BLOCK, BLOCK)
-        tl.store(DS + j[None, :], last, mask=all_lanes & once)
+        none = tl.zeros([BLOCK_M, BLOCK], before.dtype)
+        tl.store(DS + j[None, :], merged(none, before, BLOCK_M, BLOCK), mask=all_rows & once)
     if GATE is not None:
         at = DGATE + (sequence * frames + i) * heads + head
         tl.store(at, dgate.to(DGATE.dtype.element_ty), mask=keep_i & once)
@@ -227,24 +256,37 @@ def queries_kernel(
     out = DQ + sequence * q_batch + head * DIM + i.to(tl.int64)[:, None] * q_time + d[None, :]
     tl.store(out, dq.to(DQ.dtype.element_ty), mask=keep_i[:, None] & keep_d[None, :])
     if PARTS is not None:
-        part = sequence * all_blocks + start_row // BLOCK + block
-        tl.store(PARTS + (part * heads + head) * DIM + d, sums(dq, 0, PRECISE), mask=keep_d)
+        own = tl.arange(0, BLOCK_M // BLOCK)  # the other parts of these rows are 0
+        number = start_row // BLOCK + block * (BLOCK_M // BLOCK) + own
+        parts = ((sequence * all_blocks + number) * heads + head) * DIM
+        found = tl.where((own == 0)[:, None], sums(dq, 0, PRECISE)[None, :], 0.0)
+        keep = (number < all_blocks)[:, None] & keep_d[None, :]
+        tl.store(PARTS + parts[:, None] + d[None, :], found.to(PARTS.dtype.element_ty), mask=keep)
+
+
+@triton.jit
+def _keys_of_rows(block, sizes, BLOCK: tl.constexpr, EACH: tl.constexpr, WINDOW: tl.constexpr):
+    """Returns ``keys_seen`` of the EACH blocks of queries which ``queries_kernel`` meets with this one."""
+    first = block // EACH * EACH * BLOCK
+    return keys_seen(first, first + EACH * BLOCK - 1, sizes, BLOCK, WINDOW)
 
 
 @triton.jit(do_not_specialize=[*SIZES, "first_block", "piece", "all_blocks"])
 def offsets_kernel(
     DS, Q, POS, EDGES, W, CONTENT, DQ, PARTS, SUMS, BOUNDS, PIECES, frames, keys, chunk, left, right, first_block,
     piece, batch, blocks, all_blocks, heads, q_time, q_batch, side, r_time, r_head, before, behind, ds_row, scale,
-    DIM: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+    DIM: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr, EACH: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Writes dq = CONTENT + dS' R of a block of channels and of queries, out of the ``blocks`` that DS holds, and sums
     of dS' R. With a span it also writes to SUMS what keys beyond it, those with R's first and last row, add to these.
+    EACH blocks of queries have rows of DS that begin with the same key.
     """
     PRECISE: tl.constexpr = DS.dtype.element_ty == tl.float32
     head, sequence, block = dealt(tl.program_id(0), blocks, batch, BOUNDS, frames, BLOCK)
     if PIECES is not None:
-        first_block, end_block = blocks_of(PIECES, piece, blocks)
-        if (block < first_block) | (block >= end_block):
+        first_rows, end_rows = blocks_of(PIECES, piece, tl.cdiv(blocks, EACH))
+        first_block = first_rows * EACH
+        if (block < first_block) | (block >= end_rows * EACH):
             return
         block -= first_block
     lanes = tl.arange(0, BLOCK)
@@ -253,37 +295,38 @@ def offsets_kernel(
     span = (EDGES, 0, side, r_time, r_head, before, behind)
     POS += head * r_head
     if PIECES is None:
-        DS += ((head * batch + sequence) * blocks + block) * BLOCK * ds_row + lanes.to(tl.int64)[
-            :, None
-        ] * ds_row
+        row = (head * batch + sequence) * tl.cdiv(blocks, EACH) * EACH * BLOCK + block * BLOCK
+        DS += (row + lanes.to(tl.int64))[:, None] * ds_row
     else:
-        _, row_size, at = rows_of(PIECES, first_block + block, first_block, blocks, BLOCK)
-        DS += (head * batch + sequence) * ds_row + at + (lanes * row_size)[:, None]
+        _, row_size, at = rows_of(
+            PIECES, (first_block + block) // EACH, first_rows, tl.cdiv(blocks, EACH), BLOCK
+        )
+        DS += (head * batch + sequence) * ds_row + at + ((block % EACH * BLOCK + lanes) * row_size)[:, None]
     first = (first_block + block) * BLOCK
     sizes = frames, keys, chunk, left, right, BOUNDS
-    begin, end = keys_seen(first, first + BLOCK - 1, sizes, BLOCK, WINDOW)
+    begin, end = _keys_of_rows(first_block + block, sizes, BLOCK, EACH, WINDOW)
     base = frames - first - BLOCK + begin
     dq = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     first_sum = tl.zeros([BLOCK], tl.float64 if PRECISE else tl.float32)
     last_sum = first_sum
     for start in range(0, tl.cdiv(end - begin, BLOCK) * BLOCK + BLOCK, BLOCK):
         ds = tl.load(DS + (start + lanes)[None, :])  # [BLOCK, BLOCK]
-        r = base + start + lanes
+        r = base + start
         if EDGES is None:
-            inside = (r >= 0) & (r < frames + keys - 1)
+            rows = frames + keys - 1
             if BOUNDS is not None:
                 r -= keys - 1 - before
-                inside = (r >= 0) & (r <= before + behind)
-            pos = load_rows(POS, r, r_time, d, inside, DIM)  # [BLOCK, BLOCK_D]
+                rows = before + behind + 1
+            pos = load_tile(POS, r, r_time, d, (lanes >= -r) & (lanes < rows - r), DIM)  # [BLOCK, BLOCK_D]
             dq = tl.dot(ds, pos, dq)
         else:
-            distance = r - (keys - 1)
+            distance = r + lanes - (keys - 1)
             at_first, inside = distance <= -before, (distance > -before) & (distance < behind)
             wide = ds.to(tl.float32)
             first_sum += sums(tl.where(at_first[None, :], wide, 0.0), 1, PRECISE)
             last_sum += sums(tl.where((at_first | inside)[None, :], 0.0, wide), 1, PRECISE)
             if is_spanned(base + start, keys, span, BLOCK):
-                pos = load_rows(POS, distance + before, r_time, d, inside, DIM)  # [BLOCK, BLOCK_D]
+                pos = load_tile(POS, r - (keys - 1) + before, r_time, d, inside, DIM)  # [BLOCK, BLOCK_D]
                 dq = tl.dot(ds, pos, dq)
     part = (sequence * all_blocks + first_block + block) * heads + head
     if EDGES is not None:
@@ -314,7 +357,7 @@ def keys_kernel(
     DKEY_BIAS, frames, keys, chunk, left, right, batch, blocks, heads, q_time, v_time, q_batch, k_batch,
     v_batch, g_batch, mask_batch, c_batch, c_head, side, r_time, r_head, before, behind, s_batch, s_head, threshold,
     scale, factor, cap, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WINDOW: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Writes dS^T (q + u) and W^T G of a block of keys and of their channels. Programs of the first block of channels
     also write the sums of dS over the queries, unless DKEY_BIAS is None.
@@ -322,8 +365,7 @@ def keys_kernel(
     PRECISE: tl.constexpr = Q.dtype.element_ty == tl.float32
     head, sequence, block = dealt(tl.program_id(0), blocks, batch, BOUNDS, frames, BLOCK)
     sizes = frames, keys, chunk, left, right, BOUNDS
-    lanes = tl.arange(0, BLOCK)
-    j = block * BLOCK + lanes
+    j = block * BLOCK + tl.arange(0, BLOCK)
     keep_j = j < keys
     Q, K, V = of_head(Q, K, V, head, sequence, q_batch, k_batch, v_batch, DIM, VALUE_DIM)
     span = (EDGES, (sequence * heads + head) * frames, side, r_time, r_head, before, behind)
@@ -333,29 +375,37 @@ def keys_kernel(
     row = (sequence * heads + head) * frames
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     c = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-    key = load_rows(tensors[1], j, q_time, tl.arange(0, BLOCK_D), keep_j, DIM)
+    key = load_tile(tensors[1], block * BLOCK, q_time, tl.arange(0, BLOCK_D), keep_j, DIM)
+    value = _row_block(tensors[2], block * BLOCK, v_time, keep_j, VALUE_DIM, BLOCK, BLOCK_V)
     dk = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK, BLOCK_V], tl.float32)
     dbias = tl.zeros([BLOCK], tl.float64 if PRECISE else tl.float32)
-    begin, end = queries_seeing(block * BLOCK, (block + 1) * BLOCK - 1, sizes, BLOCK, WINDOW)
-    for start in range(begin, end, BLOCK):
-        i = start + lanes
+    begin, end = queries_seeing(block * BLOCK, (block + 1) * BLOCK - 1, sizes, BLOCK_M, WINDOW)
+    masks = (PADDING, MASK, sequence, mask_batch, None, None)
+    seen_from, seen_to = queries_of_all(block * BLOCK, (block + 1) * BLOCK - 1, sizes, WINDOW)
+    for start in range(begin, end, BLOCK_M):
+        i = start + tl.arange(0, BLOCK_M)
         keep_i = i < frames
-        content, position, g = _rows(
-            tensors, G, i, q_time, v_time, keep_i, DIM, VALUE_DIM, BLOCK, BLOCK_D, BLOCK_V
-        )
-        masks = (PADDING, MASK, sequence, mask_batch)
-        masks += context(i, sizes, WINDOW)
-        first = frames + (block - 1) * BLOCK - start
-        lower = band(position, tensors, i, q_time, keep_i, first, sizes, DIM, BLOCK, BLOCK, BLOCK_D)
-        scores, slope, _ = _tile(
-            lower, (content, position, g), key, tensors, biases, masks, G, i, q_time, v_time, keep_i, j, first + BLOCK,
-            sizes, scale, cap, DIM, VALUE_DIM, WINDOW, BLOCK, BLOCK_D, BLOCK_V,
+        rows = _rows(tensors, G, start, q_time, v_time, keep_i, DIM, VALUE_DIM, BLOCK_M, BLOCK_D, BLOCK_V)
+        content, position, g = rows
+        partial = (start < seen_from) | (start + BLOCK_M > seen_to)
+        after = frames + (block + 1) * BLOCK - start  # of the query ``start`` and the last key, and one
+        first = after - BLOCK - BLOCK_M
+        last = band(position, tensors, i, q_time, keep_i, first, sizes, DIM, BLOCK_M, BLOCK, BLOCK_D)
+        lower = last
+        if BLOCK_M > BLOCK:
+            last = band(
+                position, tensors, i, q_time, keep_i, first + BLOCK, sizes, DIM, BLOCK_M, BLOCK, BLOCK_D
+            )
+            lower = ready(lower, last, BLOCK_M, BLOCK)
+        scores, slope, _, _ = _tile(
+            lower, last, rows, key, value, tensors, biases, masks, G, i, q_time, v_time, keep_i, block * BLOCK, partial,
+            after - BLOCK, sizes, scale, cap, DIM, VALUE_DIM, WINDOW, BLOCK_M, BLOCK, BLOCK_D, BLOCK_V,
         )  # fmt: skip
         lse = tl.load(LSE + row + i, mask=keep_i, other=float("inf"))  # W is 0 behind the last query
         inverse = _inverse(INVERSE, row + i, keep_i, lse)
         delta = tl.load(DELTA + row + i, mask=keep_i, other=0.0)
-        w = _weights(scores, lse, inverse, PRECISE)
+        w = _weights(scores, lse, inverse, bits_of(biases, scale, cap), PRECISE)
         words = row_words(SEED, row + i)
         ds = w * (dropped(slope, SEED, words, j, threshold, factor) - delta[:, None])
         ds = through_cap(ds, scores, cap)
@@ -366,9 +416,9 @@ def keys_kernel(
             bias = U
             if U is not None:
                 bias = U + head * DIM
-            content = load_rows(Q, i, q_time, d, keep_i, DIM, bias)
+            content = load_tile(Q, start, q_time, d, keep_i, DIM, bias)
         if VALUE_DIM > BLOCK_V:
-            g = load_rows(G, i, v_time, c, keep_i, VALUE_DIM)
+            g = load_tile(G, start, v_time, c, keep_i, VALUE_DIM)
         dk = tl.dot(tl.trans(ds.to(content.dtype)), content, dk)
         dv = tl.dot(tl.trans(w.to(g.dtype)), g, dv)
     out = DK + sequence * k_batch + head * DIM + j.to(tl.int64)[:, None] * q_time + d[None, :]
@@ -388,6 +438,7 @@ def positions_kernel(
     DS, Q, W, GATE, PARTS, BIASES, BOUNDS, PIECES, frames, keys, chunk, left, right, first_block, count, piece, lowest,
     low, high, each, groups, batch, blocks, heads, q_time, q_batch, p_row, p_head, ds_row, scale, DIM: tl.constexpr,
     WINDOW: tl.constexpr, ADDS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.constexpr,
+    EACH: tl.constexpr,
 ):  # fmt: skip
     """Writes dS'^T (q + w), or with ADDS PARTS + dS'^T (q + w), of WIDE blocks of offsets and one of channels, over the
     ``count`` blocks of queries that DS holds of each sequence of a group of ``each``. With PIECES a group is a share of
@@ -414,7 +465,8 @@ def positions_kernel(
         first_sequence = group * each
         sequences = tl.minimum(batch - first_sequence, each).to(tl.int32)
     else:
-        first_block, end = blocks_of(PIECES, piece, count)
+        first_rows, end_rows = blocks_of(PIECES, piece, tl.cdiv(count, EACH))
+        first_block, end = first_rows * EACH, end_rows * EACH
         first_sequence, sequences = group % batch, 1
         each = tl.cdiv(end - first_block, groups // batch)
         begin = first_block + (group // batch).to(tl.int32) * each
@@ -431,17 +483,19 @@ def positions_kernel(
         column = (t + block + 1) * BLOCK + wide
         if PIECES is None:
             rows = (block - first_block) * BLOCK + lanes
-            rows = ((head * batch + sequence) * count * BLOCK + rows) * ds_row
-            first, behind = keys_seen(block * BLOCK, (block + 1) * BLOCK - 1, sizes, BLOCK, WINDOW)
+            rows = ((head * batch + sequence) * tl.cdiv(count, EACH) * EACH * BLOCK + rows) * ds_row
+            first, behind = _keys_of_rows(block, sizes, BLOCK, EACH, WINDOW)
             behind = (tl.cdiv(behind, BLOCK) + 1) * BLOCK  # in whole blocks
         else:
-            first, row_size, at = rows_of(PIECES, block, first_block, count, BLOCK)
-            rows = (head * batch + sequence) * ds_row + at + lanes * row_size
+            first, row_size, at = rows_of(PIECES, block // EACH, first_rows, tl.cdiv(count, EACH), BLOCK)
+            rows = (head * batch + sequence) * ds_row + at + (block % EACH * BLOCK + lanes) * row_size
             behind = first + row_size
         inside = (column >= first) & (column < behind)
         ds = tl.load(DS + rows[:, None] + (column - first)[None, :], mask=inside[None, :], other=0.0)
         if PARTS is not None:
-            p = load_rows(Q + sequence * q_batch, i, q_time, d, i < frames, DIM, W)  # [BLOCK, BLOCK_D]
+            p = load_tile(
+                Q + sequence * q_batch, block * BLOCK, q_time, d, i < frames, DIM, W
+            )  # [BLOCK, BLOCK_D]
             dr = tl.dot(tl.trans(ds), p, dr)
         if BIASES is not None:
             gated = ds.to(tl.float32)

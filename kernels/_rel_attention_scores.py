@@ -5,10 +5,11 @@ import triton
 import triton.language as tl
 
 from fastasr.kernels._activation import TANH, activate_with_slope
-from fastasr.kernels._attention_tiles import NONE, load_rows, products
-from fastasr.kernels._rel_position_tiles import masked, query_key
+from fastasr.kernels._attention_tiles import NONE, load_tile, products
+from fastasr.kernels._rel_position_tiles import query_key
 from fastasr.kernels._relative_shift import by_key
 
+LOG2_E = tl.constexpr(1.4426950408889634)
 SIZES = [
     "frames",
     "keys",
@@ -45,6 +46,16 @@ def context(i, sizes, WINDOW: tl.constexpr):
 
 
 @triton.jit
+def keys_of_all(first, last, sizes, WINDOW: tl.constexpr):
+    """Returns [begin, end) of the keys in the context of all of the queries [first, last]."""
+    begin, end = 0, sizes[1]
+    if WINDOW:
+        begin, _ = context(last, sizes, WINDOW)
+        _, end = context(first, sizes, WINDOW)
+    return begin, end
+
+
+@triton.jit
 def _from_block(begin, end, BOUNDS, BLOCK: tl.constexpr):
     """Returns the range [begin, end) from the beginning of a block on, and an empty one as it is."""
     whole = begin // BLOCK * BLOCK
@@ -71,6 +82,22 @@ def queries_seeing(first, last, sizes, BLOCK: tl.constexpr, WINDOW: tl.constexpr
     """Returns [begin, end) of the queries with any of the keys [first, last] in their context; begin is a multiple of
     BLOCK.
     """
+    begin, end = _between(first, last, sizes, WINDOW)
+    if WINDOW:
+        begin, end = _from_block(begin, end, sizes[5], BLOCK)
+    return begin, end
+
+
+@triton.jit
+def queries_of_all(first, last, sizes, WINDOW: tl.constexpr):
+    """Returns [begin, end) of the queries with all of the keys [first, last] in their context."""
+    return _between(tl.minimum(last, sizes[1] - 1), first, sizes, WINDOW)
+
+
+@triton.jit
+def _between(first, last, sizes, WINDOW: tl.constexpr):
+    """Returns [begin, end) of the queries from the first one that sees key ``first`` to the last one that sees key
+    ``last``."""
     frames, keys, chunk, left, right, BOUNDS = sizes
     begin, end = 0, frames
     if WINDOW:
@@ -80,7 +107,6 @@ def queries_seeing(first, last, sizes, BLOCK: tl.constexpr, WINDOW: tl.constexpr
         if BOUNDS is not None:  # without a cache
             begin = tl.maximum(begin, tl.load(BOUNDS + first))
             end = tl.minimum(end, tl.load(BOUNDS + frames + tl.minimum(last, frames - 1)))
-        begin, end = _from_block(begin, end, BOUNDS, BLOCK)
     return begin, end
 
 
@@ -89,7 +115,8 @@ def queries_seeing(first, last, sizes, BLOCK: tl.constexpr, WINDOW: tl.constexpr
 # because a function returns no None. span: (EDGES, row, side, r_time, r_head, before, behind) with the strides of POS
 # between rows and heads, and how many frames before and behind a query have rows; EDGES + row + i is the product of
 # query i and the first row, ``side`` further that of the last one; EDGES is None where no query sees keys beyond.
-# masks: (PADDING, MASK, sequence, mask_batch, first and end of the keys in the queries' context), either or None.
+# masks: (PADDING, MASK, sequence, mask_batch, first and end of the keys in the queries' context); each may be None,
+# the last two where the queries change with the tile.
 # biases: (BIAS, GATE, KEY_BIAS, head, row, heads, c_batch, c_head), where ``row`` is the sequence's first of (sequence,
 # frame), and the last two are strides of KEY_BIAS; each may be None
 @triton.jit
@@ -128,27 +155,27 @@ def key_biases(biases, sequence, j, keys):
 
 @triton.jit
 def _biased(
-    Q, BIAS, head, i, q_time, keep, DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr
+    Q, BIAS, head, first, q_time, keep, DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
-    """Returns rows of q + bias, rounded as they are stored, if they fit a block of channels; else zeros that nothing
-    reads.
+    """Returns rows of q + bias from ``first`` on, rounded as they are stored, if they fit a block of channels; else
+    zeros that nothing reads.
     """
     rows = tl.zeros([BLOCK_M, BLOCK_D], Q.dtype.element_ty)
     if BIAS is not None:
         BIAS += head * DIM
     if DIM <= BLOCK_D:
-        rows = load_rows(Q, i, q_time, tl.arange(0, BLOCK_D), keep, DIM, BIAS)
+        rows = load_tile(Q, first, q_time, tl.arange(0, BLOCK_D), keep, DIM, BIAS)
     return rows
 
 
 @triton.jit
-def queries(tensors, i, q_time, keep, DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Returns (q + u, q + w) of rows, see ``_biased``; q + u twice where there are no positions."""
+def queries(tensors, first, q_time, keep, DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Returns (q + u, q + w) of rows from ``first`` on, see ``_biased``; q + u twice where there are no positions."""
     Q, _k, _v, POS, U, W, head, _span = tensors
-    content = _biased(Q, U, head, i, q_time, keep, DIM, BLOCK_M, BLOCK_D)
+    content = _biased(Q, U, head, first, q_time, keep, DIM, BLOCK_M, BLOCK_D)
     position = content
     if POS is not None:
-        position = _biased(Q, W, head, i, q_time, keep, DIM, BLOCK_M, BLOCK_D)
+        position = _biased(Q, W, head, first, q_time, keep, DIM, BLOCK_M, BLOCK_D)
     return content, position
 
 
@@ -175,17 +202,24 @@ def band(
     scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if POS is not None:
         POS += head * r_head
-        r = start + tl.arange(0, BLOCK_N)
+        lanes = tl.arange(0, BLOCK_N)
         if EDGES is None:
-            keep_r = (r >= 0) & (r < sizes[0] + sizes[1] - 1)
+            rows_of_r = sizes[0] + sizes[1] - 1
             if sizes[5] is not None:
-                r -= sizes[1] - 1 - before
-                keep_r = (r >= 0) & (r <= before + behind)
-            scores = query_key(
-                rows, Q, i, q_time, keep_i, POS, r, r_time, keep_r, DIM, BLOCK_D, BLOCK_M, BLOCK_N, W
-            )  # fmt: skip
+                start -= sizes[1] - 1 - before
+                rows_of_r = before + behind + 1
+            keep_r = (lanes >= -start) & (lanes < rows_of_r - start)
+            if DIM <= BLOCK_D:
+                piece = load_tile(
+                    POS, start, r_time, tl.arange(0, BLOCK_D), keep_r, DIM
+                )  # [BLOCK_N, BLOCK_D]
+                scores = tl.dot(rows, tl.trans(piece), scores)
+            else:
+                scores = products(
+                    scores, Q, i, q_time, keep_i, POS, start + lanes, r_time, keep_r, DIM, BLOCK_D, W
+                )  # fmt: skip
         else:
-            distance = r - (sizes[1] - 1)
+            distance = start + lanes - (sizes[1] - 1)
             if is_spanned(start, sizes[1], span, BLOCK_N):
                 r = tl.minimum(tl.maximum(distance, -before), behind) + before
                 scores = query_key(
@@ -207,23 +241,46 @@ def through_cap(slopes, scores, cap):
 
 
 @triton.jit
+def bits_of(biases, scale, cap):
+    """Returns the factor that makes scores of 16 bits, as ``scores_of`` leaves them, exponents of 2: log2(e), and the
+    scale if nothing is added to scores.
+    """
+    bits = scale * LOG2_E
+    if biases[0] is not None or biases[2] is not None or cap is not None:
+        bits = LOG2_E
+    return bits
+
+
+@triton.jit
+def _masked(scores, hidden, masks, i, j, sizes, WINDOW: tl.constexpr):
+    """Returns -inf for scores of ``hidden`` keys and of those outside of a query's context."""
+    hidden = hidden[None, :]
+    if WINDOW:
+        first, end = masks[4], masks[5]
+        if first is None:
+            first, end = context(i, sizes, WINDOW)
+        hidden = hidden | (j[None, :] < first[:, None]) | (j[None, :] >= end[:, None])
+    return tl.where(hidden, NONE, scores)
+
+
+@triton.jit
 def scores_of(
-    first, second, third, rows, key, tensors, biases, masks, i, q_time, keep_i, j, sizes, scale, cap,
+    first, second, rows, key, tensors, biases, masks, i, q_time, keep_i, start, partial, sizes, scale, cap,
     DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WINDOW: tl.constexpr,
+    BRANCHES: tl.constexpr = True,
 ):  # fmt: skip
-    """Returns the scores of queries i and keys j, -inf where hidden. The caller passes the first pieces of the band;
-    ``rows`` and ``key`` hold q + u and k if they fit a block.
+    """Returns the scores of queries i and keys from ``start`` on, -inf where hidden; of 16 bits without the scale if
+    nothing is added to them, see ``bits_of``. The caller passes the two pieces of the band; ``rows`` and ``key`` hold
+    q + u and k if they fit a block. ``partial`` says whether the tile has pairs outside of the context.
     """
     Q, K, _v, POS, U, _w, head, _span = tensors
+    PRECISE: tl.constexpr = Q.dtype.element_ty == tl.float32
     BIAS, GATE, KEY_BIAS, _head, row, heads, _c_batch, _c_head = biases
     if U is not None:
         U += head * DIM
-    PADDING, MASK, sequence, mask_batch, first_seen, end_seen = masks
+    PADDING, MASK, sequence, mask_batch, _first, _end = masks
     frames, keys = sizes[0], sizes[1]
-    if PADDING is not None:
-        PADDING += sequence * keys
-    if MASK is not None:
-        MASK += sequence * mask_batch
+    j = start + tl.arange(0, BLOCK_N)
     keep_j = j < keys
     scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if DIM <= BLOCK_D:
@@ -231,8 +288,9 @@ def scores_of(
     else:
         scores = products(scores, Q, i, q_time, keep_i, K, j, q_time, keep_j, DIM, BLOCK_D, U)
     if POS is not None:
-        scores += by_key(first, second, third, BLOCK_M, BLOCK_N)
-    scores *= scale
+        scores += by_key(first, second, BLOCK_M, BLOCK_N)
+    if PRECISE or BIAS is not None or KEY_BIAS is not None or cap is not None:
+        scores *= scale
     if BIAS is not None:
         bias = offset_biases(biases, i, keep_i, j, frames, keys)  # [BLOCK_M, BLOCK_N]
         if GATE is not None:
@@ -241,10 +299,20 @@ def scores_of(
     if KEY_BIAS is not None:
         scores += key_biases(biases, sequence, j, keys)[None, :]
     if cap is not None:
-        tanh, _ = activate_with_slope(scores / cap, TANH, Q.dtype.element_ty == tl.float32)
+        tanh, _ = activate_with_slope(scores / cap, TANH, PRECISE)
         scores = tanh * cap
-    scores = masked(
-        scores, NONE, PADDING, MASK, i[:, None], j[None, :], frames, keys, first_seen[:, None], end_seen[:, None],
-        WINDOW,
-    )  # fmt: skip
-    return tl.where(keep_j[None, :], scores, NONE)
+    if MASK is not None:
+        at = MASK + sequence * mask_batch + i.to(tl.int64)[:, None] * keys + j[None, :]
+        hides = tl.load(at, mask=keep_i[:, None] & keep_j[None, :], other=0)
+        scores = tl.where(hides != 0, NONE, scores)
+    hidden = j >= keys
+    some = partial | (start + BLOCK_N > keys)
+    if PADDING is not None:
+        hidden = tl.load(PADDING + sequence * keys + j, mask=keep_j, other=1) != 0
+        some = some | (tl.max(hidden.to(tl.int32), axis=0) > 0)
+    if BRANCHES and not PRECISE:  # in float32 a branch spills, and products take far longer than masks
+        if some:  # few tiles
+            scores = _masked(scores, hidden, masks, i, j, sizes, WINDOW)
+    else:
+        scores = _masked(scores, hidden, masks, i, j, sizes, WINDOW)
+    return scores

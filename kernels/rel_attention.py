@@ -42,9 +42,10 @@ import triton.language as tl
 from fastasr.kernels._attention_tiles import (
     NONE,
     PIECE_BYTES,
-    load_rows,
+    load_tile,
     mask_stride,
     running,
+    running_in_bits,
     store_with_remainder,
     sums,
 )
@@ -74,16 +75,20 @@ from fastasr.kernels._rel_attention_scores import (
     SIZES,
     UNALIGNED,
     band,
+    bits_of,
     context,
+    keys_of_all,
     keys_seen,
     of_head,
     queries,
     scores_of,
 )
 from fastasr.kernels._rel_position_tiles import dealt, head_block
-from fastasr.kernels._relative_shift import moved
+from fastasr.kernels._relative_shift import ready
 from fastasr.kernels._weights_dropout import constants as dropout_constants
 from fastasr.kernels._weights_dropout import dropped, row_words
+
+LN_2 = tl.constexpr(0.6931471805599453)
 
 
 # --------------------------------------------------------------------------- forward
@@ -94,6 +99,7 @@ def forward_kernel(
     g_batch, mask_batch, c_batch, c_head, side, r_time, r_head, before, behind, threshold, scale, factor, cap,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    BRANCHES: tl.constexpr,
 ):  # fmt: skip
     """Writes y of a block of queries and of columns, what rounding takes from it where REMAINDER is not None, and the
     queries' lse, which is inf without a key."""
@@ -109,45 +115,54 @@ def forward_kernel(
     tensors = (Q, K, V, POS, U, W, head, span)
     masks = (PADDING, MASK, sequence, mask_batch)
     masks += context(i, sizes, WINDOW)
+    seen_from, seen_to = keys_of_all(block * BLOCK_M, (block + 1) * BLOCK_M - 1, sizes, WINDOW)
     biases = (BIAS, GATE, KEY_BIAS, head, sequence * frames, heads, c_batch, c_head)
-    content, position = queries(tensors, i, q_time, keep_i, DIM, BLOCK_M, BLOCK_D)
+    content, position = queries(tensors, block * BLOCK_M, q_time, keep_i, DIM, BLOCK_M, BLOCK_D)
     base = frames - (block + 1) * BLOCK_M  # row of R of the last query and key 0
     begin, end = keys_seen(block * BLOCK_M, (block + 1) * BLOCK_M - 1, sizes, BLOCK_N, WINDOW)
-    first = band(position, tensors, i, q_time, keep_i, base + begin, sizes, DIM, BLOCK_M, BLOCK_N, BLOCK_D)
-    second = first
+    last = band(position, tensors, i, q_time, keep_i, base + begin, sizes, DIM, BLOCK_M, BLOCK_N, BLOCK_D)
+    first = last
     if BLOCK_M > BLOCK_N:
-        second = band(
-            position, tensors, i, q_time, keep_i, base + begin + BLOCK_N, sizes, DIM, BLOCK_M, BLOCK_N, BLOCK_D
-        )  # fmt: skip
+        after = base + begin + BLOCK_N
+        last = band(position, tensors, i, q_time, keep_i, after, sizes, DIM, BLOCK_M, BLOCK_N, BLOCK_D)
+    first = ready(first, last, BLOCK_M, BLOCK_N)
     row = (sequence * heads + head) * frames + i
     words = row_words(SEED, row)
     maximum = tl.full([BLOCK_M], NONE, tl.float32)
     total = tl.zeros([BLOCK_M], SUM)
     y = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    bits = bits_of(biases, scale, cap)
     for start in range(begin, end, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
-        third = band(
+        piece = band(
             position, tensors, i, q_time, keep_i, base + start + BLOCK_M, sizes, DIM, BLOCK_M, BLOCK_N, BLOCK_D
         )  # fmt: skip
-        if BLOCK_M == BLOCK_N:
-            second = third
-        key = load_rows(tensors[1], j, q_time, tl.arange(0, BLOCK_D), j < keys, DIM)  # [BLOCK_N, BLOCK_D]
+        second = ready(last, piece, BLOCK_M, BLOCK_N)
+        key = load_tile(tensors[1], start, q_time, tl.arange(0, BLOCK_D), j < keys, DIM)  # [BLOCK_N, BLOCK_D]
+        partial = (start < seen_from) | (start + BLOCK_N > seen_to)
         scores = scores_of(
-            first, second, third, content, key, tensors, biases, masks, i, q_time, keep_i, j, sizes, scale, cap,
-            DIM, BLOCK_M, BLOCK_N, BLOCK_D, WINDOW,
+            first, second, content, key, tensors, biases, masks, i, q_time, keep_i, start, partial, sizes,
+            scale, cap, DIM, BLOCK_M, BLOCK_N, BLOCK_D, WINDOW, BRANCHES,
         )  # fmt: skip
-        first, second = moved(first, second, third, BLOCK_M, BLOCK_N)
-        maximum, shrunk, e = running(maximum, scores, PRECISE)
+        first, last = second, piece
+        if PRECISE:
+            maximum, shrunk, e = running(maximum, scores, True)
+        else:
+            maximum, shrunk, e = running_in_bits(maximum, scores, bits)
         total = total * shrunk + sums(e, 1, PRECISE)
         e = dropped(e, SEED, words, j, threshold, factor)
-        value = load_rows(tensors[2], j, v_time, c, j < keys, VALUE_DIM)  # [BLOCK_N, BLOCK_V]
+        value = load_tile(tensors[2], start, v_time, c, j < keys, VALUE_DIM)  # [BLOCK_N, BLOCK_V]
         y = tl.dot(e.to(value.dtype), value, y * shrunk[:, None])
     total = total.to(tl.float32)
     none = total == 0.0
     y = y * tl.div_rn(1.0, tl.where(none, 1.0, total))[:, None]
     at = sequence * g_batch + head * VALUE_DIM + i.to(tl.int64)[:, None] * v_time + c[None, :]
     store_with_remainder(Y, REMAINDER, at, y, keep_i[:, None] & (c < VALUE_DIM)[None, :])
-    lse = tl.where(none, float("inf"), maximum + tl.log(total))
+    if PRECISE:
+        lse = maximum + tl.log(total)
+    else:
+        lse = (maximum + tl.log2(total)) * LN_2
+    lse = tl.where(none, float("inf"), lse)
     once = keep_i & (tl.program_id(1) == 0)
     tl.store(LSE + row, lse, mask=once)
 
@@ -178,14 +193,19 @@ def tiles(
     square = common | {"BLOCK": block, "BLOCK_V": columns, "num_stages": 2 if wide else 3}
     halves = {"BLOCK_D": 64} if dim > 64 and not wide else {}
     forward = common | {"BLOCK_M": block, "BLOCK_N": block, "BLOCK_V": columns, "num_stages": 2}
-    if generation in (90, 100) and dim <= (64 if dropping or limited else 128) and not wide and not hiding:
+    forward["BRANCHES"] = True
+    room = 128 if generation in (90, 100) and not (dropping or limited) else 64
+    if dim <= room and not wide and not hiding:
         forward["BLOCK_M"] = 64
+        # without wgmma, a branch between two products would cost the layout that shifts in registers
+        forward["BRANCHES"] = generation in (90, 100)
     else:
         forward |= halves
     if 64 < dim <= 128 and not wide:
         square = inner = square | halves | {"BLOCK_V": min(64, columns)}
     else:
         inner = square | ({"num_warps": 8} if wide or dim > 128 else {})
+    tall = {"BLOCK_M": 64} if generation == 90 and dim <= 64 and not wide and not hiding else {}
     products = common | {"BLOCK": 32, "num_stages": 3}  # blocks of dS as ``queries`` stores them
     crowding = hiding or (recordings and dim > 64)
     crowded = {"num_stages": 1} if crowding and dropping else {}  # loads ahead would spill
@@ -196,8 +216,8 @@ def tiles(
         "edges": {"BLOCK": 32, "BLOCK_D": common["BLOCK_D"], "num_warps": 4},
         "delta": {"BLOCK": 32, "BLOCK_V": columns, "num_warps": 4},
         "statistics": square | two,  # those of ``queries`` to the last bit, so that rows of dS add up to zero
-        "queries": inner | {"BLOCK": 32},
-        "keys": square | {"num_stages": 1} | two if wide else inner | crowded,
+        "queries": {"BLOCK_M": 32} | tall | inner | {"BLOCK": 32},
+        "keys": {"BLOCK_M": block} | tall | (square | {"num_stages": 1} | two if wide else inner | crowded),
         "offsets": products,
         "positions": products | {"WIDE": 1 if wide else 2},
     }
@@ -426,8 +446,10 @@ def rel_attention_backward(
     block = tile["BLOCK"]
     blocks = cdiv(frames, block)
     met, lowest, highest = _met(sizes, block)
-    row = (met + 1) * block  # a row of dS by offset
-    step = max(1, PIECE_BYTES // (pairs * row * q.element_size()) // block) if by_offset else blocks
+    joined = {"EACH": tile["BLOCK_M"] // block}  # blocks of queries that are one in ``queries``
+    row = (min(met + joined["EACH"] - 1, cdiv(k.shape[1], block)) + 1) * block  # a row of dS by offset
+    room = PIECE_BYTES // (pairs * q.element_size())
+    step = max(1, room // row // tile["BLOCK_M"]) * joined["EACH"] if by_offset else blocks
     of_program = shapes["positions"]["WIDE"]  # blocks of offsets of a program
     programs = heads * cdiv(highest - lowest + 1, of_program)
     each = 1 if q.dtype == torch.float32 else _each(batch, programs)
@@ -435,11 +457,10 @@ def rel_attention_backward(
     held = [
         (n // step, n, min(step, blocks - n)) for n in range(0, blocks, step)
     ]  # piece, first block, blocks
-    size, of_blocks = min(step, blocks) * block * row, None
+    size, of_blocks = cdiv(min(step, blocks), joined["EACH"]) * tile["BLOCK_M"] * row, None
     if table is not None and by_offset:
         reach = (frames if n < 0 else n for n in sizes[3:])
-        room = PIECE_BYTES // (pairs * q.element_size())
-        of_blocks, count, size = pieces(starts, table, *reach, block, block, block, room)
+        of_blocks, count, size = pieces(starts, table, *reach, tile["BLOCK_M"], block, block, room)
         row, held = size, [(n, 0, blocks) for n in range(count)]
         groups = batch * cdiv(blocks, _each(blocks, programs * batch))
     ds = q.new_empty(pairs * size) if by_offset else None
@@ -471,15 +492,17 @@ def rel_attention_backward(
     columns, of_products = (cdiv(dim, shapes[name]["BLOCK_D"]) for name in ("queries", "offsets"))
     for piece, first, count in held:
         rows = min(count * block, frames - first * block)
-        launch(queries_kernel, (pairs * count, columns),
+        of_queries = cdiv(count, joined["EACH"])
+        launch(queries_kernel, (pairs * of_queries, columns),
             *operands, content, ds, None if bias_u is None else sums_of[0], dgate, of_blocks,
-            *sizes, first * block, rows, piece, batch, count, blocks, heads, *strides, row, *last, **constants, **tile,
+            *sizes, first * block, rows, piece, batch, of_queries, blocks, heads, *strides, row, *last,
+            **constants, **tile,
         )  # fmt: skip
         if pos is not None:
             launch(offsets_kernel, (pairs * count, of_products),
                 ds, q, pos, edges, bias_v, content, dq, None if bias_v is None else sums_of[1], edge_sums, table,
                 of_blocks, *sizes, first, piece, batch, count, blocks, heads,
-                q.stride(1), q.stride(0), *span, row, scale, DIM=dim, WINDOW=window, **shapes["offsets"],
+                q.stride(1), q.stride(0), *span, row, scale, DIM=dim, WINDOW=window, **joined, **shapes["offsets"],
             )  # fmt: skip
         for found, biases, begin, end in tables:
             here = max((begin - frames) // block, -first - count)  # offsets of the piece, in blocks
@@ -491,7 +514,7 @@ def rel_attention_backward(
                     ds, q, bias_v, offset_gate, found, None if biases is None else biases[piece], table, of_blocks,
                     *sizes, first, count, piece, here, begin, end, each, groups, batch, tall, heads,
                     q.stride(1), q.stride(0), *order, row, scale,
-                    DIM=dim, WINDOW=window, ADDS=adds, **shapes["positions"],
+                    DIM=dim, WINDOW=window, ADDS=adds, **joined, **shapes["positions"],
                 )  # fmt: skip
     if dpos is not None:
         at = first_row - (keys - 1) + before

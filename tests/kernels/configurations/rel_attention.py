@@ -10,6 +10,7 @@ from .configuration import PRODUCTS, Configuration, element_type, setting
 def configurations(generation: int):
     like = ("Q", "K", "V", "POS", "U", "W", "BIAS", "GATE", "KEY_BIAS", "DGATE")
     like += ("Y", "REMAINDER", "G", "DS", "DQ", "DK", "DV", "DU", "DW")
+    products = "offsets", "positions"
     wide = dict.fromkeys(("LSE", "INVERSE", "DELTA", "CONTENT", "EDGES"), "fp32")
     strides = [f"{name}_{of}" for name in ("q", "v") for of in ("time", "batch")]
     strides += ["k_batch", "g_batch", "ds_row", "width", "r_time", "r_head", "p_row", "p_head"]
@@ -46,6 +47,11 @@ def configurations(generation: int):
             types | ({"DQ": "fp32"} if name == "queries" else {}),
             {"DIM": dim, "VALUE_DIM": value, "WINDOW": limited, **dict.fromkeys(absent)}
             | ({"ADDS": label in ("pieces", "recordings")} if name == "positions" else {})
+            | (
+                {"EACH": shapes["queries"]["BLOCK_M"] // shapes["queries"]["BLOCK"]}
+                if name in products
+                else {}
+            )
             | shapes[name],
             strides,
             ("scale", "factor", "cap"),
@@ -84,7 +90,7 @@ def configurations(generation: int):
             dim = 128 if "d=128" in label else 64
             yield configuration(name, label, "bf16", dim, dim)
     for dtype in PRODUCTS:
-        for name in ("offsets", "positions"):
+        for name in products:
             yield configuration(name, "", dtype)
             if dtype != "tf32":
                 yield configuration(name, "context", dtype)
