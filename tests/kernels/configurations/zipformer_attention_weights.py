@@ -80,9 +80,10 @@ def configurations(generation: int):
         types = dict.fromkeys(("W", "V", "Y", "G", "DW", "DV"), element_type(dtype))
         for dim in (12, 32):
             with setting(dtype) as torch_dtype:
-                shapes = _weighted_values.tiles(dim, torch_dtype)
+                shapes = _weighted_values.tiles(dim, torch_dtype, generation)
             for name, constants in shapes.items():
                 kernel = getattr(_weighted_values, f"{name}_kernel")
+                constants |= {"VECTOR": 4 if element_type(dtype) == "fp32" else 8}
                 constants |= {"ADD": True} if name == "backward" else {}
                 label = f"zipformer_attention_weights weighted values {name}, {dim} channels, {dtype}"
                 yield Configuration(label, kernel, types, constants, strides)

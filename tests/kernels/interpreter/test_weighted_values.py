@@ -23,14 +23,16 @@ def off(found, exact):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("multiple", [1, 16])  # of which rows begin at one
 @pytest.mark.parametrize(
     ("sizes", "dim"),
     [((3, 2, 70, 70), 12), ((1, 1, 5, 133), 20), ((2, 3, 1, 1), 1), ((2, 1, 64, 128), 32)],
     ids=str,
 )
-def test_kernels_are_as_exact_as_torch(sizes, dim, dtype):
+def test_kernels_are_as_exact_as_torch(sizes, dim, multiple, dtype):
     heads, batch, targets, sources = sizes
-    weights = weights_of(*sizes, dtype, sources + 6).requires_grad_()
+    row = -(-(sources + 6) // multiple) * multiple
+    weights = weights_of(*sizes, dtype, row).requires_grad_()
     values = torch.randn(sources, batch, heads * dim).to(dtype).requires_grad_()
     grad = torch.randn(targets, batch, heads * dim).to(dtype)
 
@@ -50,16 +52,20 @@ def test_kernels_are_as_exact_as_torch(sizes, dim, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-def test_gradients_of_consumers_are_added_in_place(dtype):
-    sizes = heads, batch, _, _ = 3, 2, 40, 40
+@pytest.mark.parametrize("frames", [40, 43])
+def test_gradients_of_consumers_are_added_in_place(frames, dtype):
+    sizes = heads, batch, _, _ = 3, 2, frames, frames
     weights = weights_of(*sizes, dtype, 48)
-    values, grad = (torch.randn(40, batch, heads * 12).to(dtype) for _ in range(2))
+    values, grad = (torch.randn(frames, batch, heads * 12).to(dtype) for _ in range(2))
     before = torch.randn(sizes).to(dtype)
-    total, alone = before.clone(), torch.full(sizes, float("nan")).to(dtype)
+    rows = torch.full((2, *sizes[:3], 48), float("nan")).to(dtype)
+    total, alone = rows[..., :frames]
+    total.copy_(before)
     with backend("triton"):
         _, first = _weighted_values.products(weights, values).backward(grad, weights, values, alone, False)
         _, again = _weighted_values.products(weights, values).backward(grad, weights, values, total, True)
     assert torch.equal(first, again)
+    assert rows[..., frames:].isnan().all()  # no kernel writes between rows
     g, v = (t.unflatten(2, (heads, -1)).permute(2, 1, 0, 3).double() for t in (grad, values))
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 0.05}[dtype]
     torch.testing.assert_close(alone.double(), g @ v.mT, rtol=0, atol=tolerance)
