@@ -48,6 +48,7 @@ from fastasr.kernels._rel_position_tiles import (
     window,
 )
 from fastasr.kernels._special import reciprocal
+from fastasr.kernels._vectors import load
 from fastasr.kernels._zipformer_attention import (
     SIZES,
     UNALIGNED,
@@ -161,12 +162,6 @@ def forward_kernel(
 
 
 # --------------------------------------------------------------------------- backward
-@triton.jit
-def softmax_gradient(w, g, delta):
-    """Returns W (g - delta), in float32."""
-    return w.to(tl.float32) * (g.to(tl.float32) - delta[:, None])
-
-
 @triton.jit(
     do_not_specialize=[*SIZES, "penalty", "limit"], do_not_specialize_on_alignment=[*UNALIGNED, "ACT"]
 )  # fmt: skip
@@ -223,14 +218,14 @@ def queries_kernel(
     along = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(begin, whole, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)[None, :]
-        w = tl.load(W + j, mask=rows, other=0.0).to(tl.float32)
+        w = load(W + j, rows)
         weight += w
-        along = tl.fma(w, tl.load(GRAD + j, mask=rows, other=0.0).to(tl.float32), along)
+        along = tl.fma(w, load(GRAD + j, rows), along)
     if whole < end:
         j = whole + tl.arange(0, BLOCK_N)[None, :]
-        w = tl.load(W + j, mask=rows & (j < keys), other=0.0).to(tl.float32)
+        w = load(W + j, rows & (j < keys))
         weight += w
-        along = tl.fma(w, tl.load(GRAD + j, mask=rows & (j < keys), other=0.0).to(tl.float32), along)
+        along = tl.fma(w, load(GRAD + j, rows & (j < keys)), along)
     total = sums(weight, 1, PRECISE)
     delta = (sums(along, 1, PRECISE) / tl.where(total == 0.0, 1.0, total)).to(tl.float32)
 
@@ -247,12 +242,11 @@ def queries_kernel(
         j = start + tl.arange(0, BLOCK_N)
         keep_j = j < keys
         if start < whole:
-            w = tl.load(W + j[None, :], mask=rows, other=0.0)
-            g = tl.load(GRAD + j[None, :], mask=rows, other=0.0)
+            w, g = load(W + j[None, :], rows), load(GRAD + j[None, :], rows)
         else:
-            w = tl.load(W + j[None, :], mask=rows & keep_j[None, :], other=0.0)
-            g = tl.load(GRAD + j[None, :], mask=rows & keep_j[None, :], other=0.0)
-        ds = softmax_gradient(w, g, delta)
+            keep = rows & keep_j[None, :]
+            w, g = load(W + j[None, :], keep), load(GRAD + j[None, :], keep)
+        ds = w * (g - delta[:, None])
         ds = masked_slopes(ds, i, start, masks, frames, keys, WINDOW, BLOCK_N)
         at = rows_of_positions(R, top, start, frames, offsets, BOUNDS, BLOCK_M, BLOCK_N)
         if PENALTY:
