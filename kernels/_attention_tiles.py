@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastasr.kernels._activation import exp_nonpositive
+from fastasr.kernels._activation import exp_difference
 
 NONE = tl.constexpr(float("-inf"))
 OF_INFINITE = tl.constexpr(2.0**-10)  # the share of a y that overflowed float16 which is kept in its place
@@ -84,7 +84,7 @@ def running(maximum, scores, PRECISE: tl.constexpr):
     """
     new = tl.maximum(maximum, tl.max(scores, axis=1))
     shift = tl.where(new == NONE, 0.0, new)
-    return new, exp_nonpositive(maximum - shift, PRECISE), exp_nonpositive(scores - shift[:, None], PRECISE)
+    return new, exp_difference(maximum, shift, PRECISE), exp_difference(scores, shift[:, None], PRECISE)
 
 
 @triton.jit
