@@ -33,20 +33,24 @@ WARPS = 4
 
 @triton.jit
 def _tile(columns, rows, c, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Returns the rows of this program's tile, its offsets and those that exist; ``c`` counts the tile's columns."""
+    """Returns the first row of this program's tile, its offsets and those that exist; ``c`` counts its columns."""
     column_tiles = tl.cdiv(columns, BLOCK_C)
-    r = (tl.program_id(0) // column_tiles).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    first = (tl.program_id(0) // column_tiles).to(tl.int64) * BLOCK_R
+    r = first + tl.arange(0, BLOCK_R)
     c = tl.program_id(0) % column_tiles * BLOCK_C + c
     keep = (r < rows)[:, None] & (c < columns)[None, :]
-    return r, r[:, None] * columns + c[None, :], keep  # [BLOCK_R, BLOCK_C]
+    return first, r[:, None] * columns + c[None, :], keep  # [BLOCK_R, BLOCK_C]
 
 
 @triton.jit
-def _kept(DRAWN, RATE, OF, r, rows, batch):
-    """Says which rows belong to sequences that are kept."""
-    sequence = r % batch
+def _kept(DRAWN, RATE, OF, first, rows, batch, BLOCK_R: tl.constexpr):
+    """Says which rows from ``first`` on belong to sequences that are kept."""
+    r = tl.arange(0, BLOCK_R)
+    sequence = (
+        (first % batch).to(tl.int32) + r
+    ) % batch  # a remainder of 64 bits takes a hundred instructions
     if OF is not None:
-        sequence = tl.load(OF + r, mask=r < rows, other=0)
+        sequence = tl.load(OF + (first + r), mask=first + r < rows, other=0)
     return (tl.load(DRAWN + sequence).to(tl.float32) > tl.load(RATE).to(tl.float32))[:, None]  # [BLOCK_R, 1]
 
 
@@ -54,10 +58,10 @@ def _kept(DRAWN, RATE, OF, r, rows, batch):
 def plus_kernel(
     SRC, Y, DRAWN, RATE, OF, OUT, NARROW, rows, batch, columns, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
 ):
-    r, at, keep = _tile(columns, rows, neighbours(BLOCK_C, SRC, Y), BLOCK_R, BLOCK_C)
+    first, at, keep = _tile(columns, rows, neighbours(BLOCK_C, SRC, Y), BLOCK_R, BLOCK_C)
     y = tl.load(Y + at, mask=keep, other=0.0).to(tl.float32)
     if DRAWN is not None:
-        y *= _kept(DRAWN, RATE, OF, r, rows, batch).to(tl.float32)
+        y *= _kept(DRAWN, RATE, OF, first, rows, batch, BLOCK_R).to(tl.float32)
     out = (tl.load(SRC + at, mask=keep, other=0.0).to(tl.float32) + y).to(OUT.dtype.element_ty)
     tl.store(OUT + at, out, mask=keep)
     if NARROW is not None:
@@ -83,7 +87,7 @@ def gradients_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """Adds up to five gradients; DY is their sum where the sequence was kept."""
-    r, at, keep = _tile(columns, rows, neighbours(BLOCK_C, A, B, C, D, E), BLOCK_R, BLOCK_C)
+    first, at, keep = _tile(columns, rows, neighbours(BLOCK_C, A, B, C, D, E), BLOCK_R, BLOCK_C)
     total = tl.load(A + at, mask=keep, other=0.0).to(tl.float32)
     if B is not None:
         total += tl.load(B + at, mask=keep, other=0.0).to(tl.float32)
@@ -97,7 +101,7 @@ def gradients_kernel(
         tl.store(TOTAL + at, total.to(TOTAL.dtype.element_ty), mask=keep)
     if DY is not None:
         if DRAWN is not None:
-            total *= _kept(DRAWN, RATE, OF, r, rows, batch).to(tl.float32)
+            total *= _kept(DRAWN, RATE, OF, first, rows, batch, BLOCK_R).to(tl.float32)
         tl.store(DY + at, total.to(DY.dtype.element_ty), mask=keep)
 
 

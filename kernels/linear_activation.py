@@ -17,7 +17,6 @@ import triton
 import triton.language as tl
 
 from fastasr.kernels._activation import activate_with_slope
-from fastasr.kernels._column_sums import column_sums
 from fastasr.kernels._flat import flat_range, flat_tail
 from fastasr.kernels._launch import cdiv, launch
 from fastasr.kernels._parts import add_parts
@@ -104,8 +103,8 @@ def gated_backward_kernel(
         start += BLOCK_R
     if PARTS is not None:
         at = PARTS + part.to(tl.int64) * 2 * C + c
-        tl.store(at, column_sums(of_a), mask=c < C)
-        tl.store(at + C, column_sums(of_g), mask=c < C)
+        tl.store(at, tl.sum(of_a, axis=0), mask=c < C)
+        tl.store(at + C, tl.sum(of_g, axis=0), mask=c < C)
 
 
 @triton.jit(do_not_specialize=["rows", "rows_per_part", "threshold"])
@@ -136,7 +135,7 @@ def backward_kernel(
             sums += dz
         start += BLOCK_R
     if PARTS is not None:
-        tl.store(PARTS + part.to(tl.int64) * C + c, column_sums(sums), mask=c < C)
+        tl.store(PARTS + part.to(tl.int64) * C + c, tl.sum(sums, axis=0), mask=c < C)
 
 
 def linear_activation_forward(

@@ -101,7 +101,6 @@ def backward_kernel(
         x = load_tile(X, r, c, x_stride, keep)
         update = load_tile(UPDATE, r, c, update_stride, keep)
         if CANDIDATE is None:
-            grad = tl.load(GRAD + offsets, mask=keep, other=0.0).to(tl.float32)
             t = x + update
         else:
             a, slope = _proposal(
@@ -111,10 +110,11 @@ def backward_kernel(
             t = tl.fma(s, a - x, x)
             to_update = s * rest * (a - x)
             to_sum = s * slope
-        if CANDIDATE is None:
+        if CANDIDATE is None or PRECISE:
+            grad = tl.load(GRAD + offsets, mask=keep, other=0.0).to(tl.float32)
             d = grad * w[None, :]
             n, scale, mean, along = normed_with(t, d, r < end, keep, eps, C, True, PRECISE)
-        else:  # The gradient would take registers while the row is normalised.
+        else:  # Of 16 bits, where 16 warps have few registers, the gradient waits until the row is normalised.
             n, scale = norm(t, r < end, keep, eps, C, True, PRECISE)
             grad = tl.load(GRAD + offsets, mask=keep, other=0.0).to(tl.float32)
             d = grad * w[None, :]
