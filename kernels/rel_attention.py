@@ -204,6 +204,8 @@ def tiles(
     }
     if not (wide or hiding) and (dim <= 128 if wgmma and not (dropping or limited) else widest <= 64):
         forward["BLOCK_M"] = 64
+        if generation == 90 and widest <= 64 and not (dropping and limited):
+            forward["maxnreg"] = 168  # three programs on a multiprocessor instead of two
     else:
         forward |= halves
     if 64 < dim <= 128 and not wide:
