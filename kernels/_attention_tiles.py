@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastasr.kernels._activation import exp_nonpositive
+from fastasr.kernels._activation import exp_difference
 from fastasr.kernels._special import exp2
 
 NONE = tl.constexpr(float("-inf"))
@@ -97,7 +97,7 @@ def running(maximum, scores, PRECISE: tl.constexpr):
     """
     new = tl.maximum(maximum, tl.max(scores, axis=1))
     shift = tl.where(new == NONE, 0.0, new)
-    return new, exp_nonpositive(maximum - shift, PRECISE), exp_nonpositive(scores - shift[:, None], PRECISE)
+    return new, exp_difference(maximum, shift, PRECISE), exp_difference(scores, shift[:, None], PRECISE)
 
 
 @triton.jit

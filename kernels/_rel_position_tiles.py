@@ -4,8 +4,8 @@
 Scores are s[i, j] = q[i] . k[j] + p[i] . R[T - 1 - i + j]: the row of R moves by one along either side of a tile. With
 recordings in a row, R has 2 L - 1 rows, L in place of T, and frames L or more apart do not see each other. Where
 a row has four numbers of 16 bits (PACKED), one 64-bit load reads it and registers unpack it; any other R is read by
-channel. Both ways need R separated by head, so the launcher copies it. Indices of R are clamped, not masked: the
-kernels discard whatever lies outside the tile later.
+channel. Both ways need R separated by head, so the launcher copies it, between margins: pairs of a tile that have no
+row read those, and the kernels discard their scores later.
 """
 
 from dataclasses import dataclass
@@ -21,6 +21,7 @@ from fastasr.kernels._recordings import ORDER, bounds
 
 MASKED = tl.constexpr(-1000.0)
 ALONE = tl.constexpr(-896.0)  # above it, masked keys weigh exactly 0
+MARGIN = tl.constexpr(544)  # rows before and behind R: at least the queries and keys of a tile, 16 + 512
 
 
 @triton.jit
@@ -143,25 +144,51 @@ def in_reach(j, masks):
 
 
 @triton.jit
-def masked_slopes(ds, i, j, masks, frames, keys, WINDOW: tl.constexpr):
-    """Returns the gradients of the scores of queries i and keys j, 0 where the key is hidden."""
+def _hidden(PADDING, start, keys, BLOCK_N: tl.constexpr):
+    """Says which keys from ``start`` on are padding, or behind the last one, [1, BLOCK_N]."""
+    column = tl.arange(0, BLOCK_N)
+    return (tl.load(PADDING + start + column, mask=column < keys - start, other=1) != 0)[None, :]
+
+
+@triton.jit
+def masked_slopes(ds, i, start, masks, frames, keys, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Returns the gradients of the scores of queries i and BLOCK_N keys from ``start`` on, 0 where masks hide them."""
     PADDING, MASK, BOUNDS, _low, _high, first, end = masks
+    j = start + tl.arange(0, BLOCK_N)
     ds = masked(
-        ds, 0.0, PADDING, MASK, i[:, None], j[None, :], frames, keys, first[:, None], end[:, None], WINDOW
+        ds, 0.0, None, MASK, i[:, None], j[None, :], frames, keys, first[:, None], end[:, None], WINDOW
     )  # fmt: skip
+    if PADDING is not None:
+        ds = tl.where(_hidden(PADDING, start, keys, BLOCK_N), 0.0, ds)
     if BOUNDS is not None:
         ds = tl.where(in_reach(j, masks), ds, 0.0)
     return ds
 
 
 @triton.jit
-def rows_of_positions(i, j, frames, keys, offsets, BOUNDS):
-    """Returns the rows of R of queries i and keys j, a row of R for pairs that have none."""
-    if BOUNDS is None:
-        at = (frames - 1 - tl.minimum(i, frames - 1))[:, None] + tl.minimum(j, keys - 1)[None, :]
-    else:
-        at = tl.minimum(tl.maximum((offsets // 2 - i)[:, None] + j[None, :], 0), offsets - 1)
-    return at
+def positions_of(R, sequence, r_batch, head, offsets, POS_DIM: tl.constexpr, PACKED: tl.constexpr):
+    """Returns a pointer to a head's first row of R."""
+    if POS_DIM > 0:
+        R += sequence * r_batch + head * (offsets + 2 * MARGIN) * (1 if PACKED else POS_DIM) + MARGIN
+    return R
+
+
+@triton.jit
+def rows_of_positions(R, top, start, frames, offsets, BOUNDS, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Returns pointers to the rows of R of a tile's queries, from ``top`` on, and keys, from ``start`` on. Pairs that
+    have none point to other rows or to R's margins.
+
+    What a pair adds to the tile's first row is a small constant per thread, which loads add for nothing.
+    """
+    rows = R
+    if R is not None:  # there are position scores
+        if BOUNDS is None:
+            first = frames - BLOCK_M - top + start
+        else:  # a tile without pairs of one recording may be anywhere
+            first = tl.maximum(offsets // 2 - (BLOCK_M - 1) - top + start, -(BLOCK_M + BLOCK_N))
+            first = tl.minimum(first, offsets)
+        rows = (R + first + (BLOCK_M - 1 - tl.arange(0, BLOCK_M)))[:, None] + tl.arange(0, BLOCK_N)[None, :]
+    return rows
 
 
 @triton.jit
@@ -190,12 +217,14 @@ def unpacked(rows, ELEMENT: tl.constexpr):
 
 @triton.jit
 def load_positions(P, keep, PACKED: tl.constexpr):
-    """Returns the four channels of p when PACKED, else zeros. P points at rows."""
+    """Returns the four channels of p when PACKED, else zeros. P points at rows. They are loaded as one tile: as four
+    vectors each thread would load those of all rows that its scores meet.
+    """
     if PACKED:
-        p0 = tl.load(P, mask=keep, other=0.0).to(tl.float32)
-        p1 = tl.load(P + 1, mask=keep, other=0.0).to(tl.float32)
-        p2 = tl.load(P + 2, mask=keep, other=0.0).to(tl.float32)
-        p3 = tl.load(P + 3, mask=keep, other=0.0).to(tl.float32)
+        tile = tl.load(P[:, None] + tl.arange(0, 4)[None, :], mask=keep[:, None], other=0.0).to(tl.float32)
+        even, odd = tl.split(tl.reshape(tile, [tile.shape[0], 2, 2]))
+        p0, p2 = tl.split(even)
+        p1, p3 = tl.split(odd)
     else:
         p0 = tl.zeros(keep.shape, tl.float32)
         p1, p2, p3 = p0, p0, p0
@@ -204,18 +233,19 @@ def load_positions(P, keep, PACKED: tl.constexpr):
 
 @triton.jit
 def position_scores(
-    scores, P, keep, p0, p1, p2, p3, R, at, offsets,
+    scores, P, keep, p0, p1, p2, p3, rows, offsets,
     POS_DIM: tl.constexpr, PACKED: tl.constexpr, ELEMENT: tl.constexpr,
 ):  # fmt: skip
-    """Returns scores + p . R[at]. p0 to p3, P and keep have the shape of queries, a row or a column."""
+    """Returns scores + p . R of the pointers ``rows``. p0 to p3, P and keep have the shape of queries, a row or a
+    column."""
     if PACKED:
-        r0, r1, r2, r3 = unpacked(tl.load(R + at), ELEMENT)
+        r0, r1, r2, r3 = unpacked(tl.load(rows), ELEMENT)
         scores += tl.fma(p3, r3, tl.fma(p2, r2, tl.fma(p1, r1, p0 * r0)))
     elif POS_DIM > 0:  # a separate sum: one chain with the products would have an error 10 % above eager's
         total = tl.zeros(scores.shape, tl.float32)
         for c in range(POS_DIM):
             p = tl.load(P + c, mask=keep, other=0.0).to(tl.float32)
-            total = tl.fma(p, tl.load(R + c * offsets + at).to(tl.float32), total)
+            total = tl.fma(p, tl.load(rows + c * (offsets + 2 * MARGIN)).to(tl.float32), total)
         # Triton would make a plain addition the start of the products' chain.
         scores = tl.fma(total, 1.0, scores)
     return scores
@@ -240,47 +270,57 @@ def query_key(
 
 @triton.jit
 def raw_scores(
-    query, Q, P, K, R, masks, i, j, p0, p1, p2, p3, frames, keys, offsets, q_time, k_time,
+    query, Q, P, K, R, masks, top, start, p0, p1, p2, p3, frames, keys, offsets, q_time, k_time,
     DIM: tl.constexpr, POS_DIM: tl.constexpr, PACKED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Returns scores of queries i and keys j before the masks. P points at rows i."""
+    """Returns scores of the queries from ``top`` on and the keys from ``start`` on, before the masks. P points at the
+    queries' rows.
+    """
     _padding, _mask, BOUNDS, _low, _high, _first, _end = masks
+    i, j = top + tl.arange(0, BLOCK_M), start + tl.arange(0, BLOCK_N)
     keep_i, keep_j = i < frames, j < keys
     scores = query_key(query, Q, i, q_time, keep_i, K, j, k_time, keep_j, DIM, BLOCK_D, BLOCK_M, BLOCK_N)
-    at = rows_of_positions(i, j, frames, keys, offsets, BOUNDS)
+    rows = rows_of_positions(R, top, start, frames, offsets, BOUNDS, BLOCK_M, BLOCK_N)
     return position_scores(
-        scores, P[:, None], keep_i[:, None], p0[:, None], p1[:, None], p2[:, None], p3[:, None], R, at, offsets,
+        scores, P[:, None], keep_i[:, None], p0[:, None], p1[:, None], p2[:, None], p3[:, None], rows, offsets,
         POS_DIM, PACKED, Q.dtype.element_ty,
     )  # fmt: skip
 
 
 @triton.jit
-def masked_scores(scores, i, j, masks, frames, keys, WINDOW: tl.constexpr):
-    """Returns the scores as masks leave them, -inf behind the last key and in other recordings."""
+def masked_scores(scores, i, start, masks, frames, keys, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Returns the scores of queries i and BLOCK_N keys from ``start`` on as masks leave them, -inf behind the last key
+    and in other recordings."""
     PADDING, MASK, BOUNDS, _low, _high, first, end = masks
+    j, there = start + tl.arange(0, BLOCK_N), (tl.arange(0, BLOCK_N) < keys - start)[None, :]
     scores = masked(
-        scores, MASKED, PADDING, MASK, i[:, None], j[None, :], frames, keys, first[:, None], end[:, None], WINDOW
+        scores, MASKED, None, MASK, i[:, None], j[None, :], frames, keys, first[:, None], end[:, None], WINDOW
     )  # fmt: skip
+    if PADDING is not None:
+        scores = tl.where(_hidden(PADDING, start, keys, BLOCK_N), tl.where(there, MASKED, NONE), scores)
+    elif BOUNDS is None:
+        scores = tl.where(there, scores, NONE)
     if BOUNDS is not None:
         scores = tl.where(in_reach(j, masks), scores, NONE)
-    return tl.where((j < keys)[None, :], scores, NONE)
+    return scores
 
 
 @triton.jit
 def scores_of(
-    query, Q, P, K, R, masks, i, j, p0, p1, p2, p3, frames, keys, offsets, q_time, k_time,
+    query, Q, P, K, R, masks, top, start, p0, p1, p2, p3, frames, keys, offsets, q_time, k_time,
     DIM: tl.constexpr, POS_DIM: tl.constexpr, PACKED: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Returns masked scores of queries i and keys j, -inf behind the last key and in other recordings. P points at rows
-    i; masks: (PADDING, MASK, BOUNDS, and what ``window`` returns), the first three or None.
+    """Returns masked scores of the queries from ``top`` on and the keys from ``start`` on, -inf behind the last key and
+    in other recordings. P points at the queries' rows; masks: (PADDING, MASK, BOUNDS, and what ``window`` returns), the
+    first three or None.
     """
     scores = raw_scores(
-        query, Q, P, K, R, masks, i, j, p0, p1, p2, p3, frames, keys, offsets, q_time, k_time,
+        query, Q, P, K, R, masks, top, start, p0, p1, p2, p3, frames, keys, offsets, q_time, k_time,
         DIM, POS_DIM, PACKED, BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
-    return masked_scores(scores, i, j, masks, frames, keys, WINDOW)
+    return masked_scores(scores, top + tl.arange(0, BLOCK_M), start, masks, frames, keys, WINDOW, BLOCK_N)
 
 
 @triton.jit
@@ -356,14 +396,14 @@ def operands(x, pos, cached_key, starts, heads: int, dim: int, chunk: int, left_
 
 
 def _by_head(pos: torch.Tensor, heads: int, packed: bool) -> torch.Tensor:
-    """Returns R as (1 or B, H, offsets, 1) with four 16-bit numbers in each element, or as (1 or B, H, pos_dim,
-    offsets)."""
+    """Returns R as (1 or B, H, rows, 1) with four 16-bit numbers in each element, or as (1 or B, H, pos_dim, rows):
+    all rows between margins, which repeat the first one MARGIN times.
+    """
     apart = pos.unflatten(2, (heads, -1))
-    return (
-        apart.transpose(1, 2).contiguous().view(torch.int64)
-        if packed
-        else apart.permute(0, 2, 3, 1).contiguous()
-    )
+    r, rows = (apart.transpose(1, 2), 2) if packed else (apart.permute(0, 2, 3, 1), 3)
+    margin = r.narrow(rows, 0, 1).expand(*r.shape[:rows], MARGIN.value, *r.shape[rows + 1 :])
+    r = torch.cat([margin, r, margin], rows)
+    return r.view(torch.int64) if packed else r
 
 
 def head_block(dim: int, dtype: torch.dtype) -> int:

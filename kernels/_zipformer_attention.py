@@ -7,29 +7,50 @@ import triton.language as tl
 from fastasr.kernels._attention_tiles import load_rows
 from fastasr.kernels._launch import cdiv
 from fastasr.kernels._recordings import blocks_of, rows_of
-from fastasr.kernels._rel_position_tiles import place, unpacked
+from fastasr.kernels._rel_position_tiles import MARGIN, place, unpacked
 
 ROW = 16  # rows of W and dS are padded to this many elements
 SIZES = ["frames", "keys", "left", "batch", "blocks", "heads", "offsets", "chunk", "left_chunks"]
-UNALIGNED = ["X", "K", "R", "PADDING", "MASK"]
+UNALIGNED = ["R", "PADDING", "MASK"]
+
+
+@triton.jit
+def _partial(products, AXIS: tl.constexpr):
+    """Returns sums of the columns of [queries, keys] in eighths: each thread adds up its own."""
+    EIGHTHS: tl.constexpr = [products.shape[0], products.shape[1] // 8, 8]
+    return tl.sum(tl.reshape(products, EIGHTHS), axis=AXIS)
 
 
 @triton.jit
 def add_positions(
-    dp, ds, R, at, offsets, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr,
-    POS_DIM: tl.constexpr, PACKED: tl.constexpr, ELEMENT: tl.constexpr,
+    dp, parts, ds, rows, offsets, AXIS: tl.constexpr,
+    BLOCK_P: tl.constexpr, POS_DIM: tl.constexpr, PACKED: tl.constexpr, ELEMENT: tl.constexpr,
 ):  # fmt: skip
-    """Returns dp + dS R[at], [BLOCK_M, BLOCK_P]."""
-    c = tl.arange(0, BLOCK_P)[None, :]
+    """Returns dp + dS R of the pointers ``rows``, [BLOCK_M, BLOCK_P], and if PACKED only what ``whole_positions`` adds
+    up of them: ``parts``, four of [BLOCK_M, eighths]."""
     if PACKED:
-        r0, r1, r2, r3 = unpacked(tl.load(R + at), ELEMENT)
-        d0, d1 = tl.sum(ds * r0, axis=1)[:, None], tl.sum(ds * r1, axis=1)[:, None]
-        d2, d3 = tl.sum(ds * r2, axis=1)[:, None], tl.sum(ds * r3, axis=1)[:, None]
-        dp += tl.where(c < 2, tl.where(c == 0, d0, d1), tl.where(c == 2, d2, d3))
+        d0, d1, d2, d3 = parts
+        r0, r1, r2, r3 = unpacked(tl.load(rows), ELEMENT)
+        d0, d1 = d0 + _partial(ds * r0, AXIS), d1 + _partial(ds * r1, AXIS)
+        d2, d3 = d2 + _partial(ds * r2, AXIS), d3 + _partial(ds * r3, AXIS)
+        parts = d0, d1, d2, d3
     else:
+        c = tl.arange(0, BLOCK_P)[None, :]
         for number in range(POS_DIM):
-            r = tl.load(R + number * offsets + at).to(tl.float32)
+            r = tl.load(rows + number * (offsets + 2 * MARGIN)).to(tl.float32)
             dp += tl.where(c == number, tl.sum(ds * r, axis=1)[:, None], 0.0)
+    return dp, parts
+
+
+@triton.jit
+def whole_positions(dp, parts, BLOCK_P: tl.constexpr, PACKED: tl.constexpr):
+    """Returns dp."""
+    if PACKED:
+        c = tl.arange(0, BLOCK_P)[None, :]
+        d0, d1, d2, d3 = parts
+        d0, d1, d2, d3 = tl.sum(d0, axis=1), tl.sum(d1, axis=1), tl.sum(d2, axis=1), tl.sum(d3, axis=1)
+        low = tl.where(c == 0, d0[:, None], d1[:, None])
+        dp = tl.where(c < 2, low, tl.where(c == 2, d2[:, None], d3[:, None]))
     return dp
 
 
@@ -41,10 +62,7 @@ def _diagonals(dr, at, inside, DS, i, ds_row, X, x_time, c, keep_i, POS_DIM: tl.
     return tl.dot(ds, p, dr)
 
 
-@triton.jit(
-    do_not_specialize=[*SIZES, "center", "first", "rows", "base", "piece", "held", "shares"],
-    do_not_specialize_on_alignment=["X"],
-)
+@triton.jit(do_not_specialize=[*SIZES, "center", "first", "rows", "base", "piece", "held", "shares"])
 def positions_kernel(
     DS, X, BOUNDS, PIECES, PARTS,
     center, frames, keys, first, rows, base, piece, held, shares, batch, blocks, heads, offsets, ds_row,
@@ -86,7 +104,7 @@ def positions_kernel(
         keep_i = i < rows
         j = (r - shift)[:, None] + i[None, :]  # [BLOCK_O, BLOCK_M]
         if PIECES is None:
-            inside = (j >= 0) & (j < keys) & keep_i[None, :]
+            inside = (j.to(tl.uint32) < keys.to(tl.uint32)) & keep_i[None, :]  # none below 0
             dr = _diagonals(dr, j, inside, DS, i, ds_row, X, x_time, c, keep_i, POS_DIM)
         else:
             begun = tl.load(BOUNDS + i, mask=keep_i, other=0)

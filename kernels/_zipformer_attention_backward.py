@@ -4,8 +4,8 @@
 import triton
 import triton.language as tl
 
-from fastasr.kernels._activation import exp_nonpositive
-from fastasr.kernels._attention_tiles import NONE, delta_of_values, load_rows, slopes_of, sums
+from fastasr.kernels._activation import exp_difference
+from fastasr.kernels._attention_tiles import delta_of_values, load_rows, slopes_of, sums
 from fastasr.kernels._recordings import blocks_of, rows_of
 from fastasr.kernels._rel_position_tiles import (
     ALONE,
@@ -17,12 +17,13 @@ from fastasr.kernels._rel_position_tiles import (
     masked_scores,
     masked_slopes,
     penalties,
+    positions_of,
     raw_scores,
     rows_of_positions,
     scores_of,
     window,
 )
-from fastasr.kernels._zipformer_attention import SIZES, UNALIGNED, add_positions
+from fastasr.kernels._zipformer_attention import SIZES, UNALIGNED, add_positions, whole_positions
 
 
 @triton.jit
@@ -33,7 +34,7 @@ def has_weight(w, ELEMENT: tl.constexpr):
 
 @triton.jit
 def _delta_of_keys(
-    query, Q, P, K, R, masks, g, G, V, i, p0, p1, p2, p3, maximum, begin, end,
+    query, Q, P, K, R, masks, g, G, V, top, p0, p1, p2, p3, maximum, begin, end,
     frames, keys, offsets, q_time, k_time, v_time,
     DIM: tl.constexpr, POS_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PACKED: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -41,14 +42,15 @@ def _delta_of_keys(
     """Returns delta of float32 from a sweep over the keys [begin, end)."""
     total = tl.zeros([BLOCK_M], tl.float64)
     along = tl.zeros([BLOCK_M], tl.float64)
+    i = top + tl.arange(0, BLOCK_M)
     for start in range(begin, end, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
         scores = scores_of(
-            query, Q, P, K, R, masks, i, j, p0, p1, p2, p3, frames, keys, offsets, q_time, k_time,
+            query, Q, P, K, R, masks, top, start, p0, p1, p2, p3, frames, keys, offsets, q_time, k_time,
             DIM, POS_DIM, PACKED, WINDOW, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
         slope = slopes_of(g, G, V, i, j, i < frames, j < keys, v_time, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_V)
-        e = exp_nonpositive(scores - maximum[:, None], True)
+        e = exp_difference(scores, maximum[:, None], True)
         total += sums(e, 1, True)
         along += sums(e * slope, 1, True)
     return (along / tl.where(total == 0.0, 1.0, total)).to(tl.float32)
@@ -64,7 +66,7 @@ def _acting(penalty, ACT):
 
 @triton.jit(
     do_not_specialize=[*SIZES, "first", "rows", "piece", "penalty", "limit"],
-    do_not_specialize_on_alignment=[*UNALIGNED, "ACT", "EQUAL", "DX", "INVERSE", "WEIGHT"],
+    do_not_specialize_on_alignment=[*UNALIGNED, "ACT", "EQUAL", "INVERSE", "WEIGHT"],
 )
 def queries_kernel(
     G, Y, REMAINDER, X, K, R, PADDING, MASK, BOUNDS, PIECES, ACT, EQUAL, V, DX, DS, MAXIMUM, INVERSE, WEIGHT, DELTA,
@@ -86,6 +88,7 @@ def queries_kernel(
         if (block < first_block) | (block >= end_block):
             return
     local = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    top = first + block * BLOCK_M
     i = first + local
     keep_i = local < rows
     once = tl.program_id(1) == 0
@@ -97,8 +100,7 @@ def queries_kernel(
     V += sequence * v_batch + head * VALUE_DIM
     if REMAINDER is not None:
         REMAINDER += sequence * v_batch + head * VALUE_DIM
-    if POS_DIM > 0:
-        R += sequence * r_batch + head * offsets * (1 if PACKED else POS_DIM)
+    R = positions_of(R, sequence, r_batch, head, offsets, POS_DIM, PACKED)
     if PADDING is not None:
         PADDING += sequence * keys
     if MASK is not None:
@@ -121,7 +123,7 @@ def queries_kernel(
             begin, end = keys_reached(masks, keys, BLOCK_N)
     if PRECISE:
         delta = _delta_of_keys(
-            query, Q, P, K, R, masks, g, G, V, i, p0, p1, p2, p3, maximum, begin, end,
+            query, Q, P, K, R, masks, g, G, V, top, p0, p1, p2, p3, maximum, begin, end,
             frames, keys, offsets, x_time, k_time, v_time,
             DIM, POS_DIM, VALUE_DIM, PACKED, WINDOW, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V,
         )  # fmt: skip
@@ -140,6 +142,8 @@ def queries_kernel(
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     dp = tl.zeros([BLOCK_M, BLOCK_P], tl.float32)
+    part = tl.zeros([BLOCK_M, 8], tl.float32)
+    parts = part, part, part, part
     if DS is not None:
         if PIECES is None:
             DS += ((head * batch + sequence) * rows + local)[:, None] * ds_row
@@ -155,13 +159,13 @@ def queries_kernel(
         j = start + tl.arange(0, BLOCK_N)
         keep_j = j < keys
         raw = raw_scores(
-            query, Q, P, K, R, masks, i, j, p0, p1, p2, p3, frames, keys, offsets, x_time, k_time,
+            query, Q, P, K, R, masks, top, start, p0, p1, p2, p3, frames, keys, offsets, x_time, k_time,
             DIM, POS_DIM, PACKED, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
-        scores = masked_scores(raw, i, j, masks, frames, keys, WINDOW)
+        scores = masked_scores(raw, i, start, masks, frames, keys, WINDOW, BLOCK_N)
         slope = slopes_of(g, G, V, i, j, keep_i, keep_j, v_time, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_V)
-        w = exp_nonpositive(scores - maximum[:, None], PRECISE) * inverse[:, None]
-        ds = masked_slopes(w * (slope - delta[:, None]), i, j, masks, frames, keys, WINDOW)
+        w = exp_difference(scores, maximum[:, None], PRECISE) * inverse[:, None]
+        ds = masked_slopes(w * (slope - delta[:, None]), i, start, masks, frames, keys, WINDOW, BLOCK_N)
         if EQUAL is not None:
             ds = tl.where(tl.load(EQUAL) != 0, 0.0, ds)
         if penalty is not None:
@@ -170,8 +174,10 @@ def queries_kernel(
         narrow = ds.to(key.dtype)
         dq = tl.dot(narrow, key, dq)
         if POS_DIM > 0:
-            at = rows_of_positions(i, j, frames, keys, offsets, BOUNDS)
-            dp = add_positions(dp, ds, R, at, offsets, BLOCK_M, BLOCK_P, POS_DIM, PACKED, X.dtype.element_ty)
+            at = rows_of_positions(R, top, start, frames, offsets, BOUNDS, BLOCK_M, BLOCK_N)
+            dp, parts = add_positions(
+                dp, parts, ds, at, offsets, 1, BLOCK_P, POS_DIM, PACKED, X.dtype.element_ty
+            )
         if DS is not None:
             if PIECES is None:
                 tl.store(DS + j[None, :], narrow, mask=keep_i[:, None] & (j < ds_row)[None, :] & once)
@@ -199,6 +205,7 @@ def queries_kernel(
     )
     c = tl.arange(0, BLOCK_P)[None, :]
     out = DX + 2 * heads * DIM + head * WIDE_POS + c
+    dp = whole_positions(dp, parts, BLOCK_P, PACKED)
     tl.store(out, dp.to(DX.dtype.element_ty), mask=keep_i[:, None] & (c < WIDE_POS) & once)
     if OTHERS:
         served = tl.num_programs(0) // blocks // batch
@@ -215,7 +222,7 @@ def queries_kernel(
 
 @triton.jit(
     do_not_specialize=[*SIZES, "penalty", "limit"],
-    do_not_specialize_on_alignment=[*UNALIGNED, "ACT", "EQUAL", "DK", "INVERSE"],
+    do_not_specialize_on_alignment=[*UNALIGNED, "ACT", "EQUAL", "INVERSE"],
 )
 def keys_kernel(
     G, X, K, R, PADDING, MASK, BOUNDS, ACT, EQUAL, V, MAXIMUM, INVERSE, DELTA, DK, DV,
@@ -235,8 +242,7 @@ def keys_kernel(
     G += sequence * v_batch + head * VALUE_DIM
     V += sequence * v_batch + head * VALUE_DIM
     row = (head * batch + sequence) * frames
-    if POS_DIM > 0:
-        R += sequence * r_batch + head * offsets * (1 if PACKED else POS_DIM)
+    R = positions_of(R, sequence, r_batch, head, offsets, POS_DIM, PACKED)
     if PADDING is not None:
         PADDING += sequence * keys
     if MASK is not None:
@@ -255,7 +261,7 @@ def keys_kernel(
     for start in range(begin, end, BLOCK_M):
         i = start + tl.arange(0, BLOCK_M)
         keep_i = i < frames
-        maximum = tl.load(MAXIMUM + row + i, mask=keep_i, other=0.0)
+        maximum = tl.load(MAXIMUM + row + i, mask=keep_i, other=float("inf"))  # W is 0 behind the last query
         masks = (PADDING, MASK, BOUNDS)
         masks += window(i, frames, left, keys, offsets, chunk, left_chunks, BOUNDS, WINDOW)
         needed = start >= 0
@@ -266,21 +272,22 @@ def keys_kernel(
             if penalty is not None:
                 needed = needed | (penalty != 0.0)
         if needed:
-            inverse = tl.load(INVERSE + row + i, mask=keep_i, other=0.0)  # W is 0 behind the last query
+            inverse = tl.load(INVERSE + row + i, mask=keep_i, other=0.0)
             delta = tl.load(DELTA + row + i, mask=keep_i, other=0.0)
             P = X + i.to(tl.int64) * x_time
             query = load_rows(Q, i, x_time, tl.arange(0, BLOCK_D), keep_i, DIM)  # [BLOCK_M, BLOCK_D]
             g = load_rows(G, i, v_time, tl.arange(0, BLOCK_V), keep_i, VALUE_DIM)  # [BLOCK_M, BLOCK_V]
             p0, p1, p2, p3 = load_positions(P, keep_i, PACKED)
             raw = raw_scores(
-                query, Q, P, K, R, masks, i, j, p0, p1, p2, p3, frames, keys, offsets, x_time, k_time,
+                query, Q, P, K, R, masks, start, block * BLOCK_N, p0, p1, p2, p3, frames, keys, offsets, x_time, k_time,
                 DIM, POS_DIM, PACKED, BLOCK_M, BLOCK_N, BLOCK_D,
             )  # fmt: skip
-            scores = masked_scores(raw, i, j, masks, frames, keys, WINDOW)
+            scores = masked_scores(raw, i, block * BLOCK_N, masks, frames, keys, WINDOW, BLOCK_N)
             slope = slopes_of(g, G, V, i, j, keep_i, keep_j, v_time, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_V)
-            x = tl.where(keep_i[:, None], scores - maximum[:, None], NONE)
-            w = exp_nonpositive(x, PRECISE) * inverse[:, None]
-            ds = masked_slopes(w * (slope - delta[:, None]), i, j, masks, frames, keys, WINDOW)
+            w = exp_difference(scores, maximum[:, None], PRECISE) * inverse[:, None]
+            ds = masked_slopes(
+                w * (slope - delta[:, None]), i, block * BLOCK_N, masks, frames, keys, WINDOW, BLOCK_N
+            )
             if EQUAL is not None:  # delta is 1 / number then
                 equal = tl.load(EQUAL) != 0
                 w = tl.where(equal, tl.where(has_weight(w, X.dtype.element_ty), delta[:, None], 0.0), w)

@@ -30,7 +30,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastasr.kernels._activation import exp_nonpositive
+from fastasr.kernels._activation import exp_difference
 from fastasr.kernels._attention_tiles import (
     NONE,
     PIECE_BYTES,
@@ -60,6 +60,7 @@ from fastasr.kernels._rel_position_tiles import (
     keys_seen,
     load_positions,
     operands,
+    positions_of,
     scores_of,
     settled,
     window,
@@ -71,7 +72,7 @@ from fastasr.kernels._zipformer_attention_backward import has_weight, keys_kerne
 # --------------------------------------------------------------------------- forward
 @triton.jit
 def _weighted(
-    query, Q, P, K, R, masks, V, i, p0, p1, p2, p3, begin, end, c, frames, keys, offsets, q_time, k_time, v_time,
+    query, Q, P, K, R, masks, V, top, p0, p1, p2, p3, begin, end, c, frames, keys, offsets, q_time, k_time, v_time,
     DIM: tl.constexpr, POS_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PACKED: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, PRECISE: tl.constexpr,
 ):  # fmt: skip
@@ -83,7 +84,7 @@ def _weighted(
     for start in range(begin, end, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
         scores = scores_of(
-            query, Q, P, K, R, masks, i, j, p0, p1, p2, p3, frames, keys, offsets, q_time, k_time,
+            query, Q, P, K, R, masks, top, start, p0, p1, p2, p3, frames, keys, offsets, q_time, k_time,
             DIM, POS_DIM, PACKED, WINDOW, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
         maximum, factor, e = running(maximum, scores, PRECISE)
@@ -98,7 +99,7 @@ def _weighted(
 
 @triton.jit
 def _equally_weighted(
-    query, Q, P, K, R, masks, V, i, p0, p1, p2, p3, begin, end, c, frames, keys, offsets, q_time, k_time, v_time,
+    query, Q, P, K, R, masks, V, top, p0, p1, p2, p3, begin, end, c, frames, keys, offsets, q_time, k_time, v_time,
     maximum, inverse,
     DIM: tl.constexpr, POS_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PACKED: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, PRECISE: tl.constexpr,
@@ -109,10 +110,10 @@ def _equally_weighted(
     for start in range(begin, end, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
         scores = scores_of(
-            query, Q, P, K, R, masks, i, j, p0, p1, p2, p3, frames, keys, offsets, q_time, k_time,
+            query, Q, P, K, R, masks, top, start, p0, p1, p2, p3, frames, keys, offsets, q_time, k_time,
             DIM, POS_DIM, PACKED, WINDOW, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
-        w = exp_nonpositive(scores - maximum[:, None], PRECISE) * inverse[:, None]
+        w = exp_difference(scores, maximum[:, None], PRECISE) * inverse[:, None]
         one = has_weight(w, V.dtype.element_ty).to(tl.float32)
         number += tl.sum(one, axis=1)
         value = load_rows(V, j, v_time, c, j < keys, VALUE_DIM)  # [BLOCK_N, BLOCK_V]
@@ -138,15 +139,15 @@ def forward_kernel(
     with EQUAL the weight of the keys if they weigh the same."""
     PRECISE: tl.constexpr = X.dtype.element_ty == tl.float32
     head, sequence, block = dealt(tl.program_id(0), blocks, batch, BOUNDS, frames, BLOCK_M)
-    i = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    top = block * BLOCK_M
+    i = top + tl.arange(0, BLOCK_M)
     c = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     keep_i = i < frames
     Q = X + sequence * x_batch + head * DIM
     P = X + sequence * x_batch + 2 * heads * DIM + head * POS_DIM + i.to(tl.int64) * x_time
     K += sequence * k_batch + head * DIM
     V += sequence * v_batch + head * VALUE_DIM
-    if POS_DIM > 0:
-        R += sequence * r_batch + head * offsets * (1 if PACKED else POS_DIM)
+    R = positions_of(R, sequence, r_batch, head, offsets, POS_DIM, PACKED)
     if PADDING is not None:
         PADDING += sequence * keys
     if MASK is not None:
@@ -159,14 +160,14 @@ def forward_kernel(
     masks += window(i, frames, left, keys, offsets, chunk, left_chunks, BOUNDS, WINDOW)
     begin, end = keys_seen(masks, keys, BLOCK_N, WINDOW)
     maximum, total, y = _weighted(
-        query, Q, P, K, R, masks, V, i, p0, p1, p2, p3, begin, end, c, frames, keys, offsets, x_time, k_time, v_time,
+        query, Q, P, K, R, masks, V, top, p0, p1, p2, p3, begin, end, c, frames, keys, offsets, x_time, k_time, v_time,
         DIM, POS_DIM, VALUE_DIM, PACKED, WINDOW, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V, PRECISE,
     )  # fmt: skip
     if WINDOW:  # noqa: SIM102, the inner condition is known on the device alone
         if any_alone(maximum, keep_i, masks):  # masked keys weigh something, so all are needed
             begin, end = keys_reached(masks, keys, BLOCK_N)
             maximum, total, y = _weighted(
-                query, Q, P, K, R, masks, V, i, p0, p1, p2, p3, begin, end, c,
+                query, Q, P, K, R, masks, V, top, p0, p1, p2, p3, begin, end, c,
                 frames, keys, offsets, x_time, k_time, v_time,
                 DIM, POS_DIM, VALUE_DIM, PACKED, WINDOW, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V, PRECISE,
             )  # fmt: skip
@@ -180,7 +181,7 @@ def forward_kernel(
     if EQUAL is not None:
         if tl.load(EQUAL) != 0:
             inverse, y = _equally_weighted(
-                query, Q, P, K, R, masks, V, i, p0, p1, p2, p3, begin, end, c,
+                query, Q, P, K, R, masks, V, top, p0, p1, p2, p3, begin, end, c,
                 frames, keys, offsets, x_time, k_time, v_time, maximum, inverse,
                 DIM, POS_DIM, VALUE_DIM, PACKED, WINDOW, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V, PRECISE,
             )  # fmt: skip
@@ -256,6 +257,8 @@ def tiles(
         keys |= {"BLOCK_N": 64, "num_warps": 8}
     elif not wide and generation == 120:
         queries["BLOCK_V"] = min(32, columns)
+    if not wide and generation == 80 and columns > 128:
+        forward["BLOCK_N"] = 32
     if equal and wide and not rounded(dtype):  # more would spill, here and below
         keys["BLOCK_N"] = 64 if generation == 100 else 32
     elif equal and generation != 90:
@@ -265,7 +268,7 @@ def tiles(
         elif generation == 120:
             keys["BLOCK_V"] = min(32, columns)
     tight = recordings and (generation != 90 or penalty or equal)
-    if not wide and (tight or (penalty and generation == 100)):
+    if not wide and (tight or ((penalty or hiding) and generation == 100)):
         queries["BLOCK_N"] = 16
     return {
         "forward": forward,

@@ -25,7 +25,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastasr.kernels._activation import exp_nonpositive
+from fastasr.kernels._activation import exp_difference
 from fastasr.kernels._attention_tiles import NONE, load_rows, mask_stride, running, sums
 from fastasr.kernels._launch import as_bytes, cdiv, dot_options, generation, launch, next_power_of_2, rounded
 from fastasr.kernels._parts import add_tables
@@ -40,6 +40,7 @@ from fastasr.kernels._rel_position_tiles import (
     masked_slopes,
     operands,
     position_scores,
+    positions_of,
     query_key,
     rows_of_positions,
     scores_of,
@@ -47,13 +48,20 @@ from fastasr.kernels._rel_position_tiles import (
     window,
 )
 from fastasr.kernels._special import reciprocal
-from fastasr.kernels._zipformer_attention import SIZES, UNALIGNED, add_positions, positions_kernel, row_size
+from fastasr.kernels._zipformer_attention import (
+    SIZES,
+    UNALIGNED,
+    add_positions,
+    positions_kernel,
+    row_size,
+    whole_positions,
+)
 
 
 # --------------------------------------------------------------------------- forward
 @triton.jit
 def _statistics(
-    query, Q, P, K, R, masks, i, p0, p1, p2, p3, begin, end, frames, keys, offsets, q_time, k_time,
+    query, Q, P, K, R, masks, top, p0, p1, p2, p3, begin, end, frames, keys, offsets, q_time, k_time,
     DIM: tl.constexpr, POS_DIM: tl.constexpr, PACKED: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISE: tl.constexpr,
 ):  # fmt: skip
@@ -63,7 +71,7 @@ def _statistics(
     total = tl.zeros([BLOCK_M], SUM)
     for start in range(begin, end, BLOCK_N):
         scores = scores_of(
-            query, Q, P, K, R, masks, i, start + tl.arange(0, BLOCK_N), p0, p1, p2, p3,
+            query, Q, P, K, R, masks, top, start, p0, p1, p2, p3,
             frames, keys, offsets, q_time, k_time, DIM, POS_DIM, PACKED, WINDOW, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
         maximum, factor, e = running(maximum, scores, PRECISE)
@@ -91,13 +99,13 @@ def forward_kernel(
     """Writes W of a block of queries. WHOLE: one block holds all keys."""
     PRECISE: tl.constexpr = X.dtype.element_ty == tl.float32
     head, sequence, block = dealt(tl.program_id(0), blocks, batch, BOUNDS, frames, BLOCK_M)
-    i = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    top = block * BLOCK_M
+    i = top + tl.arange(0, BLOCK_M)
     keep_i = i < frames
     Q = X + sequence * x_batch + head * DIM
     P = X + sequence * x_batch + 2 * heads * DIM + head * POS_DIM + i.to(tl.int64) * x_time
     K += sequence * k_batch + head * DIM
-    if POS_DIM > 0:
-        R += sequence * r_batch + head * offsets * (1 if PACKED else POS_DIM)
+    R = positions_of(R, sequence, r_batch, head, offsets, POS_DIM, PACKED)
     if PADDING is not None:
         PADDING += sequence * keys
     if MASK is not None:
@@ -113,16 +121,16 @@ def forward_kernel(
     if WHOLE:
         j = tl.arange(0, BLOCK_N)
         scores = scores_of(
-            query, Q, P, K, R, masks, i, j, p0, p1, p2, p3, frames, keys, offsets, x_time, k_time,
+            query, Q, P, K, R, masks, top, 0, p0, p1, p2, p3, frames, keys, offsets, x_time, k_time,
             DIM, POS_DIM, PACKED, WINDOW, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
         highest, one = settled(tl.max(scores, axis=1), tl.zeros([BLOCK_M], tl.float32), masks)
-        e = exp_nonpositive(scores - highest[:, None], PRECISE)
+        e = exp_difference(scores, highest[:, None], PRECISE)
         w = _divided(e, sums(e, 1, PRECISE) + one, PRECISE)
         tl.store(W + j[None, :], w.to(W.dtype.element_ty), mask=keep_i[:, None] & (j < w_row)[None, :])
     else:
         maximum, total = _statistics(
-            query, Q, P, K, R, masks, i, p0, p1, p2, p3, begin, end,
+            query, Q, P, K, R, masks, top, p0, p1, p2, p3, begin, end,
             frames, keys, offsets, x_time, k_time, DIM, POS_DIM, PACKED, WINDOW, BLOCK_M, BLOCK_N, BLOCK_D, PRECISE,
         )  # fmt: skip
         if WINDOW:  # noqa: SIM102, the inner condition is known on the device alone
@@ -130,7 +138,7 @@ def forward_kernel(
             if any_alone(maximum, keep_i, masks):
                 begin, end = keys_reached(masks, keys, BLOCK_N)
                 maximum, total = _statistics(
-                    query, Q, P, K, R, masks, i, p0, p1, p2, p3, begin, end,
+                    query, Q, P, K, R, masks, top, p0, p1, p2, p3, begin, end,
                     frames, keys, offsets, x_time, k_time, DIM, POS_DIM, PACKED, WINDOW, BLOCK_M, BLOCK_N, BLOCK_D,
                     PRECISE,
                 )  # fmt: skip
@@ -138,10 +146,10 @@ def forward_kernel(
         for start in range(begin, end, BLOCK_N):
             j = start + tl.arange(0, BLOCK_N)
             scores = scores_of(
-                query, Q, P, K, R, masks, i, j, p0, p1, p2, p3, frames, keys, offsets, x_time, k_time,
+                query, Q, P, K, R, masks, top, start, p0, p1, p2, p3, frames, keys, offsets, x_time, k_time,
                 DIM, POS_DIM, PACKED, WINDOW, BLOCK_M, BLOCK_N, BLOCK_D,
             )  # fmt: skip
-            w = _divided(exp_nonpositive(scores - maximum[:, None], PRECISE), total, PRECISE)
+            w = _divided(exp_difference(scores, maximum[:, None], PRECISE), total, PRECISE)
             tl.store(W + j[None, :], w.to(W.dtype.element_ty), mask=keep_i[:, None] & (j < w_row)[None, :])
         if WINDOW or BOUNDS is not None:
             zeros = tl.zeros([BLOCK_M, BLOCK_N], W.dtype.element_ty)
@@ -160,7 +168,7 @@ def softmax_gradient(w, g, delta):
 
 
 @triton.jit(
-    do_not_specialize=[*SIZES, "penalty", "limit"], do_not_specialize_on_alignment=[*UNALIGNED, "ACT", "DX"]
+    do_not_specialize=[*SIZES, "penalty", "limit"], do_not_specialize_on_alignment=[*UNALIGNED, "ACT"]
 )  # fmt: skip
 def queries_kernel(
     GRAD, W, X, K, R, PADDING, MASK, BOUNDS, ACT, DX, DS,
@@ -179,14 +187,14 @@ def queries_kernel(
         if (tl.load(ACT) != 0.0) != PENALTY:
             return
     head, sequence, block = dealt(tl.program_id(0), blocks, batch, BOUNDS, frames, BLOCK_M)
-    i = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    top = block * BLOCK_M
+    i = top + tl.arange(0, BLOCK_M)
     keep_i = i < frames
     once = tl.program_id(1) == 0
     Q = X + sequence * x_batch + head * DIM
     P = X + sequence * x_batch + 2 * heads * DIM + head * POS_DIM + i.to(tl.int64) * x_time
     K += sequence * k_batch + head * DIM
-    if POS_DIM > 0:
-        R += sequence * r_batch + head * offsets * (1 if PACKED else POS_DIM)
+    R = positions_of(R, sequence, r_batch, head, offsets, POS_DIM, PACKED)
     if PADDING is not None:
         PADDING += sequence * keys
     if MASK is not None:
@@ -233,6 +241,8 @@ def queries_kernel(
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     dp = tl.zeros([BLOCK_M, BLOCK_P], tl.float32)
+    part = tl.zeros([BLOCK_M, BLOCK_N // 8], tl.float32)
+    parts = part, part, part, part
     for start in range(begin, end, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
         keep_j = j < keys
@@ -243,12 +253,12 @@ def queries_kernel(
             w = tl.load(W + j[None, :], mask=rows & keep_j[None, :], other=0.0)
             g = tl.load(GRAD + j[None, :], mask=rows & keep_j[None, :], other=0.0)
         ds = softmax_gradient(w, g, delta)
-        ds = masked_slopes(ds, i, j, masks, frames, keys, WINDOW)
-        at = rows_of_positions(i, j, frames, keys, offsets, BOUNDS)
+        ds = masked_slopes(ds, i, start, masks, frames, keys, WINDOW, BLOCK_N)
+        at = rows_of_positions(R, top, start, frames, offsets, BOUNDS, BLOCK_M, BLOCK_N)
         if PENALTY:
             s = query_key(query, Q, i, x_time, keep_i, K, j, k_time, keep_j, DIM, BLOCK_D, BLOCK_M, BLOCK_N)
             s = position_scores(
-                s, P[:, None], rows, p0[:, None], p1[:, None], p2[:, None], p3[:, None], R, at, offsets,
+                s, P[:, None], rows, p0[:, None], p1[:, None], p2[:, None], p3[:, None], at, offsets,
                 POS_DIM, PACKED, X.dtype.element_ty,
             )  # fmt: skip
             large = tl.where(s > limit, penalty, tl.where(s < -limit, -penalty, 0.0))
@@ -259,7 +269,9 @@ def queries_kernel(
         narrow = ds.to(key.dtype)
         dq = tl.dot(narrow, key, dq)
         if POS_DIM > 0:
-            dp = add_positions(dp, ds, R, at, offsets, BLOCK_M, BLOCK_P, POS_DIM, PACKED, X.dtype.element_ty)
+            dp, parts = add_positions(
+                dp, parts, ds, at, offsets, 2, BLOCK_P, POS_DIM, PACKED, X.dtype.element_ty
+            )
         tl.store(DS + j[None, :], narrow, mask=rows & (j < ds_row)[None, :] & once)
     if (WINDOW and not PENALTY) or BOUNDS is not None:
         zeros = tl.zeros([BLOCK_M, BLOCK_N], DS.dtype.element_ty)
@@ -272,10 +284,11 @@ def queries_kernel(
     tl.store(DX + head * DIM + d[None, :], dq.to(DX.dtype.element_ty), mask=rows & (d < DIM)[None, :])
     c = tl.arange(0, BLOCK_P)[None, :]
     out = DX + 2 * heads * DIM + head * WIDE_POS + c
+    dp = whole_positions(dp, parts, BLOCK_P, PACKED)
     tl.store(out, dp.to(DX.dtype.element_ty), mask=rows & (c < WIDE_POS) & once)
 
 
-@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=["X", "ACT", "DK"])
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=["ACT"])
 def keys_kernel(
     DS, X, BOUNDS, ACT, DK,
     frames, keys, left, batch, blocks, offsets, chunk, left_chunks, ds_row, x_time, x_batch, k_time, k_batch,
