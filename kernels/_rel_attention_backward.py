@@ -317,7 +317,9 @@ def offsets_kernel(
             if BOUNDS is not None:
                 r -= keys - 1 - before
                 rows = before + behind + 1
-            pos = load_tile(POS, r, r_time, d, (lanes >= -r) & (lanes < rows - r), DIM)  # [BLOCK, BLOCK_D]
+            pos = load_tile(
+                POS, r, r_time, d, (r + lanes).to(tl.uint32) < rows.to(tl.uint32), DIM
+            )  # [BLOCK, BLOCK_D]
             dq = tl.dot(ds, pos, dq)
         else:
             distance = r + lanes - (keys - 1)

@@ -208,7 +208,7 @@ def band(
             if sizes[5] is not None:
                 start -= sizes[1] - 1 - before
                 rows_of_r = before + behind + 1
-            keep_r = (lanes >= -start) & (lanes < rows_of_r - start)
+            keep_r = (start + lanes).to(tl.uint32) < rows_of_r.to(tl.uint32)  # not below 0 either
             if DIM <= BLOCK_D:
                 piece = load_tile(
                     POS, start, r_time, tl.arange(0, BLOCK_D), keep_r, DIM

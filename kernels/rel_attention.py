@@ -26,13 +26,14 @@ Per score, with d channels of q and e of v:
 
 Scores by offset are products of tensor cores with a band of R; in registers a rotation of rows makes them scores by key
 (_relative_shift.py). A walk along the keys is one along the band: each tile needs one new piece of it; ``keys`` meets
-other queries in each tile and multiplies two. Weights are e^(s - lse), lse the log-sum-exp that the forward pass kept.
-In 16 bits the forward pass also keeps what rounding takes from y: delta is G . (y + this remainder), which costs no
-sweep over the keys. float32 keeps more digits than y holds: there weights are divided by their sum, which rounding of
-lse moves from 1, so that rows of dS add up to zero; ``statistics`` finds this sum and delta. (One kernel with
-``queries`` would keep the registers of both sweeps alive, and spill.) Rows are worked on in pieces of PIECE_BYTES of
-dS, as in zipformer_attention.py: memory is O(T), and dR is summed in their order. What a program does depends on the
-shape and the generation of the GPU alone: results repeat bit for bit, without atomics.
+other queries in each tile and multiplies two, or three of 64 queries and 32 keys. Few tiles are masked: those that
+reach beyond the last key or a query's context, and those with padding. Weights are e^(s - lse), lse the log-sum-exp
+that the forward pass kept. In 16 bits the forward pass also keeps what rounding takes from y: delta is G . (y + this
+remainder), which costs no sweep over the keys. float32 keeps more digits than y holds: there weights are divided by
+their sum, which rounding of lse moves from 1, so that rows of dS add up to zero; ``statistics`` finds this sum and
+delta. (One kernel with ``queries`` would keep the registers of both sweeps alive, and spill.) Rows are worked on in
+pieces of PIECE_BYTES of dS, as in zipformer_attention.py: memory is O(T), and dR is summed in their order. What a
+program does depends on the shape and the generation of the GPU alone: results repeat bit for bit, without atomics.
 """
 
 import torch
@@ -192,20 +193,26 @@ def tiles(
     common = {"BLOCK_D": head_block(dim, dtype), "num_warps": 4} | dot_options(dtype)
     square = common | {"BLOCK": block, "BLOCK_V": columns, "num_stages": 2 if wide else 3}
     halves = {"BLOCK_D": 64} if dim > 64 and not wide else {}
-    forward = common | {"BLOCK_M": block, "BLOCK_N": block, "BLOCK_V": columns, "num_stages": 2}
-    forward["BRANCHES"] = True
-    room = 128 if generation in (90, 100) and not (dropping or limited) else 64
-    if dim <= room and not wide and not hiding:
+    # without wgmma, a branch between two products would cost the layout that shifts in registers
+    wgmma, widest = generation in (90, 100), max(dim, value_dim)
+    forward = common | {
+        "BLOCK_M": block,
+        "BLOCK_N": block,
+        "BLOCK_V": columns,
+        "num_stages": 2,
+        "BRANCHES": wgmma,
+    }
+    if not (wide or hiding) and (dim <= 128 if wgmma and not (dropping or limited) else widest <= 64):
         forward["BLOCK_M"] = 64
-        # without wgmma, a branch between two products would cost the layout that shifts in registers
-        forward["BRANCHES"] = generation in (90, 100)
+        if generation == 90 and widest <= 64 and not (dropping and limited):
+            forward["maxnreg"] = 168  # three programs on a multiprocessor instead of two
     else:
         forward |= halves
     if 64 < dim <= 128 and not wide:
         square = inner = square | halves | {"BLOCK_V": min(64, columns)}
     else:
         inner = square | ({"num_warps": 8} if wide or dim > 128 else {})
-    tall = {"BLOCK_M": 64} if generation == 90 and dim <= 64 and not wide and not hiding else {}
+    tall = {"BLOCK_M": 64} if generation == 90 and widest <= 64 and not (wide or hiding) else {}
     products = common | {"BLOCK": 32, "num_stages": 3}  # blocks of dS as ``queries`` stores them
     crowding = hiding or (recordings and dim > 64)
     crowded = {"num_stages": 1} if crowding and dropping else {}  # loads ahead would spill
