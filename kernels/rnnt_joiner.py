@@ -99,7 +99,7 @@ def locate(local, STARTS, SYMBOLS, BOUNDARY, first, rows, frames, length, s_rang
 @triton.jit
 def softplus(x):
     """Returns log(1 + e^x), of float64."""
-    return tl.log(1.0 + exp_nonpositive(-tl.abs(x), False)) + tl.maximum(x, 0.0)
+    return tl.log(1.0 + tl.exp(-tl.abs(x))) + tl.maximum(x, 0.0)
 
 
 @triton.jit
