@@ -99,7 +99,7 @@ def locate(local, STARTS, SYMBOLS, BOUNDARY, first, rows, frames, length, s_rang
 @triton.jit
 def softplus(x):
     """Returns log(1 + e^x), of float64."""
-    return tl.log(1.0 + exp_nonpositive(-tl.abs(x), False)) + tl.maximum(x, 0.0)
+    return tl.log(1.0 + tl.exp(-tl.abs(x))) + tl.maximum(x, 0.0)
 
 
 @triton.jit
@@ -172,14 +172,12 @@ def scores_kernel(
         here = v < outputs
         logits = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         logits = products(logits, HIDDEN, local, width, inside, WEIGHT, v, width, here, width, BLOCK_K)
-        if BIAS is not None:
-            logits += tl.load(BIAS + v, mask=here, other=0.0).to(tl.float32)[None, :]
+        logits += _or_none(BIAS, v, here)[None, :]
         at_symbol += tl.sum(tl.where(v[None, :] == symbol[:, None], logits, 0.0), axis=1)
         if (start <= blank) & (blank < start + BLOCK_N):
             at_blank += tl.sum(tl.where((v == blank)[None, :], logits, 0.0), axis=1)
         if HAT:
-            here = here & (v != blank)
-        logits = tl.where(here[None, :], logits, NONE)
+            logits = tl.where((v != blank)[None, :], logits, NONE)
         maximum, factor, e = running(maximum, logits, PRECISE)
         total = total * factor + sums(e, 1, PRECISE)
     count = rows - first
