@@ -200,7 +200,7 @@ def tiles(
         "BLOCK_N": block,
         "BLOCK_V": columns,
         "num_stages": 2,
-        "BRANCHES": wgmma,
+        "BRANCHES": wgmma or hiding,
     }
     if not (wide or hiding) and (dim <= 128 if wgmma and not (dropping or limited) else widest <= 64):
         forward["BLOCK_M"] = 64
