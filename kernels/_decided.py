@@ -46,9 +46,8 @@ def _tile(columns, rows, c, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
 def _kept(DRAWN, RATE, OF, first, rows, batch, BLOCK_R: tl.constexpr):
     """Says which rows from ``first`` on belong to sequences that are kept."""
     r = tl.arange(0, BLOCK_R)
-    sequence = (
-        (first % batch).to(tl.int32) + r
-    ) % batch  # a remainder of 64 bits takes a hundred instructions
+    # A remainder of 64 bits takes a hundred instructions.
+    sequence = ((first % batch).to(tl.int32) + r) % batch
     if OF is not None:
         sequence = tl.load(OF + (first + r), mask=first + r < rows, other=0)
     return (tl.load(DRAWN + sequence).to(tl.float32) > tl.load(RATE).to(tl.float32))[:, None]  # [BLOCK_R, 1]

@@ -210,9 +210,8 @@ def band(
                 rows_of_r = before + behind + 1
             keep_r = (start + lanes).to(tl.uint32) < rows_of_r.to(tl.uint32)  # not below 0 either
             if DIM <= BLOCK_D:
-                piece = load_tile(
-                    POS, start, r_time, tl.arange(0, BLOCK_D), keep_r, DIM
-                )  # [BLOCK_N, BLOCK_D]
+                # [BLOCK_N, BLOCK_D]
+                piece = load_tile(POS, start, r_time, tl.arange(0, BLOCK_D), keep_r, DIM)
                 scores = tl.dot(rows, tl.trans(piece), scores)
             else:
                 scores = products(

@@ -162,9 +162,8 @@ def weight_gradient_kernel(
     zero = tl.zeros([BLOCK_C, SLOTS], tl.float32)
     e = (zero, zero, zero)
     PRECISE: tl.constexpr = G.dtype.element_ty == tl.float32
-    LANES: tl.constexpr = (
-        1 if PRECISE else BLOCK_P // 4
-    )  # sums that threads keep apart, where they have registers
+    # Threads keep sums apart where they have registers.
+    LANES: tl.constexpr = 1 if PRECISE else BLOCK_P // 4
     total = tl.zeros([BLOCK_C, LANES], tl.float64 if PRECISE else tl.float32)
     start = part * rows_per_part
     end = tl.minimum(start + rows_per_part, rows)
