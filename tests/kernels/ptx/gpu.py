@@ -22,16 +22,16 @@ from .program import read
 from .trace import Trace
 
 OPTIONS = ("num_warps", "num_stages", "maxnreg", "allowed_dot_input_precisions")
-_compiled = {}  # (program, metadata) by source, options and architecture
+_compiled = {}  # (program, Triton's code) by source, options and architecture
 
 
 @dataclass
 class EmulatedGPU(fake.FakeGPU):
-    """With ``sample``, a launch runs this many of its programs, spread over the grid, and leaves a trace; what it
-    writes is then not the result."""
+    """With ``sample``, a launch runs this many of its programs, spread over the grid, and leaves a trace and its
+    machine code; what it writes is not the result."""
 
     sample: int = 0
-    traces: list[tuple[fake.Launch, Trace]] = field(default_factory=list)
+    traces: list[tuple[fake.Launch, Trace, bytes]] = field(default_factory=list)
 
     def compile(self, kernel, key, signature, device, constants, options, attributes, rest):
         found = super().compile(kernel, key, signature, device, constants, options, attributes, rest)
@@ -39,8 +39,8 @@ class EmulatedGPU(fake.FakeGPU):
         place = found.src.hash(), str(chosen), target.arch
         if place not in _compiled:
             code = triton.compile(found.src, target=target, options=chosen)
-            _compiled[place] = read(code.asm["ptx"]), code.metadata
-        found.program, found.metadata = _compiled[place]
+            _compiled[place] = read(code.asm["ptx"]), code
+        found.program, found.code = _compiled[place]
         found.run = lambda *arguments: self._run(found, *arguments)
         return found
 
@@ -55,12 +55,12 @@ class EmulatedGPU(fake.FakeGPU):
         memory = Global([(s.data_ptr(), s.nbytes()) for s in storages])
         values = [v.data_ptr() if isinstance(v, torch.Tensor) else v for v in kept]
         values += [0, 0]  # Triton's own two pointers
-        threads, shared = 32 * code.metadata.num_warps, code.metadata.shared
+        threads, shared = 32 * code.code.metadata.num_warps, code.code.metadata.shared
         machine = Machine(code.program, threads, shared, memory, values)
         programs = None
         if self.sample:
             machine.trace = Trace(machine)
-            self.traces.append((self.launches[-1], machine.trace))
+            self.traces.append((self.launches[-1], machine.trace, code.code.asm["cubin"]))
             programs = np.unique(np.linspace(0, x * y * z - 1, self.sample).astype(np.int64))
         machine.run((x, y, z), programs)
 
