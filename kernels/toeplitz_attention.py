@@ -38,7 +38,15 @@ import triton.language as tl
 
 from fastasr.kernels._activation import activate_with_slope
 from fastasr.kernels._attention_tiles import NONE, biased, dropped, load_rows, products, running, span, sums
-from fastasr.kernels._launch import cdiv, dot_options, generation, launch, next_power_of_2, processors
+from fastasr.kernels._launch import (
+    cdiv,
+    dot_options,
+    generation,
+    launch,
+    next_power_of_2,
+    processors,
+    rounded,
+)
 from fastasr.kernels._parts import add_parts
 from fastasr.kernels._toeplitz_attention_backward import (
     diagonals_kernel,
@@ -247,6 +255,10 @@ def tiles(
         "slopes": {"BLOCK_M": 4, "BLOCK_N": 128 if wide else 256, "num_warps": 4},
         "diagonals": {"BLOCK_R": 32, "BLOCK_T": 64, "num_warps": 4},
     }
+    if wide and not rounded(dtype) and generation in (80, 90):
+        shapes["forward"]["maxnreg"] = (
+            160  # left alone, the assembler spills for two programs on a multiprocessor
+        )
     if not wide and not dropout and d <= block_d:
         columns = min(512 if from_shared and full else 256, columns)
         shapes["forward"] |= {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_V": columns, "num_warps": 8}
