@@ -5,6 +5,7 @@ On a GPU one kernel adds a branch to the stream and normalises the sum for the n
 a block and the first of the next.
 """
 
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from fastasr import ops
 from fastasr._recording import recording
-from fastasr.models.common.plain import has_code_of, runs, weight_and_bias
+from fastasr.models.common.plain import has_known_forward, runs, weight_and_bias
 from fastasr.ops._register import autocast_dtype
 
 B = TypeVar("B", bound=torch.nn.Module)
@@ -91,3 +92,14 @@ def computes(block: torch.nn.Module, cls: type[torch.nn.Module]) -> bool:
     """Says whether a call of the block runs ``cls.forward`` now. In a recording of all blocks that includes blocks
     which would record their own calls."""
     return runs(block, cls.forward) or (recording() is not None and has_code_of(block, cls))
+
+
+def has_code_of(block: torch.nn.Module, cls: type[torch.nn.Module]) -> bool:
+    """Says whether the block runs ``cls.forward``, or replays recorded calls of it: one of fastasr's own, to which only
+    ``accelerate`` binds a forward, or another one that was swapped."""
+    if not has_known_forward(block):
+        return False
+    bound = vars(block).get("forward")
+    return type(block) is cls or (
+        bound is not None and inspect.unwrap(bound.__func__.fastasr_forward) is cls.forward
+    )

@@ -7,7 +7,6 @@ call, and calls the child where the answer is no. Classes are compared, not thei
 """
 
 import functools
-import inspect
 import os
 import sys
 import types
@@ -133,17 +132,6 @@ def runs(module: torch.nn.Module, method: Callable[..., Any], name: str = "forwa
     if getattr(function, "fastasr_forward", function) is not method:
         return False
     return type(bound) is types.MethodType and bound.__self__ is module
-
-
-def has_code_of(module: torch.nn.Module, cls: type[torch.nn.Module]) -> bool:
-    """Says whether the module runs ``cls.forward``, or replays recorded calls of it: fastasr's own class, to which only
-    ``accelerate`` binds a forward, or another one that was swapped."""
-    if not has_known_forward(module):
-        return False
-    bound = vars(module).get("forward")
-    return type(module) is cls or (
-        bound is not None and inspect.unwrap(bound.__func__.fastasr_forward) is cls.forward
-    )
 
 
 def first_watched(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastasr import ops
-from fastasr.models.common.plain import is_plain, is_plain_named, weight_and_bias
+from fastasr.models.common.plain import is_plain, weight_and_bias
 from fastasr.ops import _dropout, _linears
 
 
@@ -54,16 +54,12 @@ def dropout(module: torch.nn.Module, x: Tensor, residual: Tensor | None = None) 
     return y if residual is None else y + residual
 
 
-def is_layer_norm(module: torch.nn.Module, owner: object = None) -> TypeGuard[torch.nn.LayerNorm]:
-    """Says whether this is torch's LayerNorm over the last dimension with weight and bias, without hooks; or ESPnet's,
-    which is torch's over the dimension ``dim``, where ``owner`` is the module of ESPnet's around it."""
-    plain = is_plain(module, torch.nn.LayerNorm)
-    if not plain and (owner is None or not is_plain_named(module, ("LayerNorm",), owner)):
-        return False
-    if not isinstance(module, torch.nn.LayerNorm) or len(module.normalized_shape) != 1:
+def is_layer_norm(module: torch.nn.Module) -> TypeGuard[torch.nn.LayerNorm]:
+    """Says whether this is torch's LayerNorm over the last dimension with weight and bias, without hooks."""
+    if not is_plain(module, torch.nn.LayerNorm) or len(module.normalized_shape) != 1:
         return False
     weight, bias = weight_and_bias(module)
-    return weight is not None and bias is not None and getattr(module, "dim", -1) == -1
+    return weight is not None and bias is not None
 
 
 def conv_delay(

@@ -2,14 +2,27 @@
 """The local branch: an MLP with a convolutional spatial gating unit (Sakuma et al., 2022)."""
 
 from collections.abc import Callable
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
 from fastasr import ops
 from fastasr.models.common import activations, plumbing
-from fastasr.models.common.plain import is_plain
+from fastasr.models.common.plain import is_plain, is_plain_named
 from fastasr.models.common.row import Row
+
+
+def is_layer_norm(owner: torch.nn.Module, norm: torch.nn.Module) -> TypeGuard[torch.nn.LayerNorm]:
+    """Says whether this is torch's or ESPnet's LayerNorm over the last dimension, with weight and bias."""
+    return (
+        is_plain_named(norm, ("LayerNorm",), owner)
+        and isinstance(norm, torch.nn.LayerNorm)
+        and getattr(norm, "dim", -1) == -1
+        and len(norm.normalized_shape) == 1
+        and norm.weight is not None
+        and norm.bias is not None
+    )
 
 
 class ConvolutionalSpatialGatingUnit(torch.nn.Module):
@@ -58,7 +71,7 @@ class ConvolutionalSpatialGatingUnit(torch.nn.Module):
         norm, conv = self.norm, self.conv
         name = activations.fused_name(self.act)
         if (
-            plumbing.is_layer_norm(norm, self)
+            is_layer_norm(self, norm)
             and plumbing.is_depthwise_conv(conv)
             and self.linear is None
             and gate_add is None

@@ -15,7 +15,7 @@ from fastasr.models.common.ragged import on_gpu
 from fastasr.models.common.row import Row
 from fastasr.models.e_branchformer import merge as merging
 from fastasr.models.e_branchformer.attention import RelPositionMultiHeadedAttention
-from fastasr.models.e_branchformer.cgmlp import FeedForwardConvGated
+from fastasr.models.e_branchformer.cgmlp import FeedForwardConvGated, is_layer_norm
 from fastasr.models.e_branchformer.feed_forward import PositionwiseFeedForward
 from fastasr.ops._register import autocast_dtype
 
@@ -154,7 +154,7 @@ def joint(layer: Any, x: Tensor) -> Any:
     first = layer.attn if layer.feed_forward_macaron is None else layer.feed_forward_macaron
     norm = _first_norm(layer)
     plain = on_gpu(x.device) and computes(layer, EBranchformerLayer) and not is_watched(layer)
-    return norm if plain and _is_known(first) and plumbing.is_layer_norm(norm, layer) else None
+    return norm if plain and _is_known(first) and is_layer_norm(layer, norm) else None
 
 
 def _is_known(branch: torch.nn.Module) -> bool:
@@ -173,4 +173,4 @@ def _is_fused(layer: EBranchformerLayer, x: Tensor) -> bool:
         norms.append(layer.norm_ff)
         taking.append(layer.feed_forward)
     known = autocast_dtype(x) is None or all(map(_is_known, taking))
-    return known and all(plumbing.is_layer_norm(norm, layer) for norm in norms)
+    return known and all(is_layer_norm(layer, norm) for norm in norms)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastasr.models.common import attention_dropout, normed_stream, plumbing, ragged
-from fastasr.models.common.plain import has_code_of, is_plain, is_plain_named, is_watched, runs
+from fastasr.models.common.plain import is_plain, is_plain_named, is_watched, runs
 from fastasr.models.common.row import Capacity, Room, RowCall, Spans, gap, laid_out
 from fastasr.models.e_branchformer.attention import RelPositionMultiHeadedAttention
 from fastasr.models.e_branchformer.cgmlp import ConvolutionalSpatialGatingUnit, FeedForwardConvGated
@@ -39,7 +39,7 @@ def why_not(encoder: Any) -> str | None:
 
 
 def _why_not_layer(layer: Any) -> str | None:
-    if not has_code_of(layer, EBranchformerLayer):
+    if not normed_stream.has_code_of(layer, EBranchformerLayer):
         return "it is not swapped"
     if not runs(layer.attn, RelPositionMultiHeadedAttention.forward):
         return "its attention is not swapped"
