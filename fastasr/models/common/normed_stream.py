@@ -60,9 +60,8 @@ class End(NamedTuple):
         if stream.fused and stream.autocast:
             # The stream takes the update's place, so that the norm has its dtype: x + s u is s times u + x / s, and a
             # norm is the same of a row and of its multiple.
-            return ops.add_norm(update, stream.x, *weight_and_bias(norm), norm.eps / scale**2, 1.0 / scale)[
-                1
-            ], None
+            parameters = *weight_and_bias(norm), norm.eps / scale**2, 1.0 / scale
+            return ops.add_norm(update, stream.x, *parameters)[1], None
         return stream.add(norm, update, scale), None
 
 
