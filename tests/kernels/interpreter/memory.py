@@ -257,7 +257,9 @@ def _watch(builder: type, executor: type) -> None:
 def _values(pointers, mask: np.ndarray) -> np.ndarray:
     """Returns what is in memory: an interpreter's own load takes other arguments in each version of Triton."""
     dtype = interpreter._get_np_dtype(pointers.get_element_ty())
-    return interpreter._interpreter.load(pointers.data, mask, np.zeros_like(pointers.data, dtype=dtype), dtype)
+    return interpreter._interpreter.load(
+        pointers.data, mask, np.zeros_like(pointers.data, dtype=dtype), dtype
+    )
 
 
 def _program(builder) -> int:
