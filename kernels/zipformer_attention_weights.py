@@ -11,7 +11,7 @@ Per score, of e bytes, for a head and sequence of T queries and S keys:
     forward     BLOCK_M queries      -, e             scores twice (once where S <= WHOLE), softmax
     queries     BLOCK_M queries      4 e, e           delta; dS, dq and dp (some of W and g again from the cache)
     keys        BLOCK_N keys         e, -             dk
-    positions   BLOCK_O offsets      e, -             dR of one head and sequence: diagonals of dS read as columns
+    positions   a tile of offsets    e, -             dR of one head and sequence, the sums of diagonals of dS
     add_parts   1024 numbers         -                dR over the sequences, where they share R
 
 delta is divided by sum_j W, which rounding moves from 1: rows of dS then add up to zero as nearly as float32 allows,
@@ -53,6 +53,8 @@ from fastasr.kernels._zipformer_attention import (
     SIZES,
     UNALIGNED,
     add_positions,
+    offsets_of,
+    position_tile,
     positions_kernel,
     row_size,
     whole_positions,
@@ -289,7 +291,10 @@ def keys_kernel(
     DIM: tl.constexpr, WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Writes dS^T q of a block of keys and of channels. WINDOW: dS is 0 outside it, unless ACT is not."""
-    head, sequence, block = dealt(tl.program_id(0), blocks, batch, BOUNDS, frames, BLOCK_N)
+    program = tl.program_id(0)
+    if BOUNDS is None:  # the cache has more of what the last programs of ``queries`` wrote
+        program = tl.num_programs(0) - 1 - program
+    head, sequence, block = dealt(program, blocks, batch, BOUNDS, frames, BLOCK_N)
     j = block * BLOCK_N + tl.arange(0, BLOCK_N)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     X += sequence * x_batch + head * DIM
@@ -360,7 +365,7 @@ def tiles(
         "forward": forward | {"BLOCK_D": block_d, "num_stages": 2},
         "queries": queries | {"BLOCK_D": block_d, "BLOCK_P": block_p, "num_stages": 2},
         "keys": inner | {"BLOCK_N": 64, "BLOCK_D": block_d},
-        "positions": inner | {"BLOCK_O": 64, "BLOCK_P": block_p},
+        "positions": position_tile(pos_dim, dtype, 32 if wide else 64),
     }
     return {name: shape | dot_options(dtype) for name, shape in shapes.items()}
 
@@ -476,9 +481,9 @@ def position_gradients(
     shared = sequences < o.batch
     parts_dtype = x.dtype if not shared else torch.float64 if x.dtype == torch.float32 else torch.float32
     parts = torch.empty(o.batch, o.offsets, o.heads * o.pos_dim, dtype=parts_dtype, device=x.device)
-    blocks = cdiv(o.offsets, tile["BLOCK_O"])
+    blocks = cdiv(o.offsets, offsets_of(tile))
     launch(positions_kernel, (o.pairs * blocks,),
-        ds, x, None, None, parts, o.center, o.frames, o.keys, 0, o.frames, 0, None, None, None, o.batch, blocks,
+        ds, x, None, parts, o.center, o.keys, 0, o.frames, 0, None, None, None, o.batch, blocks,
         o.heads, o.offsets, row, x.stride(0), x.stride(1), DIM=o.dim, POS_DIM=o.pos_dim, ADD=False, COLUMNS=1, **tile,
     )  # fmt: skip
     if not shared:
