@@ -121,18 +121,15 @@ def settled(maximum, total, masks):
 
 
 @triton.jit
-def masked(values, fill, PADDING, MASK, i, j, frames, keys, first, end, WINDOW: tl.constexpr):
-    """Returns the scores with ``fill`` where masks hide key j from query i; one of i, j is a row, the
-    other a column.
-    """
+def _filled(values, fill, i, j, masks, frames, keys, WINDOW: tl.constexpr):
+    """Returns values of queries i and keys j, ``fill`` outside of chunk windows and where MASK hides the key."""
+    _padding, MASK, _bounds, _low, _high, first, end = masks
     if WINDOW:
-        values = tl.where((j >= first) & (j < end), values, fill)
+        values = tl.where((j[None, :] >= first[:, None]) & (j[None, :] < end[:, None]), values, fill)
     if MASK is not None:
-        inside = (i < frames) & (j < keys)
-        hidden = tl.load(MASK + i.to(tl.int64) * keys + j, mask=inside, other=0)
+        inside = (i < frames)[:, None] & (j < keys)[None, :]
+        hidden = tl.load(MASK + (i.to(tl.int64) * keys)[:, None] + j[None, :], mask=inside, other=0)
         values = tl.where(hidden != 0, fill, values)
-    if PADDING is not None:
-        values = tl.where(tl.load(PADDING + j, mask=j < keys, other=0) != 0, fill, values)
     return values
 
 
@@ -153,11 +150,9 @@ def _hidden(PADDING, start, keys, BLOCK_N: tl.constexpr):
 @triton.jit
 def masked_slopes(ds, i, start, masks, frames, keys, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
     """Returns the gradients of the scores of queries i and BLOCK_N keys from ``start`` on, 0 where masks hide them."""
-    PADDING, MASK, BOUNDS, _low, _high, first, end = masks
+    PADDING, _mask, BOUNDS, _low, _high, _first, _end = masks
     j = start + tl.arange(0, BLOCK_N)
-    ds = masked(
-        ds, 0.0, None, MASK, i[:, None], j[None, :], frames, keys, first[:, None], end[:, None], WINDOW
-    )  # fmt: skip
+    ds = _filled(ds, 0.0, i, j, masks, frames, keys, WINDOW)
     if PADDING is not None:
         ds = tl.where(_hidden(PADDING, start, keys, BLOCK_N), 0.0, ds)
     if BOUNDS is not None:
@@ -292,11 +287,9 @@ def raw_scores(
 def masked_scores(scores, i, start, masks, frames, keys, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
     """Returns the scores of queries i and BLOCK_N keys from ``start`` on as masks leave them, -inf behind the last key
     and in other recordings."""
-    PADDING, MASK, BOUNDS, _low, _high, first, end = masks
+    PADDING, _mask, BOUNDS, _low, _high, _first, _end = masks
     j, there = start + tl.arange(0, BLOCK_N), (tl.arange(0, BLOCK_N) < keys - start)[None, :]
-    scores = masked(
-        scores, MASKED, None, MASK, i[:, None], j[None, :], frames, keys, first[:, None], end[:, None], WINDOW
-    )  # fmt: skip
+    scores = _filled(scores, MASKED, i, j, masks, frames, keys, WINDOW)
     if PADDING is not None:
         scores = tl.where(_hidden(PADDING, start, keys, BLOCK_N), tl.where(there, MASKED, NONE), scores)
     elif BOUNDS is None:
