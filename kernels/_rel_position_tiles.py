@@ -18,6 +18,7 @@ from fastasr._tables import table
 from fastasr.kernels._attention_tiles import NONE, load_rows, products
 from fastasr.kernels._launch import next_power_of_2
 from fastasr.kernels._recordings import ORDER, bounds
+from fastasr.kernels._special import INTERPRETED
 
 MASKED = tl.constexpr(-1000.0)
 ALONE = tl.constexpr(-896.0)  # above it, masked keys weigh exactly 0
@@ -199,9 +200,20 @@ def _half(bits, ELEMENT: tl.constexpr, HIGH: tl.constexpr):
 
 
 @triton.jit
-def unpacked(rows, ELEMENT: tl.constexpr):
-    """Returns the four 16-bit numbers of 64-bit integers."""
-    low, high = rows.to(tl.int32), (rows >> 32).to(tl.int32)
+def load_packed(rows, ELEMENT: tl.constexpr):
+    """Returns the four 16-bit numbers at pointers to rows of R, as float32.
+
+    The compiler shares out a load among threads in the order of memory, and moves the tile to the threads that need it.
+    Assembly loads in these; there a thread meets the same row of R several times, and loads it once.
+    """
+    if INTERPRETED:
+        packed = tl.load(rows)
+        low, high = packed.to(tl.int32), (packed >> 32).to(tl.int32)
+    else:
+        low, high = tl.inline_asm_elementwise(
+            "ld.global.nc.v2.b32 {$0, $1}, [$2];", "=r,=r,l", [rows.to(tl.int64)], dtype=(tl.int32, tl.int32),
+            is_pure=True, pack=1,
+        )  # fmt: skip
     return (
         _half(low, ELEMENT, False),
         _half(low, ELEMENT, True),
@@ -234,7 +246,7 @@ def position_scores(
     """Returns scores + p . R of the pointers ``rows``. p0 to p3, P and keep have the shape of queries, a row or a
     column."""
     if PACKED:
-        r0, r1, r2, r3 = unpacked(tl.load(rows), ELEMENT)
+        r0, r1, r2, r3 = load_packed(rows, ELEMENT)
         scores += tl.fma(p3, r3, tl.fma(p2, r2, tl.fma(p1, r1, p0 * r0)))
     elif POS_DIM > 0:  # a separate sum: one chain with the products would have an error 10 % above eager's
         total = tl.zeros(scores.shape, tl.float32)

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from fastasr.kernels._launch import cdiv, next_power_of_2
 from fastasr.kernels._recordings import blocks_of, rows_of
-from fastasr.kernels._rel_position_tiles import MARGIN, place, unpacked
+from fastasr.kernels._rel_position_tiles import MARGIN, load_packed, place
 
 ROW = 16  # rows of W and dS are padded to this many elements
 SIZES = ["frames", "keys", "left", "batch", "blocks", "heads", "offsets", "chunk", "left_chunks"]
@@ -30,7 +30,7 @@ def add_positions(
     up of them: ``parts``, four of [BLOCK_M, eighths]."""
     if PACKED:
         d0, d1, d2, d3 = parts
-        r0, r1, r2, r3 = unpacked(tl.load(rows), ELEMENT)
+        r0, r1, r2, r3 = load_packed(rows, ELEMENT)
         d0, d1 = d0 + _partial(ds * r0, AXIS), d1 + _partial(ds * r1, AXIS)
         d2, d3 = d2 + _partial(ds * r2, AXIS), d3 + _partial(ds * r3, AXIS)
         parts = d0, d1, d2, d3

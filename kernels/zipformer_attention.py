@@ -262,7 +262,7 @@ def tiles(
     elif not wide and generation == 100:  # its products do not repeat rows, and four warps spill
         queries["num_warps"] = 8
         keys |= {"BLOCK_N": 64, "num_warps": 8}
-    elif not wide and generation == 120:
+    elif not wide and generation in (80, 120):
         queries["BLOCK_V"] = min(32, columns)
     if not wide and generation == 80 and columns > 128:
         forward["BLOCK_N"] = 32
