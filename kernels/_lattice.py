@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pieces of the lattice kernels: the boundary of a sequence, and which scores count as errors."""
+"""Pieces of the lattice kernels: the boundary of a sequence, and whether its scores are errors."""
 
 import triton
 import triton.language as tl
@@ -19,6 +19,12 @@ def load_boundary(BOUNDARY, b, symbols, frames):
 
 
 @triton.jit
-def is_unfit(x):
-    """Returns 1 where x is NaN or infinite upwards, else 0."""
-    return ((x != x) | (x == float("inf"))).to(tl.int32)
+def largest(x, y):
+    """Returns the larger of two, NaN where one is."""
+    return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def unfit(worst):
+    """Says whether a number of the ``largest`` of scores is NaN or infinite upwards."""
+    return tl.max((worst < float("inf")).to(tl.int32) ^ 1, axis=0) > 0

@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fastasr.kernels._lattice import largest, unfit
 from fastasr.kernels._launch import launch, next_power_of_2
 from fastasr.kernels._scaled_number import (
     FLOOR,
@@ -45,21 +46,28 @@ def _boundary(BOUNDARY, STARTS, b, frames, R):
 
 
 @triton.jit
-def _arcs(s, lane, t, s_begin, t_begin, s_end, t_end, R, MODIFIED: tl.constexpr):
-    """Says which symbols and blanks of frame t lie inside the boundary; lane is a cell, s its symbols."""
-    begun = (s >= s_begin) & (t >= t_begin)
-    if MODIFIED:
-        symbols = begun & (s < s_end) & (t < t_end) & (lane < R)
-    else:
-        symbols = begun & (s < s_end) & (t <= t_end) & (lane < R - 1)
-    return symbols, begun & (s <= s_end) & (t < t_end) & (lane < R)
+def _from(cell, start, BLOCK: tl.constexpr):
+    """Returns the place of a cell in a window, in 32 bits: no lane has those beyond BLOCK."""
+    return tl.minimum(tl.maximum(cell - start, -BLOCK), BLOCK).to(tl.int32)
 
 
 @triton.jit
-def _chosen(values, take, none):
-    """Returns values[j] for the j that row r of ``take`` [r, j] holds, and ``none`` where it holds none."""
-    chosen = tl.sum(tl.where(take, values[None, :], 0.0), axis=1)
-    return tl.where(tl.sum(take.to(tl.int32), axis=1) > 0, chosen, none)
+def _arcs(r, t, begin, t_begin, end, t_end, R, MODIFIED: tl.constexpr):
+    """Says to which cells r symbols of frame t lead inside the boundary, and which cells blanks leave. The boundary has
+    the places ``begin`` and ``end`` in the window.
+    """
+    begun = (t >= t_begin) & (r >= 0)
+    if MODIFIED:
+        symbols = begun & (t < t_end) & (r > 0) & (r > begin) & (r <= end) & (r <= R)
+    else:
+        symbols = begun & (t <= t_end) & (r > 0) & (r > begin) & (r <= end) & (r < R)
+    return symbols, begun & (t < t_end) & (r >= begin) & (r <= end) & (r < R)
+
+
+@triton.jit
+def _chosen(values, at, there, none):
+    """Returns the values of the lanes ``at``, and ``none`` where not ``there``."""
+    return tl.where(there, tl.gather(values, tl.where(there, at, 0), 0), none)
 
 
 @triton.jit(do_not_specialize=["frames", "R"])
@@ -69,62 +77,69 @@ def forward_kernel(
     b = tl.program_id(0).to(tl.int64)
     s_begin, t_begin, s_end, t_end = _boundary(BOUNDARY, STARTS, b, frames, R)
     lane = tl.arange(0, BLOCK)
-    other = tl.arange(0, BLOCK)
-    x_first, y_first, starts = X + b * frames * R, Y + b * frames * R, STARTS + b * frames
+    x_next, y_next, starts = X + b * frames * R, Y + b * frames * R, STARTS + b * frames
     cm = tl.full([BLOCK], 1.0, tl.float32)
     ce = tl.full([BLOCK], FLOOR, tl.float32)
-    unfit = tl.zeros([BLOCK], tl.int32)
-    score = float("-inf")
+    worst = tl.full([BLOCK], float("-inf"), tl.float32)
+    score_m, score_e = cm, ce  # of the lane that the end has
     start = tl.load(starts, mask=frames > 0, other=0)
-    next_x = tl.load(x_first + lane, mask=(lane < R) & (frames > 0), other=0.0)
-    next_y = tl.load(y_first + lane, mask=(lane < R) & (frames > 0), other=0.0)
+    entering, leaving = (lane > 0) & (lane <= R), lane < R
+    next_x = tl.load(x_next + (lane - 1), mask=entering & (frames > 0), other=0.0)  # by the cell it leads to
+    next_y = tl.load(y_next + lane, mask=leaving & (frames > 0), other=0.0)
     for t in range(0, frames):
         x, y = next_x, next_y
-        ahead = (lane < R) & (t + 1 < frames)
-        next_x = tl.load(x_first + (t + 1) * R + lane, mask=ahead, other=0.0)
-        next_y = tl.load(y_first + (t + 1) * R + lane, mask=ahead, other=0.0)
-        next_start = tl.load(starts + t + 1, mask=t + 1 < frames, other=0)
-        s = start + lane
-        symbols, blanks = _arcs(s, lane, t, s_begin, t_begin, s_end, t_end, R, MODIFIED)
+        x_next += R
+        y_next += R
+        ahead = t + 1 < frames
+        next_x = tl.load(x_next + (lane - 1), mask=entering & ahead, other=0.0)
+        next_y = tl.load(y_next + lane, mask=leaving & ahead, other=0.0)
+        next_start = tl.load(starts + t + 1, mask=ahead, other=0)
+        begin, end = _from(s_begin, start, BLOCK), _from(s_end, start, BLOCK)
+        symbols, blanks = _arcs(lane, t, begin, t_begin, end, t_end, R, MODIFIED)
         x = tl.where(symbols, x, float("-inf"))
         y = tl.where(blanks, y, float("-inf"))
-        unfit |= ((x != x) | (x == float("inf")) | (y != y) | (y == float("inf"))).to(tl.int32)
+        worst = largest(largest(x, y), worst)
         xm, xe = split(x)
         ym, ye = split(y)
-        begin = (s == s_begin) & (t == t_begin) & (lane < R)
-        pm = tl.where(begin, 1.0, cm)
-        pe = tl.where(begin, 0.0, ce)
-        below = other[None, :] + 1 == lane[:, None]  # [r, j]: j is the cell before r
-        ended = (s == s_end) & (t == t_end) & (lane < R)
+        begins = (lane == begin) & (t == t_begin) & (lane < R)
+        pm = tl.where(begins, 1.0, cm)
+        pe = tl.where(begins, 0.0, ce)
+        ended = (lane == end) & (t == t_end) & (lane < R)
         if MODIFIED:
-            score = tl.maximum(score, tl.max(tl.where(ended, logarithm(pm, pe), float("-inf")), axis=0))
-            up_m, up_e = normalised(pm * xm, pe + xe)
-            up_m, up_e = _chosen(up_m, below, 1.0), _chosen(up_e, below, FLOOR)
+            score_m, score_e = tl.where(ended, pm, score_m), tl.where(ended, pe, score_e)
+            up_m = _chosen(pm, lane - 1, lane > 0, 1.0) * xm
+            up_e = _chosen(pe, lane - 1, lane > 0, FLOOR) + xe
             am, ae = add(up_m, up_e, pm * ym, pe + ye)
             am, ae = normalised(am, ae)
             w = ratio(up_m, up_e, am, ae)
         else:
-            # factors of the entering symbols, by the cell they lead to
-            fm, fe = _chosen(xm, below, 1.0), _chosen(xe, below, FLOOR)
-            pm, pe = normalised(pm, pe)
-            _, _, qm, qe = tl.associative_scan((fm, fe, pm, pe), 0, compose)
-            before_m, before_e = _chosen(qm, below, 1.0), _chosen(qe, below, FLOOR)
-            up_m, up_e = normalised(before_m * fm, before_e + fe)
-            w = ratio(up_m, up_e, qm, qe)
-            score = tl.maximum(score, tl.max(tl.where(ended, logarithm(qm, qe), float("-inf")), axis=0))
+            _, _, qm, qe = tl.associative_scan((xm, xe, pm, pe), 0, compose)
             am, ae = normalised(qm * ym, qe + ye)
+            qm, qe = normalised(qm, qe)
+            up_m = _chosen(qm, lane - 1, lane > 0, 1.0) * xm
+            up_e = _chosen(qe, lane - 1, lane > 0, FLOOR) + xe
+            w = ratio(up_m, up_e, qm, qe)
+            score_m, score_e = tl.where(ended, qm, score_m), tl.where(ended, qe, score_e)
         if SHARES is not None:
             tl.store(SHARES + (b * frames + t) * (R + 1) + lane, w, mask=lane <= R)
-        leaves = (s == s_end) & (t + 1 == t_end) & (lane <= R)
-        score = tl.maximum(score, tl.max(tl.where(leaves, logarithm(am, ae), float("-inf")), axis=0))
-        move = next_start - start
-        take = (other[None, :] == lane[:, None] + move) & (other[None, :] <= R)  # [r, j]: j moves to r
-        cm, ce = _chosen(am, take, 1.0), _chosen(ae, take, FLOOR)
-        ce = tl.where(lane < R, ce, FLOOR)
+        # Frame t_end adds symbols to what leads to the end, if there is one.
+        leaves = (lane == end) & (t + 1 == t_end) & (lane <= R)
+        score_m, score_e = tl.where(leaves, am, score_m), tl.where(leaves, ae, score_e)
+        at = lane + _from(next_start, start, BLOCK)
+        there = (at >= 0) & (at <= R) & (lane < R)
+        cm, ce = _chosen(am, at, there, 1.0), _chosen(ae, at, there, FLOOR)
         start = next_start
+    score = tl.max(logarithm(score_m, score_e), axis=0)
     score = tl.where((s_begin == s_end) & (t_begin == t_end), 0.0, score)
-    score = tl.where(tl.max(unfit, axis=0) > 0, float("nan"), score)
+    score = tl.where(unfit(worst), float("nan"), score)
     tl.store(SCORES + b, score)
+
+
+@triton.jit
+def _shares(row, r, R, there):
+    """Returns the shares of cells r of a frame and of the cells after them."""
+    w = tl.load(row + r, mask=there & (r >= 0), other=0.0)
+    return w, tl.load(row + r + 1, mask=there & (r >= 0) & (r < R), other=0.0)
 
 
 @triton.jit(do_not_specialize=["frames", "R"])
@@ -133,64 +148,62 @@ def backward_kernel(
 ):
     b = tl.program_id(0).to(tl.int64)
     s_begin, t_begin, s_end, t_end = _boundary(BOUNDARY, STARTS, b, frames, R)
+    # Lanes go from the top down, as a scan from there takes four times as many shuffles.
     lane = tl.arange(0, BLOCK)
-    other = tl.arange(0, BLOCK)
+    r = R - lane
     score = tl.load(SCORES + b)
     grad = 1.0
     if GRAD is not None:
         grad = tl.load(GRAD + b)
-    reached = (score > float("-inf")) & (score < float("inf"))
+    reached = (score > float("-inf")) & (score < float("inf"))  # otherwise shares may be NaN
     grad = tl.where(reached, grad, 0.0)
     poison = tl.where(score != score, score, 0.0)
-    starts, shares = STARTS + b * frames, SHARES + b * frames * (R + 1)
-    dx, dy = DX + b * frames * R, DY + b * frames * R
+    starts = STARTS + b * frames
+    shares = SHARES + (b * frames + frames - 1) * (R + 1)
+    dx, dy = DX + (b * frames + frames - 1) * R, DY + (b * frames + frames - 1) * R
     g = tl.zeros([BLOCK], tl.float32)  # mass of the cells of frame t + 1
     after = b * 0  # starts[t + 1]
     last = frames - 1
-    next_w = tl.load(shares + last * (R + 1) + lane, mask=(lane <= R) & (frames > 0), other=0.0)
+    next_w, next_above = _shares(shares, r, R, reached & (frames > 0))
     next_start = tl.load(starts + last, mask=frames > 0, other=0)
     for i in range(0, frames):
         t = last - i
-        w, start = tl.where(reached, next_w, 0.0), next_start
-        next_w = tl.load(shares + (t - 1) * (R + 1) + lane, mask=(lane <= R) & (t > 0), other=0.0)
+        w, above, start = next_w, next_above, next_start
+        shares -= R + 1
+        next_w, next_above = _shares(shares, r, R, reached & (t > 0))
         next_start = tl.load(starts + t - 1, mask=t > 0, other=0)
-        s = start + lane
-        symbols, blanks = _arcs(s, lane, t, s_begin, t_begin, s_end, t_end, R, MODIFIED)
+        begin, end = _from(s_begin, start, BLOCK), _from(s_end, start, BLOCK)
+        symbols, blanks = _arcs(r, t, begin, t_begin, end, t_end, R, MODIFIED)
         # the cells that frame t leads to have the mass of the next frame's window, or of the end
-        move = after - start
-        take = (other[None, :] + move == lane[:, None]) & (other[None, :] < R)
-        into = tl.where(lane <= R, _chosen(g, take, 0.0), 0.0)
-        into = tl.where(i > 0, into, 0.0)
+        at = lane + _from(after, start, BLOCK)
+        there = (at > 0) & (at <= R) & (r >= 0) & (i > 0)
+        into = _chosen(g, at, there, 0.0)
         inside_next = (i > 0) & (s_end >= after) & (s_end < after + R)
-        leaves = (s == s_end) & (t + 1 == t_end) & (lane <= R)
-        into += tl.where(leaves, tl.where(inside_next, 0.0, grad), 0.0)
-        ended = tl.where((s == s_end) & (t == t_end) & (lane < R), grad, 0.0)
-        above = other[None, :] == lane[:, None] + 1  # [r, j]: j is the cell after r
+        leaves = (r == end) & (t + 1 == t_end) & (r >= 0)
+        into += tl.where(leaves & (inside_next == 0), grad, 0.0)
+        ended = tl.where((r == end) & (t == t_end) & (r >= 0) & (r < R), grad, 0.0)
         if MODIFIED:
-            symbol = into * w
+            symbol = into * w  # by the cell it enters
             blank = into - symbol
-            symbol = _chosen(symbol, above, 0.0)  # by the cell it leaves
-            g = symbol + tl.where(lane < R, blank, 0.0) + ended
+            g = _chosen(symbol, lane - 1, lane > 0, 0.0) + tl.where(r < R, blank, 0.0) + ended
         else:
             blank = into
             # a scan from the top: a cell's mass is its own plus what the symbol of the next cell brings
-            own = tl.where(lane < R, into, 0.0) + ended
-            from_above = _chosen(w, above, 0.0)
-            _, all_of_it = tl.associative_scan((from_above, own), 0, compose_plain, reverse=True)
+            own = tl.where(r < R, into, 0.0) + ended
+            _, all_of_it = tl.associative_scan((above, own), 0, compose_plain)
             symbol = all_of_it * w  # by the cell it enters
             g = all_of_it - symbol
-            symbol = _chosen(symbol, above, 0.0)
-        g = tl.where(reached, g, 0.0)
-        row = t * R + lane
-        tl.store(dx + row, tl.where(symbols, tl.where(reached, symbol, 0.0) + poison, 0.0), mask=lane < R)
-        tl.store(dy + row, tl.where(blanks, tl.where(reached, blank, 0.0) + poison, 0.0), mask=lane < R)
+        tl.store(dx + (r - 1), tl.where(symbols, symbol + poison, 0.0), mask=r > 0)
+        tl.store(dy + r, tl.where(blanks, blank + poison, 0.0), mask=(r >= 0) & (r < R))
+        dx -= R
+        dy -= R
         after = start
 
 
-def _lanes(window: int) -> tuple[int, int]:
-    """Returns (lanes, warps)."""
+def tile(window: int) -> dict[str, int]:
+    """Returns the lanes and the warps."""
     lanes = next_power_of_2(window + 1)
-    return lanes, max(1, min(8, lanes * lanes // 1024))
+    return {"BLOCK": lanes, "num_warps": max(1, min(8, lanes // 128))}
 
 
 def rnnt_pruned_lattice_forward(
@@ -209,10 +222,9 @@ def rnnt_pruned_lattice_forward(
     scores = x.new_empty(batch)
     shares = x.new_empty((batch, frames, window + 1) if keep else 0)
     if batch:
-        lanes, warps = _lanes(window)
         launch(forward_kernel, (batch,),
             x, blank_logprobs, starts, boundary, scores, shares if keep else None, frames, window,
-            MODIFIED=modified, BLOCK=lanes, num_warps=warps,
+            MODIFIED=modified, **tile(window),
         )  # fmt: skip
     return scores, shares
 
@@ -230,9 +242,8 @@ def rnnt_pruned_lattice_backward(
     batch, frames = starts.shape
     dx, dy = (scores.new_empty(batch, frames, window) for _ in "xy")
     if batch and frames:
-        lanes, warps = _lanes(window)
         launch(backward_kernel, (batch,),
             grad, scores, shares, starts, boundary, dx, dy, frames, window,
-            MODIFIED=modified, BLOCK=lanes, num_warps=warps,
+            MODIFIED=modified, **tile(window),
         )  # fmt: skip
     return dx, dy

@@ -6,10 +6,9 @@ from .configuration import Configuration
 
 def lattices(module, letter: str, sizes: tuple[int, ...], types: dict, divisible: tuple[str, ...] = ()):
     for size in sizes:
-        lanes, warps = module._lanes(size)
         for modified in (False, True):
             label = f"{'modified' if modified else 'regular'}, {letter}={size}"
             for kernel in ("forward", "backward"):
                 name = f"{module.__name__.rpartition('.')[2]} {kernel}, {label}"
-                constants = {"BLOCK": lanes, "MODIFIED": modified, "num_warps": warps}
+                constants = {"MODIFIED": modified, **module.tile(size)}
                 yield Configuration(name, getattr(module, f"{kernel}_kernel"), types, constants, divisible)
