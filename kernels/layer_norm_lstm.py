@@ -20,7 +20,7 @@ latencies.
 The forward keeps n of gates and cell, (T, B, 5H), and the two s, (T, B, 2), in float32 for the backward. The gradients
 before the norms' weights are written beside dgates, and sums over steps and sequences follow in parts that depend on
 the shape alone, added in float64: results repeat bit for bit; the only atomic is the counter of arrivals.
-Launches: forward 1 (2 for one step), and a copy of the state; backward 1 and 4 for the norms.
+Launches: forward 1 (2 for one step), and a copy of the state, in 16 bits two; backward 1 and 4 for the norms.
 """
 
 import logging
@@ -35,7 +35,7 @@ import triton.language as tl
 from fastasr.kernels._activation import TANH, activate_with_slope, sigmoid_pair
 from fastasr.kernels._column_sums import column_sums
 from fastasr.kernels._launch import cdiv, dot_options, launch, next_power_of_2, processors
-from fastasr.kernels._layer_norm import centre, inverse_root, row_mean
+from fastasr.kernels._layer_norm import centre, inverse_root, means_with, row_mean, row_means, through
 from fastasr.kernels._parts import add_pair
 
 _log = logging.getLogger("fastasr")
@@ -74,11 +74,11 @@ def _load(POINTER, at, keep):
 
 @triton.jit
 def _product(
-    X, x_row, W, w_row, w_column, OUT, out_row, n, units, batch,
+    X, x_row, W, w_row, w_column, OUT, out_row, n, columns, units, batch,
     BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Writes OUT[b, n] = sum over k < units of X[b, k] W[n, k] for all sequences and the columns n; negative n are left
-    out.
+    """Writes OUT[b, n] = sum over k < units of X[b, k] W[n, k] for all sequences and those of n that are below
+    ``columns``.
     """
     for first in range(0, batch, BLOCK_B):
         b = first + tl.arange(0, BLOCK_B)
@@ -86,9 +86,10 @@ def _product(
         for start in range(0, units, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
             keep = (b < batch)[:, None] & (k < units)[None, :]
-            x = _fresh(X, b[:, None] * x_row + k[None, :], keep).to(W.dtype.element_ty)  # [BLOCK_B, BLOCK_K]
+            x = X + (b[:, None] * x_row + k[None, :])  # [BLOCK_B, BLOCK_K]
+            x = tl.load(x, mask=keep, other=0.0, cache_modifier=".cg").to(W.dtype.element_ty)
             at = k[:, None] * w_column + n[None, :] * w_row
-            keep = (k < units)[:, None] & (n >= 0)[None, :]
+            keep = (k < units)[:, None] & (n < columns)[None, :]
             w = tl.load(W + at, mask=keep, other=0.0)  # [BLOCK_K, BLOCK_N]
             if x.dtype == tl.float32:
                 # Each product is separate: one chain of additions through all of k would round more than torch does.
@@ -96,21 +97,28 @@ def _product(
                 total = tl.fma(tl.dot(x, w), 1.0, total)
             else:
                 total = tl.dot(x, w, total)
-        keep = (b < batch)[:, None] & (n >= 0)[None, :]
+        keep = (b < batch)[:, None] & (n < columns)[None, :]
         tl.store(OUT + b[:, None] * out_row + n[None, :], total, mask=keep)
 
 
 @triton.jit
-def _gate(n, q, WEIGHT, BIAS, u, units):
-    """Returns a quarter of the normalised gates with its weight and bias applied."""
+def _affine(WEIGHT, BIAS, q, u, units):
+    """Returns the weight and bias of a quarter of the gates, or of the cell."""
     w = _load(WEIGHT, q * units + u, u < units)
-    b = _load(BIAS, q * units + u, u < units)
-    return tl.fma(n, w[None, :], b[None, :])
+    return w[None, :], _load(BIAS, q * units + u, u < units)[None, :]
+
+
+@triton.jit
+def _total(a, b, c, d, PRECISE: tl.constexpr):
+    """Returns a + b + c + d, in float64 if PRECISE."""
+    if PRECISE:
+        a, b, c, d = a.to(tl.float64), b.to(tl.float64), c.to(tl.float64), d.to(tl.float64)
+    return (a + b) + (c + d)
 
 
 @triton.jit
 def _step(
-    PRODUCT, RECURRENT, GATE_WEIGHT, GATE_BIAS, CELL_WEIGHT, CELL_BIAS, HIDDEN, CELL, Y, NORMED, SCALES,
+    PRODUCT, RECURRENT, GATE_WEIGHT, GATE_BIAS, CELL_WEIGHT, CELL_BIAS, HIDDEN, FED, CELL, Y, NORMED, SCALES,
     step, b, u, batch, units, has_product, has_cell, eps, PRECISE: tl.constexpr,
 ):  # fmt: skip
     """Writes gates, cell and hidden state of sequences b at a step, from the recurrent product and the
@@ -120,20 +128,26 @@ def _step(
     row = step * batch.to(tl.int64) + b
     at = (row * (4 * units))[:, None] + u[None, :]
     near = (b * (4 * units))[:, None] + u[None, :]
+    own = (b * units)[:, None] + u[None, :]
     again = keep & (has_product != 0)
+    # All loads precede the first sum of a row: behind its barriers each would take its time anew.
     i = _load(PRODUCT, at, keep) + _fresh(RECURRENT, near, again)
     f = _load(PRODUCT, at + units, keep) + _fresh(RECURRENT, near + units, again)
     v = _load(PRODUCT, at + 2 * units, keep) + _fresh(RECURRENT, near + 2 * units, again)
     o = _load(PRODUCT, at + 3 * units, keep) + _fresh(RECURRENT, near + 3 * units, again)
-    mean = (row_mean(i, units, PRECISE) + row_mean(f, units, PRECISE)) * 0.25
-    mean += (row_mean(v, units, PRECISE) + row_mean(o, units, PRECISE)) * 0.25
+    c = _load(CELL, own, keep & (has_cell != 0))
+    wi, bi = _affine(GATE_WEIGHT, GATE_BIAS, 0, u, units)
+    wf, bf = _affine(GATE_WEIGHT, GATE_BIAS, 1, u, units)
+    wv, bv = _affine(GATE_WEIGHT, GATE_BIAS, 2, u, units)
+    wo, bo = _affine(GATE_WEIGHT, GATE_BIAS, 3, u, units)
+    wc, bc = _affine(CELL_WEIGHT, CELL_BIAS, 0, u, units)
+    mean = row_mean(_total(i, f, v, o, PRECISE), units, PRECISE) * 0.25
     i = centre(i, mean, keep, PRECISE)
     f = centre(f, mean, keep, PRECISE)
     v = centre(v, mean, keep, PRECISE)
     o = centre(o, mean, keep, PRECISE)
-    square = (row_mean(i * i, units, PRECISE) + row_mean(f * f, units, PRECISE)) * 0.25
-    square += (row_mean(v * v, units, PRECISE) + row_mean(o * o, units, PRECISE)) * 0.25
-    gate_scale = inverse_root(square, eps)
+    square = row_mean(_total(i * i, f * f, v * v, o * o, PRECISE), units, PRECISE) * 0.25
+    gate_scale = inverse_root(square, eps, PRECISE)
     i *= gate_scale[:, None]
     f *= gate_scale[:, None]
     v *= gate_scale[:, None]
@@ -144,35 +158,36 @@ def _step(
         tl.store(NORMED + kept + units, f, mask=keep)
         tl.store(NORMED + kept + 2 * units, v, mask=keep)
         tl.store(NORMED + kept + 3 * units, o, mask=keep)
-    own = (b * units)[:, None] + u[None, :]
-    c = _load(CELL, own, keep & (has_cell != 0))
-    i, _ = sigmoid_pair(_gate(i, 0, GATE_WEIGHT, GATE_BIAS, u, units), PRECISE)
-    f, _ = sigmoid_pair(_gate(f, 1, GATE_WEIGHT, GATE_BIAS, u, units), PRECISE)
-    v, _ = activate_with_slope(_gate(v, 2, GATE_WEIGHT, GATE_BIAS, u, units), TANH, PRECISE)
-    o, _ = sigmoid_pair(_gate(o, 3, GATE_WEIGHT, GATE_BIAS, u, units), PRECISE)
+    i, _ = sigmoid_pair(tl.fma(i, wi, bi), PRECISE)
+    f, _ = sigmoid_pair(tl.fma(f, wf, bf), PRECISE)
+    v, _ = activate_with_slope(tl.fma(v, wv, bv), TANH, PRECISE)
+    o, _ = sigmoid_pair(tl.fma(o, wo, bo), PRECISE)
     c = tl.where(keep, tl.fma(f, c, i * v), 0.0)
     c = centre(c, row_mean(c, units, PRECISE), keep, PRECISE)
-    cell_scale = inverse_root(row_mean(c * c, units, PRECISE), eps)
+    cell_scale = inverse_root(row_mean(c * c, units, PRECISE), eps, PRECISE)
     c *= cell_scale[:, None]
     if NORMED is not None:
         tl.store(NORMED + kept + 4 * units, c, mask=keep)
         tl.store(SCALES + 2 * row, gate_scale, mask=b < batch)
         tl.store(SCALES + 2 * row + 1, cell_scale, mask=b < batch)
-    c = _gate(c, 0, CELL_WEIGHT, CELL_BIAS, u, units)
+    c = tl.fma(c, wc, bc)
     act, _ = activate_with_slope(c, TANH, PRECISE)
     h = o * act
     tl.store(CELL + own, c, mask=keep)
     tl.store(HIDDEN + own, h, mask=keep)
+    if FED.dtype.element_ty != tl.float32:
+        tl.store(FED + own, h.to(FED.dtype.element_ty), mask=keep)
     tl.store(Y + (row * units)[:, None] + u[None, :], h.to(Y.dtype.element_ty), mask=keep)
 
 
 @triton.jit(do_not_specialize=["batch", "has_hidden", "has_cell", "first", "last"])
 def forward_kernel(
-    PRODUCT, WEIGHT, GATE_WEIGHT, GATE_BIAS, CELL_WEIGHT, CELL_BIAS, RECURRENT, HIDDEN, CELL, Y, NORMED, SCALES,
+    PRODUCT, WEIGHT, GATE_WEIGHT, GATE_BIAS, CELL_WEIGHT, CELL_BIAS, RECURRENT, HIDDEN, FED, CELL, Y, NORMED, SCALES,
     ARRIVED, batch, units, has_hidden, has_cell, first, last, eps,
     BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_U: tl.constexpr,
 ):  # fmt: skip
     # Phases first to last - 1: of step t the product is 2 t, the rows are 2 t + 1. HIDDEN and CELL: the state.
+    # FED: what products read, HIDDEN itself or a copy in WEIGHT's dtype, so that not each program rounds it.
     PRECISE: tl.constexpr = PRODUCT.dtype.element_ty == tl.float32
     pid, programs = tl.program_id(0), tl.num_programs(0)
     u = tl.arange(0, BLOCK_U)
@@ -180,17 +195,28 @@ def forward_kernel(
         if phase % 2 == 0:
             for start in range(pid * BLOCK_N, 4 * units, programs * BLOCK_N):
                 n = start + tl.arange(0, BLOCK_N)
-                n = tl.where(n < 4 * units, n, -1)
                 _product(
-                    HIDDEN, units, WEIGHT, units, 1, RECURRENT, 4 * units, n, units, batch, BLOCK_B, BLOCK_K
+                    FED,
+                    units,
+                    WEIGHT,
+                    units,
+                    1,
+                    RECURRENT,
+                    4 * units,
+                    n,
+                    4 * units,
+                    units,
+                    batch,
+                    BLOCK_B,
+                    BLOCK_K,
                 )
         else:
             step = phase // 2
             for start in range(pid * BLOCK_R, batch, programs * BLOCK_R):
                 _step(
-                    PRODUCT, RECURRENT, GATE_WEIGHT, GATE_BIAS, CELL_WEIGHT, CELL_BIAS, HIDDEN, CELL, Y, NORMED, SCALES,
-                    step, start + tl.arange(0, BLOCK_R), u, batch, units, has_hidden + step, has_cell + step, eps,
-                    PRECISE,
+                    PRODUCT, RECURRENT, GATE_WEIGHT, GATE_BIAS, CELL_WEIGHT, CELL_BIAS, HIDDEN, FED, CELL, Y,
+                    NORMED, SCALES, step, start + tl.arange(0, BLOCK_R), u, batch, units, has_hidden + step,
+                    has_cell + step, eps, PRECISE,
                 )  # fmt: skip
         _wait(ARRIVED, (phase + 1 - first) * programs)
 
@@ -219,29 +245,31 @@ def _step_back(
     nc = _load(NORMED, kept + 4 * units, keep)
     gate_scale = tl.load(SCALES + 2 * row, mask=b < batch, other=0.0)
     cell_scale = tl.load(SCALES + 2 * row + 1, mask=b < batch, other=0.0)
-    i, i_rest = sigmoid_pair(_gate(ni, 0, GATE_WEIGHT, GATE_BIAS, u, units), PRECISE)
-    f, f_rest = sigmoid_pair(_gate(nf, 1, GATE_WEIGHT, GATE_BIAS, u, units), PRECISE)
-    v, v_slope = activate_with_slope(_gate(nv, 2, GATE_WEIGHT, GATE_BIAS, u, units), TANH, PRECISE)
-    o, o_rest = sigmoid_pair(_gate(no, 3, GATE_WEIGHT, GATE_BIAS, u, units), PRECISE)
-    act, slope = activate_with_slope(_gate(nc, 0, CELL_WEIGHT, CELL_BIAS, u, units), TANH, PRECISE)
-    # the cell's norm
-    do = dh * act * (o * o_rest)
-    dc = tl.fma(dh, o * slope, _load(DCELL, own, keep))
-    tl.store(BEFORE + kept + 4 * units, dc, mask=keep)
-    dc *= _load(CELL_WEIGHT, u, u < units)[None, :]
-    mean, along = (
-        row_mean(dc, units, PRECISE).to(tl.float32),
-        row_mean(dc * nc, units, PRECISE).to(tl.float32),
-    )
-    dc = tl.fma(-nc, along[:, None], dc - mean[:, None]) * cell_scale[:, None]
-    # the gates
+    # As in ``_step``, loads precede the sums of rows.
+    wi, bi = _affine(GATE_WEIGHT, GATE_BIAS, 0, u, units)
+    wf, bf = _affine(GATE_WEIGHT, GATE_BIAS, 1, u, units)
+    wv, bv = _affine(GATE_WEIGHT, GATE_BIAS, 2, u, units)
+    wo, bo = _affine(GATE_WEIGHT, GATE_BIAS, 3, u, units)
+    wc, bc = _affine(CELL_WEIGHT, CELL_BIAS, 0, u, units)
     if step > 0:
-        c = _load(NORMED + (4 - 5 * batch.to(tl.int64)) * units, kept, keep)
-        c = _gate(c, 0, CELL_WEIGHT, CELL_BIAS, u, units)
+        c = tl.fma(_load(NORMED + (4 - 5 * batch.to(tl.int64)) * units, kept, keep), wc, bc)
     else:
         c = tl.zeros_like(nc)
         if CELL is not None:
             c = _load(CELL, own, keep)
+    i, i_rest = sigmoid_pair(tl.fma(ni, wi, bi), PRECISE)
+    f, f_rest = sigmoid_pair(tl.fma(nf, wf, bf), PRECISE)
+    v, v_slope = activate_with_slope(tl.fma(nv, wv, bv), TANH, PRECISE)
+    o, o_rest = sigmoid_pair(tl.fma(no, wo, bo), PRECISE)
+    act, slope = activate_with_slope(tl.fma(nc, wc, bc), TANH, PRECISE)
+    # the cell's norm
+    do = dh * act * (o * o_rest)
+    dc = tl.fma(dh, o * slope, _load(DCELL, own, keep))
+    tl.store(BEFORE + kept + 4 * units, dc, mask=keep)
+    dc *= wc
+    mean, along = means_with(dc, nc, units, True, PRECISE)
+    dc = through(dc, nc, cell_scale[:, None], mean, along)
+    # the gates
     tl.store(DCELL + own, dc * f, mask=keep)
     di = dc * v * (i * i_rest)
     df = dc * c * (f * f_rest)
@@ -251,24 +279,20 @@ def _step_back(
     tl.store(BEFORE + kept + 2 * units, dv, mask=keep)
     tl.store(BEFORE + kept + 3 * units, do, mask=keep)
     # the gates' norm
-    di *= _load(GATE_WEIGHT, u, u < units)[None, :]
-    df *= _load(GATE_WEIGHT, units + u, u < units)[None, :]
-    dv *= _load(GATE_WEIGHT, 2 * units + u, u < units)[None, :]
-    do *= _load(GATE_WEIGHT, 3 * units + u, u < units)[None, :]
-    mean = (row_mean(di + df, units, PRECISE) + row_mean(dv + do, units, PRECISE)).to(tl.float32) * 0.25
-    along = row_mean(di * ni + df * nf, units, PRECISE) + row_mean(dv * nv + do * no, units, PRECISE)
-    along = along.to(tl.float32) * 0.25
+    di *= wi
+    df *= wf
+    dv *= wv
+    do *= wo
+    total = _total(di, df, dv, do, False)
+    mean, along = row_means(total, _total(di * ni, df * nf, dv * nv, do * no, False), units, PRECISE)
+    mean, along = mean.to(tl.float32)[:, None] * 0.25, along.to(tl.float32)[:, None] * 0.25
     at = (row * (4 * units))[:, None] + u[None, :]
     out = DGATES.dtype.element_ty
     s = gate_scale[:, None]
-    tl.store(DGATES + at, (tl.fma(-ni, along[:, None], di - mean[:, None]) * s).to(out), mask=keep)
-    tl.store(DGATES + at + units, (tl.fma(-nf, along[:, None], df - mean[:, None]) * s).to(out), mask=keep)
-    tl.store(
-        DGATES + at + 2 * units, (tl.fma(-nv, along[:, None], dv - mean[:, None]) * s).to(out), mask=keep
-    )
-    tl.store(
-        DGATES + at + 3 * units, (tl.fma(-no, along[:, None], do - mean[:, None]) * s).to(out), mask=keep
-    )
+    tl.store(DGATES + at, through(di, ni, s, mean, along).to(out), mask=keep)
+    tl.store(DGATES + at + units, through(df, nf, s, mean, along).to(out), mask=keep)
+    tl.store(DGATES + at + 2 * units, through(dv, nv, s, mean, along).to(out), mask=keep)
+    tl.store(DGATES + at + 3 * units, through(do, no, s, mean, along).to(out), mask=keep)
 
 
 @triton.jit(do_not_specialize=["batch", "steps", "first", "last"])
@@ -294,11 +318,10 @@ def backward_kernel(
             for tile in range(pid, 4 * tiles, programs):
                 q = (tile // tiles).to(tl.int64)
                 n = tile % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-                n = tl.where(n < units, n, -1)
                 d = DGATES + (step.to(tl.int64) * batch * 4 + q) * units
                 _product(
                     d, 4 * units, WEIGHT + q * units * units, 1, units,
-                    DHIDDEN + q * batch * units, units, n, units, batch, BLOCK_B, BLOCK_K,
+                    DHIDDEN + q * batch * units, units, n, units, units, batch, BLOCK_B, BLOCK_K,
                 )  # fmt: skip
         _wait(ARRIVED, (phase + 1 - first) * programs)
 
@@ -424,8 +447,9 @@ def layer_norm_lstm_forward(
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=product.device)
 
-    norms = (t.dtype for t in (gate_weight, gate_bias, cell_weight, cell_bias))
-    y, rows = new(steps, batch, units, dtype=reduce(torch.promote_types, norms, product.dtype)), steps * batch
+    norms = gate_weight, gate_bias, cell_weight, cell_bias
+    dtype = reduce(torch.promote_types, (t.dtype for t in norms), product.dtype)
+    y, rows = new(steps, batch, units, dtype=dtype), steps * batch
     kept = new(rows * (5 * units + 2) if keep else 0)
     nothing = torch.zeros if not steps else torch.empty
     after = [
@@ -437,17 +461,10 @@ def layer_norm_lstm_forward(
     if rows:
         _check(steps, batch, units)
         normed, scales = (kept, kept[rows * 5 * units :]) if keep else (None, None)
-        arguments = (
-            product,
-            weight,
-            gate_weight,
-            gate_bias,
-            cell_weight,
-            cell_bias,
-            new(batch, 4 * units),
-            *after,
-            y,
-        )
+        fed = after[0]
+        if steps > 1 and weight.dtype != torch.float32:
+            fed = new(batch, units, dtype=weight.dtype) if hidden is None else fed.to(weight.dtype)
+        arguments = product, weight, *norms, new(batch, 4 * units), after[0], fed, after[1], y
         _launch(
             forward_kernel,
             (*arguments, normed, scales),

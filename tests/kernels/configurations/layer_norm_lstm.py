@@ -16,6 +16,7 @@ def configurations():
         for units, batch, label in ((512, 16, ""), (512, 1, ", one step")):
             with setting(dtype) as torch_dtype:
                 shape = module.shapes(units, batch, 128, torch_dtype)
+            types = types | {"FED": "fp32" if batch == 1 else element_type(dtype)}
             absent = {"ARRIVED": None, "NORMED": None, "SCALES": None} if batch == 1 else {}
             for name in ("forward",) if batch == 1 else ("forward", "backward"):
                 kernel = getattr(module, f"{name}_kernel")
