@@ -19,7 +19,7 @@ import triton.language as tl
 from fastasr.kernels._activation import TANH, activate_with_slope
 from fastasr.kernels._launch import cdiv, launch
 
-BLOCK_T, BLOCK_C, NUM_WARPS = 8, 128, 4
+ELEMENTS, MOST, LEAST, NUM_WARPS = 1024, 128, 32, 4  # elements of a tile, and the bounds of its channels
 
 
 @triton.jit
@@ -92,17 +92,21 @@ def gradient_kernel(
     tl.store(DP + out + 2 * width, (grad * o).to(DP.dtype.element_ty), mask=keep)
 
 
+def tile(width: int) -> dict[str, int]:
+    """Returns the tile that reaches least past the end of a row, the widest of these."""
+    block_c = min((MOST, MOST // 2, LEAST), key=lambda block: cdiv(width, block) * block)
+    return {"BLOCK_T": ELEMENTS // block_c, "BLOCK_C": block_c, "num_warps": NUM_WARPS}
+
+
 def _launch(kernel, projected: torch.Tensor, *tensors: torch.Tensor, **options) -> None:
     frames, batch, channels = projected.shape
     width = channels // 3
     if projected.numel() == 0:
         return
     stride = projected.stride(1) if batch > 1 else projected.stride(0) if frames > 1 else channels
-    grid = (cdiv(frames, BLOCK_T), cdiv(width, BLOCK_C), batch)
-    launch(kernel, grid,
-        *tensors, frames, batch, width, stride,
-        BLOCK_T=BLOCK_T, BLOCK_C=BLOCK_C, num_warps=NUM_WARPS, **options,
-    )  # fmt: skip
+    shape = tile(width)
+    grid = (cdiv(frames, shape["BLOCK_T"]), cdiv(width, shape["BLOCK_C"]), batch)
+    launch(kernel, grid, *tensors, frames, batch, width, stride, **shape, **options)
 
 
 def _like(projected: torch.Tensor, parts: int = 1) -> torch.Tensor:

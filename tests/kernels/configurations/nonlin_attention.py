@@ -9,7 +9,7 @@ from .configuration import Configuration
 def configurations():
     divisible = ("width", "stride")
     names = ("P", "X", "SUMS", "Y", "U", "GRAD", "DX", "DP")
-    tile = {"BLOCK_T": module.BLOCK_T, "BLOCK_C": module.BLOCK_C, "num_warps": module.NUM_WARPS}
+    tile = module.tile(144)
     for dtype in ("fp32", "bf16", "fp16"):
         types = dict.fromkeys(names, dtype)
         for kernel in ("gate", "product", "operands", "gradient"):
