@@ -47,17 +47,26 @@ SIZES = [
 # --------------------------------------------------------------------------- lanes
 # sizes: frames, segments, segment, left, right, memory, past_frames, past_memory
 @triton.jit
+def _divided(a, b):
+    """Returns quotient and remainder of numbers that are not negative, which takes half as many instructions."""
+    quotient = (a.to(tl.uint32) // b.to(tl.uint32)).to(tl.int32)
+    return quotient, a - quotient * b
+
+
+@triton.jit
 def place(program, blocks, heads, group, parts, per, share, ROWS: tl.constexpr):
     """Returns (sequence, head, first segment of the block; of its lanes the segment counted from that one, the number
     in the segment, their mask). ``share`` is 2^16 / per, rounded up, and 0 for blocks of one segment.
     """
-    pair, block = program // blocks, program % blocks
-    lane = block % parts * ROWS + tl.arange(0, ROWS)
+    pair, block = _divided(program, blocks)
+    sequence, head = _divided(pair, heads)
+    number, part = _divided(block, parts)
+    lane = part * ROWS + tl.arange(0, ROWS)
     own = lane * share >> 16
     return (
-        (pair // heads).to(tl.int64),
-        (pair % heads).to(tl.int64),
-        block // parts * group,
+        sequence.to(tl.int64),
+        head.to(tl.int64),
+        number * group,
         own,
         lane - own * per,
         lane < group * per,
@@ -336,11 +345,11 @@ def queries_kernel(
     SUM: tl.constexpr = tl.float64 if PRECISE else tl.float32
     sizes = (frames, segments, segment, left, right, memory, past_frames, past_memory)
     mask_sizes = (queries, lanes, memory_lane, frame_lane)
-    sequence, head, first, own, at, keep_i = place(
+    sequence, head, first, own, at, in_block = place(
         tl.program_id(0), blocks, heads, group, parts, per, share, BLOCK_M
     )
     pair = sequence * heads + head
-    i, summary, keep_i = queries_at(first + own, at, keep_i, sizes)
+    i, summary, keep_i = queries_at(first + own, at, in_block, sizes)
     bounds = visible(LENGTHS, HISTORY, sequence, sizes)
     window = listed(bounds, first, group, sizes, HAS_MEMORY)
     spans, any_seen = spans_of(first + own, summary, keep_i, bounds, window, sizes, HAS_MEMORY)
@@ -380,14 +389,15 @@ def queries_kernel(
         value_rows = advanced(value_rows, BLOCK_N * v_time, HAS_MEMORY)
     inverse = tl.where(any_seen, tl.div_rn(1.0, total.to(tl.float32)), 0.0)
     delta = tl.where(any_seen, (along / total).to(tl.float32), 0.0)
-    once = keep_i & (tl.program_id(1) == 0)
+    once = in_block & (first + own < segments) & (tl.program_id(1) == 0)
+    lane = pair * segments * per + (first + own) * per + at
     if PRECISE:
         maximum = tl.where(any_seen, maximum, 0.0)
-        tl.store(INVERSE + pair * queries + i, inverse, mask=once)
+        tl.store(INVERSE + lane, inverse, mask=once)
     else:
         maximum = tl.where(any_seen, maximum + tl.log2(total), float("inf"))
-    tl.store(MAXIMUM + pair * queries + i, maximum, mask=once)
-    tl.store(DELTA + pair * queries + i, delta, mask=once)
+    tl.store(MAXIMUM + lane, maximum, mask=once)
+    tl.store(DELTA + lane, delta, mask=once)
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     key_rows = anchors(K, k_time, window, sizes, HAS_MEMORY)
@@ -466,6 +476,10 @@ def keys_kernel(
     dk = tl.zeros([BLOCK_N, BLOCK_D], SUM)
     dv = tl.zeros([BLOCK_N, BLOCK_D], SUM)
     end = (tl.minimum(first + group + reach, segments) - zero) * per
+    MAXIMUM += (pair * segments + zero) * per
+    DELTA += (pair * segments + zero) * per
+    if PRECISE:
+        INVERSE += (pair * segments + zero) * per
     segment_share = 0xFFFFFFFF // per.to(tl.uint32)
     for start in range(0, end, BLOCK_M):
         lane = start + tl.arange(0, BLOCK_M)
@@ -473,13 +487,11 @@ def keys_kernel(
         s = tl.where(lane - s * per >= per, s + 1, s)
         i, summary, keep_i = queries_at(zero + s, lane - s * per, lane < end, sizes)
         rows = (i, zero + s, keep_i, 0)
+        maximum = tl.load(MAXIMUM + lane, mask=lane < end, other=float("inf"))
+        inverse = maximum
         if PRECISE:
-            maximum = tl.load(MAXIMUM + pair * queries + i, mask=keep_i, other=0.0)
-            inverse = tl.load(INVERSE + pair * queries + i, mask=keep_i, other=0.0)
-        else:
-            maximum = tl.load(MAXIMUM + pair * queries + i, mask=keep_i, other=float("inf"))
-            inverse = maximum
-        delta = tl.load(DELTA + pair * queries + i, mask=keep_i, other=0.0)
+            inverse = tl.load(INVERSE + lane, mask=lane < end, other=0.0)
+        delta = tl.load(DELTA + lane, mask=lane < end, other=0.0)
         query = load_rows(Q, i, q_time, c, keep_i, DIM)  # [BLOCK_M, BLOCK_D]
         g = load_rows(G, i, g_time, c, keep_i, DIM)
         seen = (lane[:, None] - met[None, :]).to(tl.uint32) < lanes_met[None, :]
@@ -621,8 +633,8 @@ def segment_attention_backward(
     dquery, dkey, dvalue = map(contiguous_like, (query, key, value))
     plan = _Plan(query, key, value, lengths, history, dropout, heads, *sizes)
     strided = grad, query, key, value
-    rows = query.shape[1] * heads, query.shape[0]
-    maximum, delta = (torch.empty(rows, dtype=torch.float32, device=query.device) for _ in range(2))
+    lanes = query.shape[1] * heads, plan.segments * plan.per
+    maximum, delta = (torch.empty(lanes, dtype=torch.float32, device=query.device) for _ in range(2))
     inverse = torch.empty_like(maximum) if query.dtype == torch.float32 else None
     statistics = maximum, inverse, delta
     plan.launch(queries_kernel, "queries", (grad,), (dquery, *statistics), strided)
