@@ -37,6 +37,7 @@ from fastasr.kernels._launch import (
 from fastasr.kernels._special import bits_from, exp2
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+NOWHERE = tl.constexpr(1 << 30)  # a place behind every list
 MEMORY, RIGHT, FRAME = (tl.constexpr(number) for number in range(3))  # kinds of keys
 SIZES = [
     "frames", "segments", "segment", "left", "right", "memory", "past_frames", "past_memory", "queries", "lanes",
@@ -186,20 +187,21 @@ def load_listed(pointers, start, stride, c, window, width, ROWS: tl.constexpr, H
 
 @triton.jit
 def spans_of(s, summary, keep, bounds, window, sizes, HAS_MEMORY: tl.constexpr):
-    """Returns [begin, end) of the places in a list that queries of segments s see, by kind, and whether they see any."""
+    """Returns where a list's places begin, by kind, that queries of segments s see, and end for frames and memory, and
+    whether the queries see any.
+    """
     _frames, _segments, segment, left, right, memory, _past_frames, _past_memory = sizes
     begin, stop, begin_memory = bounds
     _memories, _contexts, _count, of_memory, of_context, of_frame = window
-    context = s * right - of_context
-    frame = tl.maximum(s * segment - left, begin) - of_frame
-    ends = tl.where(keep, context + right, 0), tl.where(keep, tl.minimum((s + 1) * segment, stop) - of_frame, 0)
-    spans = context, ends[0], frame, ends[1]
-    any_seen = (context < ends[0]) | (frame < ends[1])
+    context = tl.where(keep, s * right - of_context, NOWHERE)
+    frame = tl.where(keep, tl.maximum(s * segment - left, begin) - of_frame, NOWHERE)
+    end = tl.minimum((s + 1) * segment, stop) - of_frame
+    spans = context, frame, end
+    any_seen = (keep & (right > 0)) | (frame < end)
     if HAS_MEMORY:
-        remembered = tl.maximum(s - memory, begin_memory) - of_memory
-        end = tl.where(keep & ~summary, s - of_memory, 0)
-        spans += (remembered, end)
-        any_seen = any_seen | (remembered < end)
+        remembered = tl.where(keep & ~summary, tl.maximum(s - memory, begin_memory) - of_memory, NOWHERE)
+        spans += (remembered, s - of_memory)
+        any_seen = any_seen | (remembered < s - of_memory)
     return spans, any_seen
 
 
@@ -210,13 +212,13 @@ def _inside(start, begin, end):
 
 
 @triton.jit
-def seen_from(start, spans, COUNT: tl.constexpr, HAS_MEMORY: tl.constexpr):
+def seen_from(start, spans, right, COUNT: tl.constexpr, HAS_MEMORY: tl.constexpr):
     """Says which queries see which of the keys at COUNT <= 32 places from ``start`` on. A query has a bit per key: a
     pair costs one instruction, where comparisons with the ends of the spans would cost four or six.
     """
-    bits = _inside(start, spans[0], spans[1]) | _inside(start, spans[2], spans[3])
+    bits = _inside(start, spans[0], spans[0] + right) | _inside(start, spans[1], spans[2])
     if HAS_MEMORY:
-        bits |= _inside(start, spans[4], spans[5])
+        bits |= _inside(start, spans[3], spans[4])
     return (bits[:, None] & (1 << tl.arange(0, COUNT))[None, :]) != 0
 
 
@@ -234,7 +236,8 @@ def dropout_of(DROPOUT, pair, rows, keys, seen, mask_sizes, sizes):
         lane = x + tl.where(kind == FRAME, frame_lane, memory_lane)
         lane -= rows[1][:, None] * tl.where(kind == MEMORY, 1, tl.where(kind == RIGHT, right, segment))
         row = DROPOUT + (pair * queries + rows[0]) * lanes
-        factors = tl.load(row[:, None] + lane, mask=seen, other=0.0)
+        inside = rows[2][:, None] & (lane.to(tl.uint32) < lanes.to(tl.uint32))  # quicker to tell than what is seen
+        factors = tl.where(seen, tl.load(row[:, None] + lane, mask=inside, other=0.0), 0.0)
     return factors
 
 
@@ -287,7 +290,7 @@ def forward_kernel(
     for start in range(0, window[2], BLOCK_N):
         key = load_listed(key_rows, start, k_time, c, window, DIM, BLOCK_N, HAS_MEMORY)  # [BLOCK_N, BLOCK_D]
         keys = listed_keys(start, window, sizes, BLOCK_N, HAS_MEMORY)
-        seen = seen_from(start, spans, BLOCK_N, HAS_MEMORY)
+        seen = seen_from(start, spans, right, BLOCK_N, HAS_MEMORY)
         scores = products_of(query, key, Q, rows, q_time, K, keys, k_time, DIM, BLOCK_D)
         scores = tl.where(seen, scores, NONE)
         if PRECISE:
@@ -373,7 +376,7 @@ def queries_kernel(
         key = load_listed(key_rows, start, k_time, c, window, DIM, BLOCK_N, HAS_MEMORY)  # [BLOCK_N, BLOCK_D]
         value = load_listed(value_rows, start, v_time, c, window, DIM, BLOCK_N, HAS_MEMORY)
         keys = listed_keys(start, window, sizes, BLOCK_N, HAS_MEMORY)
-        seen = seen_from(start, spans, BLOCK_N, HAS_MEMORY)
+        seen = seen_from(start, spans, right, BLOCK_N, HAS_MEMORY)
         scores = products_of(query, key, Q, rows, q_time, K, keys, k_time, DIM, BLOCK_D)
         scores = tl.where(seen, scores, NONE)
         slopes, _ = slopes_of(
@@ -406,7 +409,7 @@ def queries_kernel(
         key = load_listed(key_rows, start, k_time, c, window, DIM, BLOCK_N, HAS_MEMORY)  # [BLOCK_N, BLOCK_D]
         value = load_listed(value_rows, start, v_time, c, window, DIM, BLOCK_N, HAS_MEMORY)
         keys = listed_keys(start, window, sizes, BLOCK_N, HAS_MEMORY)
-        seen = seen_from(start, spans, BLOCK_N, HAS_MEMORY)
+        seen = seen_from(start, spans, right, BLOCK_N, HAS_MEMORY)
         scores = products_of(query, key, Q, rows, q_time, K, keys, k_time, DIM, BLOCK_D)
         scores = tl.where(seen, scores, NONE)
         slopes, _ = slopes_of(
@@ -499,7 +502,7 @@ def keys_kernel(
             seen = seen & ~(summary[:, None] & (kind == MEMORY)[None, :])
         scores = products_of(query, key, Q, rows, q_time, K, keys, k_time, DIM, BLOCK_D)
         slopes, factors = slopes_of(
-            seen & keep_i[:, None], g, value, G, V, DROPOUT, pair, rows, keys, g_time, v_time, mask_sizes, sizes,
+            seen, g, value, G, V, DROPOUT, pair, rows, keys, g_time, v_time, mask_sizes, sizes,
             DIM, BLOCK_D,
         )  # fmt: skip
         weights = weights_of(tl.where(seen, scores, NONE), maximum, inverse, scale, PRECISE)
