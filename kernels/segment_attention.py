@@ -226,8 +226,8 @@ def seen_from(start, spans, right, COUNT: tl.constexpr, HAS_MEMORY: tl.constexpr
 # rows: (row, segment, whether there is such a row, spans) of queries; keys: (kind, number, row, whether there is such a
 # key), of which the first two are a row of a tile
 @triton.jit
-def dropout_of(DROPOUT, pair, rows, keys, seen, mask_sizes, sizes):
-    """Returns M, whose rows hold the windows of queries; it is 1 without dropout."""
+def dropout_of(DROPOUT, pair, rows, keys, scores, mask_sizes, sizes):
+    """Returns M, whose rows hold the windows of queries, 0 for hidden keys; it is 1 without dropout."""
     factors = 1.0
     if DROPOUT is not None:
         _frames, _segments, segment, _left, right, _memory, _past_frames, _past_memory = sizes
@@ -236,8 +236,10 @@ def dropout_of(DROPOUT, pair, rows, keys, seen, mask_sizes, sizes):
         lane = x + tl.where(kind == FRAME, frame_lane, memory_lane)
         lane -= rows[1][:, None] * tl.where(kind == MEMORY, 1, tl.where(kind == RIGHT, right, segment))
         row = DROPOUT + (pair * queries + rows[0]) * lanes
-        inside = rows[2][:, None] & (lane.to(tl.uint32) < lanes.to(tl.uint32))  # quicker to tell than what is seen
-        factors = tl.where(seen, tl.load(row[:, None] + lane, mask=inside, other=0.0), 0.0)
+        # what is seen would be found out once more, in the layout of this load
+        inside = rows[2][:, None] & (lane.to(tl.uint32) < lanes.to(tl.uint32))
+        factors = tl.load(row[:, None] + lane, mask=inside, other=0.0)
+        factors = tl.where(scores == NONE, 0.0, factors)
     return factors
 
 
@@ -298,7 +300,7 @@ def forward_kernel(
         else:
             maximum, factor, e = running_in_bits(maximum, scores, scale * LOG2_E)
         total = total * factor + sums(e, 1, PRECISE)
-        e *= dropout_of(DROPOUT, pair, rows, keys, seen, mask_sizes, sizes)
+        e *= dropout_of(DROPOUT, pair, rows, keys, scores, mask_sizes, sizes)
         value = load_listed(value_rows, start, v_time, c, window, DIM, BLOCK_N, HAS_MEMORY)  # [BLOCK_N, BLOCK_D]
         y = tl.dot(e.to(value.dtype), value, y * factor[:, None])
         key_rows = advanced(key_rows, BLOCK_N * k_time, HAS_MEMORY)
@@ -309,17 +311,6 @@ def forward_kernel(
 
 
 # --------------------------------------------------------------------------- backward
-@triton.jit
-def slopes_of(
-    seen, g, value, G, V, DROPOUT, pair, rows, keys, g_time, v_time, mask_sizes, sizes,
-    DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Returns (dP, M) of queries and keys."""
-    slopes = products_of(g, value, G, rows, g_time, V, keys, v_time, DIM, BLOCK_D)
-    factors = dropout_of(DROPOUT, pair, rows, keys, seen, mask_sizes, sizes)
-    return slopes * factors, factors
-
-
 @triton.jit
 def weights_of(scores, maximum, inverse, scale, PRECISE: tl.constexpr):
     """Returns P from what ``queries_kernel`` stored: in 16 bits the log-sum-exp, in powers of 2, takes the place of
@@ -379,15 +370,14 @@ def queries_kernel(
         seen = seen_from(start, spans, right, BLOCK_N, HAS_MEMORY)
         scores = products_of(query, key, Q, rows, q_time, K, keys, k_time, DIM, BLOCK_D)
         scores = tl.where(seen, scores, NONE)
-        slopes, _ = slopes_of(
-            seen, g, value, G, V, DROPOUT, pair, rows, keys, g_time, v_time, mask_sizes, sizes, DIM, BLOCK_D
-        )
+        slopes = products_of(g, value, G, rows, g_time, V, keys, v_time, DIM, BLOCK_D)
+        factors = dropout_of(DROPOUT, pair, rows, keys, scores, mask_sizes, sizes)
         if PRECISE:
             maximum, factor, e = running(maximum, scores * scale, True)
         else:
             maximum, factor, e = running_in_bits(maximum, scores, scale * LOG2_E)
         total = total * factor + sums(e, 1, PRECISE)
-        along = along * factor + sums(e * slopes, 1, PRECISE)
+        along = along * factor + sums(e * slopes * factors, 1, PRECISE)
         key_rows = advanced(key_rows, BLOCK_N * k_time, HAS_MEMORY)
         value_rows = advanced(value_rows, BLOCK_N * v_time, HAS_MEMORY)
     inverse = tl.where(any_seen, tl.div_rn(1.0, total.to(tl.float32)), 0.0)
@@ -412,11 +402,10 @@ def queries_kernel(
         seen = seen_from(start, spans, right, BLOCK_N, HAS_MEMORY)
         scores = products_of(query, key, Q, rows, q_time, K, keys, k_time, DIM, BLOCK_D)
         scores = tl.where(seen, scores, NONE)
-        slopes, _ = slopes_of(
-            seen, g, value, G, V, DROPOUT, pair, rows, keys, g_time, v_time, mask_sizes, sizes, DIM, BLOCK_D
-        )
+        slopes = products_of(g, value, G, rows, g_time, V, keys, v_time, DIM, BLOCK_D)
+        factors = dropout_of(DROPOUT, pair, rows, keys, scores, mask_sizes, sizes)
         weights = weights_of(scores, maximum, inverse, scale, PRECISE)
-        ds = weights * (slopes - delta[:, None])
+        ds = weights * (slopes * factors - delta[:, None])
         dq = tl.dot(ds.to(key.dtype), key, dq)
         key_rows = advanced(key_rows, BLOCK_N * k_time, HAS_MEMORY)
         value_rows = advanced(value_rows, BLOCK_N * v_time, HAS_MEMORY)
@@ -501,12 +490,11 @@ def keys_kernel(
         if HAS_MEMORY:
             seen = seen & ~(summary[:, None] & (kind == MEMORY)[None, :])
         scores = products_of(query, key, Q, rows, q_time, K, keys, k_time, DIM, BLOCK_D)
-        slopes, factors = slopes_of(
-            seen, g, value, G, V, DROPOUT, pair, rows, keys, g_time, v_time, mask_sizes, sizes,
-            DIM, BLOCK_D,
-        )  # fmt: skip
-        weights = weights_of(tl.where(seen, scores, NONE), maximum, inverse, scale, PRECISE)
-        ds = weights * (slopes - delta[:, None])
+        scores = tl.where(seen, scores, NONE)
+        slopes = products_of(g, value, G, rows, g_time, V, keys, v_time, DIM, BLOCK_D)
+        factors = dropout_of(DROPOUT, pair, rows, keys, scores, mask_sizes, sizes)
+        weights = weights_of(scores, maximum, inverse, scale, PRECISE)
+        ds = weights * (slopes * factors - delta[:, None])
         weights = weights * factors
         # one chain of float32 would have an error 40 % above eager's, which adds sums of segments
         if PRECISE:
