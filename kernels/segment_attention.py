@@ -301,7 +301,9 @@ def forward_kernel(
             maximum, factor, e = running_in_bits(maximum, scores, scale * LOG2_E)
         total = total * factor + sums(e, 1, PRECISE)
         e *= dropout_of(DROPOUT, pair, rows, keys, scores, mask_sizes, sizes)
-        value = load_listed(value_rows, start, v_time, c, window, DIM, BLOCK_N, HAS_MEMORY)  # [BLOCK_N, BLOCK_D]
+        value = load_listed(
+            value_rows, start, v_time, c, window, DIM, BLOCK_N, HAS_MEMORY
+        )  # [BLOCK_N, BLOCK_D]
         y = tl.dot(e.to(value.dtype), value, y * factor[:, None])
         key_rows = advanced(key_rows, BLOCK_N * k_time, HAS_MEMORY)
         value_rows = advanced(value_rows, BLOCK_N * v_time, HAS_MEMORY)
@@ -529,17 +531,19 @@ def tiles(dim: int, dtype: torch.dtype, generation: int, lanes: int, dropout: bo
         if rounded(
             dtype
         ):  # with two warps, which would compute nothing twice, the keys kernel spills 104 bytes
-            return {"forward": high, "queries": high, "keys": keys}
+            crowded = {"num_stages": 1} if dropout and generation == 120 else {}  # loads ahead would spill
+            return {"forward": high, "queries": high | crowded, "keys": keys}
         return {"forward": common, "queries": half if dropout else common, "keys": keys}
     keys = common | {"num_stages": 1}
     if lanes <= 32:
         return {"forward": common, "queries": common, "keys": keys}
     rows = common | {"BLOCK_M": 64}
     if dropout and block_d <= 64:
-        return {"forward": high if generation == 120 else rows, "queries": high, "keys": keys}
+        queries = high | ({"maxnreg": 168} if generation == 90 else {})  # three programs on a multiprocessor
+        return {"forward": high if generation == 120 else rows, "queries": queries, "keys": keys}
     if dim > block_d:
         return {
-            "forward": rows | ({"num_stages": 1} if generation == 120 else {}),
+            "forward": rows | ({"num_stages": 1} if generation in (80, 120) else {}),
             "queries": common,
             "keys": keys,
         }
