@@ -153,7 +153,7 @@ def listed_keys(start, window, sizes, ROWS: tl.constexpr, HAS_MEMORY: tl.constex
 
 @triton.jit
 def anchors(X, stride, window, sizes, HAS_MEMORY: tl.constexpr):
-    """Returns a pointer per kind of keys: to the row where place 0 of a list would be if all places were of that kind."""
+    """Returns a pointer per kind of keys: to where place 0 of a list would be if all places were of that kind."""
     _memories, _contexts, _count, of_memory, of_context, of_frame = window
     context = X + row_of(RIGHT, of_context, sizes, HAS_MEMORY).to(tl.int64) * stride
     pointers = context, X + row_of(FRAME, of_frame, sizes, HAS_MEMORY).to(tl.int64) * stride
