@@ -84,24 +84,23 @@ def slopes_kernel(
     maximum = tl.where(maximum == NONE, 0.0, maximum)
     lse = maximum * LOG2_E + tl.log2(total.to(tl.float32))
     lse = tl.where(keep_i, lse, float("inf"))
-    for start in range(0, end, BLOCK_N):
-        scores, slope, factors = _pairs(
-            WEIGHTS + (at + start) + lanes, SLOPES + (at + start) + lanes, TABLE, HIDDEN, DROPOUT, unit, first + block,
-            start, i, keep_i, n, size, stride, CAUSAL, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
-        if PRECISE:
-            weights = exp_nonpositive(scores - maximum[:, None], True) * inverse[:, None]
-        else:
-            weights = exp2(tl.fma(scores, LOG2_E, -lse[:, None]))
-        slope = weights * (slope - along[:, None])  # dS
+    for start in range(0, keys, BLOCK_N):
+        weights = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        ds = weights
+        if start < end:
+            scores, slope, factors = _pairs(
+                WEIGHTS + (at + start) + lanes, SLOPES + (at + start) + lanes, TABLE, HIDDEN, DROPOUT, unit,
+                first + block, start, i, keep_i, n, size, stride, CAUSAL, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+            if PRECISE:
+                weights = exp_nonpositive(scores - maximum[:, None], True) * inverse[:, None]
+            else:
+                weights = exp2(tl.fma(scores, LOG2_E, -lse[:, None]))
+            ds = weights * (slope - along[:, None])
+            weights = weights * factors
         keep = (r < rows)[:, None] & (start + tl.arange(0, BLOCK_N) < stride)[None, :]
-        tl.store(WEIGHTS + (at + start) + lanes, (weights * factors).to(WEIGHTS.dtype.element_ty), mask=keep)
-        tl.store(SLOPES + (at + start) + lanes, slope.to(SLOPES.dtype.element_ty), mask=keep)
-    none = tl.zeros([BLOCK_M, BLOCK_N], WEIGHTS.dtype.element_ty)
-    for start in range(tl.cdiv(end, BLOCK_N) * BLOCK_N, keys, BLOCK_N):
-        keep = (r < rows)[:, None] & (start + tl.arange(0, BLOCK_N) < stride)[None, :]
-        tl.store(WEIGHTS + (at + start) + lanes, none, mask=keep)
-        tl.store(SLOPES + (at + start) + lanes, none, mask=keep)
+        tl.store(WEIGHTS + (at + start) + lanes, weights.to(WEIGHTS.dtype.element_ty), mask=keep)
+        tl.store(SLOPES + (at + start) + lanes, ds.to(SLOPES.dtype.element_ty), mask=keep)
 
 
 @triton.jit
