@@ -155,8 +155,11 @@ def forward_kernel(
     if WIDTH == BLOCK_D:
         query = load_rows(QUERY, i, WIDTH, tl.arange(0, BLOCK_D), keep_i, WIDTH)  # [BLOCK_M, WIDTH]
     maximum = tl.full([BLOCK_M], NONE, tl.float32)
+    # a mask of rows and 512 columns leave no registers for sums of threads and for offsets that do not change
+    ROOM: tl.constexpr = HIDDEN is None or BLOCK_V <= 256
     # in 16 bits a thread adds up its own keys: sums across warps would cost three barriers per tile
-    total = tl.zeros([BLOCK_M] if PRECISE else [BLOCK_M, BLOCK_N], tl.float64 if PRECISE else tl.float32)
+    OWN: tl.constexpr = not PRECISE and ROOM
+    total = tl.zeros([BLOCK_M, BLOCK_N] if OWN else [BLOCK_M], tl.float64 if PRECISE else tl.float32)
     mixed = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     end = n
     if CAUSAL:
@@ -176,14 +179,17 @@ def forward_kernel(
         seen = sees(i, j, keep_j, n, HIDDEN is not None, CAUSAL)
         scores = tl.where(seen, tl.fma(scores, scale, bias), NONE)
         maximum, factor, e = running(maximum, scores, PRECISE)
-        if PRECISE:
-            total = total * factor + sums(e, 1, True)
-        else:
+        if OWN:
             total = tl.fma(total, factor[:, None], e)
+        else:
+            total = total * factor + sums(e, 1, PRECISE)
         e = dropped(e, DROPOUT, unit, i[:, None], j[None, :], n, size)
-        value = load_tile(VALUE, start, value_time, c, keep_j, V)  # [BLOCK_N, BLOCK_V]
+        if ROOM:
+            value = load_tile(VALUE, start, value_time, c, keep_j, V)  # [BLOCK_N, BLOCK_V]
+        else:
+            value = load_rows(VALUE, j, value_time, c, keep_j, V)
         mixed = tl.dot(e.to(value.dtype), value, mixed * factor[:, None])
-    if not PRECISE:
+    if OWN:
         total = tl.sum(total, axis=1)
     mixed = mixed * tl.div_rn(1.0, total.to(tl.float32))[:, None]
     gate = load_rows(GATE + batch * gate_batch + first * gate_time, i, gate_time, c, keep_i, V).to(tl.float32)
@@ -266,10 +272,9 @@ def tiles(
         "slopes": {"BLOCK_M": 4, "BLOCK_N": 128, "num_warps": 4},
         "diagonals": {"BLOCK_R": 32, "BLOCK_T": 64, "num_warps": 4},
     }
-    if wide and not rounded(dtype) and generation in (80, 90):
-        shapes["forward"]["maxnreg"] = (
-            160  # left alone, the assembler spills for two programs on a multiprocessor
-        )
+    if wide and not rounded(dtype) and generation in (80, 90, 100):
+        # left alone, the assembler spills for two programs on a multiprocessor
+        shapes["forward"]["maxnreg"] = 160
     if not wide and not dropout and d <= block_d:
         columns = min(512 if from_shared and full else 256, columns)
         shapes["forward"] |= {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_V": columns, "num_warps": 8}
