@@ -140,16 +140,29 @@ def diagonals_kernel(
     begin = tl.maximum(1 - BLOCK_T - lowest, 0) // BLOCK_R
     met = tl.maximum(tl.cdiv(tl.minimum(rows, keys - lowest), BLOCK_R) - begin, 0)
     total = tl.zeros([BLOCK_R, BLOCK_T], SUM)
-    for number in range(part, units * met, parts):
-        r = (begin + number % met) * BLOCK_R
+    # block and unit step together: divisions in the loop would take as long as a quarter of a tile
+    whole = tl.maximum(met, 1)
+    block, unit = part % whole, part // whole
+    for _ in range(part, units * met, parts):
+        r = (begin + block) * BLOCK_R
         j = (first + r - reach) + (lanes[:, None] + t[None, :])
-        at = ((number // met).to(tl.int64) * rows + r) * stride + (first + r - reach)
-        keep = (r + lanes < rows)[:, None] & (j >= 0) & (j < keys)
+        at = (unit.to(tl.int64) * rows + r) * stride + (first + r - reach)
+        keep = (r + lanes < rows)[:, None] & (j.to(tl.uint32) < keys.to(tl.uint32))  # none below 0
         total += tl.load(SLOPES + at + offsets, mask=keep, other=0.0).to(SUM)
+        block += parts % whole
+        unit += parts // whole + (block >= whole).to(tl.int32)
+        block = tl.where(block >= whole, block - whole, block)
     entries = 2 * reach + 1
     out = PARTS + part.to(tl.int64) * entries + t
     before = tl.load(out, mask=(t < entries) & (fresh == 0), other=0.0)
     tl.store(out, before + tl.sum(total, axis=0), mask=t < entries)
+
+
+@triton.jit
+def _places(r, length):
+    """Returns (sequence, frame) of numbers r of frames; 64 bits would be divided in a hundred instructions."""
+    batch = (r.to(tl.uint32) // length.to(tl.uint32)).to(tl.int32)
+    return batch.to(tl.int64), (r - batch * length).to(tl.int64)
 
 
 @triton.jit(do_not_specialize=["length", "padded"])
@@ -159,7 +172,7 @@ def values_kernel(
 ):  # fmt: skip
     """Writes the gradient of a frame's values, times act'(value) unless VALUE is None."""
     PRECISE: tl.constexpr = DVALUE.dtype.element_ty == tl.float32
-    batch, time = tl.program_id(0).to(tl.int64) // length, tl.program_id(0).to(tl.int64) % length
+    batch, time = _places(tl.program_id(0), length)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     dvalue = tl.load(DV + (batch * padded + time) * V + c, mask=c < V, other=0.0).to(tl.float32)
     if VALUE is not None:
@@ -187,11 +200,11 @@ def parameters_kernel(
     dw1 = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     db0 = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     db1 = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
-    first = part * rows_per_part
-    end = tl.minimum(first + rows_per_part, rows)
-    while first < end:
+    begin = tl.program_id(0) * rows_per_part
+    end = tl.minimum(begin + rows_per_part, rows)
+    for first in range(begin, end, BLOCK_R):
         r = first + tl.arange(0, BLOCK_R)
-        batch, time = r // length, r % length
+        batch, time = _places(r, length)
         keep = (r < end)[:, None] & in_row[None, :]
         x = tl.load(X + (time * x_time + batch * x_batch)[:, None] + c[None, :], mask=keep, other=0.0)
         z, slope = activate_with_slope(x.to(tl.float32), ACTIVATION, PRECISE)
@@ -206,7 +219,6 @@ def parameters_kernel(
         db0 += dq
         # w1 and b1 move all scores of a query alike: the gradient is 0, or NaN where a weight is
         db1 += dk * 0.0
-        first += BLOCK_R
     table = tl.num_programs(0).to(tl.int64) * D
     element = PARTS.dtype.element_ty
     at = PARTS + part * D + c

@@ -158,7 +158,7 @@ def forward_kernel(
     # a mask of rows and 512 columns leave no registers for sums of threads and for offsets that do not change
     ROOM: tl.constexpr = HIDDEN is None or BLOCK_V <= 256
     # in 16 bits a thread adds up its own keys: sums across warps would cost three barriers per tile
-    OWN: tl.constexpr = not PRECISE and ROOM
+    OWN: tl.constexpr = not PRECISE and ROOM and DROPOUT is None  # whose tiles have rows in one warp
     total = tl.zeros([BLOCK_M, BLOCK_N] if OWN else [BLOCK_M], tl.float64 if PRECISE else tl.float32)
     mixed = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     end = n
