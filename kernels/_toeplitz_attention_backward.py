@@ -206,12 +206,11 @@ def parameters_kernel(
         r = first + tl.arange(0, BLOCK_R)
         batch, time = _places(r, length)
         keep = (r < end)[:, None] & in_row[None, :]
-        x = tl.load(X + (time * x_time + batch * x_batch)[:, None] + c[None, :], mask=keep, other=0.0)
-        z, slope = activate_with_slope(x.to(tl.float32), ACTIVATION, PRECISE)
+        x = load(X + (time * x_time + batch * x_batch)[:, None] + c[None, :], keep)
+        z, slope = activate_with_slope(x, ACTIVATION, PRECISE)
         at = ((batch * padded + time) * WIDTH)[:, None] + c[None, :]
-        dq = tl.load(DQUERY + at, mask=keep, other=0.0).to(tl.float32) * scale
-        dk = tl.load(DKEY + at, mask=keep, other=0.0).to(tl.float32) * scale
-        dx = tl.fma(dk, w1[None, :], dq * w0[None, :]) * slope
+        dq, dk = load(DQUERY + at, keep), load(DKEY + at, keep)  # without the scale
+        dx = tl.fma(dk, (w1 * scale)[None, :], dq * (w0 * scale)[None, :]) * slope
         out = (time * out_time + batch * D)[:, None] + c[None, :]
         tl.store(DX + out, dx.to(DX.dtype.element_ty), mask=keep)
         dw0 = tl.fma(dq, z, dw0)
@@ -222,7 +221,7 @@ def parameters_kernel(
     table = tl.num_programs(0).to(tl.int64) * D
     element = PARTS.dtype.element_ty
     at = PARTS + part * D + c
-    tl.store(at, column_sums(dw0.to(element)), mask=in_row)
-    tl.store(at + table, column_sums(dw1.to(element)), mask=in_row)
-    tl.store(at + 2 * table, column_sums(db0.to(element)), mask=in_row)
-    tl.store(at + 3 * table, column_sums(db1.to(element)), mask=in_row)
+    tl.store(at, column_sums((dw0 * scale).to(element)), mask=in_row)
+    tl.store(at + table, column_sums((dw1 * scale).to(element)), mask=in_row)
+    tl.store(at + 2 * table, column_sums((db0 * scale).to(element)), mask=in_row)
+    tl.store(at + 3 * table, column_sums((db1 * scale).to(element)), mask=in_row)
