@@ -11,7 +11,9 @@ from fastasr.kernels._special import exp2
 from fastasr.kernels._vectors import load
 
 
-MARGIN = tl.constexpr(256)  # zeros before and behind the table of the bias: tiles reach that far beyond its ends
+MARGIN = tl.constexpr(
+    256
+)  # zeros before and behind the table of the bias: tiles reach that far beyond its ends
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -60,7 +62,9 @@ def slopes_kernel(
     i = first + r
     keep_i = (r < rows) & (i < n)
     maximum = tl.full([BLOCK_M], NONE, tl.float32)
-    total = tl.zeros([BLOCK_M] if PRECISE else [BLOCK_M, BLOCK_N], SUM)  # in 16 bits of each thread's own keys
+    total = tl.zeros(
+        [BLOCK_M] if PRECISE else [BLOCK_M, BLOCK_N], SUM
+    )  # in 16 bits of each thread's own keys
     along = tl.zeros(total.shape, SUM)
     end = n
     if CAUSAL:
@@ -174,10 +178,10 @@ def values_kernel(
     PRECISE: tl.constexpr = DVALUE.dtype.element_ty == tl.float32
     batch, time = _places(tl.program_id(0), length)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    dvalue = tl.load(DV + (batch * padded + time) * V + c, mask=c < V, other=0.0).to(tl.float32)
+    dvalue = load(DV + (batch * padded + time) * V + c, c < V)
     if VALUE is not None:
-        value = tl.load(VALUE + time * value_time + batch * value_batch + c, mask=c < V, other=0.0)
-        _, slope = activate_with_slope(value.to(tl.float32), ACTIVATION, PRECISE)
+        value = load(VALUE + time * value_time + batch * value_batch + c, c < V)
+        _, slope = activate_with_slope(value, ACTIVATION, PRECISE)
         dvalue *= slope
     tl.store(DVALUE + time * out_time + batch * V + c, dvalue.to(DVALUE.dtype.element_ty), mask=c < V)
 

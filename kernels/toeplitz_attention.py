@@ -37,7 +37,16 @@ import triton
 import triton.language as tl
 
 from fastasr.kernels._activation import activate_with_slope
-from fastasr.kernels._attention_tiles import NONE, dropped, load_rows, load_tile, products, running, span, sums
+from fastasr.kernels._attention_tiles import (
+    NONE,
+    dropped,
+    load_rows,
+    load_tile,
+    products,
+    running,
+    span,
+    sums,
+)
 from fastasr.kernels._launch import (
     cdiv,
     dot_options,
@@ -57,6 +66,7 @@ from fastasr.kernels._toeplitz_attention_backward import (
     slopes_kernel,
     values_kernel,
 )
+from fastasr.kernels._vectors import load
 
 MAX_PARTS = 512
 PIECE_BYTES = (
@@ -65,6 +75,12 @@ PIECE_BYTES = (
 
 
 # --------------------------------------------------------------------------- elementwise, per frame
+@triton.jit
+def _floats(X, r, stride, c, keep, width):
+    """Loads [rows, columns] of X in float32, with zeros outside."""
+    return load((X + r.to(tl.int64) * stride)[:, None] + c[None, :], keep[:, None] & (c < width)[None, :])
+
+
 @triton.jit(do_not_specialize=["entries", "length", "size", "count", "blocks"])
 def prepare_kernel(
     X, WEIGHT, SHIFT, BIAS, PADDING, VALUE, GATE, GRAD, MIXED, QUERY, KEY, TABLE, HIDDEN, ACTIVE, G, DGATE,
@@ -96,7 +112,7 @@ def prepare_kernel(
         tl.store(HIDDEN + row + i, ((padding != 0) & (visible > 0)).to(tl.int8), mask=keep)
     for start in range(0, WIDTH, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
-        x = load_rows(X + batch * x_batch + first * x_time, i, x_time, c, keep, D).to(tl.float32)
+        x = _floats(X + batch * x_batch + first * x_time, i, x_time, c, keep, D)
         z, slope = activate_with_slope(x, ACTIVATION, PRECISE)
         in_row = c < D
         w = tl.load(WEIGHT + c, mask=in_row, other=0.0).to(tl.float32)
@@ -116,19 +132,16 @@ def prepare_kernel(
             offsets = (row + i)[:, None] * V + c[None, :]
             if ACTIVE is not None:
                 base = VALUE + batch * value_batch + first * value_time
-                v, slope = activate_with_slope(
-                    load_rows(base, i, value_time, c, keep, V).to(tl.float32), ACTIVATION, PRECISE
-                )
+                v, slope = activate_with_slope(_floats(base, i, value_time, c, keep, V), ACTIVATION, PRECISE)
                 tl.store(ACTIVE + offsets, v.to(ACTIVE.dtype.element_ty), mask=whole)
             if G is not None:
-                gate = load_rows(GATE + batch * gate_batch + first * gate_time, i, gate_time, c, keep, V)
-                dy = load_rows(GRAD + batch * grad_batch + first * grad_time, i, grad_time, c, keep, V)
-                dy = dy.to(tl.float32)
-                act, slope = activate_with_slope(gate.to(tl.float32), ACTIVATION, PRECISE)
+                gate = _floats(GATE + batch * gate_batch + first * gate_time, i, gate_time, c, keep, V)
+                dy = _floats(GRAD + batch * grad_batch + first * grad_time, i, grad_time, c, keep, V)
+                act, slope = activate_with_slope(gate, ACTIVATION, PRECISE)
                 tl.store(G + offsets, (dy * act).to(G.dtype.element_ty), mask=whole)
                 out = (first + i)[:, None] * out_time + batch * V + c[None, :]
                 whole = keep[:, None] & (c < V)[None, :]
-                h = tl.load(MIXED + out, mask=whole, other=0.0).to(tl.float32)
+                h = load(MIXED + out, whole)
                 tl.store(DGATE + out, (dy * h * slope).to(DGATE.dtype.element_ty), mask=whole)
 
 
