@@ -10,10 +10,8 @@ from fastasr.kernels._column_sums import column_sums
 from fastasr.kernels._special import exp2
 from fastasr.kernels._vectors import load
 
-
-MARGIN = tl.constexpr(
-    256
-)  # zeros before and behind the table of the bias: tiles reach that far beyond its ends
+# Zeros before and behind the table of the bias: tiles reach at most that far beyond its ends.
+MARGIN = tl.constexpr(256)
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
