@@ -528,9 +528,8 @@ def tiles(dim: int, dtype: torch.dtype, generation: int, lanes: int, dropout: bo
     if wide:
         half = common | {"BLOCK_M": 16}
         keys = half | {"num_stages": 1}
-        if rounded(
-            dtype
-        ):  # with two warps, which would compute nothing twice, the keys kernel spills 104 bytes
+        # with two warps, which would compute nothing twice, the keys kernel spills 104 bytes
+        if rounded(dtype):
             crowded = {"num_stages": 1} if dropout and generation == 120 else {}  # loads ahead would spill
             return {"forward": high, "queries": high | crowded, "keys": keys}
         return {"forward": common, "queries": half if dropout else common, "keys": keys}
@@ -539,7 +538,9 @@ def tiles(dim: int, dtype: torch.dtype, generation: int, lanes: int, dropout: bo
         return {"forward": common, "queries": common, "keys": keys}
     rows = common | {"BLOCK_M": 64}
     if dropout and block_d <= 64:
-        queries = high | ({"maxnreg": 168} if generation == 90 else {})  # three programs on a multiprocessor
+        # three programs on a multiprocessor: left alone, the assembler takes more registers, or spills for four
+        queries = high | ({"maxnreg": 168} if generation == 90 else {})
+        keys |= {"maxnreg": 144} if generation in (100, 120) else {}
         return {"forward": high if generation == 120 else rows, "queries": queries, "keys": keys}
     if dim > block_d:
         return {
