@@ -13,10 +13,12 @@ as many whole segments as fit its rows, or a part of one. Products per pair of a
     queries   a block of queries  the same list twice: statistics, then dq        5 d
     keys      a block of keys     the queries of all segments that may see them   4 d
 
-The segments that see a key are an interval, given by two integers per key that are compared with the segments' first
-frames: that is the mask. Lengths and history move the ends of a list, so hidden keys are not read. ``queries`` leaves
-maximum, 1 / sum and D of each row for ``keys``, which owns its rows of dk and dv: memory is O(T), without atomics. What
-a program does depends on the shapes alone: results repeat bit for bit. The host reads nothing back.
+A query sees an interval of each kind of keys in its block's list: in a tile these are the bits of one integer. A key
+is seen by an interval of lanes. So masks cost one or two instructions per pair. Lengths and history move the ends of a
+list, so hidden keys are not read. ``queries`` leaves D of each lane for ``keys``, and its log-sum-exp; in float32,
+where rounding that number would move the weights' sum from 1, maximum and 1 / sum. ``keys`` owns its rows of dk and
+dv: memory is O(T), without atomics. What a program does depends on the shapes and the generation of the GPU alone:
+results repeat bit for bit. The host reads nothing back.
 """
 
 import torch
