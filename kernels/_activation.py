@@ -8,8 +8,7 @@ Without it the kernels use the hardware's exponential and division, whose errors
 import triton
 import triton.language as tl
 
-from fastasr.kernels import _special
-from fastasr.kernels._special import exp2
+from fastasr.kernels._special import exp2, reciprocal
 
 IDENTITY, SILU, RELU, TANH, GELU = (tl.constexpr(number) for number in range(5))
 
@@ -42,15 +41,6 @@ def exp_difference(x, most, PRECISE: tl.constexpr):
 
 
 @triton.jit
-def reciprocal(d, PRECISE: tl.constexpr):
-    """Returns 1 / d for d in [1, 2]. PRECISE: a Newton step takes the hardware's reciprocal to under 1 ulp."""
-    r = _special.reciprocal(d)
-    if PRECISE:
-        r = tl.fma(r, tl.fma(-d, r, 1.0), r)
-    return r
-
-
-@triton.jit
 def _exp_minus(x):
     """Returns exp(-x) to 16 bits, at most 2^100: larger ones have no reciprocal."""
     e = tl.minimum(x * -1.4426950408889634, 100.0, propagate_nan=tl.PropagateNan.ALL)
@@ -62,7 +52,7 @@ def sigmoid_pair(x, PRECISE: tl.constexpr):
     """Returns sigmoid(x) and sigmoid(-x); neither is computed as one minus the other, which would cancel."""
     if not PRECISE:
         e = _exp_minus(x)
-        s = _special.reciprocal(1.0 + e)
+        s = reciprocal(1.0 + e)
         return s, e * s
     e = exp_nonpositive(-tl.abs(x), PRECISE)
     larger = reciprocal(1.0 + e, PRECISE)
@@ -76,7 +66,7 @@ def normal_pair(x, PRECISE: tl.constexpr):
     density.
     """
     e = exp_nonpositive(-0.5 * x * x, PRECISE)
-    u = _special.reciprocal(tl.fma(tl.abs(x), 0.4, 1.0))
+    u = reciprocal(tl.fma(tl.abs(x), 0.4, 1.0))
     p = tl.fma(u, -3.96011658e-2, 2.00602097e-1)  # the tail over e
     p = tl.fma(u, p, -3.73684850e-1)
     p = tl.fma(u, p, 2.50974918e-1)
@@ -93,7 +83,7 @@ def normal_pair(x, PRECISE: tl.constexpr):
 def activate_with_slope(x, ACTIVATION: tl.constexpr, PRECISE: tl.constexpr):
     """Returns act(x) and act'(x); the compiler drops the one that the caller does not use."""
     if ACTIVATION == SILU and not PRECISE:
-        s = _special.reciprocal(1.0 + _exp_minus(x))
+        s = reciprocal(1.0 + _exp_minus(x))
         return x * s, s * tl.fma(x, 1.0 - s, 1.0)
     if ACTIVATION == SILU:
         e = exp_nonpositive(-tl.abs(x), PRECISE)

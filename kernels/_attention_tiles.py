@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastasr.kernels._activation import exp_difference
+from fastasr.kernels._activation import exp_difference, exp_nonpositive
 from fastasr.kernels._special import exp2
 
 NONE = tl.constexpr(float("-inf"))
@@ -32,7 +32,7 @@ def load_rows(X, r, stride, c, keep, width, BIAS=None):
 
 
 @triton.jit
-def load_tile(X, first, stride, c, keep, width, BIAS=None):
+def load_rows_from(X, first, stride, c, keep, width, BIAS=None):
     """Does the same for consecutive rows from ``first`` on, of fewer than 2^24 elements each: in a loop over tiles,
     only one pointer for all moves in 64 bits."""
     rows = tl.arange(0, keep.shape[0]) * stride
@@ -91,13 +91,20 @@ def sums(values, axis: tl.constexpr, PRECISE: tl.constexpr):
 
 
 @triton.jit
-def running(maximum, scores, PRECISE: tl.constexpr):
+def running(maximum, scores, PRECISE: tl.constexpr, ONE: tl.constexpr = False):
     """Returns (new maximum of rows, factor of the earlier sums, exponentials); rows without a key so far
-    are 0.
+    are 0. ONE: the exponential of the maximum is exactly 1, for a sum whose logarithm is a result.
     """
     new = tl.maximum(maximum, tl.max(scores, axis=1))
     shift = tl.where(new == NONE, 0.0, new)
-    return new, exp_difference(maximum, shift, PRECISE), exp_difference(scores, shift[:, None], PRECISE)
+    if ONE:
+        factor, e = (
+            exp_nonpositive(maximum - shift, PRECISE),
+            exp_nonpositive(scores - shift[:, None], PRECISE),
+        )
+    else:
+        factor, e = exp_difference(maximum, shift, PRECISE), exp_difference(scores, shift[:, None], PRECISE)
+    return new, factor, e
 
 
 @triton.jit

@@ -12,20 +12,15 @@ def _halvings(rows: int) -> int:
     return rows.bit_length() - 1
 
 
-@triton.constexpr_function
-def _width(shape: tuple[int, ...]) -> int:
-    return shape[1] if len(shape) > 1 else 1
-
-
 @triton.jit
 def column_sums(tile):
-    """Returns the sums over the rows of a tile [R, C], sizes that are powers of 2, as a tree, or the sum of a vector.
+    """Returns the sums over the rows of a tile [R, C], sizes that are powers of 2, as a tree.
 
     ``tl.sum`` leaves the sums of each warp in shared memory a column at a time, so that most lanes of a warp wait for
     one bank, once to write and once to read. Here the tile itself goes through shared memory, in an order without such
     waits; then each thread holds whole columns and adds up their halves. Narrow tiles have too few columns for that.
     """
-    if _width(tile.shape) < LEAST:
+    if tile.shape[1] < LEAST:
         total = tl.sum(tile, axis=0)
     else:
         columns = tl.trans(tile)

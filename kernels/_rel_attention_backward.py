@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from fastasr.kernels._activation import exp_nonpositive
-from fastasr.kernels._attention_tiles import delta_of_values, load_rows, load_tile, products, sums
+from fastasr.kernels._attention_tiles import delta_of_values, load_rows, load_rows_from, products, sums
 from fastasr.kernels._recordings import blocks_of, rows_of
 from fastasr.kernels._rel_attention_scores import (
     LOG2_E,
@@ -47,7 +47,7 @@ def _row_block(X, first, stride, keep, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
     """Returns rows of X from ``first`` on if they fit a block of channels; else zeros that nothing reads."""
     rows = tl.zeros([BLOCK, COLUMNS], X.dtype.element_ty)
     if WIDTH <= COLUMNS:
-        rows = load_tile(X, first, stride, tl.arange(0, COLUMNS), keep, WIDTH)
+        rows = load_rows_from(X, first, stride, tl.arange(0, COLUMNS), keep, WIDTH)
     return rows
 
 
@@ -142,7 +142,9 @@ def statistics_kernel(
     along = tl.zeros([BLOCK], tl.float64)
     for start in range(begin, end, BLOCK):
         j = start + lanes
-        key = load_tile(tensors[1], start, q_time, tl.arange(0, BLOCK_D), j < keys, DIM)  # [BLOCK, BLOCK_D]
+        key = load_rows_from(
+            tensors[1], start, q_time, tl.arange(0, BLOCK_D), j < keys, DIM
+        )  # [BLOCK, BLOCK_D]
         value = _row_block(tensors[2], start, v_time, j < keys, VALUE_DIM, BLOCK, BLOCK_V)
         partial = (start < seen_from) | (start + BLOCK > seen_to)
         scores, slope, lower, _ = _tile(
@@ -223,7 +225,7 @@ def queries_kernel(
         lower = ready(lower, last, BLOCK_M, BLOCK)
     for start in range(0, end - begin, BLOCK):
         j = begin + start + lanes
-        key = load_tile(tensors[1], begin + start, q_time, d, j < keys, DIM)  # [BLOCK, BLOCK_D]
+        key = load_rows_from(tensors[1], begin + start, q_time, d, j < keys, DIM)  # [BLOCK, BLOCK_D]
         value = _row_block(tensors[2], begin + start, v_time, j < keys, VALUE_DIM, BLOCK, BLOCK_V)
         partial = (begin + start < seen_from) | (begin + start + BLOCK > seen_to)
         scores, slope, lower, last = _tile(
@@ -317,7 +319,7 @@ def offsets_kernel(
             if BOUNDS is not None:
                 r -= keys - 1 - before
                 rows = before + behind + 1
-            pos = load_tile(
+            pos = load_rows_from(
                 POS, r, r_time, d, (r + lanes).to(tl.uint32) < rows.to(tl.uint32), DIM
             )  # [BLOCK, BLOCK_D]
             dq = tl.dot(ds, pos, dq)
@@ -328,7 +330,7 @@ def offsets_kernel(
             first_sum += sums(tl.where(at_first[None, :], wide, 0.0), 1, PRECISE)
             last_sum += sums(tl.where((at_first | inside)[None, :], 0.0, wide), 1, PRECISE)
             if is_spanned(base + start, keys, span, BLOCK):
-                pos = load_tile(POS, r - (keys - 1) + before, r_time, d, inside, DIM)  # [BLOCK, BLOCK_D]
+                pos = load_rows_from(POS, r - (keys - 1) + before, r_time, d, inside, DIM)  # [BLOCK, BLOCK_D]
                 dq = tl.dot(ds, pos, dq)
     part = (sequence * all_blocks + first_block + block) * heads + head
     if EDGES is not None:
@@ -377,7 +379,7 @@ def keys_kernel(
     row = (sequence * heads + head) * frames
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     c = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-    key = load_tile(tensors[1], block * BLOCK, q_time, tl.arange(0, BLOCK_D), keep_j, DIM)
+    key = load_rows_from(tensors[1], block * BLOCK, q_time, tl.arange(0, BLOCK_D), keep_j, DIM)
     value = _row_block(tensors[2], block * BLOCK, v_time, keep_j, VALUE_DIM, BLOCK, BLOCK_V)
     dk = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK, BLOCK_V], tl.float32)
@@ -418,9 +420,9 @@ def keys_kernel(
             bias = U
             if U is not None:
                 bias = U + head * DIM
-            content = load_tile(Q, start, q_time, d, keep_i, DIM, bias)
+            content = load_rows_from(Q, start, q_time, d, keep_i, DIM, bias)
         if VALUE_DIM > BLOCK_V:
-            g = load_tile(G, start, v_time, c, keep_i, VALUE_DIM)
+            g = load_rows_from(G, start, v_time, c, keep_i, VALUE_DIM)
         dk = tl.dot(tl.trans(ds.to(content.dtype)), content, dk)
         dv = tl.dot(tl.trans(w.to(g.dtype)), g, dv)
     out = DK + sequence * k_batch + head * DIM + j.to(tl.int64)[:, None] * q_time + d[None, :]
@@ -495,7 +497,7 @@ def positions_kernel(
         inside = (column >= first) & (column < behind)
         ds = tl.load(DS + rows[:, None] + (column - first)[None, :], mask=inside[None, :], other=0.0)
         if PARTS is not None:
-            p = load_tile(
+            p = load_rows_from(
                 Q + sequence * q_batch, block * BLOCK, q_time, d, i < frames, DIM, W
             )  # [BLOCK, BLOCK_D]
             dr = tl.dot(tl.trans(ds), p, dr)

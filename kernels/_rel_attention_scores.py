@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from fastasr.kernels._activation import TANH, activate_with_slope
-from fastasr.kernels._attention_tiles import NONE, load_tile, products
+from fastasr.kernels._attention_tiles import NONE, load_rows_from, products
 from fastasr.kernels._rel_position_tiles import query_key
 from fastasr.kernels._relative_shift import by_key
 
@@ -164,7 +164,7 @@ def _biased(
     if BIAS is not None:
         BIAS += head * DIM
     if DIM <= BLOCK_D:
-        rows = load_tile(Q, first, q_time, tl.arange(0, BLOCK_D), keep, DIM, BIAS)
+        rows = load_rows_from(Q, first, q_time, tl.arange(0, BLOCK_D), keep, DIM, BIAS)
     return rows
 
 
@@ -211,7 +211,7 @@ def band(
             keep_r = (start + lanes).to(tl.uint32) < rows_of_r.to(tl.uint32)  # not below 0 either
             if DIM <= BLOCK_D:
                 # [BLOCK_N, BLOCK_D]
-                piece = load_tile(POS, start, r_time, tl.arange(0, BLOCK_D), keep_r, DIM)
+                piece = load_rows_from(POS, start, r_time, tl.arange(0, BLOCK_D), keep_r, DIM)
                 scores = tl.dot(rows, tl.trans(piece), scores)
             else:
                 scores = products(

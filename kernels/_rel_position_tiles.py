@@ -18,6 +18,7 @@ from fastasr._tables import table
 from fastasr.kernels._attention_tiles import NONE, load_rows, products
 from fastasr.kernels._launch import next_power_of_2
 from fastasr.kernels._recordings import ORDER, bounds
+from fastasr.kernels._special import INTERPRETED
 
 MASKED = tl.constexpr(-1000.0)
 ALONE = tl.constexpr(-896.0)  # above it, masked keys weigh exactly 0
@@ -121,18 +122,15 @@ def settled(maximum, total, masks):
 
 
 @triton.jit
-def masked(values, fill, PADDING, MASK, i, j, frames, keys, first, end, WINDOW: tl.constexpr):
-    """Returns the scores with ``fill`` where masks hide key j from query i; one of i, j is a row, the
-    other a column.
-    """
+def _filled(values, fill, i, j, masks, frames, keys, WINDOW: tl.constexpr):
+    """Returns values of queries i and keys j, ``fill`` outside of chunk windows and where MASK hides the key."""
+    _padding, MASK, _bounds, _low, _high, first, end = masks
     if WINDOW:
-        values = tl.where((j >= first) & (j < end), values, fill)
+        values = tl.where((j[None, :] >= first[:, None]) & (j[None, :] < end[:, None]), values, fill)
     if MASK is not None:
-        inside = (i < frames) & (j < keys)
-        hidden = tl.load(MASK + i.to(tl.int64) * keys + j, mask=inside, other=0)
+        inside = (i < frames)[:, None] & (j < keys)[None, :]
+        hidden = tl.load(MASK + (i.to(tl.int64) * keys)[:, None] + j[None, :], mask=inside, other=0)
         values = tl.where(hidden != 0, fill, values)
-    if PADDING is not None:
-        values = tl.where(tl.load(PADDING + j, mask=j < keys, other=0) != 0, fill, values)
     return values
 
 
@@ -153,11 +151,9 @@ def _hidden(PADDING, start, keys, BLOCK_N: tl.constexpr):
 @triton.jit
 def masked_slopes(ds, i, start, masks, frames, keys, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
     """Returns the gradients of the scores of queries i and BLOCK_N keys from ``start`` on, 0 where masks hide them."""
-    PADDING, MASK, BOUNDS, _low, _high, first, end = masks
+    PADDING, _mask, BOUNDS, _low, _high, _first, _end = masks
     j = start + tl.arange(0, BLOCK_N)
-    ds = masked(
-        ds, 0.0, None, MASK, i[:, None], j[None, :], frames, keys, first[:, None], end[:, None], WINDOW
-    )  # fmt: skip
+    ds = _filled(ds, 0.0, i, j, masks, frames, keys, WINDOW)
     if PADDING is not None:
         ds = tl.where(_hidden(PADDING, start, keys, BLOCK_N), 0.0, ds)
     if BOUNDS is not None:
@@ -204,9 +200,20 @@ def _half(bits, ELEMENT: tl.constexpr, HIGH: tl.constexpr):
 
 
 @triton.jit
-def unpacked(rows, ELEMENT: tl.constexpr):
-    """Returns the four 16-bit numbers of 64-bit integers."""
-    low, high = rows.to(tl.int32), (rows >> 32).to(tl.int32)
+def load_packed(rows, ELEMENT: tl.constexpr):
+    """Returns the four 16-bit numbers at pointers to rows of R, as float32.
+
+    The compiler shares out a load among threads in the order of memory, and moves the tile to the threads that need it.
+    Assembly loads in these; there a thread meets the same row of R several times, and loads it once.
+    """
+    if INTERPRETED:
+        packed = tl.load(rows)
+        low, high = packed.to(tl.int32), (packed >> 32).to(tl.int32)
+    else:
+        low, high = tl.inline_asm_elementwise(
+            "ld.global.nc.v2.b32 {$0, $1}, [$2];", "=r,=r,l", [rows.to(tl.int64)], dtype=(tl.int32, tl.int32),
+            is_pure=True, pack=1,
+        )  # fmt: skip
     return (
         _half(low, ELEMENT, False),
         _half(low, ELEMENT, True),
@@ -239,7 +246,7 @@ def position_scores(
     """Returns scores + p . R of the pointers ``rows``. p0 to p3, P and keep have the shape of queries, a row or a
     column."""
     if PACKED:
-        r0, r1, r2, r3 = unpacked(tl.load(rows), ELEMENT)
+        r0, r1, r2, r3 = load_packed(rows, ELEMENT)
         scores += tl.fma(p3, r3, tl.fma(p2, r2, tl.fma(p1, r1, p0 * r0)))
     elif POS_DIM > 0:  # a separate sum: one chain with the products would have an error 10 % above eager's
         total = tl.zeros(scores.shape, tl.float32)
@@ -292,11 +299,9 @@ def raw_scores(
 def masked_scores(scores, i, start, masks, frames, keys, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
     """Returns the scores of queries i and BLOCK_N keys from ``start`` on as masks leave them, -inf behind the last key
     and in other recordings."""
-    PADDING, MASK, BOUNDS, _low, _high, first, end = masks
+    PADDING, _mask, BOUNDS, _low, _high, _first, _end = masks
     j, there = start + tl.arange(0, BLOCK_N), (tl.arange(0, BLOCK_N) < keys - start)[None, :]
-    scores = masked(
-        scores, MASKED, None, MASK, i[:, None], j[None, :], frames, keys, first[:, None], end[:, None], WINDOW
-    )  # fmt: skip
+    scores = _filled(scores, MASKED, i, j, masks, frames, keys, WINDOW)
     if PADDING is not None:
         scores = tl.where(_hidden(PADDING, start, keys, BLOCK_N), tl.where(there, MASKED, NONE), scores)
     elif BOUNDS is None:

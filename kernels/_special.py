@@ -24,14 +24,16 @@ def exp2(x):
 
 
 @triton.jit
-def reciprocal(x):
-    """Returns 1 / x within 1 ulp, for |x| in [2^-126, 2^126]."""
+def reciprocal(x, PRECISE: tl.constexpr = False):
+    """Returns 1 / x within 1 ulp, for |x| in [2^-126, 2^126]. PRECISE: a Newton step takes it below that."""
     if INTERPRETED:
         y = 1.0 / x
     else:
         y = tl.inline_asm_elementwise(
             "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )
+    if PRECISE:
+        y = tl.fma(y, tl.fma(-x, y, 1.0), y)
     return y
 
 

@@ -49,9 +49,5 @@ def swoosh(x, z, u, RIGHT: tl.constexpr, SHORT: tl.constexpr):
 
 @triton.jit
 def swoosh_slope(z, u, SHORT: tl.constexpr):
-    """Returns swoosh'(x). Unless SHORT, a Newton step takes the hardware's reciprocal to under 1 ulp."""
-    d = 1.0 + u
-    r = reciprocal(d)
-    if not SHORT:
-        r = tl.fma(r, tl.fma(-d, r, 1.0), r)
-    return tl.fma(tl.where(z > 0.0, 1.0, u), r, -0.08)
+    """Returns swoosh'(x)."""
+    return tl.fma(tl.where(z > 0.0, 1.0, u), reciprocal(1.0 + u, not SHORT), -0.08)

@@ -7,9 +7,11 @@ as many. With as many neighbours as 16 bytes hold of the widest, every instructi
 have one layout.
 """
 
+import torch
 import triton
 import triton.language as tl
 
+from fastasr.kernels._launch import cdiv
 from fastasr.kernels._special import INTERPRETED
 
 # Both numbers of a register in float32: bfloat16 is the upper half of it.
@@ -39,3 +41,22 @@ def load(at, keep, PAIRS: tl.constexpr = True):
         halves: tl.constexpr = OF_BFLOAT16 if x.dtype == tl.bfloat16 else OF_FLOAT16
         return tl.inline_asm_elementwise(halves, "=r,=r,r", [x], dtype=tl.float32, is_pure=True, pack=2)
     return x.to(tl.float32)
+
+
+@triton.jit
+def begun(columns, end, VECTOR: tl.constexpr):
+    """Returns which columns are in vectors that begin before a row's end. What one reads behind it, nothing may use."""
+    return columns // VECTOR * VECTOR < end
+
+
+def vector(*tensors: torch.Tensor) -> int:
+    """Returns how many numbers kernels may read at once where the last ones follow a row: 16 bytes, if these are
+    aligned in all rows and the tensors' memory holds them."""
+    for t in tensors:
+        steps, size = t.stride()[:-1], t.element_size()
+        count = 16 // size
+        last = t.storage_offset() + sum((n - 1) * step for n, step in zip(t.shape, steps, strict=False))
+        end = (last + cdiv(t.shape[-1], count) * count) * size
+        if t.data_ptr() % 16 or any(step * size % 16 for step in steps) or end > t.untyped_storage().nbytes():
+            return 1
+    return count

@@ -17,6 +17,7 @@ import triton.language as tl
 
 from fastasr.kernels._attention_tiles import load_rows
 from fastasr.kernels._launch import cdiv, dot_options, generation, launch, next_power_of_2, rounded
+from fastasr.kernels._vectors import begun, vector
 
 SIZES = ["targets", "sources", "batch", "blocks"]
 
@@ -37,12 +38,6 @@ def _plus(a, b, total, PRECISE: tl.constexpr):
 
 
 @triton.jit
-def _begun(columns, sources, VECTOR: tl.constexpr):
-    """Returns which columns are in vectors that begin in a row. What a vector reads behind the row, nothing may use."""
-    return columns // VECTOR * VECTOR < sources
-
-
-@triton.jit
 def _add_sources(
     y, W, V, j, c, rows, left, w_at, v_at,
     WHOLE: tl.constexpr, DIM: tl.constexpr, VECTOR: tl.constexpr, PRECISE: tl.constexpr,
@@ -50,7 +45,7 @@ def _add_sources(
     """Returns y + the sum over the next sources, of which ``left`` are left: all of the tile where WHOLE."""
     keep_w, keep_v = rows[:, None], (c < DIM)[None, :]
     if not WHOLE:
-        keep_w, keep_v = keep_w & _begun(j, left, VECTOR)[None, :], keep_v & (j < left)[:, None]
+        keep_w, keep_v = keep_w & begun(j, left, VECTOR)[None, :], keep_v & (j < left)[:, None]
     w = tl.load(W + w_at, mask=keep_w, other=0.0)  # [BLOCK_M, BLOCK_N]
     if not WHOLE:
         w = tl.where((j < left)[None, :], w, 0.0)
@@ -123,7 +118,7 @@ def backward_kernel(
             keep = rows & (rest < sources)[None, :]
             _write_slopes(DW + start * dw_row + (dw_at + rest[None, :]), g, v, keep, ADD)
     dw_at += j[None, :]
-    read, write = _begun(j, sources, VECTOR)[None, :], (j < whole)[None, :]
+    read, write = begun(j, sources, VECTOR)[None, :], (j < whole)[None, :]
     values = load_rows(V, j, step, c, j < sources, DIM)  # [BLOCK_N, BLOCK_V]
     dv = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
     for start in range(0, targets, BLOCK_M):
@@ -154,15 +149,6 @@ def tiles(dim: int, dtype: torch.dtype, generation: int) -> dict[str, dict]:
         if columns == 16 and generation != 90:
             back |= {"BLOCK_N": 32, "num_warps": 2}
     return {"forward": common, "backward": common | back}
-
-
-def vector(*tensors: torch.Tensor) -> int:
-    """Returns how many numbers kernels may read at once where the last ones follow a row: 16 bytes if these are aligned
-    in all rows, which then are in one piece of memory with the row's last number."""
-    for t in tensors:
-        if t.data_ptr() % 16 or any(step * t.element_size() % 16 for step in t.stride()[:3]):
-            return 1
-    return 16 // tensors[0].element_size()
 
 
 def forward(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention with Zipformer's relative positions: the gradients of positions, and how rows of W and dS lie in memory."""
 
+import torch
 import triton
 import triton.language as tl
 
-from fastasr.kernels._attention_tiles import load_rows
-from fastasr.kernels._launch import cdiv
+from fastasr.kernels._launch import cdiv, next_power_of_2
 from fastasr.kernels._recordings import blocks_of, rows_of
-from fastasr.kernels._rel_position_tiles import MARGIN, place, unpacked
+from fastasr.kernels._rel_position_tiles import MARGIN, load_packed, place
 
 ROW = 16  # rows of W and dS are padded to this many elements
 SIZES = ["frames", "keys", "left", "batch", "blocks", "heads", "offsets", "chunk", "left_chunks"]
@@ -30,7 +30,7 @@ def add_positions(
     up of them: ``parts``, four of [BLOCK_M, eighths]."""
     if PACKED:
         d0, d1, d2, d3 = parts
-        r0, r1, r2, r3 = unpacked(tl.load(rows), ELEMENT)
+        r0, r1, r2, r3 = load_packed(rows, ELEMENT)
         d0, d1 = d0 + _partial(ds * r0, AXIS), d1 + _partial(ds * r1, AXIS)
         d2, d3 = d2 + _partial(ds * r2, AXIS), d3 + _partial(ds * r3, AXIS)
         parts = d0, d1, d2, d3
@@ -54,40 +54,35 @@ def whole_positions(dp, parts, BLOCK_P: tl.constexpr, PACKED: tl.constexpr):
     return dp
 
 
-@triton.jit
-def _diagonals(dr, at, inside, DS, i, ds_row, X, x_time, c, keep_i, POS_DIM: tl.constexpr):
-    """Adds the products of dS, read at columns ``at``, and p of rows i."""
-    ds = tl.load(DS + i.to(tl.int64)[None, :] * ds_row + at, mask=inside, other=0.0)  # [BLOCK_O, BLOCK_M]
-    p = load_rows(X, i, x_time, c, keep_i, POS_DIM)  # [BLOCK_M, BLOCK_P]
-    return tl.dot(ds, p, dr)
-
-
 @triton.jit(do_not_specialize=[*SIZES, "center", "first", "rows", "base", "piece", "held", "shares"])
 def positions_kernel(
-    DS, X, BOUNDS, PIECES, PARTS,
-    center, frames, keys, first, rows, base, piece, held, shares, batch, blocks, heads, offsets, ds_row,
+    DS, X, PIECES, PARTS, center, keys, first, rows, base, piece, held, shares, batch, blocks, heads, offsets, ds_row,
     x_time, x_batch,
-    DIM: tl.constexpr, POS_DIM: tl.constexpr, ADD: tl.constexpr, COLUMNS: tl.constexpr,
+    DIM: tl.constexpr, POS_DIM: tl.constexpr, ADD: tl.constexpr, COLUMNS: tl.constexpr, APART: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Writes sum_i dS[i, i - center + r] p[i] of a block of offsets r from ``base`` on, over the rows [first, first +
-    rows), which DS holds. PARTS is (batch, offsets, heads POS_DIM). With ADD the sum is added to PARTS. With PIECES of
-    _recordings.py, for ``held`` blocks of BLOCK_M rows, DS holds one of these, and a program adds up one of ``shares``
-    of its blocks: PARTS is then (shares, batch, offsets, heads POS_DIM).
+    """Writes sum_i dS[i, i - center + r] p[i] of ``offsets_of`` a tile of offsets r from ``base`` on, over the rows
+    [first, first + rows), which DS holds. PARTS is (batch, offsets, heads POS_DIM). With ADD the sum is added to PARTS.
+    With PIECES of _recordings.py, for ``held`` blocks of BLOCK_M rows, DS holds one of these, and a program adds up one
+    of ``shares`` of its blocks: PARTS is then (shares, batch, offsets, heads POS_DIM).
+
+    The key of the first offset moves by one from row to row, but a row is read in vectors, from the last multiple of
+    APART keys before that. Rows that begin equally far from one are added up apart, each in BLOCK_P columns of one
+    product; in the end these sums are moved as far, and added.
     """
     head, group, block = place(tl.program_id(0), blocks, batch if PIECES is None else batch * shares)
     sequence = group if PIECES is None else group % batch
-    r = base + block * BLOCK_O + tl.arange(0, BLOCK_O)
-    c = tl.arange(0, BLOCK_P)
+    n, lanes, q = tl.arange(0, BLOCK_O), tl.arange(0, BLOCK_M), tl.arange(0, APART * BLOCK_P)
     X += sequence * x_batch + first.to(tl.int64) * x_time + 2 * heads * DIM + head * POS_DIM
+    X += (lanes * x_time)[:, None] + (q % BLOCK_P)[None, :]
     if PIECES is None:
         DS += (head * batch + sequence) * rows * ds_row
     else:
         DS += (head * batch + sequence) * ds_row
-    shift = center - first  # row i and offset r are key r - shift + i
-    low = shift - base - block * BLOCK_O  # the row whose key 0 the first offset is
-    begin = tl.maximum(low - (BLOCK_O - 1), 0)
-    end = tl.minimum(low + keys, rows)
+    r = base + block * (BLOCK_O - APART + 1)
+    own = r - (center - first)  # the key of the first offset in row 0
+    begin = tl.maximum(1 - BLOCK_O - own, 0) // APART * APART
+    end = tl.minimum(keys - own, rows)
     first_block = 0
     if PIECES is not None:
         first_block, end_block = blocks_of(PIECES, piece, held)
@@ -98,31 +93,50 @@ def positions_kernel(
                 return
         begin = tl.maximum(begin // BLOCK_M, share) * BLOCK_M
         end = tl.minimum(end, tl.minimum(share + each, end_block) * BLOCK_M)
-    dr = tl.zeros([BLOCK_O, BLOCK_P], tl.float32)
+    far = (own & (APART - 1)) + lanes
+    own = tl.multiple_of(own - (own & (APART - 1)), APART)
+    vectors = far // APART * APART  # where the rows' vectors begin
+    met = ((far - vectors)[:, None] == (q // BLOCK_P)[None, :]) & (q % BLOCK_P < POS_DIM)[None, :]
+    dr = tl.zeros([BLOCK_O, APART * BLOCK_P], tl.float32)
     for start in range(begin, end, BLOCK_M):
-        i = start + tl.arange(0, BLOCK_M)
-        keep_i = i < rows
-        j = (r - shift)[:, None] + i[None, :]  # [BLOCK_O, BLOCK_M]
-        if PIECES is None:
-            inside = (j.to(tl.uint32) < keys.to(tl.uint32)) & keep_i[None, :]  # none below 0
-            dr = _diagonals(dr, j, inside, DS, i, ds_row, X, x_time, c, keep_i, POS_DIM)
-        else:
-            begun = tl.load(BOUNDS + i, mask=keep_i, other=0)
-            ended = tl.load(BOUNDS + frames + i, mask=keep_i, other=0)
-            own = i + (base + block * BLOCK_O - shift)  # the key of the first of these offsets
-            met = tl.maximum(own, begun) < tl.minimum(own + BLOCK_O, ended)
-            if tl.max(met.to(tl.int32)) > 0:
-                inside = (j >= begun[None, :]) & (j < ended[None, :]) & (r < offsets)[:, None]
-                key, size, before = rows_of(PIECES, start // BLOCK_M, first_block, held, COLUMNS)
-                at = before - key - size.to(tl.int64) * start + j
-                dr = _diagonals(dr, at, inside, DS, i, size, X, x_time, c, keep_i, POS_DIM)
-    out = PARTS + group * offsets * heads * POS_DIM + r.to(tl.int64)[:, None] * (heads * POS_DIM)
+        key, size, at = 0, ds_row, tl.cast(start, tl.int64) * ds_row
+        if PIECES is not None:
+            key, size, at = rows_of(PIECES, start // BLOCK_M, first_block, held, COLUMNS)
+        key = own + start - key
+        if (PIECES is None) or ((key < size) & (key + BLOCK_M + BLOCK_O > 0)):
+            keep = start + lanes < rows
+            vector = key + vectors[None, :] + (n // APART * APART)[:, None]
+            inside = (vector >= 0) & (vector < size) & keep[None, :]
+            ds = tl.load(
+                DS + (at + key) + ((lanes * size + vectors)[None, :] + n[:, None]), mask=inside, other=0.0
+            )
+            p = tl.load(X + tl.cast(start, tl.int64) * x_time, mask=met & keep[:, None], other=0.0)
+            dr = tl.dot(ds, p, dr)  # [BLOCK_O, APART BLOCK_P]
+    if APART > 1:
+        dr = tl.gather(dr, tl.minimum(n[:, None] + (q // BLOCK_P)[None, :], BLOCK_O - 1), axis=0)
+        dr = tl.sum(tl.reshape(dr, [BLOCK_O, APART, BLOCK_P]), axis=1)
+    c = tl.arange(0, BLOCK_P)
+    out = PARTS + group * offsets * heads * POS_DIM + (r + n).to(tl.int64)[:, None] * (heads * POS_DIM)
     out += head * POS_DIM + c[None, :]
-    whole = (r < offsets)[:, None] & (c < POS_DIM)[None, :]
+    whole = ((n <= BLOCK_O - APART) & (r + n < offsets))[:, None] & (c < POS_DIM)[None, :]
     dr = dr.to(PARTS.dtype.element_ty)
     if ADD:
         dr += tl.load(out, mask=whole, other=0.0)
     tl.store(out, dr, mask=whole)
+
+
+def position_tile(pos_dim: int, dtype: torch.dtype, rows: int) -> dict[str, int]:
+    """Returns the tile of ``positions_kernel`` of ``rows`` rows, for ``pos_dim`` channels."""
+    columns = next_power_of_2(max(2, pos_dim))  # as many sums as threads
+    apart = max(1, min(16 // dtype.itemsize, 32 // columns))  # 16 bytes, unless many channels take registers
+    offsets = 128 if dtype.itemsize == 2 and columns <= 32 else 64
+    sizes = {"BLOCK_O": offsets, "BLOCK_M": rows, "BLOCK_P": columns, "APART": apart}
+    return sizes | {"num_warps": 4, "num_stages": 3}
+
+
+def offsets_of(tile: dict[str, int]) -> int:
+    """Returns how many offsets a program of ``positions_kernel`` writes."""
+    return tile["BLOCK_O"] - tile["APART"] + 1
 
 
 def row_size(keys: int) -> int:

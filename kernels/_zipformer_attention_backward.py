@@ -264,7 +264,7 @@ def keys_kernel(
         maximum = tl.load(MAXIMUM + row + i, mask=keep_i, other=float("inf"))  # W is 0 behind the last query
         masks = (PADDING, MASK, BOUNDS)
         masks += window(i, frames, left, keys, offsets, chunk, left_chunks, BOUNDS, WINDOW)
-        needed = start >= 0
+        needed = True  # without a branch, the next tile's rows come while this one is computed
         if WINDOW:  # rows that see nothing above -896 give masked keys weight
             first, last = keys_seen(masks, keys, 1, WINDOW)
             inside = (first < (block + 1) * BLOCK_N) & (last > block * BLOCK_N)

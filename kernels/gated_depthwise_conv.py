@@ -52,11 +52,7 @@ def _logistic(x, SHORT: tl.constexpr):
     if not SHORT:
         r = tl.fma(e, -0.6931471805599453, x)
         u = tl.where(u > 1e-20, tl.fma(u, tl.where(x > 0.0, -r, r), u), u)  # r is nan for infinite x
-    d = 1.0 + u
-    r = reciprocal(d)
-    if not SHORT:
-        r = tl.fma(r, tl.fma(-d, r, 1.0), r)
-    return tl.where(x > 0.0, 1.0, u) * r
+    return tl.where(x > 0.0, 1.0, u) * reciprocal(1.0 + u, not SHORT)
 
 
 @triton.jit(do_not_specialize=["frames", "batch", "past", "gate_programs"])

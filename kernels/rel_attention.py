@@ -43,7 +43,7 @@ import triton.language as tl
 from fastasr.kernels._attention_tiles import (
     NONE,
     PIECE_BYTES,
-    load_tile,
+    load_rows_from,
     mask_stride,
     running,
     running_in_bits,
@@ -139,7 +139,9 @@ def forward_kernel(
             position, tensors, i, q_time, keep_i, base + start + BLOCK_M, sizes, DIM, BLOCK_M, BLOCK_N, BLOCK_D
         )  # fmt: skip
         second = ready(last, piece, BLOCK_M, BLOCK_N)
-        key = load_tile(tensors[1], start, q_time, tl.arange(0, BLOCK_D), j < keys, DIM)  # [BLOCK_N, BLOCK_D]
+        key = load_rows_from(
+            tensors[1], start, q_time, tl.arange(0, BLOCK_D), j < keys, DIM
+        )  # [BLOCK_N, BLOCK_D]
         partial = (start < seen_from) | (start + BLOCK_N > seen_to)
         scores = scores_of(
             first, second, content, key, tensors, biases, masks, i, q_time, keep_i, start, partial, sizes,
@@ -152,7 +154,7 @@ def forward_kernel(
             maximum, shrunk, e = running_in_bits(maximum, scores, bits)
         total = total * shrunk + sums(e, 1, PRECISE)
         e = dropped(e, SEED, words, j, threshold, factor)
-        value = load_tile(tensors[2], start, v_time, c, j < keys, VALUE_DIM)  # [BLOCK_N, BLOCK_V]
+        value = load_rows_from(tensors[2], start, v_time, c, j < keys, VALUE_DIM)  # [BLOCK_N, BLOCK_V]
         y = tl.dot(e.to(value.dtype), value, y * shrunk[:, None])
     total = total.to(tl.float32)
     none = total == 0.0

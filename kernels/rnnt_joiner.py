@@ -37,7 +37,7 @@ import triton
 import triton.language as tl
 
 from fastasr.kernels._activation import TANH, activate_with_slope, exp_nonpositive, sigmoid_pair
-from fastasr.kernels._attention_tiles import NONE, products, sums
+from fastasr.kernels._attention_tiles import NONE, products, running, sums
 from fastasr.kernels._column_sums import column_sums
 from fastasr.kernels._launch import cdiv, dot_options, generation, launch, next_power_of_2, processors
 from fastasr.kernels._parts import add_parts, add_parts_at
@@ -94,16 +94,6 @@ def locate(local, STARTS, SYMBOLS, BOUNDARY, first, rows, frames, length, s_rang
         frame, batch, t, own % s_range, STARTS, SYMBOLS, BOUNDARY, length, outputs
     )
     return frame, context, inside & (local < rows - first), symbol
-
-
-@triton.jit
-def _running(maximum, logits, PRECISE: tl.constexpr):
-    """Returns what ``running`` of the attentions does. Here the sum's logarithm is a result, so the exponential of the
-    maximum is 1 exactly.
-    """
-    new = tl.maximum(maximum, tl.max(logits, axis=1))
-    shift = tl.where(new == NONE, 0.0, new)
-    return new, exp_nonpositive(maximum - shift, PRECISE), exp_nonpositive(logits - shift[:, None], PRECISE)
 
 
 @triton.jit
@@ -188,7 +178,7 @@ def scores_kernel(
             at_blank += tl.sum(tl.where((v == blank)[None, :], logits, 0.0), axis=1)
         if HAT:
             logits = tl.where((v != blank)[None, :], logits, NONE)
-        maximum, factor, e = _running(maximum, logits, PRECISE)
+        maximum, factor, e = running(maximum, logits, PRECISE, ONE=True)
         total = total * factor + sums(e, 1, PRECISE)
     count = rows - first
     at = PARTS + tl.program_id(1).to(tl.int64) * 4 * count + local

@@ -41,7 +41,7 @@ from fastasr.kernels._attention_tiles import (
     NONE,
     dropped,
     load_rows,
-    load_tile,
+    load_rows_from,
     products,
     running,
     span,
@@ -182,7 +182,7 @@ def forward_kernel(
         keep_j = j < n
         scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         if WIDTH == BLOCK_D:
-            key = load_tile(KEY, start, WIDTH, tl.arange(0, BLOCK_D), keep_j, WIDTH)  # [BLOCK_N, WIDTH]
+            key = load_rows_from(KEY, start, WIDTH, tl.arange(0, BLOCK_D), keep_j, WIDTH)  # [BLOCK_N, WIDTH]
             scores = tl.dot(query, tl.trans(key), scores)
         else:
             scores = products(scores, QUERY, i, WIDTH, keep_i, KEY, j, WIDTH, keep_j, WIDTH, BLOCK_D)
@@ -198,7 +198,7 @@ def forward_kernel(
             total = total * factor + sums(e, 1, PRECISE)
         e = dropped(e, DROPOUT, unit, i[:, None], j[None, :], n, size)
         if ROOM:
-            value = load_tile(VALUE, start, value_time, c, keep_j, V)  # [BLOCK_N, BLOCK_V]
+            value = load_rows_from(VALUE, start, value_time, c, keep_j, V)  # [BLOCK_N, BLOCK_V]
         else:
             value = load_rows(VALUE, j, value_time, c, keep_j, V)
         mixed = tl.dot(e.to(value.dtype), value, mixed * factor[:, None])

@@ -14,7 +14,7 @@ Per score, with d channels of q, P of p, V of v:
     forward     BLOCK_M queries x columns of v        2 (d + P + columns), a running maximum
     queries     BLOCK_M queries x channels of q       2 (d + P + V + channels + P); float32 2 (d + P + V) more
     keys        BLOCK_N keys x channels of k and v    2 (d + P + V + channels + columns)
-    positions   BLOCK_O offsets                       2 P; diagonals of a piece of dS read as columns
+    positions   a tile of offsets                     2 P; sums of the diagonals of a piece of dS
 
 The forward pass keeps the maximum and 1 / sum of each row, and 1 / n where W may be equal. In 16 bits it also keeps
 what rounding takes from y: delta is G . (y + this remainder), which costs no sweep over the keys. In float32 the
@@ -65,7 +65,14 @@ from fastasr.kernels._rel_position_tiles import (
     settled,
     window,
 )
-from fastasr.kernels._zipformer_attention import SIZES, UNALIGNED, positions_kernel, row_size
+from fastasr.kernels._zipformer_attention import (
+    SIZES,
+    UNALIGNED,
+    offsets_of,
+    position_tile,
+    positions_kernel,
+    row_size,
+)
 from fastasr.kernels._zipformer_attention_backward import has_weight, keys_kernel, queries_kernel
 
 
@@ -255,7 +262,7 @@ def tiles(
     elif not wide and generation == 100:  # its products do not repeat rows, and four warps spill
         queries["num_warps"] = 8
         keys |= {"BLOCK_N": 64, "num_warps": 8}
-    elif not wide and generation == 120:
+    elif not wide and generation in (80, 120):
         queries["BLOCK_V"] = min(32, columns)
     if not wide and generation == 80 and columns > 128:
         forward["BLOCK_N"] = 32
@@ -274,14 +281,9 @@ def tiles(
         "forward": forward,
         "queries": queries,
         "keys": keys,
-        "positions": dot_options(dtype) | {
-            "BLOCK_O": 64,
-            "BLOCK_M": queries["BLOCK_M"] if recordings else 32 if wide else 64,
-            "BLOCK_P": block_p,
-            "num_warps": 4,
-            "num_stages": 3,
-        },
-    }  # fmt: skip
+        "positions": dot_options(dtype)
+        | position_tile(pos_dim, dtype, queries["BLOCK_M"] if recordings else 32 if wide else 64),
+    }
 
 
 def number(t: torch.Tensor | None) -> torch.Tensor | None:
@@ -480,7 +482,7 @@ class _Diagonals:
                 starts, o.bounds, reach, reach, self.block, self.columns, 0, room
             )
             self.row, self.rows, self.turns = size, o.frames, [(piece, 0) for piece in range(count)]
-            programs = (pairs if sums is None else o.batch) * cdiv(o.offsets, self.tile["BLOCK_O"])
+            programs = (pairs if sums is None else o.batch) * cdiv(o.offsets, offsets_of(self.tile))
             self.shares = min(self.blocks, cdiv(PROGRAMS, programs))
             first = self.sums.parts is None
             self.several = count > 1 or pairs < o.pairs or not first  # else the shares write whole tables
@@ -496,10 +498,10 @@ class _Diagonals:
         base, end = 0, o.offsets
         if self.several:  # offsets that meet these rows
             base, end = max(0, o.center + 1 - first - rows), min(o.offsets, o.center - first + o.keys)
-        blocks = cdiv(end - base, self.tile["BLOCK_O"])
+        blocks = cdiv(end - base, offsets_of(self.tile))
         own = (None,) * 3 if piece is None else (piece, self.blocks, self.shares)
         launch(positions_kernel, (self.pairs * self.shares * blocks,),
-            self.ds, x, o.bounds, self.pieces, self.sums.parts, o.center, o.frames, o.keys, first, rows, base, *own,
+            self.ds, x, self.pieces, self.sums.parts, o.center, o.keys, first, rows, base, *own,
             o.batch, blocks, o.heads, o.offsets, self.row, x.stride(0), x.stride(1),
             DIM=o.dim, POS_DIM=o.pos_dim, ADD=self.several, COLUMNS=self.columns, **self.tile,
         )  # fmt: skip

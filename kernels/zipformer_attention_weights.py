@@ -9,9 +9,9 @@ Per score, of e bytes, for a head and sequence of T queries and S keys:
 
     kernel      program              reads, writes    does
     forward     BLOCK_M queries      -, e             scores twice (once where S <= WHOLE), softmax
-    queries     BLOCK_M queries      4 e, e           delta; dS, dq and dp (W and g again from the cache)
+    queries     BLOCK_M queries      4 e, e           delta; dS, dq and dp (some of W and g again from the cache)
     keys        BLOCK_N keys         e, -             dk
-    positions   BLOCK_O offsets      e, -             dR of one head and sequence: diagonals of dS read as columns
+    positions   a tile of offsets    e, -             dR of one head and sequence, the sums of diagonals of dS
     add_parts   1024 numbers         -                dR over the sequences, where they share R
 
 delta is divided by sum_j W, which rounding moves from 1: rows of dS then add up to zero as nearly as float32 allows,
@@ -48,11 +48,13 @@ from fastasr.kernels._rel_position_tiles import (
     window,
 )
 from fastasr.kernels._special import reciprocal
-from fastasr.kernels._vectors import load
+from fastasr.kernels._vectors import begun, load, vector
 from fastasr.kernels._zipformer_attention import (
     SIZES,
     UNALIGNED,
     add_positions,
+    offsets_of,
+    position_tile,
     positions_kernel,
     row_size,
     whole_positions,
@@ -171,7 +173,7 @@ def queries_kernel(
     g_head, g_batch, g_row, w_head, w_batch, w_row, x_time, x_batch, k_time, k_batch, r_batch, mask_batch, ds_row,
     penalty, limit,
     DIM: tl.constexpr, POS_DIM: tl.constexpr, PACKED: tl.constexpr, WINDOW: tl.constexpr, PENALTY: tl.constexpr,
-    WIDE_POS: tl.constexpr,
+    WIDE_POS: tl.constexpr, VECTOR: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Writes dq of a block of queries and of channels; programs of the first block of channels also store dS and dp,
@@ -216,16 +218,17 @@ def queries_kernel(
 
     weight = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     along = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(begin, whole, BLOCK_N):
-        j = start + tl.arange(0, BLOCK_N)[None, :]
-        w = load(W + j, rows)
-        weight += w
-        along = tl.fma(w, load(GRAD + j, rows), along)
     if whole < end:
         j = whole + tl.arange(0, BLOCK_N)[None, :]
         w = load(W + j, rows & (j < keys))
         weight += w
         along = tl.fma(w, load(GRAD + j, rows & (j < keys)), along)
+    # From the end on: the cache has more of what was read last, and the second reading begins with that.
+    for back in tl.range(BLOCK_N, whole - begin + BLOCK_N, BLOCK_N, loop_unroll_factor=2):
+        j = whole - back + tl.arange(0, BLOCK_N)[None, :]
+        w = load(W + j, rows)
+        weight += w
+        along = tl.fma(w, load(GRAD + j, rows), along)
     total = sums(weight, 1, PRECISE)
     delta = (sums(along, 1, PRECISE) / tl.where(total == 0.0, 1.0, total)).to(tl.float32)
 
@@ -241,13 +244,12 @@ def queries_kernel(
     for start in range(begin, end, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
         keep_j = j < keys
-        if start < whole:
-            w, g = load(W + j[None, :], rows), load(GRAD + j[None, :], rows)
-        else:
-            keep = rows & keep_j[None, :]
-            w, g = load(W + j[None, :], keep), load(GRAD + j[None, :], keep)
+        keep = rows & begun(j, keys, VECTOR)[None, :]
+        w, g = load(W + j[None, :], keep), load(GRAD + j[None, :], keep)
         ds = w * (g - delta[:, None])
         ds = masked_slopes(ds, i, start, masks, frames, keys, WINDOW, BLOCK_N)
+        if PADDING is None and BOUNDS is None:  # their masks hide what is behind the last key
+            ds = tl.where(keep_j[None, :], ds, 0.0)
         at = rows_of_positions(R, top, start, frames, offsets, BOUNDS, BLOCK_M, BLOCK_N)
         if PENALTY:
             s = query_key(query, Q, i, x_time, keep_i, K, j, k_time, keep_j, DIM, BLOCK_D, BLOCK_M, BLOCK_N)
@@ -289,7 +291,10 @@ def keys_kernel(
     DIM: tl.constexpr, WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Writes dS^T q of a block of keys and of channels. WINDOW: dS is 0 outside it, unless ACT is not."""
-    head, sequence, block = dealt(tl.program_id(0), blocks, batch, BOUNDS, frames, BLOCK_N)
+    program = tl.program_id(0)
+    if BOUNDS is None:  # the cache has more of what the last programs of ``queries`` wrote
+        program = tl.num_programs(0) - 1 - program
+    head, sequence, block = dealt(program, blocks, batch, BOUNDS, frames, BLOCK_N)
     j = block * BLOCK_N + tl.arange(0, BLOCK_N)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     X += sequence * x_batch + head * DIM
@@ -348,15 +353,19 @@ def tiles(
     if keys <= (64 if wide else 512):
         block_n = max(64, next_power_of_2(keys))
         forward = {"BLOCK_M": 16, "BLOCK_N": block_n, "num_warps": 4 if block_n <= 256 else 8, "WHOLE": True}
-    queries = {"BLOCK_M": rows, "BLOCK_N": 64, "num_warps": 4 if rounded(dtype) else 8}
+    queries = {
+        "BLOCK_M": 16 if wide else 32,
+        "BLOCK_N": 64,
+        "num_warps": 8 if wide and not rounded(dtype) else 4,
+    }
     if penalty and not wide:  # eight warps would compute a product of 64 x 32 twice, but on capability 10.0
-        queries |= {"BLOCK_N": 32, "num_warps": 8 if generation == 100 else 4}
+        queries |= {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8 if generation == 100 else 4}
     inner = {"BLOCK_M": 32 if wide else 64, "num_warps": 4, "num_stages": 3}
     shapes = {
         "forward": forward | {"BLOCK_D": block_d, "num_stages": 2},
         "queries": queries | {"BLOCK_D": block_d, "BLOCK_P": block_p, "num_stages": 2},
         "keys": inner | {"BLOCK_N": 64, "BLOCK_D": block_d},
-        "positions": inner | {"BLOCK_O": 64, "BLOCK_P": block_p},
+        "positions": position_tile(pos_dim, dtype, 32 if wide else 64),
     }
     return {name: shape | dot_options(dtype) for name, shape in shapes.items()}
 
@@ -441,7 +450,7 @@ def zipformer_attention_weights_backward(
             *grad.stride()[:3], *weights.stride()[:3],
             x.stride(0), x.stride(1), o.key.stride(0), o.key.stride(1), o.r_batch, mask_stride(attn_mask), row,
             float(penalty), float(limit),
-            **o.constants, PENALTY=penalised, WIDE_POS=own_pos, **tile,
+            **o.constants, PENALTY=penalised, WIDE_POS=own_pos, VECTOR=vector(grad, weights), **tile,
         )  # fmt: skip
 
     tile = shapes["keys"]
@@ -472,9 +481,9 @@ def position_gradients(
     shared = sequences < o.batch
     parts_dtype = x.dtype if not shared else torch.float64 if x.dtype == torch.float32 else torch.float32
     parts = torch.empty(o.batch, o.offsets, o.heads * o.pos_dim, dtype=parts_dtype, device=x.device)
-    blocks = cdiv(o.offsets, tile["BLOCK_O"])
+    blocks = cdiv(o.offsets, offsets_of(tile))
     launch(positions_kernel, (o.pairs * blocks,),
-        ds, x, None, None, parts, o.center, o.frames, o.keys, 0, o.frames, 0, None, None, None, o.batch, blocks,
+        ds, x, None, parts, o.center, o.keys, 0, o.frames, 0, None, None, None, o.batch, blocks,
         o.heads, o.offsets, row, x.stride(0), x.stride(1), DIM=o.dim, POS_DIM=o.pos_dim, ADD=False, COLUMNS=1, **tile,
     )  # fmt: skip
     if not shared:

@@ -29,11 +29,17 @@ RESULTS = ROOT / "benchmarks" / "results" / "test_matrix.json"
 OLDEST = 11
 PYTHONS = tuple(f"python3.{minor}" for minor in range(11, 15))
 TOOLS = ("numpy", "pytest", "pytest-xdist", "hypothesis")
-# These tests check values and gradients of every op in float32, its registration, torch.compile; and a forked process.
-TESTS = ("tests/ops/test_contract.py", "tests/ops/test_fork.py")
-CHOSEN = "parity and float32 or opcheck or compiles or forked"
+# These tests check values and gradients of every op in float32, its registration, torch.compile; a forked process; and,
+# with the Triton that torch brings, launches of compiled kernels, and a few kernels on an emulated GPU.
+KERNELS = "test_launch", "test_ptx"
+TESTS = (
+    "tests/ops/test_contract.py",
+    "tests/ops/test_fork.py",
+    *(f"tests/kernels/{name}.py" for name in KERNELS),
+)
+CHOSEN = " or ".join(("parity and float32", "opcheck", "compiles", "forked", *KERNELS))
 ASK = """
-import json, sys, torch, fastasr
+import importlib.util, json, sys, torch, fastasr
 from fastasr.ops import _dispatch
 x = torch.randn(3, 8, requires_grad=True)
 fastasr.ops.swoosh_l(x).sum().backward()
@@ -41,6 +47,7 @@ assert torch.isfinite(x.grad).all()
 print(json.dumps({
     "python": sys.version.split()[0],
     "torch": torch.__version__,
+    "triton": __import__("triton").__version__ if importlib.util.find_spec("triton") else "",
     "backend": _dispatch.explain_choice("swoosh", "cpu", torch.float32)[0],
     "reason": _dispatch.why_not_native(),
 }))
@@ -106,8 +113,9 @@ def table() -> str:
     for row in newest.values():
         kernels = row["backend"] + (f": {row['reason']}" if row["reason"] else "")
         minutes = f"{row['seconds'] / 60:.0f} min" if "seconds" in row else ""
-        lines.append((row["python"], row["torch"], row["wheel"], kernels, row["tests"], minutes))
-    return "\n".join(grid(("Python", "torch", "wheel", "kernels", "tests", "time"), lines, 1))
+        triton = row.get("triton", "")
+        lines.append((row["python"], row["torch"], triton, row["wheel"], kernels, row["tests"], minutes))
+    return "\n".join(grid(("Python", "torch", "Triton", "wheel", "kernels", "tests", "time"), lines, 1))
 
 
 def main() -> int:

@@ -50,6 +50,7 @@ class FakeGPU:
     launches: list[Launch] = field(default_factory=list)
     elsewhere: dict[int, int] = field(default_factory=dict)  # devices of some tensors, by address
     errors: dict[JITFunction, Exception] = field(default_factory=dict)  # kernel -> its compiler error
+    compiled: set[JITFunction] = field(default_factory=set)  # kernels that send their launches here
 
     def get_current_device(self) -> int:
         return self.current
@@ -85,6 +86,7 @@ class FakeGPU:
         kernel.cache_key  # noqa: B018, which notes the globals that the kernel reads: later launches compare them
         if kernel in self.errors:
             raise self.errors[kernel]
+        self.compiled.add(kernel)
         found = kernel.device_caches[device][0][key] = _Compiled(
             self, kernel, options.__dict__, ASTSource(kernel, signature, constants, attributes)
         )
@@ -149,7 +151,7 @@ def fake_gpu(**settings: Any) -> Iterator[FakeGPU]:
         try:
             yield gpu
         finally:
-            for kernel in {launch.kernel for launch in gpu.launches}:
+            for kernel in gpu.compiled:
                 kernel.device_caches.clear()
 
 

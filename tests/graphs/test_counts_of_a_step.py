@@ -20,6 +20,7 @@ from steps import Calls, seeded
 import fastasr
 from fastasr.benchmarks import upstream
 from fastasr.models import zipformer
+from fastasr.models.e_branchformer import EBranchformerEncoder, layer
 from fastasr.models.fast_conformer import FastConformerEncoder, masks
 from fastasr.ops import _linear
 
@@ -64,9 +65,15 @@ CASES = {
 RECORDED = {"torch": 1281, "fastasr": 2025}
 MOST_RECORDED = 3350
 # The same of a call in inference.
-INFERENCE = {"zipformer": {"torch": 404, "fastasr": 388}, "fast_conformer": {"torch": 231, "fastasr": 175}}
+INFERENCE = {
+    "zipformer": {"torch": 404, "fastasr": 388},
+    "fast_conformer": {"torch": 231, "fastasr": 175},
+    "e_branchformer": {"torch": 324, "fastasr": 204},
+}
 # Kernels of a recorded training step of a FastConformer.
 PADDED = {"torch": 847, "fastasr": 522}
+# Kernels of one of an E-Branchformer on a row. A dropout is four of torch's here, and two on a GPU.
+ON_A_ROW = {"torch": 1302, "fastasr": 703}
 
 
 class CountingTapes(TapeRecorder):
@@ -102,6 +109,10 @@ def model_and_inputs(name, **changes):
     if name == "zipformer":
         sizes = ZIPFORMER | changes
         return upstream.steady(upstream.Encoder(sizes, zipformer)), upstream.example(2, 48)
+    if name == "e_branchformer":
+        sizes = {"output_size": 64, "attention_heads": 2, "cgmlp_linear_units": 128, "num_blocks": 17}
+        model = EBranchformerEncoder(80, **sizes, linear_units=128, use_ffn=True, macaron_ffn=True)
+        return model, (torch.randn(2, 64, 80), torch.tensor([64, 48]))
     sizes = {"width": 64, "layers": 17, "heads": 2, "hidden": 128, "channels": 16, "layer_drop": 0.0}
     valid = torch.arange(64) < torch.tensor([[64], [48]])
     return FastConformerEncoder(**sizes), (torch.randn(2, 64, 80), valid)
@@ -211,10 +222,15 @@ def test_kernels_of_a_recorded_step_do_not_grow(monkeypatch):
     )
 
 
-@pytest.mark.parametrize("name", INFERENCE)
-def test_kernels_of_a_recorded_call_do_not_grow(name, monkeypatch):
-    monkeypatch.setattr(masks, "on_gpu", lambda device: True)
+@pytest.fixture
+def as_on_gpu(monkeypatch):
+    for module in (layer, masks):
+        monkeypatch.setattr(module, "on_gpu", lambda device: True)
     monkeypatch.setattr(torch.nn.functional, "layer_norm", norm_as_on_cuda)
+
+
+@pytest.mark.parametrize("name", INFERENCE)
+def test_kernels_of_a_recorded_call_do_not_grow(name, as_on_gpu):
     model, inputs = model_and_inputs(name)
     model.eval()
     with models_on_fake_gpu() as gpu, torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
@@ -228,9 +244,9 @@ def test_kernels_of_a_recorded_call_do_not_grow(name, monkeypatch):
     )
 
 
-def recorded_fast_conformer(on_a_row):
+def recorded_step(name, on_a_row):
     """Returns the kernels of a recorded training step, and torch's calls by name."""
-    model, inputs = model_and_inputs("fast_conformer")
+    model, inputs = model_and_inputs(name)
     model.train()
     with models_on_fake_gpu() as gpu:
         tapes = CountingTapes(gpu)
@@ -247,11 +263,9 @@ def recorded_fast_conformer(on_a_row):
     return kernels_of(tapes)
 
 
-def test_a_recorded_row_has_no_more_kernels_than_a_padded_batch(monkeypatch):
-    monkeypatch.setattr(masks, "on_gpu", lambda device: True)
-    monkeypatch.setattr(torch.nn.functional, "layer_norm", norm_as_on_cuda)
-    padded, calls = recorded_fast_conformer(False)
-    row, calls_of_row = recorded_fast_conformer(True)
+def test_a_recorded_row_has_no_more_kernels_than_a_padded_batch(as_on_gpu):
+    padded, calls = recorded_step("fast_conformer", False)
+    row, calls_of_row = recorded_step("fast_conformer", True)
     assert all(padded[key] <= int(GROWTH * PADDED[key]) for key in PADDED), (
         f"{padded}\n{calls.most_common(30)}"
     )
@@ -259,3 +273,9 @@ def test_a_recorded_row_has_no_more_kernels_than_a_padded_batch(monkeypatch):
     tables = 17  # of dR: attention zeroes one in each block, because some programs meet no frames
     most = sum(padded.values()) + tables
     assert sum(row.values()) <= most, f"{row}, padded {padded}\n{more.most_common(30)}"
+
+
+def test_kernels_of_an_e_branchformer_on_a_row_do_not_grow(as_on_gpu, monkeypatch):
+    monkeypatch.setattr(_linear, "MANY_ROWS", 0)
+    row, calls = recorded_step("e_branchformer", True)
+    assert all(row[key] <= int(GROWTH * ON_A_ROW[key]) for key in ON_A_ROW), f"{row}\n{calls.most_common(30)}"

@@ -55,7 +55,9 @@ class RelPositionMultiHeadedAttention(torch.nn.Module):
         p = plumbing.linear(self.linear_pos, pos_emb).view(pos_emb.shape[0], -1, self.h, self.d_k)
         if isinstance(mask, Row):
             dropped: Any = plumbing.dropped_share(self.dropout)
-            out = of_recordings(mask, q[0], k[0], v[0], p[0], self.pos_bias_u, self.pos_bias_v, dropped)
+            # The gradient of a squeezed tensor is a view; that of q[0] would be a copy within zeros.
+            q, k, v, p = (y.squeeze(0) for y in (q, k, v, p))
+            out = of_recordings(mask, q, k, v, p, self.pos_bias_u, self.pos_bias_v, dropped)
             return plumbing.linear(self.linear_out, out.flatten(1).unsqueeze(0))
         hidden = None if mask is None else mask.eq(0)  # (B, 1 or T, T)
         reason = "zero_triu is set, or each sequence has position embeddings of its own"
@@ -68,8 +70,9 @@ class RelPositionMultiHeadedAttention(torch.nn.Module):
         if dropout is None:
             out = _with_weights(self, q, k, v, p, hidden)
         else:
+            masks = _masks(hidden, batch, frames)
             out = ops.rel_attention(
-                q, k, v, p[0], self.pos_bias_u, self.pos_bias_v, **_masks(hidden, batch, frames), **dropout
+                q, k, v, p.squeeze(0), self.pos_bias_u, self.pos_bias_v, **masks, **dropout
             )
         return plumbing.linear(self.linear_out, out.reshape(batch, frames, self.h * self.d_k))
 

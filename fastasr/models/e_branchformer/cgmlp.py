@@ -13,7 +13,7 @@ from fastasr.models.common.plain import is_plain, is_plain_named
 from fastasr.models.common.row import Row
 
 
-def _is_layer_norm(owner: torch.nn.Module, norm: torch.nn.Module) -> TypeGuard[torch.nn.LayerNorm]:
+def is_layer_norm(owner: torch.nn.Module, norm: torch.nn.Module) -> TypeGuard[torch.nn.LayerNorm]:
     """Says whether this is torch's or ESPnet's LayerNorm over the last dimension, with weight and bias."""
     return (
         is_plain_named(norm, ("LayerNorm",), owner)
@@ -71,7 +71,7 @@ class ConvolutionalSpatialGatingUnit(torch.nn.Module):
         norm, conv = self.norm, self.conv
         name = activations.fused_name(self.act)
         if (
-            _is_layer_norm(self, norm)
+            is_layer_norm(self, norm)
             and plumbing.is_depthwise_conv(conv)
             and self.linear is None
             and gate_add is None

@@ -2,17 +2,22 @@
 """The E-Branchformer layer: feed-forward, attention and cgMLP side by side, merge, feed-forward, norm."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastasr.models.common import plumbing
+from fastasr.models.common.normed_stream import End, Stream, computes
+from fastasr.models.common.plain import is_watched, runs
+from fastasr.models.common.ragged import on_gpu
 from fastasr.models.common.row import Row
 from fastasr.models.e_branchformer import merge as merging
 from fastasr.models.e_branchformer.attention import RelPositionMultiHeadedAttention
-from fastasr.models.e_branchformer.cgmlp import FeedForwardConvGated
+from fastasr.models.e_branchformer.cgmlp import FeedForwardConvGated, is_layer_norm
 from fastasr.models.e_branchformer.feed_forward import PositionwiseFeedForward
+from fastasr.ops._register import autocast_dtype
 
 
 class EBranchformerLayer(torch.nn.Module):
@@ -104,24 +109,68 @@ class EBranchformerLayer(torch.nn.Module):
         if cache is not None:
             raise NotImplementedError("EBranchformerLayer: cache: expected None, as upstream")
         x, positions = x_input if isinstance(x_input, tuple) else (x_input, None)
-        hidden = mask.hidden if isinstance(mask, Row) else None
-        if self.feed_forward_macaron is not None:
-            y = self.feed_forward_macaron(self.norm_ff_macaron(x))
-            x = torch.add(x, plumbing.dropout(self.dropout, y), alpha=self.ff_scale)  # one pass
-        normal = self.norm_mha(x)
-        if type(self.attn).__name__ == "FastSelfAttention":
-            x1 = self.attn(normal, mask)
-        elif positions is not None:
-            x1 = self.attn(normal, normal, normal, positions, mask)
-        else:
-            x1 = self.attn(normal, normal, normal, mask)
-        x1 = plumbing.dropout(self.dropout, x1)
-        x2 = self.norm_mlp(x)
-        x2 = self.cgmlp(x2 if positions is None else (x2, positions), mask)
-        x2 = plumbing.dropout(self.dropout, x2[0] if isinstance(x2, tuple) else x2)
-        x = x + plumbing.dropout(self.dropout, merging.merge(self, x1, x2, hidden))
-        if self.feed_forward is not None:
-            y = self.feed_forward(self.norm_ff(x))
-            x = torch.add(x, plumbing.dropout(self.dropout, y), alpha=self.ff_scale)  # one pass
-        x = self.norm_final(x)
+        x, _ = branches(self, x, None, positions, mask).normed()
         return (x if positions is None else (x, positions)), mask
+
+
+def branches(
+    layer: EBranchformerLayer,
+    x: Tensor,
+    normed: Tensor | None,
+    positions: Tensor | None,
+    mask: Row | Tensor | None,
+) -> End:
+    """Runs the branches. ``normed`` is the first norm of x, or None."""
+    stream = Stream(x, _is_fused(layer, x))
+    dropped = partial(plumbing.dropout, layer.dropout)
+    if normed is None:
+        normed = _first_norm(layer)(stream.x)
+    if layer.feed_forward_macaron is not None:
+        update = dropped(layer.feed_forward_macaron(normed))
+        normed = stream.add(layer.norm_mha, update, layer.ff_scale)
+    if type(layer.attn).__name__ == "FastSelfAttention":
+        x1 = layer.attn(normed, mask)
+    elif positions is not None:
+        x1 = layer.attn(normed, normed, normed, positions, mask)
+    else:
+        x1 = layer.attn(normed, normed, normed, mask)
+    x1 = dropped(x1)
+    x2 = layer.norm_mlp(stream.x)
+    x2 = layer.cgmlp(x2 if positions is None else (x2, positions), mask)
+    x2 = dropped(x2[0] if isinstance(x2, tuple) else x2)
+    update = dropped(merging.merge(layer, x1, x2, mask.hidden if isinstance(mask, Row) else None))
+    if layer.feed_forward is None:
+        return End(stream, layer.norm_final, update)
+    update = dropped(layer.feed_forward(stream.add(layer.norm_ff, update)))
+    return End(stream, layer.norm_final, update, layer.ff_scale)
+
+
+def _first_norm(layer: EBranchformerLayer) -> Any:
+    return layer.norm_mha if layer.feed_forward_macaron is None else layer.norm_ff_macaron
+
+
+def joint(layer: Any, x: Tensor) -> Any:
+    """Returns the first norm, torch's or ESPnet's, for ``normed_stream.through``, or None."""
+    first = layer.attn if layer.feed_forward_macaron is None else layer.feed_forward_macaron
+    norm = _first_norm(layer)
+    plain = on_gpu(x.device) and computes(layer, EBranchformerLayer) and not is_watched(layer)
+    return norm if plain and _is_known(first) and is_layer_norm(layer, norm) else None
+
+
+def _is_known(branch: torch.nn.Module) -> bool:
+    """Says whether this branch begins with a linear layer, which under autocast casts its input, and has no hooks."""
+    forwards = RelPositionMultiHeadedAttention.forward, PositionwiseFeedForward.forward
+    return any(runs(branch, forward) for forward in forwards) and not is_watched(branch)
+
+
+def _is_fused(layer: EBranchformerLayer, x: Tensor) -> bool:
+    """Says whether ``ops.add_norm`` serves the layer. Under autocast it gives a branch the narrower numbers that its
+    first layer would cast to: unknown modules and those with hooks get what upstream gives them."""
+    if not on_gpu(x.device) or not layer.ff_scale:
+        return False
+    norms, taking = [layer.norm_mha, layer.norm_final], [layer.attn]
+    if layer.feed_forward is not None:
+        norms.append(layer.norm_ff)
+        taking.append(layer.feed_forward)
+    known = autocast_dtype(x) is None or all(map(_is_known, taking))
+    return known and all(is_layer_norm(layer, norm) for norm in norms)

@@ -7,7 +7,6 @@ gate, the merge and the front end see padding behind a recording's end, and the 
 dropout draws numbers for all frames of the row.
 """
 
-import inspect
 import math
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,12 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastasr.models.common import attention_dropout, plumbing, ragged
-from fastasr.models.common.plain import has_known_forward, is_plain, is_plain_named, is_watched, runs
+from fastasr.models.common import attention_dropout, normed_stream, plumbing, ragged
+from fastasr.models.common.plain import is_plain, is_plain_named, is_watched, runs
 from fastasr.models.common.row import Capacity, Room, RowCall, Spans, gap, laid_out
 from fastasr.models.e_branchformer.attention import RelPositionMultiHeadedAttention
 from fastasr.models.e_branchformer.cgmlp import ConvolutionalSpatialGatingUnit, FeedForwardConvGated
-from fastasr.models.e_branchformer.layer import EBranchformerLayer
+from fastasr.models.e_branchformer.layer import EBranchformerLayer, branches, joint
 from fastasr.packed_frames import PackedFrames
 
 _BY_FRAME = torch.nn.Linear, torch.nn.LayerNorm, torch.nn.Dropout, torch.nn.Embedding
@@ -40,7 +39,7 @@ def why_not(encoder: Any) -> str | None:
 
 
 def _why_not_layer(layer: Any) -> str | None:
-    if not _is_ours(layer):
+    if not normed_stream.has_code_of(layer, EBranchformerLayer):
         return "it is not swapped"
     if not runs(layer.attn, RelPositionMultiHeadedAttention.forward):
         return "its attention is not swapped"
@@ -53,14 +52,6 @@ def _why_not_layer(layer: Any) -> str | None:
     if not all(map(plumbing.is_depthwise_conv, _convs(layer))):
         return "one of its convolutions is not torch's depthwise convolution"
     return None
-
-
-def _is_ours(layer: Any) -> bool:
-    """Says whether our layer's forward runs, or a replay of it where layers are recorded one by one."""
-    if type(layer) is EBranchformerLayer:
-        return has_known_forward(layer)
-    bound = getattr(layer.forward, "fastasr_forward", None)
-    return bound is not None and inspect.unwrap(bound) is EBranchformerLayer.forward
 
 
 def _convs(layer: Any) -> tuple[Any, Any]:
@@ -198,9 +189,14 @@ def encoded(encoder: Any, features: Tensor, begins: Tensor, ends: Tensor, table:
     row = Spans(begins, begins + _subsampled(steps, lengths)).row(x)
     x, table = positions.dropout(x * positions.xscale), positions.dropout(table.unsqueeze(0))
     share = encoder.layer_drop_rate if encoder.training else 0.0
-    for layer in encoder.encoders:
-        if not share or torch.rand((), dtype=torch.float32, device="cpu") >= share:
-            (x, _), _ = layer((x, table), row)
+    draw = partial(torch.rand, (), dtype=torch.float32, device="cpu")
+    x = normed_stream.through(
+        (layer for layer in encoder.encoders if not share or draw() >= share),
+        x,
+        lambda layer, x: layer((x, table), row)[0][0],
+        partial(branches, positions=table, mask=row),
+        lambda layer: joint(layer, x),
+    )
     hidden: Tensor = encoder.after_norm(x)
     return hidden
 

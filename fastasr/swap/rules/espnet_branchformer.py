@@ -121,7 +121,7 @@ LAYER = Rule(
     name="espnet.e_branchformer_layer",
     class_name="EBranchformerEncoderLayer",
     forward=models.EBranchformerLayer.forward,
-    kernels=("depthwise_conv_residual", "linear"),
+    kernels=("add_norm", "add_two_norms", "depthwise_conv_residual", "linear"),
     structure=_layer_structure,
     known={"bb5379a9603330ac13ff54f3": _ESPNET},
 )

@@ -12,6 +12,7 @@ def configurations(generation: int):
     strides = [f"{name}_{of}" for name in ("x", "k") for of in ("time", "batch")]
     strides += [f"{name}_{of}" for name in ("g", "w") for of in ("head", "batch", "row")] + ["ds_row"]
     masked = {"PADDING": "u8", "MASK": "u8", "BOUNDS": "i32"}
+    vectors = {"fp32": 4, "bf16": 8, "fp16": 8}
 
     def configuration(
         name: str, label: str, dtype: str, keys: int = 1500, dim: int = 32, pos_dim: int = 4, **constants
@@ -40,6 +41,7 @@ def configurations(generation: int):
             {} if "mask" in label else dict.fromkeys(("PADDING", "MASK"))
         )
         fixed |= {} if "recordings" in label else {"BOUNDS": None}
+        fixed |= {"VECTOR": vectors[element]}
         return Configuration(
             f"zipformer_attention_weights {name}{label and ', ' + label}, {dtype}",
             getattr(module, f"{name}_kernel"),
@@ -83,7 +85,7 @@ def configurations(generation: int):
                 shapes = _weighted_values.tiles(dim, torch_dtype, generation)
             for name, constants in shapes.items():
                 kernel = getattr(_weighted_values, f"{name}_kernel")
-                constants |= {"VECTOR": 4 if element_type(dtype) == "fp32" else 8}
+                constants |= {"VECTOR": vectors[element_type(dtype)]}
                 constants |= {"ADD": True} if name == "backward" else {}
                 label = f"zipformer_attention_weights weighted values {name}, {dim} channels, {dtype}"
                 yield Configuration(label, kernel, types, constants, strides)

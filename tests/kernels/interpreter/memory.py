@@ -20,7 +20,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import triton.language as tl
 from triton._C.libtriton import ir
 from triton.runtime import interpreter
 
@@ -214,12 +213,12 @@ def _watch(builder: type, executor: type) -> None:
             return act()
         program = _program(self)
         _launch.touch(ATOMIC, pointers.data, mask, _size(pointers), program)
-        before = load(self, pointers, interpreter.TensorHandle(mask, tl.int1), None, None, None, None)
+        before = _values(pointers, mask)
         result = act()
-        after = load(self, pointers, interpreter.TensorHandle(mask, tl.int1), None, None, None, None)
+        after = _values(pointers, mask)
         if scope == ir.MEM_SYNC_SCOPE.CTA or mask.size > 1:
             order = ir.MEM_SEMANTIC.RELAXED
-        changed = bool((before.data != after.data).any())
+        changed = bool((before != after).any())
         address, programs = int(pointers.data.flat[0]), math.prod(self.grid_dim)
         _launch.atomic(address, order, result.data.tobytes(), changed, program, programs)
         return result
@@ -253,6 +252,14 @@ def _watch(builder: type, executor: type) -> None:
     builder.create_atomic_rmw, builder.create_atomic_cas = watched_update, watched_exchange
     builder.create_barrier = watched_barrier
     executor.__call__ = watched_launch
+
+
+def _values(pointers, mask: np.ndarray) -> np.ndarray:
+    """Returns what is in memory: an interpreter's own load takes other arguments in each version of Triton."""
+    dtype = interpreter._get_np_dtype(pointers.get_element_ty())
+    return interpreter._interpreter.load(
+        pointers.data, mask, np.zeros_like(pointers.data, dtype=dtype), dtype
+    )
 
 
 def _program(builder) -> int:

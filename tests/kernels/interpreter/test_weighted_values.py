@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from fastasr import backend
+from fastasr import backend, ops
 from fastasr.models.zipformer.self_attention import weighted
 from fastasr.ops import _weighted_values
 
@@ -82,3 +82,33 @@ def test_repeated_weights_and_other_dtypes_run_in_torch():
         assert _weighted_values.launchers(weights, torch.randn(5, 3, 2 * 33)) is None
         with torch.autocast("cpu", torch.bfloat16):
             assert _weighted_values.launchers(weights, values) is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("lies", ["with NaN between rows", "as one row", "cut behind the last row"])
+def test_gradients_of_weights_are_read_where_they_lie(lies, dtype):
+    frames, batch, heads = 67, 2, 3
+    x = (2.0 * torch.randn(frames, batch, heads * 20)).to(dtype)
+    pos = torch.randn(1, 2 * frames - 1, heads * 4).to(dtype)
+    if lies == "as one row":
+        grad = torch.randn(frames).to(dtype).expand(heads, batch, frames, frames)
+    else:
+        grad = torch.randn(heads, batch, frames, frames).to(dtype)
+        padded = torch.full((heads, batch, frames, 80), float("nan"), dtype=dtype)
+        padded[..., :frames] = grad
+        if lies == "cut behind the last row":
+            padded = padded.flatten()[: frames - 80].clone()
+        grad = padded.as_strided(grad.shape, (batch * frames * 80, frames * 80, 80, 1))
+
+    def step(x, pos, grad):
+        leaves = x.clone().requires_grad_(), pos.clone().requires_grad_()
+        weights = ops.zipformer_attention_weights(*leaves, num_heads=heads, query_head_dim=8)
+        return torch.autograd.grad(weights, leaves, grad)
+
+    with backend("eager"):
+        exact = step(x.double(), pos.double(), grad.double())
+        eager = step(x, pos, grad)
+    with backend("triton"):
+        ours = step(x, pos, grad)
+    for a, b, c in zip(ours, eager, exact, strict=True):
+        assert off(a, c) <= 1.1 * off(b, c) + 1e-7 * c.abs().max().item()
