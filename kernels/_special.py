@@ -35,3 +35,15 @@ def reciprocal(x, PRECISE: tl.constexpr = False):
     if PRECISE:
         y = tl.fma(y, tl.fma(-x, y, 1.0), y)
     return y
+
+
+@triton.jit
+def bits_from(n):
+    """Returns the bits of 32 from number n >= 0 on: none for n >= 32, as PTX defines, other than LLVM."""
+    if INTERPRETED:
+        bits = tl.where(n < 32, tl.full(n.shape, -1, tl.int32) << n, 0)
+    else:
+        bits = tl.inline_asm_elementwise(
+            "shl.b32 $0, 0xffffffff, $1;", "=r,r", [n], dtype=tl.int32, is_pure=True, pack=1
+        )
+    return bits

@@ -185,9 +185,8 @@ def tiles(
     whether there is dropout, ``limited`` whether the context is, ``recordings`` whether there are several in a row.
 
     The tiles are the largest that do not spill (tests/kernels/budgets.toml). Products of float32 run without tensor
-    cores unless TF32 is allowed, and need small tiles. Heads of 65 to 128 channels fit the registers in one block only
-    in the forward kernel with operands in shared memory. Others read blocks of 64; ``queries`` and ``keys`` compute the
-    scores for each.
+    cores unless TF32 is allowed, and need small tiles. The backward kernels of heads of 65 to 128 channels spill a few
+    registers: blocks of 64 channels would fit, but they compute the scores for each, from operands that each loads.
     """
     wide = dtype == torch.float32
     block = 16 if wide else 32
@@ -195,6 +194,7 @@ def tiles(
     common = {"BLOCK_D": head_block(dim, dtype), "num_warps": 4} | dot_options(dtype)
     square = common | {"BLOCK": block, "BLOCK_V": columns, "num_stages": 2 if wide else 3}
     halves = {"BLOCK_D": 64} if dim > 64 and not wide else {}
+    broad = 64 < dim <= 128 and not wide
     # without wgmma, a branch between two products would cost the layout that shifts in registers
     wgmma, widest = generation in (90, 100), max(dim, value_dim)
     forward = common | {
@@ -204,17 +204,18 @@ def tiles(
         "num_stages": 2,
         "BRANCHES": wgmma or hiding,
     }
-    if not (wide or hiding) and (dim <= 128 if wgmma and not (dropping or limited) else widest <= 64):
+    whole = generation == 90 or (wgmma and not (dropping or limited))
+    if not (wide or hiding) and (dim <= 128 if whole else widest <= 64):
         forward["BLOCK_M"] = 64
         if generation == 90 and widest <= 64 and not (dropping and limited):
             forward["maxnreg"] = 168  # three programs on a multiprocessor instead of two
     else:
         forward |= halves
-    if 64 < dim <= 128 and not wide:
-        square = inner = square | halves | {"BLOCK_V": min(64, columns)}
-    else:
-        inner = square | ({"num_warps": 8} if wide or dim > 128 else {})
+    inner = square | ({"num_warps": 8} if wide or dim > 64 else {})
+    if broad:
+        inner["num_stages"] = 1 if hiding else 2
     tall = {"BLOCK_M": 64} if generation == 90 and widest <= 64 and not (wide or hiding) else {}
+    of_queries = {"BLOCK_M": 64, "num_warps": 4} if broad and generation == 90 and not hiding else tall
     products = common | {"BLOCK": 32, "num_stages": 3}  # blocks of dS as ``queries`` stores them
     crowding = hiding or (recordings and dim > 64)
     crowded = {"num_stages": 1} if crowding and dropping else {}  # loads ahead would spill
@@ -222,11 +223,11 @@ def tiles(
     # two warps have 8 columns each of 16 x 16; four compute all of them twice
     two = {"num_warps": 2} if rounded(dtype) else {}
     return {
-        "forward": forward | ({} if roomy else crowded) | two,
+        "forward": forward | ({} if roomy or forward["BLOCK_M"] == 64 else crowded) | two,
         "edges": {"BLOCK": 32, "BLOCK_D": common["BLOCK_D"], "num_warps": 4},
         "delta": {"BLOCK": 32, "BLOCK_V": columns, "num_warps": 4},
         "statistics": square | two,  # those of ``queries`` to the last bit, so that rows of dS add up to zero
-        "queries": {"BLOCK_M": 32} | tall | inner | {"BLOCK": 32},
+        "queries": {"BLOCK_M": 32} | inner | {"BLOCK": 32} | of_queries,
         "keys": {"BLOCK_M": block} | tall | (square | {"num_stages": 1} | two if wide else inner | crowded),
         "offsets": products,
         "positions": products | {"WIDE": 1 if wide else 2},

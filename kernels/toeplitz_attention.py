@@ -37,7 +37,16 @@ import triton
 import triton.language as tl
 
 from fastasr.kernels._activation import activate_with_slope
-from fastasr.kernels._attention_tiles import NONE, biased, dropped, load_rows, products, running, span, sums
+from fastasr.kernels._attention_tiles import (
+    NONE,
+    dropped,
+    load_rows,
+    load_rows_from,
+    products,
+    running,
+    span,
+    sums,
+)
 from fastasr.kernels._launch import (
     cdiv,
     dot_options,
@@ -49,11 +58,15 @@ from fastasr.kernels._launch import (
 )
 from fastasr.kernels._parts import add_parts
 from fastasr.kernels._toeplitz_attention_backward import (
+    MARGIN,
+    biases,
     diagonals_kernel,
     parameters_kernel,
+    sees,
     slopes_kernel,
     values_kernel,
 )
+from fastasr.kernels._vectors import load
 
 MAX_PARTS = 512
 PIECE_BYTES = (
@@ -62,25 +75,32 @@ PIECE_BYTES = (
 
 
 # --------------------------------------------------------------------------- elementwise, per frame
+@triton.jit
+def _floats(X, r, stride, c, keep, width):
+    """Loads [rows, columns] of X in float32, with zeros outside."""
+    return load((X + r.to(tl.int64) * stride)[:, None] + c[None, :], keep[:, None] & (c < width)[None, :])
+
+
 @triton.jit(do_not_specialize=["entries", "length", "size", "count", "blocks"])
 def prepare_kernel(
-    X, WEIGHT, SHIFT, NARROW, PADDING, VALUE, GATE, GRAD, MIXED, QUERY, KEY, BIAS, HIDDEN, ACTIVE, G, DGATE,
+    X, WEIGHT, SHIFT, BIAS, PADDING, VALUE, GATE, GRAD, MIXED, QUERY, KEY, TABLE, HIDDEN, ACTIVE, G, DGATE,
     entries, length, size, count, blocks, D, V, x_time, x_batch, value_time, value_batch, gate_time, gate_batch,
     grad_time, grad_batch, out_time,
     ACTIVATION: tl.constexpr, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Writes q, k, the bias of the distance in float32, the keys that are hidden and act(value); in the backward also g
-    and dgate. Tables hold ``size`` frames of every unit.
+    """Writes q, k, the bias of the distance in float32 between MARGIN zeros, the keys that are hidden and act(value);
+    in the backward also g and dgate. Tables hold ``size`` frames of every unit.
     """
     PRECISE: tl.constexpr = X.dtype.element_ty == tl.float32
     unit, batch, first, n, block = span(tl.program_id(0), blocks, length, size, count)
     i = block * BLOCK_T + tl.arange(0, BLOCK_T)
     keep = i < n
     row = unit * size
-    if NARROW is not None:
-        for start in range(tl.program_id(0) * BLOCK_C, entries, tl.num_programs(0) * BLOCK_C):
-            t = start + tl.arange(0, BLOCK_C)
-            tl.store(BIAS + t, tl.load(NARROW + t, mask=t < entries).to(tl.float32), mask=t < entries)
+    padded = entries + 2 * MARGIN
+    for start in range(tl.program_id(0) * BLOCK_C, padded, tl.num_programs(0) * BLOCK_C):
+        t = start + tl.arange(0, BLOCK_C)
+        entry = tl.load(BIAS + t - MARGIN, mask=(t >= MARGIN) & (t < entries + MARGIN), other=0.0)
+        tl.store(TABLE + t, entry.to(tl.float32), mask=t < padded)
     if HIDDEN is not None:
         visible = 0
         for start in range(0, n, BLOCK_C):
@@ -92,7 +112,7 @@ def prepare_kernel(
         tl.store(HIDDEN + row + i, ((padding != 0) & (visible > 0)).to(tl.int8), mask=keep)
     for start in range(0, WIDTH, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
-        x = load_rows(X + batch * x_batch + first * x_time, i, x_time, c, keep, D).to(tl.float32)
+        x = _floats(X + batch * x_batch + first * x_time, i, x_time, c, keep, D)
         z, slope = activate_with_slope(x, ACTIVATION, PRECISE)
         in_row = c < D
         w = tl.load(WEIGHT + c, mask=in_row, other=0.0).to(tl.float32)
@@ -112,33 +132,29 @@ def prepare_kernel(
             offsets = (row + i)[:, None] * V + c[None, :]
             if ACTIVE is not None:
                 base = VALUE + batch * value_batch + first * value_time
-                v, slope = activate_with_slope(
-                    load_rows(base, i, value_time, c, keep, V).to(tl.float32), ACTIVATION, PRECISE
-                )
+                v, slope = activate_with_slope(_floats(base, i, value_time, c, keep, V), ACTIVATION, PRECISE)
                 tl.store(ACTIVE + offsets, v.to(ACTIVE.dtype.element_ty), mask=whole)
             if G is not None:
-                gate = load_rows(GATE + batch * gate_batch + first * gate_time, i, gate_time, c, keep, V)
-                dy = load_rows(GRAD + batch * grad_batch + first * grad_time, i, grad_time, c, keep, V)
-                dy = dy.to(tl.float32)
-                act, slope = activate_with_slope(gate.to(tl.float32), ACTIVATION, PRECISE)
+                gate = _floats(GATE + batch * gate_batch + first * gate_time, i, gate_time, c, keep, V)
+                dy = _floats(GRAD + batch * grad_batch + first * grad_time, i, grad_time, c, keep, V)
+                act, slope = activate_with_slope(gate, ACTIVATION, PRECISE)
                 tl.store(G + offsets, (dy * act).to(G.dtype.element_ty), mask=whole)
                 out = (first + i)[:, None] * out_time + batch * V + c[None, :]
                 whole = keep[:, None] & (c < V)[None, :]
-                h = tl.load(MIXED + out, mask=whole, other=0.0).to(tl.float32)
+                h = load(MIXED + out, whole)
                 tl.store(DGATE + out, (dy * h * slope).to(DGATE.dtype.element_ty), mask=whole)
 
 
 # --------------------------------------------------------------------------- forward
-@triton.jit(do_not_specialize=["length", "size", "count", "blocks"], do_not_specialize_on_alignment=["BIAS"])
+@triton.jit(do_not_specialize=["length", "size", "count", "blocks"], do_not_specialize_on_alignment=["TABLE"])
 def forward_kernel(
-    QUERY, KEY, VALUE, GATE, BIAS, HIDDEN, DROPOUT, Y, MIXED,
+    QUERY, KEY, VALUE, GATE, TABLE, HIDDEN, DROPOUT, Y, MIXED,
     length, size, count, blocks, V, value_time, value_batch, gate_time, gate_batch, out_time, scale,
     CAUSAL: tl.constexpr, ACTIVATION: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Writes y and h of a block of queries and of columns. BIAS points at distance 0."""
+    """Writes y and h of a block of queries and of columns. TABLE points at distance 0."""
     PRECISE: tl.constexpr = QUERY.dtype.element_ty == tl.float32
-    SUM: tl.constexpr = tl.float64 if PRECISE else tl.float32
     unit, batch, first, n, block = span(tl.program_id(0), blocks, length, size, count)
     block = blocks - 1 - block  # the longest first
     i = block * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -152,7 +168,11 @@ def forward_kernel(
     if WIDTH == BLOCK_D:
         query = load_rows(QUERY, i, WIDTH, tl.arange(0, BLOCK_D), keep_i, WIDTH)  # [BLOCK_M, WIDTH]
     maximum = tl.full([BLOCK_M], NONE, tl.float32)
-    total = tl.zeros([BLOCK_M], SUM)
+    # a mask of rows and 512 columns leave no registers for sums of threads and for offsets that do not change
+    ROOM: tl.constexpr = HIDDEN is None or BLOCK_V <= 256
+    # in 16 bits a thread adds up its own keys: sums across warps would cost three barriers per tile
+    OWN: tl.constexpr = not PRECISE and ROOM and DROPOUT is None  # whose tiles have rows in one warp
+    total = tl.zeros([BLOCK_M, BLOCK_N] if OWN else [BLOCK_M], tl.float64 if PRECISE else tl.float32)
     mixed = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     end = n
     if CAUSAL:
@@ -162,18 +182,28 @@ def forward_kernel(
         keep_j = j < n
         scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         if WIDTH == BLOCK_D:
-            key = load_rows(KEY, j, WIDTH, tl.arange(0, BLOCK_D), keep_j, WIDTH)  # [BLOCK_N, WIDTH]
+            key = load_rows_from(KEY, start, WIDTH, tl.arange(0, BLOCK_D), keep_j, WIDTH)  # [BLOCK_N, WIDTH]
             scores = tl.dot(query, tl.trans(key), scores)
         else:
             scores = products(scores, QUERY, i, WIDTH, keep_i, KEY, j, WIDTH, keep_j, WIDTH, BLOCK_D)
-        scores = biased(scores, scale, BIAS, HIDDEN, i[:, None], j[None, :], n, CAUSAL)
-        maximum, factor, e = running(maximum, scores, PRECISE)
-        total = total * factor + sums(e, 1, PRECISE)
-        e = dropped(e, DROPOUT, unit, i[:, None], j[None, :], n, size)
+        bias = biases(TABLE, block * BLOCK_M, start, BLOCK_M, BLOCK_N)
         if HIDDEN is not None:  # a hidden frame's value does not matter
             keep_j = keep_j & (tl.load(HIDDEN + j, mask=keep_j, other=1) == 0)
-        value = load_rows(VALUE, j, value_time, c, keep_j, V)  # [BLOCK_N, BLOCK_V]
+        seen = sees(i, j, keep_j, n, HIDDEN is not None, CAUSAL)
+        scores = tl.where(seen, tl.fma(scores, scale, bias), NONE)
+        maximum, factor, e = running(maximum, scores, PRECISE)
+        if OWN:
+            total = tl.fma(total, factor[:, None], e)
+        else:
+            total = total * factor + sums(e, 1, PRECISE)
+        e = dropped(e, DROPOUT, unit, i[:, None], j[None, :], n, size)
+        if ROOM:
+            value = load_rows_from(VALUE, start, value_time, c, keep_j, V)  # [BLOCK_N, BLOCK_V]
+        else:
+            value = load_rows(VALUE, j, value_time, c, keep_j, V)
         mixed = tl.dot(e.to(value.dtype), value, mixed * factor[:, None])
+    if OWN:
+        total = tl.sum(total, axis=1)
     mixed = mixed * tl.div_rn(1.0, total.to(tl.float32))[:, None]
     gate = load_rows(GATE + batch * gate_batch + first * gate_time, i, gate_time, c, keep_i, V).to(tl.float32)
     act, _ = activate_with_slope(gate, ACTIVATION, PRECISE)
@@ -252,13 +282,12 @@ def tiles(
     four = own if wide or from_shared else inner | {"num_warps": 4}
     shapes = {
         "forward": {"BLOCK_M": 64, "BLOCK_N": 64 if wide or (from_shared and d <= 128) else 32, **four},
-        "slopes": {"BLOCK_M": 4, "BLOCK_N": 128 if wide else 256, "num_warps": 4},
+        "slopes": {"BLOCK_M": 4, "BLOCK_N": 128, "num_warps": 4},
         "diagonals": {"BLOCK_R": 32, "BLOCK_T": 64, "num_warps": 4},
     }
-    if wide and not rounded(dtype) and generation in (80, 90):
-        shapes["forward"]["maxnreg"] = (
-            160  # left alone, the assembler spills for two programs on a multiprocessor
-        )
+    if wide and not rounded(dtype) and generation in (80, 90, 100):
+        # left alone, the assembler spills for two programs on a multiprocessor
+        shapes["forward"]["maxnreg"] = 160
     if not wide and not dropout and d <= block_d:
         columns = min(512 if from_shared and full else 256, columns)
         shapes["forward"] |= {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_V": columns, "num_warps": 8}
@@ -277,27 +306,29 @@ PARAMETERS = {"BLOCK_R": 8, "BLOCK_C": 128, "num_warps": 4}
 def _prepared(
     p: _Plan, query_key, gate, value, qk_weight, qk_bias, position_bias, padding_mask, grad=None, mixed=None
 ):
-    """Returns (q, k, the bias in float32, keys that are hidden, value activated, g, dgate), the last two for a backward
-    alone. The kernels that follow load the bias from float32: 2 bytes cannot be fetched ahead.
+    """Returns (q, k, the bias in float32 from distance 0 on, keys that are hidden, value activated, g, dgate), the last
+    two for a backward alone. Kernels read the bias beyond its ends too, where margins lie, instead of masking each
+    element; and from float32, as 2 bytes cannot be fetched ahead.
     """
     rows = p.units * p.size
     query, key = p.empty(rows, p.width), p.empty(rows, p.width)
-    entries, narrow = len(position_bias), position_bias.dtype != torch.float32
-    bias = p.empty(entries, dtype=torch.float32) if narrow else position_bias
+    entries = len(position_bias)
+    table = p.empty(entries + 2 * MARGIN.value, dtype=torch.float32)
     hidden = None if padding_mask is None else p.empty(rows, dtype=torch.int8)
     active = p.empty(p.batch, p.padded, p.v).transpose(0, 1) if p.activate_value else None
     g = dgate = None
     if grad is not None:
         g, dgate = p.empty(rows, p.v), p.empty(*gate.shape)
     launch(prepare_kernel, (p.programs(PREPARE["BLOCK_T"]),),
-        query_key, qk_weight, qk_bias, position_bias if narrow else None,
+        query_key, qk_weight, qk_bias, position_bias,
         None if hidden is None else padding_mask.view(torch.int8),
         value if p.activate_value else None, None if g is None else gate, grad, mixed,
-        query, key, bias if narrow else None, hidden, active, g, dgate,
+        query, key, table, hidden, active, g, dgate,
         entries, *p.frames(PREPARE["BLOCK_T"]), p.d, p.v, *_strides(query_key), *_strides(value), *_strides(gate),
         *_strides(grad), p.batch * p.v, ACTIVATION=p.activation, WIDTH=p.width, **PREPARE,
     )  # fmt: skip
-    return query, key, bias, hidden, active if p.activate_value else value, g, dgate
+    at_zero = table[MARGIN.value + p.reach :]
+    return query, key, at_zero, hidden, active if p.activate_value else value, g, dgate
 
 
 def toeplitz_attention_forward(
@@ -328,7 +359,7 @@ def toeplitz_attention_forward(
     )
     tile = p.blocks["forward"]
     launch(forward_kernel, (p.programs(tile["BLOCK_M"]), cdiv(p.v, tile["BLOCK_V"])),
-        query, key, value, gate, bias[p.reach :], hidden, dropout, y, mixed if need_gradients else None,
+        query, key, value, gate, bias, hidden, dropout, y, mixed if need_gradients else None,
         *p.frames(tile["BLOCK_M"]), p.v, *_strides(value), *_strides(gate), p.batch * p.v, p.scale,
         CAUSAL=causal, ACTIVATION=activation, WIDTH=p.width, **tile,
     )  # fmt: skip
@@ -392,7 +423,7 @@ def toeplitz_attention_backward(
             torch.bmm(gs, v.mT, out=ds)
             blocks = cdiv(rows, tile["BLOCK_M"])
             launch(slopes_kernel, (units * blocks,),
-                w, ds, bias[p.reach :], hidden, dropout,
+                w, ds, bias, hidden, dropout,
                 p.length, p.size, p.count, unit, first, rows, blocks, keys, stride, CAUSAL=causal, **tile,
             )  # fmt: skip
             launch(diagonals_kernel, (reaches, len(diagonals)),

@@ -248,7 +248,7 @@ def test_pieces_of_attention_take_the_fewest_turns(most, places, blocks):
     assert zipformer_attention.blocks_of_piece(24, 80, most, places) == blocks
 
 
-@pytest.mark.parametrize("op", ["swoosh_l", "segment_attention"])  # of 9 and 37 arguments
+@pytest.mark.parametrize("op", ["swoosh_l", "segment_attention"])  # of 9 and 38 arguments
 def test_a_launch_is_triton_s_own(op):
     """kernels/_launch.py hands the driver what Triton would hand it."""
     with fake_gpu() as gpu:

@@ -206,6 +206,13 @@ TABLE = OpTable(
         ),
         _small("an odd width, several tiles", (1, 35, 2, 37), large=True),
         _sample("heads of 64, several tiles", (1, 67, 2, 64), draws=2, large=True),
+        _sample("heads of 128", (2, 69, 1, 128), key_padding_mask=_padding(69, 60, 69), draws=2, large=True),
+        _small(
+            "heads of 100, values of 128, padding, dropout",
+            (1, 67, 1, 100, 128),
+            key_padding_mask=_padding(67, 60),
+            **_dropout(0.2, 9),
+        ),
         _sample("wide heads", (1, 33, 1, 144), key_padding_mask=_padding(33, 30), draws=2, large=True),
         _sample("base", (2, 150, 2, 64), key_padding_mask=_padding(150, 150, 101), large=True),
         _sample(

@@ -7,9 +7,9 @@ from .configuration import PRODUCTS, Configuration, element_type, setting
 
 
 def configurations(generation: int):
-    like = ("X", "VALUE", "GATE", "GRAD", "MIXED", "QUERY", "KEY", "ACTIVE", "WEIGHT", "SHIFT", "NARROW")
+    like = ("X", "VALUE", "GATE", "GRAD", "MIXED", "QUERY", "KEY", "ACTIVE", "WEIGHT", "SHIFT", "BIAS")
     like += ("G", "DGATE", "Y", "WEIGHTS", "SLOPES", "DQUERY", "DKEY", "DV", "DVALUE", "DX", "OUT")
-    wide = ("BIAS", "DROPOUT", "PARTS")
+    wide = ("TABLE", "DROPOUT", "PARTS")
     strides = [f"{name}_{of}" for name in ("x", "value", "gate", "grad") for of in ("time", "batch")]
     plain = {"HIDDEN": None, "DROPOUT": None}
     extra = {"prepare": module.PREPARE, "values": module.VALUES, "parameters": module.PARAMETERS}
@@ -39,10 +39,9 @@ def configurations(generation: int):
     yield configuration("forward", "", "fp16", **plain)
     yield configuration("forward", "few rows", "bf16", full=False, **plain)
     for dtype in ("fp32", "bf16"):
-        bias = {"NARROW": None, "BIAS": None} if dtype == "fp32" else {}
-        forward = dict.fromkeys(("GATE", "GRAD", "MIXED", "G", "DGATE")) | bias
+        forward = dict.fromkeys(("GATE", "GRAD", "MIXED", "G", "DGATE"))
         yield configuration("prepare", "forward, padding", dtype, **forward)
-        yield configuration("prepare", "backward", dtype, PADDING=None, HIDDEN=None, **bias)
+        yield configuration("prepare", "backward", dtype, PADDING=None, HIDDEN=None)
         yield configuration("parameters", "", dtype)
         yield configuration("diagonals", "", dtype)
         yield configuration("values", "", dtype)

@@ -11,10 +11,18 @@ from fastasr.kernels import rel_attention
 @pytest.mark.parametrize("generation", [80, 90])
 @pytest.mark.parametrize(
     ("dim", "hiding", "recordings"),
-    [(48, False, False), (48, True, False), (72, False, False), (136, False, False), (48, False, True)],
+    [
+        (48, False, False),
+        (48, True, False),
+        (72, False, False),
+        (128, True, False),
+        (128, False, True),
+        (136, False, False),
+        (48, False, True),
+    ],
 )
 def test_rel_attention(monkeypatch, generation, dim, hiding, recordings):
-    """Kernels take blocks of 64 or 128 channels of wide heads, not all kernels of one generation the same."""
+    """Kernels take blocks of 64 or 128 channels of wide heads, and tiles by the width, masks and generation."""
     monkeypatch.setattr(rel_attention, "generation", lambda t: generation)
     frames, heads = 70, 1
     q, k, v, g = (torch.randn(1, frames, heads, dim, dtype=torch.bfloat16) for _ in range(4))
