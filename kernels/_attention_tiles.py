@@ -60,20 +60,6 @@ def products(total, A, a, a_stride, keep_a, B, b, b_stride, keep_b, width, BLOCK
 
 
 @triton.jit
-def biased(scores, scale, BIAS, HIDDEN, i, j, n, CAUSAL: tl.constexpr):
-    """Returns scale scores + bias[j - i], -inf where query i does not see key j; one of i, j is a row, the other a
-    column.
-    """
-    seen = (i < n) & (j < n)
-    if CAUSAL:
-        seen = seen & (j <= i)
-    if HIDDEN is not None:
-        seen = seen & (tl.load(HIDDEN + j, mask=j < n, other=1) == 0)
-    bias = tl.load(BIAS + (j - i), mask=seen, other=0.0)
-    return tl.where(seen, tl.fma(scores, scale, bias), NONE)
-
-
-@triton.jit
 def dropped(values, DROPOUT, unit, i, j, n, size):
     """Returns values M."""
     if DROPOUT is not None:
