@@ -555,7 +555,7 @@ def _chunks(frames: int, batch: int, left: int = 70, chunk_size: int = 14) -> Ca
 
 
 CASES = (sized(400, 4), sized(1500, 1), _chunks(1500, 1))
-ON_DEVICE = (sized(400, BATCH), sized(FRAMES, BATCH), _chunks(FRAMES, BATCH))
+ON_DEVICE = (sized(400, BATCH), sized(400, BATCH, D=128), sized(FRAMES, BATCH), _chunks(FRAMES, BATCH))
 WATCH = (
     "scores by offset shifted by `tl.gather` in registers; dropout by a hash; heads of up to 128; contexts; "
     "delta from y and its remainder in 16 bits"
