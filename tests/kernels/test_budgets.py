@@ -27,6 +27,8 @@ pytest.importorskip("triton")
 SECTIONS = budgets.read()
 MOST = ("registers", "spills", "shared", "narrow", "repeated")  # may not grow
 MOST_SPILLED = 48  # bytes of local memory per thread
+BROAD = re.compile(r"rel_attention (queries|keys), (d=96|d=128|padding, context, cap), .*bf16")
+MOST_OF_BROAD = 272
 GROWTH = 1.05  # the instruction count may grow by this factor
 UPDATE = "run python tests/kernels/update_budgets.py"
 
@@ -48,10 +50,7 @@ def _version(section: str) -> int:
     return 100 * major + minor
 
 
-*OLDER, NEWEST = sorted(SECTIONS, key=_version)
 each_architecture = pytest.mark.parametrize(("rows", "architecture"), _rows(SECTIONS))
-each_of_the_newest = pytest.mark.parametrize(("rows", "architecture"), _rows([NEWEST]))
-each_of_older_ones = pytest.mark.parametrize(("rows", "architecture"), _rows(OLDER))
 
 
 @pytest.fixture(scope="module", params=["changed", pytest.param("all", marks=pytest.mark.long)])
@@ -121,19 +120,11 @@ def test_budgets_cover_every_configuration(compiled):
     assert set(SECTIONS[_nearest(SECTIONS, compiled["section"])]) == set(compiled["hashes"]), UPDATE
 
 
-@each_of_older_ones
-def test_an_older_triton_spills_little(rows, architecture):
-    """Tiles are chosen for the newest Triton; what an older one makes of them may spill as much as the assembler does
-    there for more resident programs.
-    """
-    spilled = {name: row["spills"] for name, row in rows.items() if row["spills"] > MOST_SPILLED}
-    assert not spilled, f"bytes of local memory per thread: {spilled}"
-
-
-@each_of_the_newest
+@each_architecture
 def test_budgets_have_no_spills(rows, architecture):
-    """No kernel runs out of its 255 registers. In those named the assembler takes fewer and spills at most 48 bytes, so
-    that more programs may be resident; to forbid it would cost a third or half of the resident warps."""
+    """No kernel but those of broad heads runs out of its 255 registers. In those named the assembler takes fewer and
+    spills at most 48 bytes, so that more programs may be resident; to forbid it would cost a third or half of the
+    resident warps. Broad heads in blocks of 64 channels would not spill, and take two to six times the instructions."""
     known = {
         "add_two_norms backward, C=512, fp32": (100,),
         "balancer_gradient change, 192 channels, padded, fp32": (86, 100, 120),
@@ -157,37 +148,32 @@ def test_budgets_have_no_spills(rows, architecture):
         "rel_attention statistics, padding, mask, fp32": (86,),
         "rnnt_joiner context gradient, D=512, fp32": (120,),
         "rnnt_joiner context gradient, a later chunk, D=512, fp32": (120,),
-        "rnnt_lattice forward, modified, T=750": (100,),
         "segment_attention forward, fp32": (80, 100, 120),
-        "segment_attention keys, fp32": (100,),
-        "segment_attention keys, memory, dropout, lengths, history, fp32": (80, 86, 90),
-        "segment_attention keys, memory, dropout, lengths, history, tf32": (80, 86, 90, 120),
-        "segment_attention queries, fp32": (86,),
-        "segment_attention queries, memory, dropout, lengths, history, fp32": (100,),
-        "tdt_lattice forward, S=600": (80, 90),
-        "tdt_lattice forward, no shares, S=600": (86,),
-        "toeplitz_attention forward, both ways, padding, dropout, d=128, V=1024, fp32": (86, 100),
+        "segment_attention keys, memory, dropout, lengths, history, fp32": (80, 90),
+        "segment_attention keys, memory, dropout, lengths, history, tf32": (86, 90),
         "toeplitz_attention forward, d=128, V=1024, fp32": (86,),
+        "zipformer_attention forward, chunks, padding, mask, bf16": (120,),
         "zipformer_attention forward, odd sizes, tf32": (120,),
         "zipformer_attention forward, recordings, fp32": (120,),
         "zipformer_attention forward, tf32": (120,),
-        "zipformer_attention keys, chunks, padding, mask, fp32": (80, 100),
+        "zipformer_attention keys, chunks, padding, mask, fp32": (90,),
         "zipformer_attention keys, chunks, padding, mask, tf32": (80,),
-        "zipformer_attention keys, fp32": (90,),
-        "zipformer_attention keys, odd sizes, tf32": (80, 100),
-        "zipformer_attention keys, recordings, V=144, equal, fp32": (90,),
+        "zipformer_attention keys, fp32": (120,),
+        "zipformer_attention keys, recordings, V=144, equal, fp32": (120,),
+        "zipformer_attention keys, recordings, penalty, equal, fp32": (120,),
         "zipformer_attention queries, odd sizes, tf32": (120,),
         "zipformer_attention queries, tf32": (86,),
         "zipformer_attention_weights forward, 50 keys, tf32": (90,),
-        "zipformer_attention_weights queries, odd sizes, fp32": (120,),
-        "zipformer_attention_weights queries, recordings, bf16": (86, 120),
-        "zipformer_attention_weights queries, tf32": (86, 90),
+        "zipformer_attention_weights queries, chunks, padding, mask, fp32": (120,),
+        "zipformer_attention_weights queries, penalty, tf32": (90,),
+        "zipformer_attention_weights queries, recordings, fp32": (100, 120),
     }
     place = budgets.LIKE.get(architecture, architecture)
     spilled = {
         name: row["spills"]
         for name, row in rows.items()
         if row["spills"]
+        and not (BROAD.match(name) and row["spills"] <= MOST_OF_BROAD)
         and (row["registers"] == 255 or row["spills"] > MOST_SPILLED or place not in known.get(name, ()))
     }
     assert not spilled, f"bytes of local memory per thread: {spilled}"
@@ -217,6 +203,7 @@ def test_budgets_repeat_no_work(rows, architecture):
         name: row["repeated"]
         for name, row in rows.items()
         if row["repeated"] > 1
+        and not BROAD.match(name)  # four warps would spill 500 bytes
         and not any(name.startswith(start) and name.endswith(ends) for start, ends in known.items())
     }
     assert found == {}
@@ -232,7 +219,8 @@ def test_budgets_have_128_bit_accesses(rows, architecture):
     frames or taps of them in registers: a warp still reads 128 or 256 neighbouring bytes, and few for each product.
     Limits are those of one parameter of any alignment. A parameter's sample is one number for each thread. The second
     row of a table of bounds begins anywhere, one of pieces is short, and groups of a recording's frames begin anywhere.
-    A folded norm has a row of few taps a channel. A thread has four channels of a joiner's frame with few rows.
+    A folded norm has a row of few taps a channel. A thread has four channels of a joiner's frame with few rows. A warp
+    has 128 neighbouring keys of toeplitz_attention's slopes; with wider vectors it would meet more of the bias.
     """
     others = (
         "one column",
@@ -245,6 +233,7 @@ def test_budgets_have_128_bit_accesses(rows, architecture):
         "joiner frame gradient, few rows, D=512, bf16",
         "statistics",
         "diagonals",
+        "toeplitz_attention slopes",
         "lattice",
         "bounds",
         "pieces",
