@@ -174,7 +174,7 @@ def queries_kernel(
     penalty, limit,
     DIM: tl.constexpr, POS_DIM: tl.constexpr, PACKED: tl.constexpr, WINDOW: tl.constexpr, PENALTY: tl.constexpr,
     WIDE_POS: tl.constexpr, VECTOR: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr, AXIS: tl.constexpr,
 ):  # fmt: skip
     """Writes dq of a block of queries and of channels; programs of the first block of channels also store dS and dp,
     which has WIDE_POS channels and is 0 without position scores. Where there is ACT, of two launches the one serves
@@ -239,7 +239,7 @@ def queries_kernel(
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     dp = tl.zeros([BLOCK_M, BLOCK_P], tl.float32)
-    part = tl.zeros([BLOCK_M, BLOCK_N // 8], tl.float32)
+    part = tl.zeros([BLOCK_M, 8 if AXIS == 1 else BLOCK_N // 8], tl.float32)
     parts = part, part, part, part
     for start in range(begin, end, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
@@ -266,7 +266,7 @@ def queries_kernel(
         dq = tl.dot(narrow, key, dq)
         if POS_DIM > 0:
             dp, parts = add_positions(
-                dp, parts, ds, at, offsets, 2, BLOCK_P, POS_DIM, PACKED, X.dtype.element_ty
+                dp, parts, ds, at, offsets, AXIS, BLOCK_P, POS_DIM, PACKED, X.dtype.element_ty
             )
         tl.store(DS + j[None, :], narrow, mask=rows & (j < ds_row)[None, :] & once)
     if (WINDOW and not PENALTY) or BOUNDS is not None:
@@ -353,13 +353,16 @@ def tiles(
     if keys <= (64 if wide else 512):
         block_n = max(64, next_power_of_2(keys))
         forward = {"BLOCK_M": 16, "BLOCK_N": block_n, "num_warps": 4 if block_n <= 256 else 8, "WHOLE": True}
+    # Threads add up keys that they have: neighbours of W, or with a penalty every eighth pair, as products have them.
     queries = {
+        "AXIS": 2,
         "BLOCK_M": 16 if wide else 32,
         "BLOCK_N": 64,
         "num_warps": 8 if wide and not rounded(dtype) else 4,
     }
     if penalty and not wide:  # eight warps would compute a product of 64 x 32 twice, but on capability 10.0
         queries |= {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8 if generation == 100 else 4}
+        queries["AXIS"] = 2 if generation == 100 else 1
     inner = {"BLOCK_M": 32 if wide else 64, "num_warps": 4, "num_stages": 3}
     shapes = {
         "forward": forward | {"BLOCK_D": block_d, "num_stages": 2},
