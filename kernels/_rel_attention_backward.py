@@ -8,7 +8,6 @@ from fastasr.kernels._activation import exp_nonpositive
 from fastasr.kernels._attention_tiles import delta_of_values, load_rows, load_rows_from, products, sums
 from fastasr.kernels._recordings import blocks_of, rows_of
 from fastasr.kernels._rel_attention_scores import (
-    LOG2_E,
     SIZES,
     UNALIGNED,
     band,
@@ -28,7 +27,7 @@ from fastasr.kernels._rel_attention_scores import (
 )
 from fastasr.kernels._rel_position_tiles import dealt, place
 from fastasr.kernels._relative_shift import by_offset, merged, ready
-from fastasr.kernels._special import exp2
+from fastasr.kernels._special import LOG2_E, exp2
 from fastasr.kernels._weights_dropout import dropped, row_words
 
 

@@ -8,8 +8,8 @@ from fastasr.kernels._activation import TANH, activate_with_slope
 from fastasr.kernels._attention_tiles import NONE, load_rows_from, products
 from fastasr.kernels._rel_position_tiles import query_key
 from fastasr.kernels._relative_shift import by_key
+from fastasr.kernels._special import LOG2_E
 
-LOG2_E = tl.constexpr(1.4426950408889634)
 SIZES = [
     "frames",
     "keys",

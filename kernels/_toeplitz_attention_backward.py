@@ -7,12 +7,11 @@ import triton.language as tl
 from fastasr.kernels._activation import activate_with_slope, exp_nonpositive
 from fastasr.kernels._attention_tiles import NONE, running, span, sums
 from fastasr.kernels._column_sums import column_sums
-from fastasr.kernels._special import exp2
+from fastasr.kernels._special import LOG2_E, exp2
 from fastasr.kernels._vectors import load
 
 # Zeros before and behind the table of the bias: tiles reach at most that far beyond its ends.
 MARGIN = tl.constexpr(256)
-LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit

@@ -36,9 +36,8 @@ from fastasr.kernels._launch import (
     next_power_of_2,
     rounded,
 )
-from fastasr.kernels._special import bits_from, exp2
+from fastasr.kernels._special import LOG2_E, bits_from, exp2
 
-LOG2_E = tl.constexpr(1.4426950408889634)
 NOWHERE = tl.constexpr(1 << 30)  # a place behind every list
 MEMORY, RIGHT, FRAME = (tl.constexpr(number) for number in range(3))  # kinds of keys
 SIZES = [
