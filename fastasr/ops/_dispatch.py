@@ -369,9 +369,35 @@ def cuda_kernels(name: str) -> Implementation:
 
 
 def registered(backend: str, name: str) -> Callable:
-    """Returns ``torch.ops.fastasr_<backend>.<name>`` without the Python function around it, whose call costs 0.1 us."""
+    """Returns ``torch.ops.fastasr_<backend>.<name>`` without the Python function around it, whose call costs 0.1 us.
+    Where it declines a call it raises ValueError.
+    """
     overload = getattr(getattr(torch.ops, f"fastasr_{backend}"), name).default
-    return getattr(overload, "_op", overload)
+    operator = getattr(overload, "_op", overload)
+    return operator if _declines_by_type() else partial(_declining, operator)
+
+
+@cache
+def _declines_by_type() -> bool:
+    """Says whether torch makes a ValueError of the exception by which kernels decline a call (``decline`` in
+    csrc/bindings/dispatch.h). torch 2.15 makes a RuntimeError of each exception.
+    """
+    try:
+        torch.ops.fastasr_cpu.kept_digest.default(torch.empty(0, dtype=torch.float32, device="cpu"))
+    except ValueError:
+        return True
+    except RuntimeError:
+        return False
+    raise AssertionError("kept_digest takes a mask that is not bool")
+
+
+def _declining(operator: Callable, *arguments: Any) -> Any:
+    try:
+        return operator(*arguments)
+    except RuntimeError as error:
+        if str(error).startswith("fastasr, "):  # how the reason of a declined call begins
+            raise ValueError(str(error)) from error
+        raise
 
 
 def _registered(backend: str, name: str) -> Kernels:

@@ -96,3 +96,18 @@ def test_what_the_native_checks_accept_fits_the_declaration(name, monkeypatch):
                 dense = [x.contiguous() if isinstance(x, Tensor) else x for x in wrong]
                 torch.testing.assert_close(found, forward(*dense), rtol=0, atol=0, equal_nan=True)
     assert refused > accepted > 0
+
+
+def test_a_declined_call_is_a_value_error_where_torch_has_other_errors(monkeypatch):
+    """torch 2.15 makes RuntimeErrors of all exceptions of kernels."""
+
+    def raising(text):
+        raise RuntimeError(text)
+
+    monkeypatch.setattr(_dispatch, "_declines_by_type", lambda: False)
+    monkeypatch.setattr(_dispatch.torch.ops.fastasr_cpu.swoosh_forward.default, "_op", raising, raising=False)
+    operator = _dispatch.registered("cpu", "swoosh_forward")
+    with pytest.raises(ValueError, match="x has another dtype"):
+        operator("fastasr, swoosh_forward: x has another dtype")
+    with pytest.raises(RuntimeError, match="no memory"):
+        operator("fastasr: no memory for 8 bytes")
