@@ -10,9 +10,11 @@ from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
+from fastasr import kernels
+
 from .configuration import Configuration
 
-KERNELS = Path(__file__).parents[3] / "kernels"
+KERNELS = Path(kernels.__file__).parent
 # The architectures that share a table of tiles, by the one that ``generation`` of kernels/_launch.py names.
 GENERATIONS = {80: (80, 86, 89), 90: (90,), 100: (100,), 120: (120,)}
 
