@@ -326,6 +326,22 @@ def weights_of(scores, maximum, inverse, scale, PRECISE: tl.constexpr):
     return weights
 
 
+@triton.jit
+def _scores_and_slopes(
+    query, g, key_rows, value_rows, Q, G, K, V, DROPOUT, pair, rows, window, start, c, q_time, g_time, k_time, v_time,
+    mask_sizes, sizes, DIM: tl.constexpr, HAS_MEMORY: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Returns (rows of k, scores, -inf where nothing is seen; dP; M) of the keys at a list's places from ``start``."""
+    key = load_listed(key_rows, start, k_time, c, window, DIM, BLOCK_N, HAS_MEMORY)  # [BLOCK_N, BLOCK_D]
+    value = load_listed(value_rows, start, v_time, c, window, DIM, BLOCK_N, HAS_MEMORY)
+    keys = listed_keys(start, window, sizes, BLOCK_N, HAS_MEMORY)
+    seen = seen_from(start, rows[3], sizes[4], BLOCK_N, HAS_MEMORY)
+    scores = products_of(query, key, Q, rows, q_time, K, keys, k_time, DIM, BLOCK_D)
+    scores = tl.where(seen, scores, NONE)
+    slopes = products_of(g, value, G, rows, g_time, V, keys, v_time, DIM, BLOCK_D)
+    return key, scores, slopes, dropout_of(DROPOUT, pair, rows, keys, scores, mask_sizes, sizes)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def queries_kernel(
     G, Q, K, V, LENGTHS, HISTORY, DROPOUT, DQ, MAXIMUM, INVERSE, DELTA,
@@ -367,14 +383,10 @@ def queries_kernel(
     key_rows = anchors(K, k_time, window, sizes, HAS_MEMORY)
     value_rows = anchors(V, v_time, window, sizes, HAS_MEMORY)
     for start in range(0, window[2], BLOCK_N):
-        key = load_listed(key_rows, start, k_time, c, window, DIM, BLOCK_N, HAS_MEMORY)  # [BLOCK_N, BLOCK_D]
-        value = load_listed(value_rows, start, v_time, c, window, DIM, BLOCK_N, HAS_MEMORY)
-        keys = listed_keys(start, window, sizes, BLOCK_N, HAS_MEMORY)
-        seen = seen_from(start, spans, right, BLOCK_N, HAS_MEMORY)
-        scores = products_of(query, key, Q, rows, q_time, K, keys, k_time, DIM, BLOCK_D)
-        scores = tl.where(seen, scores, NONE)
-        slopes = products_of(g, value, G, rows, g_time, V, keys, v_time, DIM, BLOCK_D)
-        factors = dropout_of(DROPOUT, pair, rows, keys, scores, mask_sizes, sizes)
+        _key, scores, slopes, factors = _scores_and_slopes(
+            query, g, key_rows, value_rows, Q, G, K, V, DROPOUT, pair, rows, window, start, c, q_time, g_time, k_time,
+            v_time, mask_sizes, sizes, DIM, HAS_MEMORY, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
         if PRECISE:
             maximum, factor, e = running(maximum, scores * scale, True)
         else:
@@ -399,14 +411,10 @@ def queries_kernel(
     key_rows = anchors(K, k_time, window, sizes, HAS_MEMORY)
     value_rows = anchors(V, v_time, window, sizes, HAS_MEMORY)
     for start in range(0, window[2], BLOCK_N):
-        key = load_listed(key_rows, start, k_time, c, window, DIM, BLOCK_N, HAS_MEMORY)  # [BLOCK_N, BLOCK_D]
-        value = load_listed(value_rows, start, v_time, c, window, DIM, BLOCK_N, HAS_MEMORY)
-        keys = listed_keys(start, window, sizes, BLOCK_N, HAS_MEMORY)
-        seen = seen_from(start, spans, right, BLOCK_N, HAS_MEMORY)
-        scores = products_of(query, key, Q, rows, q_time, K, keys, k_time, DIM, BLOCK_D)
-        scores = tl.where(seen, scores, NONE)
-        slopes = products_of(g, value, G, rows, g_time, V, keys, v_time, DIM, BLOCK_D)
-        factors = dropout_of(DROPOUT, pair, rows, keys, scores, mask_sizes, sizes)
+        key, scores, slopes, factors = _scores_and_slopes(
+            query, g, key_rows, value_rows, Q, G, K, V, DROPOUT, pair, rows, window, start, c, q_time, g_time, k_time,
+            v_time, mask_sizes, sizes, DIM, HAS_MEMORY, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
         weights = weights_of(scores, maximum, inverse, scale, PRECISE)
         ds = weights * (slopes * factors - delta[:, None])
         dq = tl.dot(ds.to(key.dtype), key, dq)
