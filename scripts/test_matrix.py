@@ -29,15 +29,17 @@ RESULTS = ROOT / "benchmarks" / "results" / "test_matrix.json"
 OLDEST = 11
 PYTHONS = tuple(f"python3.{minor}" for minor in range(11, 15))
 TOOLS = ("numpy", "pytest", "pytest-xdist", "hypothesis")
-# These tests check values and gradients of every op in float32, its registration, torch.compile; a forked process; and,
-# with the Triton that torch brings, launches of compiled kernels, and a few kernels on an emulated GPU.
+# These tests check values and gradients of every op in float32, its registration, torch.compile; gradients at a clamp's
+# bounds, which torch 2.14 changed; a forked process; and, with the Triton that torch brings, launches of compiled
+# kernels, and a few kernels on an emulated GPU.
 KERNELS = "test_launch", "test_ptx"
 TESTS = (
     "tests/ops/test_contract.py",
+    "tests/ops/test_clamped_gradients.py",
     "tests/ops/test_fork.py",
     *(f"tests/kernels/{name}.py" for name in KERNELS),
 )
-CHOSEN = " or ".join(("parity and float32", "opcheck", "compiles", "forked", *KERNELS))
+CHOSEN = " or ".join(("parity and float32", "opcheck", "compiles", "of_a_clamp", "forked", *KERNELS))
 ASK = """
 import importlib.util, json, sys, torch, fastasr
 from fastasr.ops import _dispatch

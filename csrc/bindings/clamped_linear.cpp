@@ -33,9 +33,9 @@ Tensor clamped_linear_forward(Tensor z, double low, double high, int64_t activat
   return y;
 }
 
-// Returns the gradient of z.
+// Returns the gradient of z; for `halves` see cpu/rows/clamp.h.
 Tensor clamped_linear_backward(const Tensor& grad, const Tensor& z, double low, double high, int64_t activation,
-                               double next_low, double next_high) {
+                               double next_low, double next_high, bool halves) {
   const char* op = "clamped_linear_backward";
   check_clamped(z, activation, op);
   check_same_size(grad, z, op, "grad");
@@ -45,7 +45,7 @@ Tensor clamped_linear_backward(const Tensor& grad, const Tensor& z, double low, 
     const T *g = data<T>(grad), *from = data<T>(z);
     T* to = mutable_data<T>(dz);
     parallel_range(z.numel(), kGrain, [&](int64_t b, int64_t e) {
-      kernel.backward(inner, static_cast<int>(activation), outer, g + b, from + b, to + b, e - b);
+      kernel.backward(inner, static_cast<int>(activation), outer, halves, g + b, from + b, to + b, e - b);
     });
   });
   return dz;

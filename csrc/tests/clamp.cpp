@@ -20,7 +20,7 @@ struct Case {
 
   void run() {
     kernel.forward(inner, activation, outer, z, y, n);
-    kernel.backward(inner, activation, outer, grad, z, dz, n);
+    kernel.backward(inner, activation, outer, n % 2 == 1, grad, z, dz, n);
   }
   auto outputs() { return std::tie(y, dz); }
 };
@@ -39,20 +39,25 @@ void clamp_values(int activation, int64_t n) {
   CHECK(c.z.equals(c.y), "in place it is something else");
 }
 
-// A bound is inside, crossed bounds give the upper one, a NaN stays and has no gradient.
+// Crossed bounds give the upper one, and a NaN stays. An element at a bound has its gradient, or half of it, and a NaN
+// none, or all of it.
 template <typename T>
 void clamp_special_values() {
   const auto& kernel = cpu::kernels<cpu::ClampKernels<T>>();
   using C = compute_t<T>;
-  const cpu::Bounds<T> bounds{C(-1), C(2)}, crossed{C(2), C(-1)}, none{C(-kInf), C(kInf)};
+  const cpu::Bounds<T> bounds{C(-1), C(2)}, crossed{C(2), C(-1)}, equal{C(2), C(2)}, none{C(-kInf), C(kInf)};
   Random random(1);
   Buffer<T> z(5, 0, random), grad(5, 0, random), y(5), dz(5);
   const double given[] = {-1, 2, kNan, kInf, -kInf};
   for (int64_t i = 0; i < 5; i++) z[i] = make<T>(given[i]);
   kernel.forward(bounds, 0, none, z, y, 5);
-  kernel.backward(bounds, 0, none, grad, z, dz, 5);
+  kernel.backward(bounds, 0, none, false, grad, z, dz, 5);
   CHECK(y(0) == -1 && y(1) == 2 && std::isnan(y(2)) && y(3) == 2 && y(4) == -1, "values");
   CHECK(dz(0) == grad(0) && dz(1) == grad(1) && dz(2) == 0 && dz(3) == 0 && dz(4) == 0, "gradients");
+  kernel.backward(bounds, 0, none, true, grad, z, dz, 5);
+  CHECK(dz(0) == grad(0) / 2 && dz(1) == grad(1) / 2 && dz(2) == grad(2) && dz(3) == 0 && dz(4) == 0, "halves");
+  kernel.backward(equal, 0, none, true, grad, z, dz, 5);
+  CHECK(dz(0) == 0 && dz(1) == grad(1), "halves of equal bounds");
   kernel.forward(crossed, 0, none, z, y, 5);
   CHECK(y(0) == -1 && y(1) == -1 && y(3) == -1 && y(4) == -1, "crossed bounds");
 }

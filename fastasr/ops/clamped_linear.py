@@ -3,8 +3,8 @@ r"""A linear layer whose input and result are clamped: y = clamp(act(clamp(clamp
 
 z = clamp(x, input) Wᵀ, y = clamp(act(clamp(z, output)), next), where ``next`` are the input bounds of the layer that
 reads y: that layer then clamps nothing. With gradient g: dz = g ⊙ act'(clamp z), 0 where z or the activation is outside
-its bounds, dx = dz W, 0 where x is outside, dW = dzᵀ clamp(x). A bound itself is inside, as in ``torch.clamp``, and its
-gradient is the sum over the elements that it replaces.
+its bounds, dx = dz W, 0 where x is outside, dW = dzᵀ clamp(x). A bound's gradient is the sum over the elements that it
+replaces. At a bound gradients are those of the installed torch's ``torch.clamp`` (see ``HALVES``).
 
 Upstream: ``Gemma4ClippableLinear`` of transformers, whose checkpoints hold the bounds.
 """
@@ -23,6 +23,10 @@ from fastasr.ops._dispatch import Kernels
 from fastasr.ops._op import Arguments, Needs, Op, Saved, op
 
 Bounds = tuple[Any, Any]  # as kernels read them: numbers on the CPU, else tensors or None
+
+# Until torch 2.13, clamp gives an element that equals its bound all of its gradient, and a NaN none. From 2.14 on half
+# of the former belongs to a finite bound, unless both are equal, and a NaN has all of its own.
+HALVES = torch.__version__ >= "2.14"  # compares versions, not strings
 
 
 # --------------------------------------------------------------------------- kernels
@@ -71,7 +75,7 @@ def _gradients(
     before, after, following = _all_bounds(kernels, saved)
     grad, x, z, activation = grads[0].contiguous(), saved.x.contiguous(), saved.z, NUMBERS[saved.activation]
     none, absent = _no_bounds(kernels), (None, None)
-    dz = kernels.backward(grad, z, *after, activation, *following)
+    dz = kernels.backward(grad, z, *after, activation, *following, HALVES)
     of_input: Bounds = absent
     of_output: Bounds = absent
     of_next: Bounds = absent
@@ -81,9 +85,9 @@ def _gradients(
         if needs.input_min or needs.input_max:
             of_input = _of_bounds(dx, x, saved.input_min, saved.input_max)
         if not _are_idle(before):
-            dx = kernels.backward(dx, x, *before, 0, *none)
+            dx = kernels.backward(dx, x, *before, 0, *none, HALVES)
     if needs.output_min or needs.output_max:
-        inside = kernels.backward(grad, _clamped(kernels, z, after), *none, activation, *following)
+        inside = kernels.backward(grad, _clamped(kernels, z, after), *none, activation, *following, HALVES)
         of_output = _of_bounds(inside, z, saved.output_min, saved.output_max)
     if needs.next_min or needs.next_max:
         y = kernels.forward(z, *after, activation, *none, False)
@@ -93,18 +97,22 @@ def _gradients(
 
 
 def _of_bounds(grad: Tensor, x: Tensor, low: Tensor | None, high: Tensor | None) -> Bounds:
-    """Returns the gradients of the bounds of x. Where they cross, the upper one replaces all elements; where they are
-    equal, torch gives the lower one no gradient."""
+    """Returns the gradients of the bounds of x. Where they cross, the upper one replaces all elements."""
+    low, high = (b if b is None else b.to(x.dtype) for b in (low, high))
 
-    def total(replaced: Tensor) -> Tensor:
-        return torch.where(replaced, grad, 0.0).sum(dtype=torch.promote_types(grad.dtype, torch.float32))
+    def total(replaced: Tensor, equal: Tensor) -> Tensor:
+        part = torch.where(replaced & ~equal, grad, 0.0)
+        if HALVES:
+            part = torch.where(equal, 0.5 * grad, part)
+        return part.sum(dtype=torch.promote_types(grad.dtype, torch.float32))
 
-    if low is None or high is None:
-        return None if low is None else total(x < low.to(x.dtype)), None if high is None else total(
-            x > high.to(x.dtype)
-        )
-    low, high = low.to(x.dtype), high.to(x.dtype)
-    return total((x < low) & (low < high)), total((x > high) | (high < low))
+    if low is None or high is None:  # from torch 2.14 on a NaN counts for its only bound too
+        below = None if low is None else total(~(x > low) if HALVES else x < low, x == low)
+        above = None if high is None else total(~(x < high) if HALVES else x > high, x == high)
+        return below, above
+    differ = low < high  # if equal, the lower bound has no gradient until torch 2.13
+    below = total((x < low) & (low <= high if HALVES else differ), (x == low) & differ)
+    return below, total((x > high) | (high < low), (x == high) & differ)
 
 
 # --------------------------------------------------------------------------- the op

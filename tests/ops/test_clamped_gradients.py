@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradients at the ends of a clamp: of NaNs, and of bounds that are equal or cross."""
+"""Gradients at the ends of a clamp: of NaNs, of elements that equal a bound, and of bounds that are equal or cross."""
 
 import math
 
@@ -49,3 +49,13 @@ def test_bounds_that_are_equal_or_cross_have_the_gradients_of_a_clamp(low, high)
         bounds = {f"{where}_min": torch.tensor(low), f"{where}_max": torch.tensor(high)}
         gradients = _agree(clamped_linear, {"x": make.normal(6, 20), "weight": make.normal(5, 20), **bounds})
         assert gradients[f"{where}_max"] != 0
+
+
+@pytest.mark.parametrize("ends", [("min",), ("max",), ("min", "max")])
+def test_an_element_that_equals_its_bound_has_the_gradient_of_a_clamp(ends):
+    values = {"min": -0.5, "max": 0.75}
+    x = torch.tensor([[-0.5, 0.75, 0.0, 2.0], [0.75, -0.5, 1.0, -3.0]])
+    for where in "input", "output", "next":
+        bounds = {f"{where}_{end}": torch.tensor(values[end]) for end in ends}
+        gradients = _agree(clamped_linear, {"x": x, "weight": torch.eye(4), **bounds})
+        assert all(gradients[name] != 0 for name in bounds)

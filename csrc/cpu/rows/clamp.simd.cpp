@@ -2,6 +2,7 @@
 #include "cpu/rows/clamp.h"
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 
 #include "cpu/math/activation.h"
@@ -17,10 +18,17 @@ FASTASR_INLINE C clamped(const Bounds<T>& b, C x) {
   return (above <= b.high) | (above != above) ? above : b.high;
 }
 
-template <typename T, typename C = compute_t<T>>
-FASTASR_INLINE bool inside(const Bounds<T>& b, C x) {
+// Returns which part of the gradient of clamped(x) is the gradient of x.
+template <typename T, bool Halves, typename C = compute_t<T>>
+FASTASR_INLINE C passed(const Bounds<T>& b, C x) {
   constexpr C kInfinity = std::numeric_limits<C>::infinity();
-  return ((b.low == -kInfinity) & (b.high == kInfinity)) | ((x >= b.low) & (x <= b.high));
+  if constexpr (Halves) {
+    const bool outside = (x < b.low) | (x > b.high);
+    const bool at_one = ((x == b.low) | (x == b.high)) & (b.low < b.high) & (std::abs(x) < kInfinity);
+    return outside ? C(0) : at_one ? C(0.5) : C(1);
+  } else {
+    return ((b.low == -kInfinity) & (b.high == kInfinity)) | ((x >= b.low) & (x <= b.high)) ? C(1) : C(0);
+  }
 }
 
 template <typename T, typename C = compute_t<T>>
@@ -36,8 +44,8 @@ void forward(Bounds<T> inner, int activation, Bounds<T> outer, const T* z, T* y,
   }
 }
 
-template <typename T, typename C = compute_t<T>>
-void backward(Bounds<T> inner, int activation, Bounds<T> outer, const T* grad, const T* z, T* dz, int64_t n) {
+template <typename T, bool Halves, typename C = compute_t<T>>
+void backward_by(Bounds<T> inner, int activation, Bounds<T> outer, const T* grad, const T* z, T* dz, int64_t n) {
   C values[kPiece], slopes[kPiece];
   for (int64_t i = 0; i < n; i += kPiece) {
     const int64_t m = std::min(kPiece, n - i);
@@ -46,10 +54,20 @@ void backward(Bounds<T> inner, int activation, Bounds<T> outer, const T* grad, c
     activate_with_slope(activation, values, slopes, m);
 #pragma omp simd
     for (int64_t j = 0; j < m; j++) {
-      const C slope = (inside<T>(outer, values[j]) ? load(grad[i + j]) : C(0)) * slopes[j];
-      store(&dz[i + j], inside<T>(inner, load(z[i + j])) ? slope : C(0));
+      T y;  // what equals a bound is the rounded y
+      store(&y, values[j]);
+      const C of_y = passed<T, Halves>(outer, Halves ? C(load(y)) : values[j]);
+      const C of_z = passed<T, Halves>(inner, load(z[i + j]));
+      const C slope = (of_y != C(0) ? of_y * load(grad[i + j]) : C(0)) * slopes[j];
+      store(&dz[i + j], of_z != C(0) ? of_z * slope : C(0));
     }
   }
+}
+
+template <typename T>
+void backward(Bounds<T> inner, int activation, Bounds<T> outer, bool halves, const T* grad, const T* z, T* dz,
+              int64_t n) {
+  (halves ? backward_by<T, true> : backward_by<T, false>)(inner, activation, outer, grad, z, dz, n);
 }
 
 }  // namespace

@@ -13,5 +13,11 @@ def configurations():
         types = dict.fromkeys(("Z", "Y", "GRAD", "DZ", "LOW", "HIGH", "NEXT_LOW", "NEXT_HIGH"), dtype)
         for label, constants in (("silu, next", {"ACTIVATION": 1}), ("identity", {"ACTIVATION": 0, **alone})):
             for name, kernel in (("forward", kernels.forward_kernel), ("backward", kernels.backward_kernel)):
-                name = f"clamped_linear {name}, {label}, {dtype}"
-                yield Configuration(name, kernel, types, constants | flat)
+                for halves in ({},) if name == "forward" else ({"HALVES": False}, {"HALVES": True}):
+                    half = ", halves at a bound" if halves.get("HALVES") else ""
+                    yield Configuration(
+                        f"clamped_linear {name}, {label}, {dtype}{half}",
+                        kernel,
+                        types,
+                        constants | halves | flat,
+                    )
