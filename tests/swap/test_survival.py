@@ -112,6 +112,26 @@ def test_compile_of_the_whole_model(model, inputs):
         close(compiled(*inputs)[0], model(*inputs)[0])
 
 
+def test_compiled_whitening(model):
+    """Whether it acts is drawn, which breaks the graph before it; torch.compile cannot trace what follows."""
+    fastasr.accelerate(model)
+    whiten = next(m for m in model.train().modules() if type(m).__name__ == "Whiten")
+    whiten.prob, whiten.min_prob, whiten.max_prob, whiten.grad_scale, whiten.whitening_limit = (
+        1,
+        1,
+        1,
+        0.1,
+        1.0,
+    )
+    x = torch.randn(9, 2, 32, requires_grad=True)
+    torch._dynamo.reset()
+    results = []
+    for run in (whiten, torch.compile(whiten, backend="aot_eager")):
+        seeded(3)
+        results.append(torch.autograd.grad(run(x).sin().sum(), x)[0])
+    close(results[1], results[0])
+
+
 def test_a_compiled_module_notices_a_later_swap():
     from zipformer.modules.scaling import BiasNorm
 

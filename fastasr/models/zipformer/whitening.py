@@ -130,7 +130,12 @@ class Whiten(torch.nn.Module):
         grad_scale = float(self.grad_scale)
         if not x.requires_grad:
             return x
-        return _Whitening.apply(x, self) if _acts(self, grad_scale) else x
+        return _whitened(x, self) if _acts(self, grad_scale) else x
+
+
+@torch.compiler.disable  # Its module and its random number are no part of a graph: torch.compile raises an error.
+def _whitened(x: Tensor, module: Whiten) -> Any:
+    return _Whitening.apply(x, module)
 
 
 def _acts(self: "Whiten", grad_scale: float) -> bool:
