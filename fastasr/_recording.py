@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn, Protocol
 
 from torch import Tensor
+from torch._C._functorch import is_batchedtensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 class Numbers(Protocol):
@@ -84,7 +86,13 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 def on_host(t: Tensor) -> bool:
     """Says whether reading values of ``t`` costs no wait: it lies on the CPU, and nothing records the call."""
-    return t.is_cpu and recording() is None
+    return t.is_cpu and has_values(t) and recording() is None
+
+
+def has_values(t: Tensor) -> bool:
+    """Says whether ``t`` holds values: those of the meta device and of FakeTensorMode have a shape alone, and under
+    torch.func.vmap a tensor may stand for many."""
+    return not (t.is_meta or isinstance(t, FakeTensor) or is_batchedtensor(t))
 
 
 @contextlib.contextmanager

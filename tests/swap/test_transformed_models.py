@@ -248,3 +248,43 @@ def test_vmap_of_a_mask():
     masks = torch.stack([call["attention_mask"]] * 2)
     expected = torch.stack([output(*pair) for pair in zip(x, masks, strict=True)])
     torch.testing.assert_close(torch.func.vmap(output)(x, masks), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["granite speech", "gemma 4", "gemma 3n"])
+def test_vmap_of_the_models(kind):
+    """torch.func.stack_module_state stacks buffers too, such as Granite's offsets of positions."""
+    model, run = families.make(kind)
+    fastasr.accelerate(model)
+    other = moved(copy.deepcopy(model), 0.05)
+    parameters, buffers = torch.func.stack_module_state([model, other])
+    whole = torch.nn.ModuleList([model])
+    whole.forward = lambda: run(model)[0]
+
+    def output(*states):
+        named = {f"0.{name}": t for state in states for name, t in state.items()}
+        return torch.func.functional_call(whole, named, ())
+
+    found = torch.func.vmap(output, randomness="same")(parameters, buffers)
+    close(found, torch.stack([run(model)[0], run(other)[0]]), TOLERANCE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "kind", ["parakeet", "parakeet, ragged", "nemo local", "granite speech", "gemma 4", "zipformer, causal"]
+)
+def test_without_values(kind):
+    """Tensors of the meta device have shapes alone, with which tools count memory and operations."""
+    model, run = families.make(kind)
+    fastasr.accelerate(model, **families.SWAP.get(kind, {}))
+    expected = run(model)[0]
+    for module in model.to("meta").modules():
+        for name, value in vars(module).items():
+            if isinstance(value, torch.Tensor):
+                vars(module)[name] = value.to("meta")
+    for cell in run.__closure__:
+        cell.cell_contents = torch.utils._pytree.tree_map_only(
+            torch.Tensor, lambda t: t.to("meta"), cell.cell_contents
+        )
+    found = run(model)[0]
+    assert (found.device.type, found.shape, found.dtype) == ("meta", expected.shape, expected.dtype)

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastasr import _left
+from fastasr._recording import has_values
 from fastasr._tables import share
 from fastasr._transforms import Function, is_transformed
 from fastasr.models.common.plain import hooks_of
@@ -74,7 +75,8 @@ def lengths(
     its host makes the calls without it: there inference stays padded, and so do training batches with less than
     ``least_on_gpu`` frames of padding. None: padding changes the values, so it never stays for the time.
     """
-    if _all_padded or torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed():
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed()
+    if _all_padded or traced or not has_values(valid):
         return None
     counts = valid.sum(-1)
     found = counts.tolist()

@@ -26,6 +26,7 @@ from fastasr.models.fast_conformer import masks
 from fastasr.models.fast_conformer.masks import WATCHED, Seen, is_readable, seen
 from fastasr.models.fast_conformer.positions import KEPT_FRAMES
 from fastasr.ops import _kept, _reduced_weights
+from fastasr.ops._register import autocast_dtype
 from fastasr.ops._relative_positions import relative_shift
 
 # module -> the sources of its projected positions, and these
@@ -202,7 +203,7 @@ def projected(module: FastConformerAttention, projection: torch.nn.Module, table
         or torch.compiler.is_compiling()
         or is_transformed()
         or recording() is not None
-        or torch.is_autocast_enabled(table.device.type)
+        or autocast_dtype(table) is not None
         or len(table) >= 2 * KEPT_FRAMES
     ):
         return plumbing.linear(projection, table)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastasr._recording import recording
+from fastasr._recording import has_values, recording
 from fastasr._transforms import is_transformed
 from fastasr.models.common.ragged import are_all_padded, on_gpu
 from fastasr.ops import _kept
@@ -60,7 +60,7 @@ def read(mask: "Tensor | BlockMask | None", implementation: str, batch: int, fra
         evaluate = _evaluated if implementation == "flex_attention" else None
     elif implementation == "sdpa" and mask.dtype == torch.bool:
         return mask
-    elif implementation == "eager" and mask.is_floating_point():
+    elif implementation == "eager" and mask.is_floating_point() and has_values(mask):
         evaluate = _added
     if evaluate is None or torch.compiler.is_compiling() or is_transformed() or recording() is not None:
         return None
@@ -134,7 +134,7 @@ def seen(mask: Tensor, hides: bool = False, left: int | None = None) -> Seen:
     the CPU it holds for this content of the mask; on a GPU writes that torch does not count pass unnoticed. A recorded
     call, whose masks change from replay to replay, computes it in each.
     """
-    if torch.compiler.is_compiling() or is_transformed():
+    if torch.compiler.is_compiling() or is_transformed() or not has_values(mask):
         return _seen_by_any_values(mask, hides)
     recorded = recording()
     if recorded is not None:

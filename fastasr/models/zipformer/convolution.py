@@ -30,6 +30,7 @@ from fastasr.models.zipformer.decisions import on_columns
 from fastasr.models.zipformer.identity import Identity
 from fastasr.models.zipformer.schedules import ScheduledFloat, whitening_schedule
 from fastasr.models.zipformer.whitening import Whiten
+from fastasr.ops._register import autocast_dtype
 
 REGULARISERS = ("Balancer", "Whiten", "Identity")  # they return their input and act on gradients
 
@@ -145,7 +146,7 @@ def kernel_weights(
     found = fused_weights(module, h.shape[2] // 2)
     if found is None or (chunk_size > 0 and len(found) == 2):
         return None
-    casts = torch.is_autocast_enabled(h.device.type)
+    casts = autocast_dtype(h) is not None
     return found if casts or all(t is None or t.dtype == h.dtype for t in found) else None
 
 
@@ -210,7 +211,7 @@ def _continues(cache: Tensor, h: Tensor, weights: Sequence[Any]) -> bool:
         len(weights) > 2
         and taps > 1
         and tuple(cache.shape) == (h.shape[1], h.shape[2] // 2, taps // 2)
-        and (cache.dtype == h.dtype or torch.is_autocast_enabled(h.device.type))
+        and (cache.dtype == h.dtype or autocast_dtype(h) is not None)
     )
 
 

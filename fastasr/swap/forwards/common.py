@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastasr import ops
-from fastasr._recording import recording
+from fastasr._recording import has_values, recording
 from fastasr.models.common import activations, plumbing
 from fastasr.models.common.attention_dropout import as_upstream, dropout_of
 from fastasr.models.common.attention_of_recordings import of_recordings
@@ -123,10 +123,10 @@ def bias_of_pairs(rows: Tensor, batch: int = 1) -> Tensor:
     return pairs.repeat(batch, 1, 1)
 
 
-def may_read() -> bool:
-    """Says whether a call may depend on values of tensors, and keep what it reads: not while it is compiled or
-    recorded, because the same code then serves other values."""
-    return not torch.compiler.is_compiling() and recording() is None
+def may_read(t: Tensor) -> bool:
+    """Says whether a call may depend on the values of ``t``, and keep what it reads: not while it is compiled or
+    recorded, because the same code then serves other values, and not if there are none."""
+    return not torch.compiler.is_compiling() and recording() is None and has_values(t)
 
 
 # --------------------------------------------------------------------------- convolution and feed-forward

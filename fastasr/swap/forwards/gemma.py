@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastasr import _left, ops
+from fastasr._transforms import is_transformed
 from fastasr.models.common import plumbing
 from fastasr.models.common.activations import activated, fused_name
 from fastasr.models.common.plain import is_plain, is_upstreams, is_watched
@@ -223,7 +224,7 @@ def _after_feed_forward(
 
 def _hides(mask: Tensor) -> bool:
     """Says whether a mask of padding may hide a frame. A recorded call serves other masks too."""
-    return not (mask.is_cpu and may_read()) or bool(mask.any())
+    return not (mask.is_cpu and may_read(mask)) or bool(mask.any())
 
 
 # --------------------------------------------------------------------------- attention
@@ -292,7 +293,7 @@ def _empty_windows(hidden: Tensor, past: int) -> Tensor | None:
     that there are none."""
     visible = F.pad((~hidden).cumsum(1), (past + 1, 0))
     empty = visible[:, past + 1 :] == visible[:, : hidden.shape[1]]
-    known = empty.is_cpu and may_read()
+    known = empty.is_cpu and may_read(empty)
     return None if known and not empty.any() else empty
 
 
@@ -316,10 +317,10 @@ def _hidden_in_windows(
         expected = keys[:, None, :, None] & (behind >= 0) & (behind <= past)
         queries = torch.arange(expected.shape[2] * size, dtype=torch.int64, device=mask.device) < frames
         expected = expected & queries.view(-1, size, 1)
-        known = not may_read() or torch.equal(visible, expected)
+        known = not may_read(visible) or torch.equal(visible, expected)
         return (~valid, _empty_windows(~valid, past)) if known else None
 
-    if not may_read():
+    if not may_read(mask):
         return find()
     content = _kept.content(mask == 0 if mask.is_cpu else mask)
     return _kept.on(mask, "_fastasr_hidden", content, find)
@@ -384,12 +385,8 @@ def _channels_last(conv: Upstream, x: Tensor) -> Tensor:
         rows, columns = conv.padding
         x = F.pad(x[:, 0], (columns, columns, rows, rows))
         return ops.linear(plumbing.patches(conv, x), conv.weight.flatten(1), conv.bias)
-    last = torch.channels_last
-    y = F.conv2d(
-        x.contiguous(memory_format=last),
-        conv.weight.contiguous(memory_format=last),
-        conv.bias,
-        conv.stride,
-        conv.padding,
-    )
+    weight = conv.weight
+    if not is_transformed():  # torch.func.vmap knows no order of channels.
+        x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
+    y = F.conv2d(x, weight, conv.bias, conv.stride, conv.padding)
     return y.permute(0, 2, 3, 1).contiguous()

@@ -83,7 +83,7 @@ def _rows_in_blocks(module: Upstream, frames: int, indices: Tensor) -> Tensor | 
     size, table = module.context_size, module.rel_pos_emb
     if not frames or not is_plain(table, torch.nn.Embedding) or indices.shape != (size, size):
         return None
-    if may_read():
+    if may_read(indices):
         version = None if indices.is_inference() else indices._version
         if not _kept.on(indices, "_fastasr_by_offset", version, lambda: _is_by_offset(indices)):
             return None

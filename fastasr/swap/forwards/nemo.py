@@ -23,6 +23,7 @@ from fastasr.models.fast_conformer.convolution import (
 )
 from fastasr.models.fast_conformer.masks import OTHER
 from fastasr.models.fast_conformer.subsampling import are_plain, convolved, subsampled
+from fastasr.ops._register import autocast_dtype
 from fastasr.swap.forwards.common import (
     attention,
     by_mask,
@@ -99,7 +100,7 @@ def nemo_local_attention(
     embeddings (1, 2l + 1, width) -> (B, T, width), without values at padding. Upstream's code serves caches and
     unequal contexts, where it gives keys the positions of others."""
     left, right = self.att_context_size
-    autocast = torch.is_autocast_enabled(query.device.type)
+    autocast = autocast_dtype(query) is not None
     fits = query is key is value and cache is None and not autocast
     fits = fits and pos_emb.shape[:2] == (1, left + right + 1) and left == right > 0
     fits = fits and pad_mask.dtype == torch.bool and pad_mask.shape == query.shape[:2]
