@@ -183,7 +183,12 @@ def rows_of_positions(R, top, start, frames, offsets, BOUNDS, BLOCK_M: tl.conste
         else:  # a tile without pairs of one recording may be anywhere
             first = tl.maximum(offsets // 2 - (BLOCK_M - 1) - top + start, -(BLOCK_M + BLOCK_N))
             first = tl.minimum(first, offsets)
-        rows = (R + first + (BLOCK_M - 1 - tl.arange(0, BLOCK_M)))[:, None] + tl.arange(0, BLOCK_N)[None, :]
+        # In the width of addresses the compiler sees where a thread meets a row again.
+        if R.dtype.element_ty == tl.int64:
+            rows = R + first + (BLOCK_M - 1) - tl.arange(0, BLOCK_M).to(tl.int64)
+        else:
+            rows = R + first + (BLOCK_M - 1 - tl.arange(0, BLOCK_M))
+        rows = rows[:, None] + tl.arange(0, BLOCK_N)[None, :]
     return rows
 
 
@@ -224,14 +229,17 @@ def load_packed(rows, ELEMENT: tl.constexpr):
 
 @triton.jit
 def load_positions(P, keep, PACKED: tl.constexpr):
-    """Returns the four channels of p when PACKED, else zeros. P points at rows. They are loaded as one tile: as four
-    vectors each thread would load those of all rows that its scores meet.
+    """Returns the four channels of p when PACKED, else zeros. P points at rows, which lie at multiples of 8 bytes then.
+
+    A load with at most one element per thread is done again by each thread that needs it. Triton would not do that with
+    a tile of channels, and from version 3.9 on would move the position scores through shared memory instead.
     """
     if PACKED:
-        tile = tl.load(P[:, None] + tl.arange(0, 4)[None, :], mask=keep[:, None], other=0.0).to(tl.float32)
-        even, odd = tl.split(tl.reshape(tile, [tile.shape[0], 2, 2]))
-        p0, p2 = tl.split(even)
-        p1, p3 = tl.split(odd)
+        ELEMENT: tl.constexpr = P.dtype.element_ty
+        packed = tl.load(P.to(tl.pointer_type(tl.int64)), mask=keep, other=0)
+        low, high = packed.to(tl.int32), (packed >> 32).to(tl.int32)
+        p0, p1 = _half(low, ELEMENT, False), _half(low, ELEMENT, True)
+        p2, p3 = _half(high, ELEMENT, False), _half(high, ELEMENT, True)
     else:
         p0 = tl.zeros(keep.shape, tl.float32)
         p1, p2, p3 = p0, p0, p0
@@ -387,7 +395,8 @@ def operands(x, pos, cached_key, starts, heads: int, dim: int, chunk: int, left_
     key = own if not left else torch.cat([cached_key, own])
     r, r_batch, packed = None, 0, False
     if pos_dim:
-        packed = pos_dim == 4 and x.dtype.itemsize == 2
+        aligned = heads * dim % 2 == 0 and x.data_ptr() % 8 == 0  # so p of a head is one load
+        packed = pos_dim == 4 and x.dtype.itemsize == 2 and aligned
         r = table(pos, ("by head", heads, packed), lambda: _by_head(pos, heads, packed))
         r_batch = r.stride(0) if pos.shape[0] > 1 else 0
     if chunk > 0:  # all windows are the same beyond; clamping avoids overflow

@@ -10,7 +10,7 @@ pip install transformers
 pip install returnn dm-tree
 
 # torchaudio: without CUDA in torch its libraries do not load, and what fastasr swaps needs none of them
-pip install --no-deps torchaudio==2.11.0
+pip install --no-deps torchaudio==2.11.1
 python -c "import torch; raise SystemExit(torch.version.cuda is None)" ||
   rm -f "$(python -c "import sysconfig; print(sysconfig.get_path('platlib'))")"/torchaudio/lib/*.so
 

@@ -7,7 +7,7 @@ from fastasr.swap.forwards import espnet as models
 from fastasr.swap.rule import Known, Upstream, check_parts, check_sequence
 from fastasr.swap.rules.conformer import convolution_rule, feed_forward_rule
 
-_TORCHAUDIO = Known("torchaudio 2.11.0")
+_TORCHAUDIO = Known("torchaudio 2.11")
 _NN = torch.nn
 _CONVOLUTION = (
     _NN.Conv1d,

@@ -17,7 +17,7 @@ from fastasr.swap.rule import (
 )
 from fastasr.swap.rules.conformer import DROPS
 
-_TORCHAUDIO = Known("torchaudio 2.11.0")
+_TORCHAUDIO = Known("torchaudio 2.11")
 _HIDDEN = -1e4  # hidden keys are left out, so their weights must be 0
 
 _ATTENTION = {"ee6e05a72cb08b4553be1888"}  # _EmformerAttention: forward and infer

@@ -5,7 +5,7 @@ from fastasr.models import emformer_rnnt as models
 from fastasr.models.emformer_rnnt.predictor import why_by_steps
 from fastasr.swap.rule import Known, Rule, Upstream, check_parameters, upstream_class
 
-_TORCHAUDIO = Known("torchaudio 2.11.0")
+_TORCHAUDIO = Known("torchaudio 2.11")
 
 
 def _lstm_structure(module: Upstream) -> str | None:
