@@ -116,13 +116,8 @@ def test_compiled_whitening(model):
     """Whether it acts is drawn, which breaks the graph before it; torch.compile cannot trace what follows."""
     fastasr.accelerate(model)
     whiten = next(m for m in model.train().modules() if type(m).__name__ == "Whiten")
-    whiten.prob, whiten.min_prob, whiten.max_prob, whiten.grad_scale, whiten.whitening_limit = (
-        1,
-        1,
-        1,
-        0.1,
-        1.0,
-    )
+    whiten.prob = whiten.min_prob = whiten.max_prob = 1
+    whiten.grad_scale, whiten.whitening_limit = 0.1, 1.0
     x = torch.randn(9, 2, 32, requires_grad=True)
     torch._dynamo.reset()
     results = []
