@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Installs one wheel with every torch from 2.11 on and several Pythons, runs a part of the tests, and keeps the rows.
+"""Installs one wheel with every torch from 2.11 on and several Pythons, runs a part of the tests, compiles the sources,
+and keeps the rows.
 
     python scripts/test_matrix.py WHEEL FOLDER [--python PYTHON...] [--torch 2.N...]
 
@@ -29,6 +30,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "test_matrix.json"
 OLDEST = 11
 PYTHONS = tuple(f"python3.{minor}" for minor in range(11, 15))
 TOOLS = ("numpy", "pytest", "pytest-xdist", "hypothesis")
+COMPILERS = ("setuptools", "wheel", "ninja", "cmake", "pybind11")
 # These tests check values and gradients of every op in float32, its registration, torch.compile; gradients at a clamp's
 # bounds, which torch 2.14 changed; a forked process; and, with the Triton that torch brings, launches of compiled
 # kernels, and a few kernels on an emulated GPU.
@@ -66,14 +68,28 @@ def last_line(done: subprocess.CompletedProcess) -> str:
     return done.stdout.strip().splitlines()[-1] if done.stdout.strip() else f"exit code {done.returncode}"
 
 
+def compiled(folder: Path) -> str:
+    """Returns how the checkout's sources compile against an environment's torch, without CUDA code."""
+    python, build = folder / "bin/python", folder / "build"
+    command = f"""export PATH={folder}/bin:$PATH  # ninja and cmake
+      source <(scripts/python_headers.sh {python} {folder}/headers)
+      export FASTASR_CUDA=0 CMAKE_ARGS="${{CMAKE_ARGS:-}} -DFASTASR_SETS=native"
+      {python} setup.py --quiet build_ext --build-temp {build}/temp --build-lib {build}/lib"""
+    done = run("bash", "-c", command, cwd=ROOT)
+    print(done.stdout[-3000:] if done.returncode else "", flush=True)
+    return last_line(done) if done.returncode else "compiled"
+
+
 def pair(wheel: Path, folder: Path, python: str, minor: int) -> dict:
     """Returns the row of one Python and one torch."""
     shutil.rmtree(folder, ignore_errors=True)
-    row = {"python": python, "torch": f"2.{minor}", "wheel": "", "backend": "", "reason": "", "tests": ""}
+    row = {"python": python, "torch": f"2.{minor}"} | dict.fromkeys(
+        ("wheel", "sources", "backend", "reason", "tests"), ""
+    )
     run(python, "-m", "venv", folder, check=True)
     downloads = folder.parent / "downloads"
     pip = (folder / "bin/python", "-m", "pip", "install", "--quiet", "--cache-dir", downloads)
-    done = run(*pip, f"torch~=2.{minor}.0", *TOOLS)
+    done = run(*pip, f"torch~=2.{minor}.0", *TOOLS, *COMPILERS)
     if done.returncode:
         return row | {"wheel": "no torch: " + last_line(done)}
     done = run(*pip, "--no-deps", wheel)
@@ -83,7 +99,7 @@ def pair(wheel: Path, folder: Path, python: str, minor: int) -> dict:
     done = run(folder / "bin/python", "-c", ASK, cwd=folder)
     if done.returncode:
         return row | {"tests": "fastasr does not import: " + last_line(done)}
-    row |= json.loads(last_line(done))
+    row |= json.loads(last_line(done)) | {"sources": compiled(folder)}
     # The folder has the tests and no package, so that they import the wheel's.
     shutil.copytree(ROOT / "tests", folder / "tree/tests")
     for name in ("pyproject.toml", "scripts"):
@@ -116,8 +132,10 @@ def table() -> str:
         kernels = row["backend"] + (f": {row['reason']}" if row["reason"] else "")
         minutes = f"{row['seconds'] / 60:.0f} min" if "seconds" in row else ""
         triton = row.get("triton", "")
-        lines.append((row["python"], row["torch"], triton, row["wheel"], kernels, row["tests"], minutes))
-    return "\n".join(grid(("Python", "torch", "Triton", "wheel", "kernels", "tests", "time"), lines, 1))
+        built = row["wheel"], row.get("sources", "")
+        lines.append((row["python"], row["torch"], triton, *built, kernels, row["tests"], minutes))
+    titles = "Python", "torch", "Triton", "wheel", "sources", "kernels", "tests", "time"
+    return "\n".join(grid(titles, lines, 1))
 
 
 def main() -> int:

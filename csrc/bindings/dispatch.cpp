@@ -23,12 +23,12 @@ Tensor new_strided(const Tensor& t, Sizes sizes, Sizes strides, std::optional<Sc
   if (dtype)
     number = static_cast<int32_t>(*dtype);
   else
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &number));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t.get(), &device_index));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &number));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t.get(), &device_index));
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                                                         strides.data(), number, device_type, device_index, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                                                  number, device_type, device_index, &handle));
   return Tensor(handle);
 }
 
@@ -63,7 +63,7 @@ int64_t row_stride(const Tensor& t, const char* op, const char* name) {
   return stride;
 }
 
-bool has_sizes(const Tensor& t, Sizes sizes) { return t.sizes() == sizes; }
+bool has_sizes(const Tensor& t, Sizes sizes) { return t.sizes().equals(sizes); }
 
 bool is_dense(const Tensor& t, ScalarType dtype, Sizes sizes) {
   return dtype_of(t) == dtype && t.is_contiguous() && has_sizes(t, sizes);

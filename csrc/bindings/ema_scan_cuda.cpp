@@ -18,7 +18,7 @@ using ema_scan::kComplex;
 void* current_stream(const Tensor& t, const char* op) {
   check(aoti_torch_get_current_cuda_stream != nullptr, op, "this torch was built without CUDA");
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
   return stream;
 }
 

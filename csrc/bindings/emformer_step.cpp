@@ -59,7 +59,7 @@ const int64_t* integers(const Tensor& t, int64_t count, const char* name) {
 Tensor rows_of(const Tensor& t, int64_t begin, int64_t end) {
   const int64_t sizes[3] = {end - begin, t.size(1), t.size(2)}, strides[3] = {t.stride(0), t.stride(1), 1};
   AtenTensorHandle view;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), 3, sizes, strides, begin * t.stride(0), &view));
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), 3, sizes, strides, begin * t.stride(0), &view));
   return Tensor(view);
 }
 

@@ -77,7 +77,7 @@ Tensor history_view(const Tensor& t, int64_t offset, int64_t batch, int64_t leng
                     int64_t sequence_stride) {
   const int64_t sizes[3] = {batch, length, width}, strides[3] = {sequence_stride, width, 1};
   AtenTensorHandle view;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), 3, sizes, strides, offset, &view));
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), 3, sizes, strides, offset, &view));
   return Tensor(view);
 }
 
@@ -96,8 +96,8 @@ History grow(const Tensor& previous, int64_t batch, int64_t width) {
   const int64_t length = previous.numel() == 0 ? 0 : previous.size(1);
   if (length) {
     int64_t offset, bytes;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(previous.get(), &offset));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(previous.get(), &bytes));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(previous.get(), &offset));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(previous.get(), &bytes));
     const auto* first = data<float>(previous);
     auto* storage = const_cast<float*>(first) - offset;
     if (cpu::history_claim(

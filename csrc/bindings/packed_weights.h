@@ -21,7 +21,7 @@ inline Tensor on_huge_pages(const Tensor& like, int64_t n) {
   cpu::advise_huge_pages(base, (n + kPage) * 4);
   const auto skip = static_cast<int64_t>((-reinterpret_cast<uintptr_t>(base) / 4) % kPage);
   AtenTensorHandle view;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(memory.get(), 1, &n, &stride, skip, &view));
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(memory.get(), 1, &n, &stride, skip, &view));
   return Tensor(view);
 }
 

@@ -37,7 +37,7 @@ struct Product {
 using Products = cpu::ZipformerProducts<Product>;
 
 Tensor by_torch(const char* name, std::array<StableIValue, 3> stack) {
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
@@ -166,7 +166,7 @@ struct Layer {
   static Tensor batched(const Tensor& weights, const Tensor& values) {
     using torch::stable::detail::from;
     std::array<StableIValue, 2> stack{from(weights), from(torch::stable::transpose(values, 0, 1))};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::bmm", "", stack.data(), TORCH_ABI_VERSION));
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::bmm", "", stack.data(), TORCH_ABI_VERSION));
     return torch::stable::detail::to<Tensor>(stack[0]);
   }
 
