@@ -2,6 +2,7 @@
 """Registration of ``torch.ops.fastasr.<name>``: implementation, fake, autograd and autocast rule of an op."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NoReturn
 
@@ -88,6 +89,11 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return None
     return torch.get_autocast_dtype(device_type)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """Returns a context in which autocast does not round products of tensors on this device."""
+    return nullcontext() if autocast_dtype(x) is None else torch.autocast(x.device.type, enabled=False)
 
 
 def cast(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Any, ...]:

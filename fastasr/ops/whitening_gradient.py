@@ -16,7 +16,6 @@ Upstream: ``WhiteningPenaltyFunction`` in ``zipformer.modules.scaling``, by a se
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Annotated, Any, NamedTuple
 
 import torch
@@ -26,7 +25,7 @@ from fastasr.ops import _gemm, _jobs
 from fastasr.ops._dispatch import KernelFamily, Kernels, native_kernels, registered, triton_kernels
 from fastasr.ops._layout import ChannelRows
 from fastasr.ops._op import OPS, Arguments, Op, op
-from fastasr.ops._register import autocast_dtype
+from fastasr.ops._register import without_autocast
 
 EPS = 1.0e-20  # added to d² and |v|
 SHORT = (torch.float32, torch.bfloat16, torch.float16)
@@ -128,7 +127,7 @@ def whitening_gradient(
     compute = torch.promote_types(x.dtype, torch.float32)
     grad = grad.detach()
     hidden = None if padding_mask is None else padding_mask.reshape(-1, 1)
-    with _exact_products(x):
+    with without_autocast(x):
         frames = _grouped(x.detach().to(compute), num_groups, hidden)
         metric, covariance, d = _metric(frames)
         white = metric < least
@@ -151,7 +150,7 @@ def whitening_gradient(
 
 def whitening_metric(x: Tensor, num_groups: int) -> Tensor:
     """Returns w of x (..., channels), a scalar tensor of x's dtype."""
-    with _exact_products(x):
+    with without_autocast(x):
         return _metric(_grouped(x, num_groups))[0]
 
 
@@ -199,13 +198,6 @@ def whiten_(
     )
     grad.copy_(y)
     white.copy_(found)
-
-
-def _exact_products(x: Tensor) -> AbstractContextManager:
-    """Returns a context in which autocast does not round the products. A backward pass may run inside autocast."""
-    if autocast_dtype(x) is None:  # also where a device knows none
-        return nullcontext()
-    return torch.autocast(x.device.type, enabled=False)
 
 
 def _grouped(x: Tensor, num_groups: int, hidden: Tensor | None = None) -> Tensor:

@@ -106,3 +106,17 @@ def test_the_mask_is_not_waited_for(as_on_gpu):
     assert by.by_length
     assert not by.empty_rows.any()
     assert masks.seen(valid) is by
+
+
+def test_gradients_of_rows_without_keys_in_16_bits():
+    """Products of 16 bits stand for the gradient of a softmax, which upstream computes in float32."""
+    seeded(0)
+    leaves = [t.requires_grad_() for t in torch.randn(3, 2, 300, 2, 12).bfloat16()]
+
+    def gradients(dtype):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = attention.mean_of_values(*(t.to(dtype) for t in leaves), 0.0)
+        return torch.autograd.grad(y, leaves, cotangent(y))
+
+    for found, exact in zip(gradients(torch.bfloat16), gradients(torch.float64), strict=True):
+        assert (found - exact).norm() < 1e-3 * exact.norm()

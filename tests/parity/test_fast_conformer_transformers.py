@@ -200,3 +200,15 @@ def test_one_frame_and_none():
         x = torch.randn(2, 1, SIZES["num_mel_bins"], dtype=torch.float64)
         close(model(x)[0], theirs(x).last_hidden_state, 1e-10)
         assert model(x[:, :0])[0].shape == (2, 0, SIZES["hidden_size"])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_positions_of_a_model_of_16_bits(dtype):
+    """``to`` has rounded the frequencies, which upstream then reads in float32."""
+    positions = ParakeetEncoder(ParakeetEncoderConfig(**SIZES)).to(dtype).encode_positions
+    assert positions.inv_freq.dtype is dtype
+    x = torch.randn(2, FRAMES, SIZES["hidden_size"]).to(dtype)
+    expected = positions(x)
+    assert fastasr.accelerate(positions).replaced
+    close(positions(x), expected, torch.finfo(dtype).eps)
+    assert positions(x).stride(0) == 0  # One table for all sequences: then the attention runs in the kernel.

@@ -26,7 +26,7 @@ from fastasr.models.fast_conformer import masks
 from fastasr.models.fast_conformer.masks import WATCHED, Seen, is_readable, seen
 from fastasr.models.fast_conformer.positions import KEPT_FRAMES
 from fastasr.ops import _kept, _reduced_weights
-from fastasr.ops._register import autocast_dtype
+from fastasr.ops._register import autocast_dtype, without_autocast
 from fastasr.ops._relative_positions import relative_shift
 
 # module -> the sources of its projected positions, and these
@@ -154,16 +154,20 @@ def first_rows(table: Tensor, rows: int) -> Tensor:
 
 
 def mean_of_values(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | float) -> Tensor:
-    """Returns (B, 1 or T, H, d): the mean of v over all keys, with the gradient of a softmax of equal scores.
+    """Returns (B, 1 or T, H, d): the mean of v over all keys in float32 or better, with the gradient of a softmax of
+    equal scores.
 
     With C = Σ_j (k_j − k̄)ᵀ v_j / (T √d), d mean_i = d v̄ + d(q_i + u) C + (q_i + u) dC|_k: the difference below is 0 and
     has this derivative.
     """
-    mean = v.mean(1, keepdim=True)
+    wide = torch.promote_types(v.dtype, torch.float32)  # 16 bits gave k and bias twice upstream's error
+    mean = v.mean(1, keepdim=True, dtype=wide)
     if not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)):
         return mean
-    spread = torch.einsum("bthd,bthe->bhde", k - k.mean(1, keepdim=True), v.detach())
-    slope = torch.einsum("bthd,bhde->bthe", q + bias, spread * (q.shape[-1] ** -0.5 / q.shape[1]))
+    q, k = q.to(wide), k.to(wide)
+    with without_autocast(q):
+        spread = torch.einsum("bthd,bthe->bhde", k - k.mean(1, keepdim=True), v.detach().to(wide))
+        slope = torch.einsum("bthd,bhde->bthe", q + bias, spread * (q.shape[-1] ** -0.5 / q.shape[1]))
     return mean + (slope - slope.detach())
 
 

@@ -62,8 +62,6 @@ def _subsampling_structure(module: Upstream) -> str | None:
 
 
 def positions_structure(module: Upstream) -> str | None:
-    if module.inv_freq.dtype != torch.float32:
-        return f"inv_freq is {module.inv_freq.dtype}, expected float32"
     return check_parts(module, (), buffers=("inv_freq",))
 
 
