@@ -13,7 +13,7 @@ import functools
 import inspect
 import types
 from collections.abc import Callable, Iterable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import nn
@@ -60,6 +60,9 @@ def guarded(function: Callable[..., Any], name: str = "forward") -> Callable[...
             _refuse(self, "torch.jit.trace and the tracing ONNX exporter")
         if torch.compiler.is_exporting() and _onnx._is_onnx_exporting:
             _refuse(self, "torch.onnx.export")
+        if vars(self).get("gradient_checkpointing") and _checkpoints_in(self, name):
+            call = functools.partial(function, self, **kwargs)
+            return cast(Any, self)._gradient_checkpointing_func(call, *args)
         return function(self, *args, **kwargs)
 
     # Libraries that wrap forwards, such as accelerate, remove wrappers along __wrapped__ and would remove ours.
@@ -67,6 +70,14 @@ def guarded(function: Callable[..., Any], name: str = "forward") -> Callable[...
     vars(guard).update(__signature__=inspect.signature(function), fastasr_forward=function)
     guard.__name__ = name  # a bound method pickles by name: upstream's own is found on loading
     return guard
+
+
+def _checkpoints_in(module: nn.Module, name: str) -> bool:
+    """Says whether upstream would checkpoint this call in the method: transformers from 5.24 does so in the forward of
+    its layers, from which a swap takes the place; earlier releases in ``__call__``."""
+    code = getattr(getattr(type(module), name), "__code__", None)
+    wrapped = code is not None and code.co_name == "forward_with_checkpointing"
+    return wrapped and module.training and torch.is_grad_enabled()
 
 
 class _ScriptGuard:
