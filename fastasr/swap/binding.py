@@ -2,10 +2,10 @@
 """Binds a forward and other methods to one instance, and undoes it.
 
 The swap adds only these entries to the ``__dict__`` of a module: ``forward`` and the rule's other methods, which are
-our functions as bound methods, and ``__prepare_scriptable__``, which torch.jit.script calls on every module before it
-compiles anything. A deepcopy has the methods bound to the copy. Pickle stores bound methods by name, so a pickled model
-loads unswapped. A shallow copy (``copy.copy``, the replicas of ``nn.DataParallel``) keeps methods bound to the original
-module: restore the model before making one.
+our functions as bound methods, ``__prepare_scriptable__``, which torch.jit.script calls on every module before it
+compiles anything, and ``_replicate_for_data_parallel``. A deepcopy has the methods bound to the copy, and so have the
+replicas of ``nn.DataParallel``. Pickle stores bound methods by name, so a pickled model loads unswapped. A shallow copy
+(``copy.copy``) keeps methods bound to the original module: restore the model before making one.
 """
 
 import copy
@@ -29,6 +29,7 @@ except ImportError:
     _onnx = types.SimpleNamespace(_is_onnx_exporting=False)
 
 _GUARD = "__prepare_scriptable__"
+_REPLICATE = "_replicate_for_data_parallel"
 
 _EXPORT_MESSAGE = (
     "{what} cannot take a model swapped by fastasr.accelerate: a {name} module runs fastasr's kernels. "
@@ -101,9 +102,18 @@ def bind(
     module: nn.Module, forward: Callable[..., Any], methods: Iterable[tuple[str, Callable[..., Any]]] = ()
 ) -> None:
     """Makes ``module`` run ``forward``, a function with ``self`` first, and ``methods``, pairs (name, function)."""
-    for name, function in (("forward", forward), *methods):
+    for name, function in (("forward", forward), *methods, (_REPLICATE, _replica)):
         vars(module)[name] = types.MethodType(guarded(function, name), module)
     vars(module)[_GUARD] = _ScriptGuard(module)
+
+
+def _replica(module: nn.Module) -> nn.Module:
+    """Returns what nn.DataParallel takes for ``module`` on another device."""
+    replica: nn.Module = getattr(type(module), _REPLICATE)(module)
+    for name, method in vars(module).items():
+        if bound_function(module, name) is not None:
+            vars(replica)[name] = types.MethodType(method.__func__, replica)
+    return replica
 
 
 def unbind(module: nn.Module) -> tuple[Callable[..., Any], tuple[tuple[str, Callable[..., Any]], ...]] | None:
@@ -115,6 +125,7 @@ def unbind(module: nn.Module) -> tuple[Callable[..., Any], tuple[tuple[str, Call
     if bound:
         vars(module).pop(_GUARD, None)
     forward = bound.pop("forward", None)
+    bound.pop(_REPLICATE, None)
     return None if forward is None else (forward, tuple(bound.items()))
 
 
