@@ -2,10 +2,10 @@
 """Binds a forward and other methods to one instance, and undoes it.
 
 The swap adds only these entries to the ``__dict__`` of a module: ``forward`` and the rule's other methods, which are
-our functions as bound methods, and ``__prepare_scriptable__``, which torch.jit.script calls on every module before it
-compiles anything. A deepcopy has the methods bound to the copy. Pickle stores bound methods by name, so a pickled model
-loads unswapped. A shallow copy (``copy.copy``, the replicas of ``nn.DataParallel``) keeps methods bound to the original
-module: restore the model before making one.
+our functions as bound methods, ``__prepare_scriptable__``, which torch.jit.script calls on every module before it
+compiles anything, and ``_replicate_for_data_parallel``. A deepcopy has the methods bound to the copy, and so have the
+replicas of ``nn.DataParallel``. Pickle stores bound methods by name, so a pickled model loads unswapped. A shallow copy
+(``copy.copy``) keeps methods bound to the original module: restore the model before making one.
 """
 
 import copy
@@ -13,7 +13,7 @@ import functools
 import inspect
 import types
 from collections.abc import Callable, Iterable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import nn
@@ -29,6 +29,7 @@ except ImportError:
     _onnx = types.SimpleNamespace(_is_onnx_exporting=False)
 
 _GUARD = "__prepare_scriptable__"
+_REPLICATE = "_replicate_for_data_parallel"
 
 _EXPORT_MESSAGE = (
     "{what} cannot take a model swapped by fastasr.accelerate: a {name} module runs fastasr's kernels. "
@@ -60,6 +61,9 @@ def guarded(function: Callable[..., Any], name: str = "forward") -> Callable[...
             _refuse(self, "torch.jit.trace and the tracing ONNX exporter")
         if torch.compiler.is_exporting() and _onnx._is_onnx_exporting:
             _refuse(self, "torch.onnx.export")
+        if vars(self).get("gradient_checkpointing") and _checkpoints_in(self, name):
+            call = functools.partial(function, self, **kwargs)
+            return cast(Any, self)._gradient_checkpointing_func(call, *args)
         return function(self, *args, **kwargs)
 
     # Libraries that wrap forwards, such as accelerate, remove wrappers along __wrapped__ and would remove ours.
@@ -67,6 +71,14 @@ def guarded(function: Callable[..., Any], name: str = "forward") -> Callable[...
     vars(guard).update(__signature__=inspect.signature(function), fastasr_forward=function)
     guard.__name__ = name  # a bound method pickles by name: upstream's own is found on loading
     return guard
+
+
+def _checkpoints_in(module: nn.Module, name: str) -> bool:
+    """Says whether upstream would checkpoint this call in the method: transformers from 5.24 does so in the forward of
+    its layers, from which a swap takes the place; earlier releases in ``__call__``."""
+    code = getattr(getattr(type(module), name), "__code__", None)
+    wrapped = code is not None and code.co_name == "forward_with_checkpointing"
+    return wrapped and module.training and torch.is_grad_enabled()
 
 
 class _ScriptGuard:
@@ -90,9 +102,18 @@ def bind(
     module: nn.Module, forward: Callable[..., Any], methods: Iterable[tuple[str, Callable[..., Any]]] = ()
 ) -> None:
     """Makes ``module`` run ``forward``, a function with ``self`` first, and ``methods``, pairs (name, function)."""
-    for name, function in (("forward", forward), *methods):
+    for name, function in (("forward", forward), *methods, (_REPLICATE, _replica)):
         vars(module)[name] = types.MethodType(guarded(function, name), module)
     vars(module)[_GUARD] = _ScriptGuard(module)
+
+
+def _replica(module: nn.Module) -> nn.Module:
+    """Returns what nn.DataParallel takes for ``module`` on another device."""
+    replica: nn.Module = getattr(type(module), _REPLICATE)(module)
+    for name, method in vars(module).items():
+        if bound_function(module, name) is not None:
+            vars(replica)[name] = types.MethodType(method.__func__, replica)
+    return replica
 
 
 def unbind(module: nn.Module) -> tuple[Callable[..., Any], tuple[tuple[str, Callable[..., Any]], ...]] | None:
@@ -104,6 +125,7 @@ def unbind(module: nn.Module) -> tuple[Callable[..., Any], tuple[tuple[str, Call
     if bound:
         vars(module).pop(_GUARD, None)
     forward = bound.pop("forward", None)
+    bound.pop(_REPLICATE, None)
     return None if forward is None else (forward, tuple(bound.items()))
 
 

@@ -14,6 +14,7 @@ from test_conformer import ATTENTION, pair
 
 import fastasr
 
+WATCHED = "the attention has hooks, which may read its weights"
 REL_ATTENTION = "an input, a mask or positions that rel_attention does not take"
 WEIGHTS_DROPOUT = "the dropout of attention weights has hooks"
 # family, the block that leaves, the part of it that has a hook, the reason
@@ -52,8 +53,8 @@ HOOKED = (
     ("granite speech", "layers.0.attn", "rel_pos_emb", REL_ATTENTION),
     ("granite speech 5", "layers.0.self_attn", "rel_pos_emb", REL_ATTENTION),
     # the second layer runs upstream's code on the bias of every pair, the third ours again
-    ("wavlm", "layers.1.attention", "", "attention weights are asked for"),
-    ("gemma 4", "layers.1.self_attn", "", "attention weights are asked for"),
+    ("wavlm", "layers.1.attention", "", WATCHED),
+    ("gemma 4", "layers.1.self_attn", "", WATCHED),
     ("gemma 4", "layers.0.feed_forward1.ffw_layer_1", "linear", "linear has hooks or is no plain one"),
     ("gemma 4", "layers.0.feed_forward1", "pre_layer_norm", "a norm has hooks or is no plain one"),
     (
@@ -114,7 +115,7 @@ def weights_of_wav2vec2():
     def run(module, x):
         return module(x, None, relative_position_embeddings=table())[0]
 
-    return of_attention("wav2vec2", "attention weights are asked for", run, change)
+    return of_attention("wav2vec2", WATCHED, run, change)
 
 
 def a_query_without_keys():

@@ -229,6 +229,17 @@ def test_under_checkpointing(name):
     same(*results, 1e-4, share=1.0)
 
 
+def test_phi4_under_reentrant_checkpointing():
+    """Its layers share a bias, whose gradient comes back from each of them."""
+    seeded(0)
+    theirs, call = families.phi4_audio(num_blocks=3)()
+    ours = copy.deepcopy(moved(theirs, 0.05))
+    fastasr.accelerate(ours)
+    for layer in ours.encoders:
+        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=True)
+    same(*(outcome(model, call, True) for model in (ours, theirs)), 1e-4, share=1.0)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", REPLACED)
 def test_in_short_dtypes(name, dtype):

@@ -42,6 +42,14 @@ ALTERED = (
         "nemotron", "layers.0.conv", setting("depthwise_conv", torch.nn.Conv1d(24, 24, 5)),
         "submodule depthwise_conv is a Conv1d",
     ),
+    (
+        "nemotron", "subsampling", setting("layers.0", torch.nn.Identity()),
+        "submodule 0 is a Identity, expected NemotronAsrStreamingEncoderSubsamplingLayer",
+    ),
+    (
+        "nemo joint", "", setting("joint_net", torch.nn.Identity()),
+        "submodule joint_net is a Identity of 0, expected a Sequential",
+    ),
     ("emformer", "emformer_layers.0", setting("attention.negative_inf", -5.0), "negative_inf"),
     ("emformer", "emformer_layers.0", setting("attention.scaling", 1.0), "scaling"),
     ("emformer rnn-t", "predictor.lstm_layers.0", setting("extra", PARAMETER), "extra"),
@@ -74,6 +82,7 @@ class Wrapped(torch.nn.Module):
         ("e-branchformer", "encoders.0.feed_forward", "w_1"),
         ("parakeet", "layers.0.feed_forward1", "linear1"),
         ("emformer", "emformer_layers.0", "layer_norm_output"),
+        ("zipformer", "encoder.encoders.0.layers.0", "norm"),
     ],
 )
 def test_a_module_around_a_wrapped_layer_is_served(family, path, child):

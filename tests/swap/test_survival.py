@@ -5,9 +5,10 @@ import copy
 import io
 import pickle
 
+import families
 import pytest
 import torch
-from steps import close, cotangent, numbers, seeded
+from steps import close, cotangent, numbers, same_gradients, seeded
 from tiny_zipformer import plain_swoosh, training_step
 from torch.utils.checkpoint import checkpoint
 
@@ -213,3 +214,37 @@ def test_moving_to_another_dtype_after_the_swap(model, inputs):
     with torch.no_grad():
         expected = model(*inputs)[0]
         close(model.double()(x.double(), lens)[0].float(), expected)
+
+
+@pytest.mark.parametrize("name", ["parakeet", "zipformer", "gemma 4", "granite speech", "mega"])
+def test_replicas_of_data_parallel(name):
+    """A replica, whose parameters are plain tensors, computes with its own and hands their gradients back."""
+    theirs, run = families.make(name)
+    ours = copy.deepcopy(theirs)
+    fastasr.accelerate(ours)
+    results = []
+    for model in (theirs, ours):
+        replica = _replica(model)
+        seeded("call")
+        y = run(replica)[0]
+        y.backward(cotangent(y))
+        results.append(
+            {"y": y.detach()} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        )
+    same_gradients(results[1], results[0], 1e-4)
+    fastasr.restore(ours)
+    assert "_replicate_for_data_parallel" not in vars(ours)
+
+
+def _replica(model):
+    """Does what nn.DataParallel does for another device, with parameters of other values."""
+    replicas = {m: m._replicate_for_data_parallel() for m in model.modules()}
+    for module, replica in replicas.items():
+        for name, child in module.named_children():
+            setattr(replica, name, replicas[child])
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                replica._parameters[name] = None
+            else:
+                setattr(replica, name, 1.25 * parameter)
+    return replicas[model]

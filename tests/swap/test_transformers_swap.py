@@ -61,12 +61,18 @@ def test_swap_and_verify(implementation):
     assert fastasr.restore(model) == len(report.replaced)
 
 
-def test_gradient_checkpointing():
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(reentrant):
+    """Every layer runs twice."""
     theirs = encoder(**STILL).train()
-    theirs.gradient_checkpointing_enable()
+    theirs.gradient_checkpointing_enable({"use_reentrant": reentrant})
     ours = copy.deepcopy(theirs)
     fastasr.accelerate(ours)
+    calls = []
+    for layer in ours.layers:
+        layer.norm_feed_forward1.register_forward_hook(lambda *_: calls.append(1))
     same_step(ours, theirs, *batch().values(), tolerance=1e-4, share=1.0)
+    assert len(calls) == 2 * len(ours.layers)
 
 
 def test_gradient_checkpointing_drops_the_same_weights_again():

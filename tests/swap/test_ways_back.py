@@ -424,7 +424,7 @@ def parakeet_encoder(what):
 
     reason = {
         "subsampling": "one of its layers has hooks or is no plain one",
-        "weights": "attention weights are asked for",
+        "weights": "the attention has hooks, which may read its weights",
         "draws": "upstream_draws is on",
         "all dropped": "the dropout of attention weights has hooks, is no plain Dropout, or drops all",
         "positions": "each sequence has position embeddings of its own",

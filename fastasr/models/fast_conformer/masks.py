@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 
-WATCHED = "attention weights are asked for"
+WANTED = "attention weights are asked for"
+WATCHED = "the attention has hooks, which may read its weights"
 OTHER = "an input, a mask or positions that rel_attention does not take"
 
 

@@ -266,7 +266,7 @@ class _Plan(Packed["MEGADecoder"]):
         self._biases = biases = [mega.rel_pos_bias for mega, _ in decoder.mega_blocks]
         # a simple bias has a largest number of positions, a rotary one has none
         self._limit = min(
-            (b.max_positions for b in biases if "relative_position_bias" in b._parameters), default=0
+            (b.max_positions for b in biases if hasattr(b, "relative_position_bias")), default=0
         )
         if not self._native:
             self._decoder: Callable[[], Any] = weakref.ref(decoder)

@@ -96,7 +96,7 @@ def is_plain(bias: torch.nn.Module, owner: torch.nn.Module) -> bool:
 def relative(bias: Any, length: int) -> Tensor:
     """Returns the values of a bias that is plain by offset -(length-1) .. length-1, (2 length - 1,): a view of a simple
     bias's parameter."""
-    if "relative_position_bias" in bias._parameters:
+    if hasattr(bias, "relative_position_bias"):
         if length > bias.max_positions:
             raise ValueError(
                 f"RelativePositionBias: length: expected at most {bias.max_positions} (max_positions), got {length}"

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Modules of the audio encoder of transformers' Phi-4-multimodal, and the encoder itself."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,36 +19,40 @@ from fastasr.swap.forwards.common import bias_of_pairs, dropped, projections
 from fastasr.swap.rule import Upstream
 
 
-class ByOffset(NamedTuple):
-    """What ``phi4_encoder`` gives its layers in place of upstream's mask (B or 1, H, T, T): rows (2T − 1, H) of the
-    bias by offset, and a bias per key (B, 1, T) or None."""
-
-    rows: Tensor
-    keys: Tensor | None
-
-    def pairs(self) -> Tensor:
-        """Returns the sum of both biases (B or 1, H, T, T)."""
-        pairs = bias_of_pairs(self.rows).unsqueeze(0)
-        return pairs if self.keys is None else pairs + self.keys.unsqueeze(2)
+def _biases(given: Tensor, x: Tensor, heads: int) -> tuple[Tensor, Tensor | None]:
+    """Returns the rows (2T − 1, H) of the bias by offset and the bias per key (B, 1, T) or None, for the numbers that
+    ``phi4_encoder`` gives its layers in place of upstream's mask (B or 1, H, T, T): one tensor, whose gradient passes
+    through checkpoints of layers."""
+    batch, frames = x.shape[:2]
+    count = (2 * frames - 1) * heads
+    rows, keys = given[:count], given[count:]
+    return rows.view(-1, heads), keys.view(batch, 1, frames) if keys.numel() else None
 
 
-def phi4_attention(
-    self: Upstream, hidden_states: Tensor, attention_mask: ByOffset | Tensor, **kwargs: Any
-) -> Tensor:
-    """Serves the audio encoder of transformers' Phi-4-multimodal, if ``phi4_encoder`` gives it the bias: hidden states
-    (B, T, width) -> same shape: s[i,j] = q_i·k_j / √d + b[j − i] + c_j."""
+def _pairs(rows: Tensor, keys: Tensor | None) -> Tensor:
+    """Returns the sum of both biases (B or 1, H, T, T)."""
+    pairs = bias_of_pairs(rows).unsqueeze(0)
+    return pairs if keys is None else pairs + keys.unsqueeze(2)
+
+
+def phi4_attention(self: Upstream, hidden_states: Tensor, attention_mask: Tensor, **kwargs: Any) -> Tensor:
+    """Serves the audio encoder of transformers' Phi-4-multimodal, if ``phi4_encoder`` gives it the biases: hidden
+    states (B, T, width) -> same shape: s[i,j] = q_i·k_j / √d + b[j − i] + c_j."""
     implementation, reason = self.config._attn_implementation, None
-    if not isinstance(attention_mask, ByOffset):
+    by_offset = attention_mask.ndim == 1
+    if not by_offset:
         reason = "the bias has every pair of frames"
     elif implementation not in STANDARD:
         reason = masks.unread(False, implementation)
     share = self.attention_dropout if self.training else 0.0
     dropout = dropout_of(self, share, hidden_states.device, reason)
-    if dropout is None or not isinstance(attention_mask, ByOffset):
-        given = attention_mask.pairs() if isinstance(attention_mask, ByOffset) else attention_mask
-        return type(self).forward(self, hidden_states, given, **kwargs)
+    if not by_offset:
+        return type(self).forward(self, hidden_states, attention_mask, **kwargs)
+    rows, keys = _biases(attention_mask, hidden_states, self.config.num_attention_heads)
+    if dropout is None:
+        return type(self).forward(self, hidden_states, _pairs(rows, keys), **kwargs)
     q, k, v = projections(hidden_states, (-1, self.head_dim), self.q_proj, self.k_proj, self.v_proj)
-    y = ops.rel_attention(q, k, v, offset_bias=attention_mask.rows, key_bias=attention_mask.keys, **dropout)
+    y = ops.rel_attention(q, k, v, offset_bias=rows, key_bias=keys, **dropout)
     return plumbing.linear(self.o_proj, y.flatten(2))
 
 
@@ -73,8 +77,9 @@ def phi4_encoder(self: Upstream, hidden_states: Tensor, mask: Tensor | None, **k
     offsets = torch.arange(1 - frames, frames, dtype=torch.int64, device=y.device)
     offsets = offsets.clamp(-bias.max_distance, bias.max_distance - 1)
     rows = bias.bias_values(offsets.abs() if bias.symmetric else offsets + bias.num_buckets // 2)
-    # All rows of the mask are the same, without chunks.
-    given = ByOffset(rows, None if valid is None else seen_keys[:, :1].to(rows.dtype))
+    given = rows.flatten()
+    if valid is not None:  # All rows of the mask are the same, without chunks.
+        given = torch.cat([given, seen_keys[:, 0].to(rows.dtype).flatten()])
     for layer in self.encoders:
         y = layer(y, given)
     return y.reshape(batch, -1, width)[:, :whole]

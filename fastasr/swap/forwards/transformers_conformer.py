@@ -20,7 +20,7 @@ from fastasr.models.fast_conformer.convolution import (
     gated_convolution,
     pointwise,
 )
-from fastasr.models.fast_conformer.masks import OTHER, WATCHED, seen
+from fastasr.models.fast_conformer.masks import OTHER, WANTED, WATCHED, seen
 from fastasr.swap.forwards.common import (
     attention,
     by_mask,
@@ -97,7 +97,7 @@ def fastspeech2_attention(
     batch, frames = hidden_states.shape[:2]
     fits = attention_mask is None or attention_mask.shape == (batch, 1, frames)
     fits = fits and not output_attentions and is_one_table(pos_emb, frames)
-    dropout = drops(self, hidden_states, fits, WATCHED if output_attentions else OTHER)
+    dropout = drops(self, hidden_states, fits, WANTED if output_attentions else OTHER)
     if dropout is None:
         return type(self).forward(self, hidden_states, attention_mask, pos_emb, output_attentions)
     hidden = {} if attention_mask is None else {"key_padding_mask": attention_mask[:, 0].eq(0)}

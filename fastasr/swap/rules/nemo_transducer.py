@@ -12,8 +12,9 @@ _LOSS = {"4751c04f6ecf40283434d810": _NEMO}
 
 def _joint_structure(module: Upstream) -> str | None:
     reason = check_parts(module, ("pred", "enc", "joint_net"), optional=("_loss", "_wer"))
-    dropout = (nn.Dropout,) * (len(module.joint_net) - 2)
-    reason = reason or check_sequence(module, "joint_net", (tuple(models.ACTIVATIONS), *dropout, nn.Linear))
+    if reason is None:
+        dropout = (nn.Dropout,) * (len(module.joint_net._modules) - 2)
+        reason = check_sequence(module, "joint_net", (tuple(models.ACTIVATIONS), *dropout, nn.Linear))
     reason = reason or models.why_with_logits(module)
     return reason or (unread_child(module, "_loss", "RNNTLoss", _LOSS) if module.loss is not None else None)
 

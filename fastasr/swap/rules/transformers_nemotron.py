@@ -39,7 +39,7 @@ def _upstream_child(
 ) -> str | None:
     """Returns a reason unless the submodule is upstream's and its convolution has these sizes, else None: our forward
     reads its weights and does not call it."""
-    child, class_name = module._modules[name], f"NemotronAsrStreamingEncoder{class_name}"
+    child, class_name = getattr(module, name), f"NemotronAsrStreamingEncoder{class_name}"
     if upstream_class(child).__name__ != class_name:
         return f"submodule {name} is a {type(child).__name__}, expected {class_name}"
     for attribute, size in sizes.items():
@@ -59,14 +59,12 @@ def _subsampling_structure(module: Upstream) -> str | None:
     reason = check_parts(module, ("conv_in", "layers", "act_fn", "linear"))
     if reason:
         return reason
-    stages = module.layers
     sizes = {"kernel_size": (3, 3), "stride": (2, 2), "dilation": (1, 1)}
-    reasons = [_upstream_child(module, "conv_in", "CausalConv2D", _CAUSAL_2D, **sizes)]
-    reasons += [_upstream_child(stages, name, "SubsamplingLayer", _STAGE) for name in stages._modules]
-    reasons += [
-        _upstream_child(stage, "depthwise_conv", "CausalConv2D", _CAUSAL_2D, **sizes) for stage in stages
-    ]
-    return next(filter(None, reasons), None)
+    reason = _upstream_child(module, "conv_in", "CausalConv2D", _CAUSAL_2D, **sizes)
+    for name, stage in module.layers._modules.items():
+        reason = reason or _upstream_child(module.layers, name, "SubsamplingLayer", _STAGE)
+        reason = reason or _upstream_child(stage, "depthwise_conv", "CausalConv2D", _CAUSAL_2D, **sizes)
+    return reason
 
 
 def encoder(

@@ -91,8 +91,8 @@ BYPASS = Rule(
 
 def _native_calls(module: Upstream) -> dict[str, str | None]:
     """Returns why the layer's native calls, which are for the CPU, cannot be used."""
-    if not module.norm.bias.is_cpu or bound_forward(module) is timed_forward:  # The call's time decides this.
-        return {}
+    if bound_forward(module) is timed_forward or not all(p.is_cpu for p in module.parameters()):
+        return {}  # a call's time decides this
     calls = native_layer.why_not(module)
     if bound_forward(module) is constant_attention_in_eval:
         calls["forward"] = CONSTANT_ATTENTION
