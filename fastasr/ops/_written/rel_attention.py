@@ -23,6 +23,7 @@ from fastasr.ops._runtime import (
     back,
     back_in_shape,
     is_batched,
+    laid_out,
     listed,
     make,
     node_gradients,
@@ -235,11 +236,11 @@ def rel_attention(
         )  # fmt: skip
     kernels = family.kernels(q)
     if kernels is None:
-        return formula(
-            q, k, v, pos, bias_u, bias_v, offset_bias=offset_bias, offset_gate=offset_gate, key_bias=key_bias,
-            key_padding_mask=key_padding_mask, attn_mask=attn_mask, starts=starts, dropout_p=dropout_p,
-            dropout_seed=dropout_seed, context=context, chunk_size=chunk_size, soft_cap=soft_cap,
-            pos_span=pos_span,
+        return laid_out(
+            op, formula(q, k, v, pos, bias_u, bias_v, offset_bias=offset_bias, offset_gate=offset_gate,
+            key_bias=key_bias, key_padding_mask=key_padding_mask, attn_mask=attn_mask, starts=starts,
+            dropout_p=dropout_p, dropout_seed=dropout_seed, context=context, chunk_size=chunk_size,
+            soft_cap=soft_cap, pos_span=pos_span),
         )  # fmt: skip
     cast_dtype = autocast_dtype(q)
     if cast_dtype is not None:

@@ -23,6 +23,7 @@ from fastasr.ops._runtime import (
     applied,
     back,
     is_batched,
+    laid_out,
     listed,
     make,
     node_gradients,
@@ -132,7 +133,7 @@ def tdt_lattice(
         )
     kernels = family.kernels(symbol_logprobs, blank_logprobs, duration_logprobs)
     if kernels is None:
-        return formula(symbol_logprobs, blank_logprobs, duration_logprobs, durations, boundary)
+        return laid_out(op, formula(symbol_logprobs, blank_logprobs, duration_logprobs, durations, boundary))
     try:
         if is_grad_enabled() and (
             symbol_logprobs.requires_grad or blank_logprobs.requires_grad or duration_logprobs.requires_grad
