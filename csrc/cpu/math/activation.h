@@ -18,9 +18,10 @@ FASTASR_INLINE void sigmoid_pair(C x, C* positive, C* negative) {
   *negative = x < 0 ? larger : smaller;
 }
 
+// exactly 0 far out, where callers multiply it by x
 template <typename C>
 FASTASR_INLINE C sigmoid(C x) {
-  const C e = exp_nonpositive(x < 0 ? x : -x);
+  const C e = exp_or_zero(x < 0 ? x : -x);
   return (x < 0 ? e : C(1)) / (1 + e);
 }
 
