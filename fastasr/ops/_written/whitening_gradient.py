@@ -61,8 +61,8 @@ def whitening_gradient(
         dimensions. No kernel for CUDA waits for the device.
     Raises:
         TypeError: grad or x is not a floating tensor.
-        ValueError: shapes or devices do not match; num_groups does not divide the channels; limits are missing or given
-            twice.
+        ValueError: shapes or devices do not match; num_groups does not divide the channels, or there are none; limits
+            are missing or given twice.
     """
     check(grad, x, num_groups, limit, grad_scale, limits, act, padding_mask)
     if is_compiling() or not (
