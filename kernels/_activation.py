@@ -41,17 +41,11 @@ def exp_difference(x, most, PRECISE: tl.constexpr):
 
 
 @triton.jit
-def _exp_minus(x):
-    """Returns exp(-x) to 16 bits, at most 2^100: larger ones have no reciprocal."""
-    e = tl.minimum(x * -1.4426950408889634, 100.0, propagate_nan=tl.PropagateNan.ALL)
-    return exp2(e)
-
-
-@triton.jit
 def sigmoid_pair(x, PRECISE: tl.constexpr):
     """Returns sigmoid(x) and sigmoid(-x); neither is computed as one minus the other, which would cancel."""
     if not PRECISE:
-        e = _exp_minus(x)
+        # at most 2^100: larger numbers have no reciprocal
+        e = exp2(tl.minimum(x * -1.4426950408889634, 100.0, propagate_nan=tl.PropagateNan.ALL))
         s = reciprocal(1.0 + e)
         return s, e * s
     e = exp_nonpositive(-tl.abs(x), PRECISE)
@@ -83,7 +77,9 @@ def normal_pair(x, PRECISE: tl.constexpr):
 def activate_with_slope(x, ACTIVATION: tl.constexpr, PRECISE: tl.constexpr):
     """Returns act(x) and act'(x); the compiler drops the one that the caller does not use."""
     if ACTIVATION == SILU and not PRECISE:
-        s = reciprocal(1.0 + _exp_minus(x))
+        s = reciprocal(
+            1.0 + exp2(x * -1.4426950408889634)
+        )  # 0 far out, where a gate may multiply the slope by 1e30
         return x * s, s * tl.fma(x, 1.0 - s, 1.0)
     if ACTIVATION == SILU:
         e = exp_nonpositive(-tl.abs(x), PRECISE)

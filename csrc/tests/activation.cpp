@@ -28,6 +28,18 @@ void values(double unit) {
     }
 }
 
+// A gate may multiply a slope by 1e30 and more: far out it must be what it tends to.
+template <typename C>
+void far_out() {
+  for (int a = 0; a < cpu::kActivations; a++) {
+    C x[2] = {C(1e30), C(-1e30)}, slope[2];
+    cpu::activate_with_slope(a, x, slope, 2);
+    const C above = a == 3 ? 0 : 1, below = a == 0 ? 1 : 0;
+    CHECK(std::fabs(slope[0] - above) < 1e-37 && std::fabs(slope[1] - below) < 1e-37, "activation %d: %g and %g", a,
+          double(slope[0]), double(slope[1]));
+  }
+}
+
 template <typename C>
 void special() {
   const C nan = std::numeric_limits<C>::quiet_NaN(), inf = std::numeric_limits<C>::infinity();
@@ -48,6 +60,8 @@ void special() {
 TEST_CASE("activation") {
   values<float>(0x1p-24);
   values<double>(0x1p-50);
+  far_out<float>();
+  far_out<double>();
   special<float>();
   special<double>();
 }

@@ -3,6 +3,7 @@
 
 import os
 import sys
+from typing import NoReturn
 
 INSTALL = "pip install 'fastasr[cli]'"
 
@@ -13,7 +14,7 @@ def main() -> None:
         import rich  # noqa: F401
         import typer  # noqa: F401
     except ImportError as error:
-        sys.exit(f"fastasr: the command line needs {error.name}: {INSTALL}")
+        _end(f"fastasr: the command line needs {error.name}: {INSTALL}")
     from fastasr.cli.app import app
 
     try:
@@ -23,4 +24,10 @@ def main() -> None:
     except Exception as error:
         if os.environ.get("FASTASR_DEBUG") == "1":
             raise
-        sys.exit(f"error: {type(error).__name__}: {error}\n(FASTASR_DEBUG=1 shows where)")
+        _end(f"error: {type(error).__name__}: {error}\n(FASTASR_DEBUG=1 shows where)")
+
+
+def _end(reason: str) -> NoReturn:
+    """Ends the process with the code for a command that cannot run; ``sys.exit(reason)`` would end with 1."""
+    print(reason, file=sys.stderr)
+    sys.exit(2)

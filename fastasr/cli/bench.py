@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 import typer
 
-from fastasr.cli.console import check_device, check_dtype, err, escape, fail, out, sizes, table
+from fastasr.cli.console import check_device, check_dtype, check_folder, err, escape, fail, out, sizes, table
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -99,6 +99,7 @@ def run(
         fail(str(error).splitlines()[0])
     if profile and not (options.on_gpu or quick):
         fail("--profile: it is of whole models on a GPU: add --device cuda")
+    check_folder("--out", folder)
     console = err()
     if quick:
         console.print(f"[yellow]{runner.QUICK}[/]")

@@ -3,7 +3,9 @@
 
 import os
 import sys
+import tempfile
 from collections.abc import Iterable
+from pathlib import Path
 from typing import NoReturn
 
 import typer
@@ -33,6 +35,16 @@ def fail(message: str, code: int = 2) -> NoReturn:
     """Prints the message to stderr and ends the command without a traceback."""
     err().print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
     raise typer.Exit(code)
+
+
+def check_folder(option: str, folder: Path) -> None:
+    """Makes the folder. It ends the command if nothing can be written there, before the work whose results go there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        fail(f"{option}: {folder} cannot be written to: {error.strerror}")
 
 
 def no_gpu() -> str:

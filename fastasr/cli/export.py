@@ -20,7 +20,7 @@ def run(reference: str, folder: Path, *, suffix: str, int8: bool, reduce_range: 
     try:
         with fastasr.eager_mode(model):
             files = export_onnx(model, folder, suffix=suffix, int8=int8, reduce_range=reduce_range)
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, OSError) as error:
         fail(str(error))
     sizes = {name: (str(path), path.stat().st_size) for name, path in files.items()}
     if as_json:

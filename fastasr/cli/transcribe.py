@@ -17,7 +17,7 @@ from fastasr.asr.audio import captions, recordings
 from fastasr.asr.audio.captions import Timed
 from fastasr.asr.decoding import ctc_prefix_beam_search, modified_beam_search
 from fastasr.cli.bench import DTYPES
-from fastasr.cli.console import check_device, err, escape, fail, out
+from fastasr.cli.console import check_device, check_folder, err, escape, fail, out
 from fastasr.rnnt import ctc_align
 
 MODELS = ("ParakeetForCTC", "ParakeetForRNNT", "ParakeetForTDT")
@@ -175,7 +175,6 @@ def peak(device: torch.device) -> float:
 
 def write(folder: Path, result: dict, words: list[Timed]) -> None:
     """Writes the text, the subtitles and everything as JSON."""
-    folder.mkdir(parents=True, exist_ok=True)
     stem = Path(result["recording"]).stem
     subtitles = captions.srt(captions.lines(words))
     texts = {"txt": result["text"] + "\n", "srt": subtitles, "json": json.dumps(result, indent=2) + "\n"}
@@ -200,6 +199,8 @@ def run(
         fail(f"--dtype: expected one of {', '.join(DTYPES)}, got {dtype}")
     check_device(device)
     model, processor = load(folder, device, getattr(torch, dtype))
+    if target is not None:
+        check_folder("--out", target)
     if beam is not None and hasattr(model, "joint"):
         for part in (model.decoder, model.joint, model.encoder_projector):
             part.float()  # beam search computes in float32, whatever the encoder's dtype

@@ -7,10 +7,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastasr.rnnt import lengths, tdt_loss
+from fastasr.rnnt import _arguments, lengths, tdt_loss
 
 RNNT = ("default", "rnnt", "warprnnt", "warprnnt_numba", "pytorch")
 TDT = ("tdt", "tdt_pytorch")
+OPTIONS = {
+    False: ("fastemit_lambda", "clamp"),
+    True: ("durations", "sigma", "fastemit_lambda", "omega", "clamp"),
+}
+OP = "compat.nemo.RNNTLoss"
 
 
 class RNNTLoss(nn.Module):
@@ -32,20 +37,21 @@ class RNNTLoss(nn.Module):
         loss_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        if loss_name not in (*RNNT, *TDT):
-            names = ", ".join((*RNNT, *TDT))
-            raise ValueError(
-                f"fastasr.compat.nemo.RNNTLoss: loss_name: expected one of {names}, got {loss_name!r}"
-            )
-        self.blank, self.reduction, self.options = num_classes, reduction or "none", dict(loss_kwargs or {})
-        self.is_tdt = loss_name in TDT
+        _arguments.choice(OP, "loss_name", loss_name, (*RNNT, *TDT))
+        self.reduction = _arguments.choice(OP, "reduction", reduction or "none", lengths.REDUCTIONS)
+        self.blank, self.is_tdt, self.options = num_classes, loss_name in TDT, dict(loss_kwargs or {})
+        for name in self.options:
+            _arguments.choice(OP, "loss_kwargs", name, OPTIONS[self.is_tdt])
+        if self.is_tdt and "durations" not in self.options:
+            raise ValueError(f"fastasr.{OP}: loss_kwargs: expected durations for a TDT, got {self.options}")
         if self.is_tdt and self.options.pop("clamp", -1) > 0:
-            raise ValueError("fastasr.compat.nemo.RNNTLoss: clamp: expected -1 for a TDT, got more than 0")
+            raise ValueError(f"fastasr.{OP}: clamp: expected -1 for a TDT, got more than 0")
 
     def forward(
         self, log_probs: Tensor, targets: Tensor, input_lengths: Tensor, target_lengths: Tensor
     ) -> Tensor:
-        op, options = "compat.nemo.RNNTLoss", dict(self.options)
+        options = dict(self.options)
+        targets = targets[:, : log_probs.shape[-2] - 1]  # NeMo cuts padding off too
         ends = targets, input_lengths, target_lengths, self.blank
         if self.is_tdt:
             durations, omega = options.pop("durations"), options.pop("omega", 0.0)
@@ -56,8 +62,8 @@ class RNNTLoss(nn.Module):
                 return self._scaled(loss)
             log_probs = tokens
             options.pop("sigma", None)
-        loss = lengths.rnnt_losses(op, log_probs, *ends, **options)
-        return self._scaled(lengths.reduced(op, loss, target_lengths, self.reduction))
+        loss = lengths.rnnt_losses(OP, log_probs, *ends, **options)
+        return self._scaled(lengths.reduced(OP, loss, target_lengths, self.reduction))
 
     def _scaled(self, loss: Tensor) -> Tensor:
         """Multiplies the value by 1 + λ of FastEmit, as NeMo does; the gradients have the factor already."""

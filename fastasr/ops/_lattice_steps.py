@@ -102,7 +102,9 @@ class TdtSteps:
 
     def __init__(self, x: Tensor, y: Tensor, z: Tensor, durations: Tensor, boundary: Tensor | None) -> None:
         batch, frames, self.row = y.shape
-        symbols, self.durations = self.row - 1, durations.tolist()
+        symbols = self.row - 1
+        # on the meta device any numbers give the shapes
+        self.durations = list(range(len(durations))) if durations.is_meta else durations.tolist()
         if boundary is None:
             boundary = whole(torch.full((batch,), symbols, device=x.device, dtype=torch.int64), frames)
         limits = zip(boundary.unbind(1), (symbols, frames, symbols, frames), strict=True)

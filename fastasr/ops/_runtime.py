@@ -13,7 +13,7 @@ from torch.autograd import Function, forward_ad
 
 from fastasr._transforms import refuse, refuse_unless_batched, transforms_active
 from fastasr.kernels import Unlaunchable
-from fastasr.ops._dispatch import FLOATING, Kernels
+from fastasr.ops._dispatch import FLOATING, Kernels, forced_backend
 from fastasr.ops._op import Needs, Op, Saved
 
 # Kernels decline arguments by ValueError (``decline`` in csrc/bindings/dispatch.h), and the dispatcher raises
@@ -108,6 +108,23 @@ def _recording() -> Iterator[None]:
 
 
 # --------------------------------------------------------------------------- the formula in the kernels' place
+def laid_out(op: Op, found: Any) -> Any:
+    """Returns the formula's results. On the meta device, which has the formula alone, so that tools can count its
+    operations, they get the strides that kernels give them.
+    """
+    results = as_tuple(found)
+    if not results[0].is_meta or forced_backend() == "eager" or not op.written.dense:
+        return found
+    allocate = {name: f for name, f in (op.strides or {}).items() if callable(f)}
+
+    def stored(name: str, t: Tensor) -> Tensor:
+        if name in allocate:
+            return allocate[name](t.shape, dtype=t.dtype, device=t.device).copy_(t)
+        return t.contiguous()
+
+    return result_or_results(stored(*pair) for pair in zip(op.written.results, results, strict=False))
+
+
 def formula_gradients(op: Op, grads: Sequence[Tensor], saved: Saved) -> tuple[Tensor | None, ...]:
     """Computes the gradients by autograd, in float32 or better."""
     values = {name: getattr(saved, name) for name in op.written.Arguments._fields}

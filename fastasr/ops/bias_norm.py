@@ -32,7 +32,7 @@ def _operands(kernels: Kernels, a: Arguments, dtype: torch.dtype) -> tuple[Tenso
 
 
 def _launch(op: Op, kernels: Kernels, a: Arguments, dtype: torch.dtype, keep: bool) -> Tensor:
-    return kernels.forward(*_operands(kernels, a, dtype)).movedim(-1, a.channel_dim)
+    return kernels.forward(*_operands(kernels, a, dtype)).movedim(-1, a.channel_dim).contiguous()
 
 
 def _gradients(

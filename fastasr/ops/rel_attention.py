@@ -133,7 +133,8 @@ def rel_attention(
         attn_mask: bool (T, K) or (B, T, K), True where a key (last) is hidden from a query.
         starts: int64 (R,): where recordings begin in every sequence, and behind them where the last one ends. Frames of
             different recordings do not see each other, and frames outside of all see nothing. Their order does not
-            matter, and equal numbers are recordings without frames. On a GPU nothing waits for them.
+            matter, and equal numbers are recordings without frames. On a GPU nothing waits for them. K is T then, and
+            chunk_size 1.
         dropout_p: the share of weights that are set to 0 after the softmax; the others are divided by 1 − dropout_p.
         dropout_seed: int64 (1,), which chooses these weights; needed where dropout_p is more than 0. One seed and shape
             give the same weights on every backend.

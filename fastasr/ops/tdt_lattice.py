@@ -61,6 +61,8 @@ def tdt_lattice(
 ) -> Annotated[Tensor, "scores: B", "wide symbol_logprobs + blank_logprobs + duration_logprobs"]:
     """Returns the log of the summed probability of all paths through each lattice of tokens and durations.
 
+    The last arc of a path is a blank that leads to t_end exactly; no symbol leads there.
+
     Args:
         symbol_logprobs: (B, T, S), log probability of symbol s+1 in cell (t, s). float32, bfloat16, float16 or float64;
             special values as in ``rnnt_lattice``.

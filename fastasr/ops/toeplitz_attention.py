@@ -48,7 +48,8 @@ def mask_of(
     if causal:
         mask = torch.ones(size, size, dtype=torch.bool, device=device).triu(1)
     if padding_mask is not None:
-        padded = F.pad(padding_mask, (0, size * count - length), value=True).reshape(-1, count, 1, size)
+        padded = F.pad(padding_mask, (0, size * count - length), value=True)
+        padded = padded.reshape(len(padding_mask), count, 1, size)
         padded = padded & ~padded.all(-1, keepdim=True)
         mask = padded if mask is None else mask | padded
     if size * count != length:

@@ -40,6 +40,8 @@ FAMILY = KernelFamily("whitening_gradient", (), (_NATIVE, triton_kernels("whiten
 
 
 def _check(op: Op, a: Arguments) -> None:
+    if not a.x.shape[-1]:
+        op.fail("x", "at least one channel", tuple(a.x.shape))
     if a.x.shape[-1] % a.num_groups:
         op.fail("num_groups", f"a divisor of x's {a.x.shape[-1]} channels", a.num_groups)
     numbers = (a.limit, a.grad_scale)
@@ -119,8 +121,8 @@ def whitening_gradient(
         dimensions. No kernel for CUDA waits for the device.
     Raises:
         TypeError: grad or x is not a floating tensor.
-        ValueError: shapes or devices do not match; num_groups does not divide the channels; limits are missing or given
-            twice.
+        ValueError: shapes or devices do not match; num_groups does not divide the channels, or there are none; limits
+            are missing or given twice.
     """
     numbers: Any = (limit, grad_scale)
     least, size = numbers if limits is None else limits.unbind()

@@ -34,7 +34,7 @@ from fastasr.ops._op import OPS, Written
 from fastasr.ops._operator import register_op
 from fastasr.ops._register import autocast_dtype, cast, refuse_double_backward
 from fastasr.ops._runtime import BOOL, COMPUTE, INT64, INTEGERS, MASKS, NOT_MINE, Like, applied, back, back_in_shape, \\
-    is_batched, listed, make, node_gradients, not_a_view, operand, promoted, wide
+    is_batched, laid_out, listed, make, node_gradients, not_a_view, operand, promoted, wide
 from {module} import {parts}
 from {module} import {name} as formula
 

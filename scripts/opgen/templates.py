@@ -31,7 +31,7 @@ def {name}({typed_parameters}) -> {return_type}:
         return by_formula(op, Arguments({names}))
     kernels = family.kernels({deciding})
     if kernels is None:
-        return {formula}
+        return laid_out(op, {formula})
     {cast}
     try:
         {apply}

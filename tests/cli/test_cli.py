@@ -59,27 +59,32 @@ def test_the_installed_command_ends_without_a_traceback():
     assert done.stdout == ""
 
 
-def ended(monkeypatch, *arguments: str) -> SystemExit:
-    """Returns how the command ends that the package installs."""
-    monkeypatch.setattr(sys, "argv", ["fastasr", *arguments])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    return end.value
+@pytest.fixture
+def ended(monkeypatch, capsys):
+    """Returns what the command that the package installs says when it cannot run."""
+
+    def call(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["fastasr", *arguments])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        assert end.value.code == 2
+        return capsys.readouterr().err
+
+    return call
 
 
-def test_without_the_extra_the_command_names_it(monkeypatch):
+def test_without_the_extra_the_command_names_it(ended, monkeypatch):
     monkeypatch.setitem(sys.modules, "typer", None)
-    said = "fastasr: the command line needs typer: pip install 'fastasr[cli]'"
-    assert ended(monkeypatch, "env").code == said
+    assert ended("env") == "fastasr: the command line needs typer: pip install 'fastasr[cli]'\n"
 
 
-def test_an_unexpected_error_shows_its_traceback_on_request(monkeypatch):
+def test_an_unexpected_error_shows_its_traceback_on_request(ended, monkeypatch):
     def broken():
         raise RuntimeError("no name")
 
     monkeypatch.setattr(env, "cpu_name", broken)
     monkeypatch.setenv("FASTASR_DEBUG", "")
-    assert ended(monkeypatch, "env").code.startswith("error: RuntimeError: no name")
+    assert ended("env").startswith("error: RuntimeError: no name")
     monkeypatch.setenv("FASTASR_DEBUG", "1")
     with pytest.raises(RuntimeError, match="no name"):
         cli.main()
@@ -252,10 +257,12 @@ REFUSED = {
         (("bypass", "--shape", "3"), "--shape: expected sizes as T=375,B=16,C=512, got '3'"),
         (("--shape", "T=3"), "sizes are for ops: expected their names, got none"),
         (("zipformer", "--shape", "T=3"), "sizes are for ops: expected their names, got zipformer"),
+        (("bypass", "--out", "/dev/null/out"), "--out: /dev/null/out cannot be written to: Not a directory"),
     ],
     "export": [
         (("models_for_cli:recognizer", "out"), "did you mean 'recogniser'?"),
         (("models_for_cli:model", "out"), "expected an AsrModel"),
+        (("models_for_cli:recogniser", "/dev/null/out"), "Not a directory: '/dev/null/out'"),
     ],
     "swap": [
         (("nocolon",), "expected MODULE:FACTORY or an encoder: no encoder is called 'nocolon'; there are: "),

@@ -222,6 +222,7 @@ def test_refusals(folder, recording, tmp_path, monkeypatch):
     place, path = folder("ParakeetForCTC"), recording()
     cases = [
         ((tmp_path, path), "config.json cannot be read"),
+        ((place, path, "--out", "/dev/null/out"), "--out: /dev/null/out cannot be written to"),
         ((place, tmp_path / "none.wav"), "none.wav"),
         ((place, path, "--dtype", "int8"), "--dtype: expected one of float32, bfloat16, float16, got int8"),
         ((place, path, "--device", "abacus"), "abacus"),

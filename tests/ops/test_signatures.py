@@ -2,6 +2,7 @@
 """What help and completion say about the ops: plain types, every accepted value, public names alone."""
 
 import inspect
+import pickle
 import pydoc
 from typing import get_args
 
@@ -41,6 +42,11 @@ def test_a_literal_lists_the_values_that_calls_accept(name, option):
     with pytest.raises(ValueError, match=rf"fastasr.{name}: {option}: expected one of \('") as raised:
         getattr(ops, name)(**table(name).richest.arguments(Make()) | {option: "nonsense"})
     assert all(repr(value) in str(raised.value) for value in listed)
+
+
+@pytest.mark.parametrize("name", ops.NAMES)
+def test_a_module_that_holds_an_op_can_be_saved(name):
+    assert pickle.loads(pickle.dumps(getattr(ops, name))) is getattr(ops, name)
 
 
 def _accepts(name: str, sample, changed: dict) -> bool:

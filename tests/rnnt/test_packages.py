@@ -177,8 +177,28 @@ def test_nemos_tdt():
     torch.testing.assert_close(plain(both, *call[1:]), ours(*call).sum())
     fast = nemo.RNNTLoss(6, "sum", loss_kwargs={"fastemit_lambda": 0.25})
     torch.testing.assert_close(fast(*call), 1.25 * ours(*call).sum())
-    with pytest.raises(ValueError, match="loss_name: expected one of default"):
-        nemo.RNNTLoss(6, loss_name="ctc")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss_name": "ctc"}, "loss_name: expected one of default"),
+        ({"reduction": "average"}, "reduction: expected one of mean_volume"),
+        ({"loss_kwargs": {"sigma": 0.1}}, "loss_kwargs: expected one of fastemit_lambda, clamp, got 'sigma'"),
+        ({"loss_name": "tdt"}, "loss_kwargs: expected durations for a TDT"),
+    ],
+    ids=["name", "reduction", "option", "durations"],
+)
+def test_nemos_loss_refuses_options_when_it_is_made(options, message):
+    with pytest.raises(ValueError, match=f"fastasr.compat.nemo.RNNTLoss: {message}"):
+        nemo.RNNTLoss(6, **options)
+
+
+def test_nemos_loss_cuts_off_padding_of_targets():
+    logits, targets, *ends = problem()
+    padded = torch.cat((targets, torch.zeros_like(targets)), 1)
+    loss = nemo.RNNTLoss(6)
+    torch.testing.assert_close(loss(logits, padded, *ends), loss(logits, targets, *ends))
 
 
 def test_warp_rnnt():

@@ -18,9 +18,10 @@ FASTASR_INLINE void sigmoid_pair(C x, C* positive, C* negative) {
   *negative = x < 0 ? larger : smaller;
 }
 
+// exactly 0 far out, where callers multiply it by x
 template <typename C>
 FASTASR_INLINE C sigmoid(C x) {
-  const C e = exp_nonpositive(x < 0 ? x : -x);
+  const C e = exp_or_zero(x < 0 ? x : -x);
   return (x < 0 ? e : C(1)) / (1 + e);
 }
 
@@ -65,11 +66,9 @@ FASTASR_INLINE void normal_pair(double x, double* cumulative, double* density) {
 template <Activation A, typename C>
 FASTASR_INLINE C activate(C x, C* slope) {
   if constexpr (A == Activation::silu) {
-    C s, r;
-    sigmoid_pair(x, &s, &r);
-    *slope = s * (1 + x * r);
-    const C e = exp_or_zero(x < 0 ? x : -x);
-    return (x < 0 ? x * e : x) / (1 + e);  // one rounding less than x s
+    const C e = exp_or_zero(x < 0 ? x : -x), d = 1 + e;
+    *slope = (x < 0 ? e : C(1)) / d * (1 + x * ((x < 0 ? C(1) : e) / d));
+    return (x < 0 ? x * e : x) / d;  // one rounding less than x times the sigmoid
   } else if constexpr (A == Activation::relu) {
     *slope = x > 0 ? C(1) : C(0);
     return x < 0 ? C(0) : x;  // keeps a NaN

@@ -45,4 +45,5 @@ def _complex_states(scan: F) -> F:
 
 definition = _complex_states(op.definition)
 complex_ema_scan = _complex_states(with_real_states)
+complex_ema_scan.__module__ = __name__  # where pickle finds it
 op.serve(complex_ema_scan, definition=definition)

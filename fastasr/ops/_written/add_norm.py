@@ -20,6 +20,7 @@ from fastasr.ops._runtime import (
     NOT_MINE,
     applied,
     back,
+    laid_out,
     listed,
     make,
     node_gradients,
@@ -152,9 +153,9 @@ def add_norm(
         )
     kernels = family.kernels(x, update, weight, bias, update_weight)
     if kernels is None:
-        return formula(
-            x, update, weight, bias, eps, scale, kind=kind, update_weight=update_weight,
-            update_limit=update_limit, limit=limit,
+        return laid_out(
+            op, formula(x, update, weight, bias, eps, scale, kind=kind, update_weight=update_weight,
+            update_limit=update_limit, limit=limit),
         )  # fmt: skip
     try:
         if is_grad_enabled() and (

@@ -19,6 +19,7 @@ from fastasr.ops._runtime import (
     NOT_MINE,
     applied,
     back,
+    laid_out,
     listed,
     make,
     node_gradients,
@@ -144,7 +145,7 @@ def add_two_norms(
         )
     kernels = family.kernels(x, update, weight, bias, next_weight, next_bias)
     if kernels is None:
-        return formula(x, update, weight, bias, next_weight, next_bias, eps, next_eps, scale)
+        return laid_out(op, formula(x, update, weight, bias, next_weight, next_bias, eps, next_eps, scale))
     try:
         if is_grad_enabled() and (
             x.requires_grad

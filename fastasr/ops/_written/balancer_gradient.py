@@ -14,7 +14,7 @@ from fastasr.kernels import Unlaunchable
 from fastasr.ops._dispatch import FLOATING, PLAIN, served
 from fastasr.ops._op import OPS, Written
 from fastasr.ops._operator import register_op
-from fastasr.ops._runtime import BOOL, MASKS, NOT_MINE, listed, make, promoted
+from fastasr.ops._runtime import BOOL, MASKS, NOT_MINE, laid_out, listed, make, promoted
 from fastasr.ops.balancer_gradient import _check, _fast, _launch
 from fastasr.ops.balancer_gradient import balancer_gradient as formula
 
@@ -125,9 +125,10 @@ def balancer_gradient(
         )  # fmt: skip
     kernels = family.kernels(grad, x, limits)
     if kernels is None:
-        return formula(
-            grad, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim, limits, act, padding_mask
-        )
+        return laid_out(
+            op, formula(grad, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim, limits, act,
+            padding_mask),
+        )  # fmt: skip
     try:
         y = run_kernels(
             kernels, grad, x, min_mean, max_mean, min_rms, max_rms, grad_scale, channel_dim, limits, act,

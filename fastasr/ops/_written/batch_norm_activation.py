@@ -22,6 +22,7 @@ from fastasr.ops._runtime import (
     applied,
     back,
     is_batched,
+    laid_out,
     listed,
     make,
     node_gradients,
@@ -130,9 +131,10 @@ def batch_norm_activation(
         return by_formula(op, Arguments(x, weight, bias, padding_mask, eps, momentum, activation))
     kernels = family.kernels(x, weight, bias)
     if kernels is None:
-        return formula(
-            x, weight, bias, padding_mask=padding_mask, eps=eps, momentum=momentum, activation=activation
-        )
+        return laid_out(
+            op, formula(x, weight, bias, padding_mask=padding_mask, eps=eps, momentum=momentum,
+            activation=activation),
+        )  # fmt: skip
     try:
         if is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad):
             return apply(kernels, False, x, weight, bias, padding_mask, eps, momentum, activation)

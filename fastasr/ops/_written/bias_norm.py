@@ -21,6 +21,7 @@ from fastasr.ops._runtime import (
     back,
     back_in_shape,
     is_batched,
+    laid_out,
     listed,
     make,
     node_gradients,
@@ -98,7 +99,7 @@ def bias_norm(x: Tensor, bias: Tensor, log_scale: Tensor, channel_dim: int = -1)
         return by_formula(op, Arguments(x, bias, log_scale, channel_dim))
     kernels = family.kernels(x, bias, log_scale)
     if kernels is None:
-        return formula(x, bias, log_scale, channel_dim)
+        return laid_out(op, formula(x, bias, log_scale, channel_dim))
     try:
         if is_grad_enabled() and (x.requires_grad or bias.requires_grad or log_scale.requires_grad):
             return apply(kernels, False, x, bias, log_scale, channel_dim)

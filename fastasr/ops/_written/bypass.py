@@ -21,6 +21,7 @@ from fastasr.ops._runtime import (
     back,
     back_in_shape,
     is_batched,
+    laid_out,
     listed,
     make,
     node_gradients,
@@ -91,7 +92,7 @@ def bypass(x_orig: Tensor, x: Tensor, scale: Tensor) -> Tensor:
         return by_formula(op, Arguments(x_orig, x, scale))
     kernels = family.kernels(x_orig, x, scale)
     if kernels is None:
-        return formula(x_orig, x, scale)
+        return laid_out(op, formula(x_orig, x, scale))
     try:
         if is_grad_enabled() and (x_orig.requires_grad or x.requires_grad or scale.requires_grad):
             return apply(kernels, False, x_orig, x, scale)

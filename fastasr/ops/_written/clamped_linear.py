@@ -15,7 +15,7 @@ from fastasr.ops._dispatch import FLOATING, PLAIN, served
 from fastasr.ops._op import OPS, Written
 from fastasr.ops._operator import register_op
 from fastasr.ops._register import autocast_dtype, cast, refuse_double_backward
-from fastasr.ops._runtime import applied, back, listed, make, node_gradients, not_a_view, promoted
+from fastasr.ops._runtime import applied, back, laid_out, listed, make, node_gradients, not_a_view, promoted
 from fastasr.ops.clamped_linear import _gradients, _launch
 from fastasr.ops.clamped_linear import clamped_linear as formula
 
@@ -97,9 +97,9 @@ def clamped_linear(
         )  # fmt: skip
     kernels = family.kernels(x, input_min, input_max, output_min, output_max, next_min, next_max)
     if kernels is None:
-        return formula(
-            x, weight, activation, input_min=input_min, input_max=input_max, output_min=output_min,
-            output_max=output_max, next_min=next_min, next_max=next_max,
+        return laid_out(
+            op, formula(x, weight, activation, input_min=input_min, input_max=input_max,
+            output_min=output_min, output_max=output_max, next_min=next_min, next_max=next_max),
         )  # fmt: skip
     cast_dtype = autocast_dtype(x)
     if cast_dtype is not None:

@@ -24,6 +24,7 @@ from fastasr.ops._runtime import (
     back,
     back_in_shape,
     is_batched,
+    laid_out,
     listed,
     make,
     node_gradients,
@@ -242,10 +243,10 @@ def complex_ema_scan(
         )  # fmt: skip
     kernels = family.kernels(x, alpha, delta, theta, gamma, omega, state)
     if kernels is None:
-        return formula(
-            x, alpha, delta, theta, gamma, omega, state=state, return_state=return_state,
+        return laid_out(
+            op, formula(x, alpha, delta, theta, gamma, omega, state=state, return_state=return_state,
             padding_mask=padding_mask, truncation=truncation, direction=direction, activation=activation,
-            layout=layout,
+            layout=layout),
         )  # fmt: skip
     try:
         if is_grad_enabled() and (

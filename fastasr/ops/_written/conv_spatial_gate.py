@@ -24,6 +24,7 @@ from fastasr.ops._runtime import (
     back,
     back_in_shape,
     is_batched,
+    laid_out,
     listed,
     make,
     node_gradients,
@@ -144,9 +145,10 @@ def conv_spatial_gate(
         )
     kernels = family.kernels(x, norm_weight, norm_bias, weight, bias)
     if kernels is None:
-        return formula(
-            x, norm_weight, norm_bias, weight, bias, eps, padding_mask=padding_mask, activation=activation
-        )
+        return laid_out(
+            op, formula(x, norm_weight, norm_bias, weight, bias, eps, padding_mask=padding_mask,
+            activation=activation),
+        )  # fmt: skip
     try:
         if is_grad_enabled() and (
             x.requires_grad

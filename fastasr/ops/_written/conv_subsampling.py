@@ -20,6 +20,7 @@ from fastasr.ops._runtime import (
     NOT_MINE,
     applied,
     back,
+    laid_out,
     listed,
     make,
     node_gradients,
@@ -133,7 +134,7 @@ def conv_subsampling(
         return by_formula(op, Arguments(x, weight, bias, depthwise_weight, depthwise_bias, mask, left))
     kernels = family.kernels(x)
     if kernels is None:
-        return formula(x, weight, bias, depthwise_weight, depthwise_bias, mask, left=left)
+        return laid_out(op, formula(x, weight, bias, depthwise_weight, depthwise_bias, mask, left=left))
     cast_dtype = autocast_dtype(x)
     if cast_dtype is not None:
         x, weight, bias, depthwise_weight, depthwise_bias = cast(

@@ -20,6 +20,7 @@ from fastasr.ops._runtime import (
     applied,
     back,
     back_in_shape,
+    laid_out,
     listed,
     make,
     node_gradients,
@@ -103,7 +104,7 @@ def depthwise_conv2d(
         return by_formula(op, Arguments(x, weight, bias, padding))
     kernels = family.kernels(x)
     if kernels is None:
-        return formula(x, weight, bias, padding=padding)
+        return laid_out(op, formula(x, weight, bias, padding=padding))
     cast_dtype = autocast_dtype(x)
     if cast_dtype is not None:
         x, weight, bias = cast(cast_dtype, x, weight, bias)

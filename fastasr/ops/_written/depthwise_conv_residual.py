@@ -24,6 +24,7 @@ from fastasr.ops._runtime import (
     back,
     back_in_shape,
     is_batched,
+    laid_out,
     listed,
     make,
     node_gradients,
@@ -117,7 +118,7 @@ def depthwise_conv_residual(
         return by_formula(op, Arguments(x, weight, bias, padding_mask, delay))
     kernels = family.kernels(x, weight, bias)
     if kernels is None:
-        return formula(x, weight, bias, padding_mask=padding_mask, delay=delay)
+        return laid_out(op, formula(x, weight, bias, padding_mask=padding_mask, delay=delay))
     try:
         if is_grad_enabled() and (
             x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)

@@ -24,6 +24,7 @@ from fastasr.ops._runtime import (
     back,
     back_in_shape,
     is_batched,
+    laid_out,
     listed,
     make,
     node_gradients,
@@ -243,10 +244,10 @@ def ema_scan(
         )  # fmt: skip
     kernels = family.kernels(x, damping, decay, expansion, projection, residual, state)
     if kernels is None:
-        return formula(
-            x, damping, decay, expansion, projection, residual, state=state, return_state=return_state,
-            padding_mask=padding_mask, truncation=truncation, direction=direction, activation=activation,
-            layout=layout,
+        return laid_out(
+            op, formula(x, damping, decay, expansion, projection, residual, state=state,
+            return_state=return_state, padding_mask=padding_mask, truncation=truncation, direction=direction,
+            activation=activation, layout=layout),
         )  # fmt: skip
     try:
         if is_grad_enabled() and (

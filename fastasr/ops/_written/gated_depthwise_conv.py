@@ -24,6 +24,7 @@ from fastasr.ops._runtime import (
     back,
     back_in_shape,
     is_batched,
+    laid_out,
     listed,
     make,
     node_gradients,
@@ -270,10 +271,10 @@ def gated_depthwise_conv(
         )  # fmt: skip
     kernels = family.kernels(h, chunk_scale, cache)
     if kernels is None:
-        return formula(
-            h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask=padding_mask, cache=cache,
-            starts=starts, chunk_size=chunk_size, activation=activation, return_cache=return_cache,
-            delay=delay, gate=gate,
+        return laid_out(
+            op, formula(h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask=padding_mask,
+            cache=cache, starts=starts, chunk_size=chunk_size, activation=activation,
+            return_cache=return_cache, delay=delay, gate=gate),
         )  # fmt: skip
     cast_dtype = autocast_dtype(h)
     if cast_dtype is not None:

@@ -22,6 +22,7 @@ from fastasr.ops._runtime import (
     applied,
     back,
     is_batched,
+    laid_out,
     listed,
     make,
     node_gradients,
@@ -156,9 +157,10 @@ def gated_residual_norm(
         )
     kernels = family.kernels(x, update, candidate, hidden, weight, bias)
     if kernels is None:
-        return formula(
-            x, update, candidate, hidden, weight, bias, eps, activation=activation, dropout_mask=dropout_mask
-        )
+        return laid_out(
+            op, formula(x, update, candidate, hidden, weight, bias, eps, activation=activation,
+            dropout_mask=dropout_mask),
+        )  # fmt: skip
     try:
         if is_grad_enabled() and (
             x.requires_grad

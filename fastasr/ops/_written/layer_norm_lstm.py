@@ -19,6 +19,7 @@ from fastasr.ops._runtime import (
     NOT_MINE,
     applied,
     back,
+    laid_out,
     listed,
     make,
     node_gradients,
@@ -174,9 +175,10 @@ def layer_norm_lstm(
         )  # fmt: skip
     kernels = family.kernels(x, gate_weight, gate_bias, cell_weight, cell_bias, hidden, cell)
     if kernels is None:
-        return formula(
-            x, input_weight, hidden_weight, gate_weight, gate_bias, cell_weight, cell_bias, hidden, cell, eps
-        )
+        return laid_out(
+            op, formula(x, input_weight, hidden_weight, gate_weight, gate_bias, cell_weight, cell_bias,
+            hidden, cell, eps),
+        )  # fmt: skip
     cast_dtype = autocast_dtype(x)
     if cast_dtype is not None:
         x, input_weight, hidden_weight = cast(cast_dtype, x, input_weight, hidden_weight)

@@ -15,7 +15,17 @@ from fastasr.ops._dispatch import FLOATING, PLAIN, served
 from fastasr.ops._op import OPS, Written
 from fastasr.ops._operator import register_op
 from fastasr.ops._register import autocast_dtype, cast, refuse_double_backward
-from fastasr.ops._runtime import NOT_MINE, applied, back, listed, make, node_gradients, not_a_view, promoted
+from fastasr.ops._runtime import (
+    NOT_MINE,
+    applied,
+    back,
+    laid_out,
+    listed,
+    make,
+    node_gradients,
+    not_a_view,
+    promoted,
+)
 from fastasr.ops.linear import _gradients, _launch, _product
 from fastasr.ops.linear import linear as formula
 
@@ -83,7 +93,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return by_formula(op, Arguments(x, weight, bias))
     kernels = family.kernels(x)
     if kernels is None:
-        return formula(x, weight, bias)
+        return laid_out(op, formula(x, weight, bias))
     cast_dtype = autocast_dtype(x)
     if cast_dtype is not None:
         x, weight, bias = cast(cast_dtype, x, weight, bias)

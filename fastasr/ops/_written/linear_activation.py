@@ -20,6 +20,7 @@ from fastasr.ops._runtime import (
     NOT_MINE,
     applied,
     back,
+    laid_out,
     listed,
     make,
     node_gradients,
@@ -128,7 +129,9 @@ def linear_activation(
         return by_formula(op, Arguments(x, weight, bias, activation, gated, dropout_p, dropout_seed))
     kernels = family.kernels(x)
     if kernels is None:
-        return formula(x, weight, bias, activation, gated, dropout_p=dropout_p, dropout_seed=dropout_seed)
+        return laid_out(
+            op, formula(x, weight, bias, activation, gated, dropout_p=dropout_p, dropout_seed=dropout_seed)
+        )
     cast_dtype = autocast_dtype(x)
     if cast_dtype is not None:
         x, weight, bias = cast(cast_dtype, x, weight, bias)

@@ -15,7 +15,17 @@ from fastasr.ops._dispatch import FLOATING, PLAIN, served
 from fastasr.ops._op import OPS, Written
 from fastasr.ops._operator import register_op
 from fastasr.ops._register import autocast_dtype, refuse_double_backward
-from fastasr.ops._runtime import NOT_MINE, applied, back, listed, make, node_gradients, not_a_view, promoted
+from fastasr.ops._runtime import (
+    NOT_MINE,
+    applied,
+    back,
+    laid_out,
+    listed,
+    make,
+    node_gradients,
+    not_a_view,
+    promoted,
+)
 from fastasr.ops.nonlin_attention import _fast, _gradients, _launch
 from fastasr.ops.nonlin_attention import nonlin_attention as formula
 
@@ -81,7 +91,7 @@ def nonlin_attention(weights: Tensor, projected: Tensor) -> Tensor:
         return by_formula(op, Arguments(weights, projected))
     kernels = family.kernels(projected)
     if kernels is None:
-        return formula(weights, projected)
+        return laid_out(op, formula(weights, projected))
     try:
         if is_grad_enabled() and (weights.requires_grad or projected.requires_grad):
             return apply(kernels, False, weights, projected)

@@ -21,6 +21,7 @@ from fastasr.ops._runtime import (
     applied,
     back,
     is_batched,
+    laid_out,
     listed,
     make,
     node_gradients,
@@ -128,7 +129,7 @@ def norm_activation(
         return by_formula(op, Arguments(x, weight, bias, eps, kind, activation, limit))
     kernels = family.kernels(x, weight, bias)
     if kernels is None:
-        return formula(x, weight, bias, eps=eps, kind=kind, activation=activation, limit=limit)
+        return laid_out(op, formula(x, weight, bias, eps=eps, kind=kind, activation=activation, limit=limit))
     try:
         if is_grad_enabled() and (
             x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)

@@ -23,6 +23,7 @@ from fastasr.ops._runtime import (
     back,
     back_in_shape,
     is_batched,
+    laid_out,
     listed,
     make,
     node_gradients,
@@ -121,7 +122,8 @@ def rel_attention(
         attn_mask: bool (T, K) or (B, T, K), True where a key (last) is hidden from a query.
         starts: int64 (R,): where recordings begin in every sequence, and behind them where the last one ends. Frames of
             different recordings do not see each other, and frames outside of all see nothing. Their order does not
-            matter, and equal numbers are recordings without frames. On a GPU nothing waits for them.
+            matter, and equal numbers are recordings without frames. On a GPU nothing waits for them. K is T then, and
+            chunk_size 1.
         dropout_p: the share of weights that are set to 0 after the softmax; the others are divided by 1 − dropout_p.
         dropout_seed: int64 (1,), which chooses these weights; needed where dropout_p is more than 0. One seed and shape
             give the same weights on every backend.
@@ -235,11 +237,11 @@ def rel_attention(
         )  # fmt: skip
     kernels = family.kernels(q)
     if kernels is None:
-        return formula(
-            q, k, v, pos, bias_u, bias_v, offset_bias=offset_bias, offset_gate=offset_gate, key_bias=key_bias,
-            key_padding_mask=key_padding_mask, attn_mask=attn_mask, starts=starts, dropout_p=dropout_p,
-            dropout_seed=dropout_seed, context=context, chunk_size=chunk_size, soft_cap=soft_cap,
-            pos_span=pos_span,
+        return laid_out(
+            op, formula(q, k, v, pos, bias_u, bias_v, offset_bias=offset_bias, offset_gate=offset_gate,
+            key_bias=key_bias, key_padding_mask=key_padding_mask, attn_mask=attn_mask, starts=starts,
+            dropout_p=dropout_p, dropout_seed=dropout_seed, context=context, chunk_size=chunk_size,
+            soft_cap=soft_cap, pos_span=pos_span),
         )  # fmt: skip
     cast_dtype = autocast_dtype(q)
     if cast_dtype is not None:

@@ -21,6 +21,7 @@ from fastasr.ops._runtime import (
     applied,
     back,
     is_batched,
+    laid_out,
     listed,
     make,
     node_gradients,
@@ -103,7 +104,7 @@ def residual_norm(x: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: 
         return by_formula(op, Arguments(x, update, weight, bias, eps))
     kernels = family.kernels(x, update, weight, bias)
     if kernels is None:
-        return formula(x, update, weight, bias, eps)
+        return laid_out(op, formula(x, update, weight, bias, eps))
     try:
         if is_grad_enabled() and (
             x.requires_grad or update.requires_grad or weight.requires_grad or bias.requires_grad

@@ -20,6 +20,7 @@ from fastasr.ops._runtime import (
     INTEGERS,
     applied,
     back,
+    laid_out,
     listed,
     make,
     node_gradients,
@@ -140,10 +141,10 @@ def rnnt_joiner(
         )  # fmt: skip
     kernels = family.kernels(am, lm, weight, bias)
     if kernels is None:
-        return formula(
-            am, lm, weight, bias, symbols, starts, s_range=s_range, termination_symbol=termination_symbol,
-            boundary=boundary, activation=activation, hat=hat, keep_logits=keep_logits, dropout_p=dropout_p,
-            dropout_seed=dropout_seed,
+        return laid_out(
+            op, formula(am, lm, weight, bias, symbols, starts, s_range=s_range,
+            termination_symbol=termination_symbol, boundary=boundary, activation=activation, hat=hat,
+            keep_logits=keep_logits, dropout_p=dropout_p, dropout_seed=dropout_seed),
         )  # fmt: skip
     cast_dtype = autocast_dtype(am)
     if cast_dtype is not None:

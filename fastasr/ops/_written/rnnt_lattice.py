@@ -23,6 +23,7 @@ from fastasr.ops._runtime import (
     applied,
     back,
     is_batched,
+    laid_out,
     listed,
     make,
     node_gradients,
@@ -145,7 +146,9 @@ def rnnt_lattice(
         return by_formula(op, Arguments(symbol_logprobs, blank_logprobs, boundary, return_occupation))
     kernels = family.kernels(symbol_logprobs, blank_logprobs)
     if kernels is None:
-        return formula(symbol_logprobs, blank_logprobs, boundary, return_occupation=return_occupation)
+        return laid_out(
+            op, formula(symbol_logprobs, blank_logprobs, boundary, return_occupation=return_occupation)
+        )
     try:
         if is_grad_enabled() and (symbol_logprobs.requires_grad or blank_logprobs.requires_grad):
             return apply(kernels, False, symbol_logprobs, blank_logprobs, boundary, return_occupation)

@@ -23,6 +23,7 @@ from fastasr.ops._runtime import (
     applied,
     back,
     is_batched,
+    laid_out,
     listed,
     make,
     node_gradients,
@@ -166,9 +167,9 @@ def rnnt_pruned_lattice(
         )
     kernels = family.kernels(symbol_logprobs, blank_logprobs)
     if kernels is None:
-        return formula(
-            symbol_logprobs, blank_logprobs, starts, boundary, modified=modified,
-            return_occupation=return_occupation,
+        return laid_out(
+            op, formula(symbol_logprobs, blank_logprobs, starts, boundary, modified=modified,
+            return_occupation=return_occupation),
         )  # fmt: skip
     try:
         if is_grad_enabled() and (symbol_logprobs.requires_grad or blank_logprobs.requires_grad):

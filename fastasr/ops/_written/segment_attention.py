@@ -24,6 +24,7 @@ from fastasr.ops._runtime import (
     applied,
     back,
     is_batched,
+    laid_out,
     listed,
     make,
     node_gradients,
@@ -196,11 +197,11 @@ def segment_attention(
         )  # fmt: skip
     kernels = family.kernels(query)
     if kernels is None:
-        return formula(
-            query, key, value, num_heads=num_heads, frames=frames, segment_length=segment_length,
+        return laid_out(
+            op, formula(query, key, value, num_heads=num_heads, frames=frames, segment_length=segment_length,
             left_context_length=left_context_length, right_context_length=right_context_length,
             max_memory_size=max_memory_size, past_frames=past_frames, past_memory=past_memory,
-            lengths=lengths, history=history, weights_dropout=weights_dropout,
+            lengths=lengths, history=history, weights_dropout=weights_dropout),
         )  # fmt: skip
     cast_dtype = autocast_dtype(query)
     if cast_dtype is not None:

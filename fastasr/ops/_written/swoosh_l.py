@@ -20,6 +20,7 @@ from fastasr.ops._runtime import (
     applied,
     back,
     is_batched,
+    laid_out,
     make,
     node_gradients,
     not_a_view,
@@ -79,7 +80,7 @@ def swoosh_l(x: Tensor) -> Tensor:
         return by_formula(op, Arguments(x))
     kernels = family.kernels(x)
     if kernels is None:
-        return formula(x)
+        return laid_out(op, formula(x))
     try:
         if is_grad_enabled() and (x.requires_grad):
             return apply(kernels, False, x)

@@ -21,6 +21,7 @@ from fastasr.ops._runtime import (
     NOT_MINE,
     applied,
     back,
+    laid_out,
     listed,
     make,
     node_gradients,
@@ -117,7 +118,7 @@ def swoosh_linear(
         return by_formula(op, Arguments(x, weight, bias, kind, mask, mask_row, shared_dim))
     kernels = family.kernels(x)
     if kernels is None:
-        return formula(x, weight, bias, kind, mask, mask_row, shared_dim)
+        return laid_out(op, formula(x, weight, bias, kind, mask, mask_row, shared_dim))
     cast_dtype = autocast_dtype(x)
     if cast_dtype is not None:
         weight, bias = cast(cast_dtype, weight, bias)

@@ -20,6 +20,7 @@ from fastasr.ops._runtime import (
     INTEGERS,
     applied,
     back,
+    laid_out,
     listed,
     make,
     node_gradients,
@@ -130,10 +131,10 @@ def tdt_joiner(
         )  # fmt: skip
     kernels = family.kernels(am, lm, weight, bias)
     if kernels is None:
-        return formula(
-            am, lm, weight, bias, symbols, starts, s_range=s_range, durations=durations,
+        return laid_out(
+            op, formula(am, lm, weight, bias, symbols, starts, s_range=s_range, durations=durations,
             termination_symbol=termination_symbol, boundary=boundary, activation=activation,
-            keep_logits=keep_logits, dropout_p=dropout_p, dropout_seed=dropout_seed,
+            keep_logits=keep_logits, dropout_p=dropout_p, dropout_seed=dropout_seed),
         )  # fmt: skip
     cast_dtype = autocast_dtype(am)
     if cast_dtype is not None:

@@ -23,6 +23,7 @@ from fastasr.ops._runtime import (
     applied,
     back,
     is_batched,
+    laid_out,
     listed,
     make,
     node_gradients,
@@ -64,6 +65,8 @@ def tdt_lattice(
     boundary: Tensor | None = None,
 ) -> Tensor:
     """Returns the log of the summed probability of all paths through each lattice of tokens and durations.
+
+    The last arc of a path is a blank that leads to t_end exactly; no symbol leads there.
 
     Args:
         symbol_logprobs: (B, T, S), log probability of symbol s+1 in cell (t, s). float32, bfloat16, float16 or float64;
@@ -132,7 +135,7 @@ def tdt_lattice(
         )
     kernels = family.kernels(symbol_logprobs, blank_logprobs, duration_logprobs)
     if kernels is None:
-        return formula(symbol_logprobs, blank_logprobs, duration_logprobs, durations, boundary)
+        return laid_out(op, formula(symbol_logprobs, blank_logprobs, duration_logprobs, durations, boundary))
     try:
         if is_grad_enabled() and (
             symbol_logprobs.requires_grad or blank_logprobs.requires_grad or duration_logprobs.requires_grad

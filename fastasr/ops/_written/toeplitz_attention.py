@@ -22,6 +22,7 @@ from fastasr.ops._runtime import (
     NOT_MINE,
     applied,
     back,
+    laid_out,
     listed,
     make,
     node_gradients,
@@ -188,10 +189,10 @@ def toeplitz_attention(
         )  # fmt: skip
     kernels = family.kernels(query_key, gate, value, qk_weight, qk_bias, position_bias)
     if kernels is None:
-        return formula(
-            query_key, gate, value, qk_weight, qk_bias, position_bias, causal=causal,
+        return laid_out(
+            op, formula(query_key, gate, value, qk_weight, qk_bias, position_bias, causal=causal,
             padding_mask=padding_mask, chunk_size=chunk_size, activation=activation,
-            weights_dropout=weights_dropout, activate_value=activate_value,
+            weights_dropout=weights_dropout, activate_value=activate_value),
         )  # fmt: skip
     try:
         if is_grad_enabled() and (

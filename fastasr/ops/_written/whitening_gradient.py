@@ -14,7 +14,7 @@ from fastasr.kernels import Unlaunchable
 from fastasr.ops._dispatch import FLOATING, PLAIN, served
 from fastasr.ops._op import OPS, Written
 from fastasr.ops._operator import register_op
-from fastasr.ops._runtime import BOOL, MASKS, listed, make, promoted
+from fastasr.ops._runtime import BOOL, MASKS, laid_out, listed, make, promoted
 from fastasr.ops.whitening_gradient import _check, _launch
 from fastasr.ops.whitening_gradient import whitening_gradient as formula
 
@@ -61,8 +61,8 @@ def whitening_gradient(
         dimensions. No kernel for CUDA waits for the device.
     Raises:
         TypeError: grad or x is not a floating tensor.
-        ValueError: shapes or devices do not match; num_groups does not divide the channels; limits are missing or given
-            twice.
+        ValueError: shapes or devices do not match; num_groups does not divide the channels, or there are none; limits
+            are missing or given twice.
     """
     check(grad, x, num_groups, limit, grad_scale, limits, act, padding_mask)
     if is_compiling() or not (
@@ -77,7 +77,7 @@ def whitening_gradient(
         return by_formula(op, Arguments(grad, x, num_groups, limit, grad_scale, limits, act, padding_mask))
     kernels = family.kernels(grad, x, limits)
     if kernels is None:
-        return formula(grad, x, num_groups, limit, grad_scale, limits, act, padding_mask)
+        return laid_out(op, formula(grad, x, num_groups, limit, grad_scale, limits, act, padding_mask))
     try:
         y, white = run_kernels(kernels, grad, x, num_groups, limit, grad_scale, limits, act, padding_mask)
     except Unlaunchable as error:

@@ -23,6 +23,7 @@ from fastasr.ops._runtime import (
     applied,
     back,
     is_batched,
+    laid_out,
     listed,
     make,
     node_gradients,
@@ -202,11 +203,11 @@ def zipformer_attention(
         )  # fmt: skip
     kernels = family.kernels(x)
     if kernels is None:
-        return formula(
-            x, pos, value, num_heads, query_head_dim, value_heads=value_heads,
+        return laid_out(
+            op, formula(x, pos, value, num_heads, query_head_dim, value_heads=value_heads,
             key_padding_mask=key_padding_mask, attn_mask=attn_mask, starts=starts, chunk_size=chunk_size,
             left_context_chunks=left_context_chunks, cached_key=cached_key, score_penalty=score_penalty,
-            score_limit=score_limit, act=act, equal=equal,
+            score_limit=score_limit, act=act, equal=equal),
         )  # fmt: skip
     cast_dtype = autocast_dtype(x)
     if cast_dtype is not None:

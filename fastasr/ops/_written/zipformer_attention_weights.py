@@ -23,6 +23,7 @@ from fastasr.ops._runtime import (
     applied,
     back,
     is_batched,
+    laid_out,
     listed,
     make,
     node_gradients,
@@ -187,10 +188,11 @@ def zipformer_attention_weights(
         )  # fmt: skip
     kernels = family.kernels(x)
     if kernels is None:
-        return formula(
-            x, pos, num_heads, query_head_dim, key_padding_mask=key_padding_mask, attn_mask=attn_mask,
-            starts=starts, chunk_size=chunk_size, left_context_chunks=left_context_chunks,
-            cached_key=cached_key, score_penalty=score_penalty, score_limit=score_limit,
+        return laid_out(
+            op, formula(x, pos, num_heads, query_head_dim, key_padding_mask=key_padding_mask,
+            attn_mask=attn_mask, starts=starts, chunk_size=chunk_size,
+            left_context_chunks=left_context_chunks, cached_key=cached_key, score_penalty=score_penalty,
+            score_limit=score_limit),
         )  # fmt: skip
     cast_dtype = autocast_dtype(x)
     if cast_dtype is not None:

@@ -134,7 +134,7 @@ TABLE = OpTable(
         Sample("block", lambda m: _slices(m, 100, 2, 128, 256), large=True),
         Sample("long", lambda m: _call(m, 300, 1, 64, 64), large=True),
         Sample("one frame", lambda m: _call(m, 1, 3, 8, 12)),
-        Sample("no frames", lambda m: _call(m, 0, 3, 8, 12)),
+        Sample("no frames", lambda m: _call(m, 0, 3, 8, 12, padding_mask=torch.ones(3, 0).bool())),
         Sample("no sequences", lambda m: _call(m, 5, 0, 8, 12)),
         Sample("no values", lambda m: _call(m, 5, 2, 8, 0)),
         Sample(

@@ -110,6 +110,12 @@ TABLE = OpTable(
             "limits: expected either a tensor or two numbers, got both",
         ),
         Invalid(
+            "no channels",
+            lambda m: _call(m, (4, 0)),
+            ValueError,
+            "x: expected at least one channel, got (4, 0)",
+        ),
+        Invalid(
             "groups that do not divide",
             changed(lambda m: _call(m, (4, 6)), num_groups=4),
             ValueError,

@@ -26,9 +26,9 @@ INF, NAN = float("inf"), float("nan")
 
 
 @triton.jit
-def _activation_kernel(X, Y, SLOPE, N: tl.constexpr, ACTIVATION: tl.constexpr):
+def _activation_kernel(X, Y, SLOPE, N: tl.constexpr, ACTIVATION: tl.constexpr, PRECISE: tl.constexpr):
     i = tl.arange(0, N)
-    y, slope = activate_with_slope(tl.load(X + i), ACTIVATION, True)
+    y, slope = activate_with_slope(tl.load(X + i), ACTIVATION, PRECISE)
     tl.store(Y + i, y)
     tl.store(SLOPE + i, slope)
 
@@ -39,7 +39,7 @@ def test_activations(activation):
     parts = (torch.linspace(-80, 80, 2000), torch.linspace(-3, 3, 2000), torch.logspace(-30, 0, 96))
     x = torch.cat(parts)
     y, slope = torch.empty_like(x), torch.empty_like(x)
-    _activation_kernel[(1,)](x, y, slope, 4096, activation)
+    _activation_kernel[(1,)](x, y, slope, 4096, activation, True)
     wide = x.double().requires_grad_()
     truth = _TRUTHS[activation](wide)
     (slopes,) = torch.autograd.grad(truth.sum(), wide)
@@ -51,6 +51,19 @@ def test_activations(activation):
     # The slopes of SiLU and GELU have a zero: near it the error is compared with 1.
     zero = (wide.abs() < 3) if activation in (1, 4) else torch.zeros_like(x, dtype=torch.bool)
     assert ((slope - slopes).abs() <= relative * torch.where(zero, 1.0, slopes.abs()) + 1e-36).all()
+
+
+@pytest.mark.parametrize("activation", range(len(_activation.NAMES)), ids=_activation.NAMES)
+@pytest.mark.parametrize("precise", [False, True], ids=["16 bits", "float32"])
+def test_slopes_far_out(activation, precise):
+    """A gate may multiply a slope by 1e30 and more: there it must be what it tends to."""
+    x = torch.tensor([1e30, -1e30, 1e38, -1e38])
+    y, slope = torch.empty_like(x), torch.empty_like(x)
+    _activation_kernel[(1,)](x, y, slope, 4, activation, precise)
+    wide = x.double().requires_grad_()
+    truth = _TRUTHS[activation](wide)
+    (slopes,) = torch.autograd.grad(truth.sum(), wide)
+    torch.testing.assert_close((y, slope), (truth.float(), slopes.float()), rtol=1e-6, atol=1e-37)
 
 
 @pytest.mark.parametrize("right", [False, True], ids=["left", "right"])
