@@ -92,9 +92,7 @@ def own_method(module: torch.nn.Module, name: str = "forward") -> Any:
 
 def is_own_method(module: torch.nn.Module, method: Any, name: str = "forward") -> bool:
     """Says whether ``method`` is what ``own_method`` returns, which an unpickled module has in its ``__dict__``."""
-    if not hasattr(type(module), name):
-        return False
-    own = own_method(module, name)
+    own: Any = own_method(module, name) if hasattr(type(module), name) else None
     return type(method) is type(own) and method.__self__ is module and method.__func__ is own.__func__
 
 
