@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn, Protocol
 
+import torch
 from torch import Tensor
 from torch._C._functorch import is_batchedtensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -89,10 +90,17 @@ def on_host(t: Tensor) -> bool:
     return t.is_cpu and has_values(t) and recording() is None
 
 
+def is_traced() -> bool:
+    """Says whether this thread's calls find the shapes of their results alone, for torch.compile or in FakeTensorMode,
+    also those with real tensors: then code may neither read values nor keep a result for other calls."""
+    fake = torch._C._TorchDispatchModeKey.FAKE
+    return torch.compiler.is_compiling() or torch._C._get_dispatch_mode(fake) is not None
+
+
 def has_values(t: Tensor) -> bool:
-    """Says whether ``t`` holds values: those of the meta device and of FakeTensorMode have a shape alone, and under
-    torch.func.vmap a tensor may stand for many."""
-    return not (t.is_meta or isinstance(t, FakeTensor) or is_batchedtensor(t))
+    """Says whether values of ``t`` can be read: tensors of the meta device and of FakeTensorMode have a shape alone,
+    and under torch.func.vmap a tensor may stand for many."""
+    return not (is_traced() or t.is_meta or isinstance(t, FakeTensor) or is_batchedtensor(t))
 
 
 @contextlib.contextmanager

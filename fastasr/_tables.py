@@ -6,18 +6,36 @@ makes the tensor anew in every pass and nothing writes to it, so a recorded pass
 Tensors that a user gives have no mark: kernels make their tables in every call.
 """
 
+import functools
 from collections.abc import Callable, Hashable
-from typing import TypeVar
+from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
+
+from fastasr._recording import is_traced
 
 T = TypeVar("T")
 
 
+def kept(most: int) -> Callable[[Callable[..., T]], Callable[..., T]]:
+    """Keeps the ``most`` last results of a function, which are tensors: those of calls that compute their values."""
+
+    def decorated(make: Callable[..., T]) -> Callable[..., T]:
+        cached = functools.lru_cache(most)(make)
+
+        @functools.wraps(make)
+        def found(*args: Any) -> T:
+            return make(*args) if is_traced() else cached(*args)
+
+        vars(found)["cache_clear"] = cached.cache_clear
+        return found
+
+    return decorated
+
+
 def share(*tensors: Tensor) -> None:
     """Has these tensors, which hold the same values, keep one set of tables for as long as one of them lives."""
-    if not torch.compiler.is_compiling():
+    if not is_traced():
         tables: dict[Hashable, object] = {}
         for t in tensors:
             t._fastasr_tables = tables  # type: ignore[attr-defined]

@@ -12,6 +12,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from fastasr._recording import is_traced
 from fastasr._transforms import transforms_active
 from fastasr.ops._dispatch import PLAIN
 from fastasr.rnnt import _check
@@ -72,7 +73,7 @@ def class_index(op: str, name: str, value: Any, classes: int) -> int:
 
 def has_values(value: Tensor) -> bool:
     """Says whether there are values to check; while a graph is traced there are none, and vmap hides them."""
-    if torch.compiler.is_compiling() or transforms_active():
+    if is_traced() or transforms_active():
         return False
     return type(value) in PLAIN and value.numel() > 0
 

@@ -10,13 +10,13 @@ the recursion. σ (``sigma``) is subtracted from the log-probabilities of tokens
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastasr import ops
+from fastasr._tables import kept
 from fastasr.ops import _weights_dropout
 from fastasr.ops._joiner import Activation
 from fastasr.packed_frames import PackedFrames
@@ -214,7 +214,7 @@ def _durations(op: str, durations: Sequence[int], device: torch.device) -> Tenso
     return _on_device(found, device)  # a copy to a GPU waits for it
 
 
-@lru_cache(maxsize=64)
+@kept(64)
 def _on_device(durations: tuple[int, ...], device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # the result is cached, and a training step may use it later
         return torch.tensor(durations, dtype=torch.int64, device=device)

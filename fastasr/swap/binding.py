@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from fastasr import _left
-from fastasr.models.common.plain import any_global_hook
+from fastasr.models.common.plain import any_global_hook, is_own_method, own_method
 
 try:  # torch.compile treats torch.onnx.is_in_onnx_export() as constant False, but reads this flag
     from torch.onnx._internal.exporter import _flags
@@ -56,7 +56,7 @@ def guarded(function: Callable[..., Any], name: str = "forward") -> Callable[...
     def guard(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if any_global_hook():
             _left.note(self, "hooks of all modules are registered", name)
-            return getattr(type(self), name)(self, *args, **kwargs)
+            return own_method(self, name)(*args, **kwargs)
         if torch.jit.is_tracing():
             _refuse(self, "torch.jit.trace and the tracing ONNX exporter")
         if torch.compiler.is_exporting() and _onnx._is_onnx_exporting:
@@ -155,8 +155,7 @@ def foreign_method(module: nn.Module, name: str) -> Any:
     method = vars(module).get(name)
     if method is None or bound_function(module, name) is not None:
         return None
-    own = getattr(method, "__func__", None) is getattr(type(module), name, None)
-    return None if own and method.__self__ is module else method
+    return None if is_own_method(module, method, name) else method
 
 
 def foreign_forward(module: nn.Module) -> Any:

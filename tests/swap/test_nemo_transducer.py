@@ -2,6 +2,7 @@
 """NeMo's fused joint and its loss, swapped: upstream's losses and gradients without logits, and what is declined."""
 
 import copy
+import pickle
 import random
 
 import nemo_encoder
@@ -260,3 +261,23 @@ def test_hooks_and_restore(made):
     assert not computed
     assert fastasr.restore(joint) == len(report.replaced)
     assert torch.equal(of(joint, batch())[0], expected)
+
+
+def test_compiled_calls_of_upstreams_code(made):
+    """In these upstream decodes for the word error rate. NeMo wraps its forward by a type check."""
+    joint, _ = made("rnnt")
+    fastasr.accelerate(joint.train())
+    call = batch() | {"compute_wer": True}
+    expected = joint(**call)
+    torch._dynamo.reset()
+    found = torch.compile(joint, backend="eager", dynamic=True)(**call)
+    close(found[0].detach(), expected[0].detach())
+    assert found[1:] == expected[1:]
+
+
+def test_a_pickled_joint_can_be_swapped_again(made):
+    joint, _ = made()
+    paths = [row.path for row in fastasr.accelerate(joint).replaced]
+    loaded = pickle.loads(pickle.dumps(joint))
+    assert [row.path for row in fastasr.accelerate(loaded).replaced] == paths
+    assert torch.equal(of(loaded, batch())[0], of(joint, batch())[0])

@@ -128,6 +128,21 @@ def test_compiled_whitening(model):
     close(results[1], results[0])
 
 
+def test_compiled_balancer(model):
+    fastasr.accelerate(model)
+    balancer = next(m for m in model.train().modules() if type(m).__name__ == "Balancer")
+    del balancer.prob  # a schedule
+    balancer.prob, balancer.min_positive = 1.0, 0.9
+    shape = [3] * 4 if balancer.channel_dim == 1 else [9, 2, 3]
+    shape[balancer.channel_dim] = balancer.num_channels
+    x = torch.randn(shape, requires_grad=True)
+    torch._dynamo.reset()
+    runs = balancer, torch.compile(balancer, backend="aot_eager")
+    expected, found = (torch.autograd.grad(run(x).sin().sum(), x)[0] for run in runs)
+    close(found, expected)
+    assert not torch.equal(expected, x.cos())  # It acts.
+
+
 def test_a_compiled_module_notices_a_later_swap():
     from zipformer.modules.scaling import BiasNorm
 

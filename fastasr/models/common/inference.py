@@ -4,6 +4,7 @@
 import torch
 from torch import Tensor
 
+from fastasr._recording import is_traced
 from fastasr._transforms import is_transformed
 
 
@@ -21,7 +22,7 @@ def is_plain_inference(module: torch.nn.Module, x: Tensor, weight: object, ndim:
         and x.dtype == weight.dtype
         and x.ndim == ndim
         and x.numel() > 0
-        and not torch.compiler.is_compiling()
+        and not is_traced()
         and not is_transformed()
         and not torch.is_autocast_enabled("cpu")
         and not (torch.is_grad_enabled() and (x.requires_grad or _wants_gradients(module)))

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fastasr import _left
+from fastasr._recording import is_traced
 from fastasr.models.common.inference import is_plain_inference
 from fastasr.models.common.module_state import ModuleState
 from fastasr.models.common.plain import any_watched, first_watched, has_known_forward, is_of_framework
@@ -58,7 +59,7 @@ def may_call(layer: torch.nn.Module, x: Tensor, weight: object) -> bool:
 def note_declined(layer: torch.nn.Module, x: Tensor, weight: object, method: str) -> None:
     """Notes why ``may_serve`` declined this call, unless no native call is meant for it: in training, on a GPU, and
     while the call is compiled or traced, other paths are the fast ones."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or layer.training:
+    if is_traced() or torch.jit.is_tracing() or layer.training:
         return
     if not (x.is_cpu and isinstance(weight, Tensor) and weight.is_cpu and x.ndim == 3 and x.numel()):
         return

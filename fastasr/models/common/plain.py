@@ -7,6 +7,7 @@ call, and calls the child where the answer is no. Classes are compared, not thei
 """
 
 import functools
+import inspect
 import os
 import sys
 import types
@@ -72,15 +73,27 @@ def any_watched(modules: Iterable[torch.nn.Module]) -> bool:
 def has_known_forward(module: torch.nn.Module) -> bool:
     """Says whether the module's forward is its class's or the one that fastasr's swap bound to it."""
     bound = vars(module).get("forward")
-    if bound is None:
-        own = _OF_TORCH.get(type(module))
-        return own is None or own is type(module).forward
     # Wrappers of a forward copy its attributes, so the method itself must be ours.
-    return (
-        type(bound) is types.MethodType
-        and bound.__self__ is module
-        and hasattr(bound.__func__, "fastasr_forward")
-    )
+    if type(bound) is types.MethodType and hasattr(bound.__func__, "fastasr_forward"):
+        return bound.__self__ is module
+    own = _OF_TORCH.get(type(module))
+    return (bound is None or is_own_method(module, bound)) and (own is None or own is type(module).forward)
+
+
+def own_method(module: torch.nn.Module, name: str = "forward") -> Any:
+    """Returns the method of the module's class, bound to the module, whatever the instance has.
+
+    If NeMo's type check wraps a forward, ``type(module).forward`` is a new object each time, and torch.compile asks for
+    the same one. After a graph break it takes ``function.__get__(module)`` for ``module.forward``, which is ours.
+    """
+    function = inspect.getattr_static(type(module), name)
+    return type(function).__get__(function, module)
+
+
+def is_own_method(module: torch.nn.Module, method: Any, name: str = "forward") -> bool:
+    """Says whether ``method`` is what ``own_method`` returns, which an unpickled module has in its ``__dict__``."""
+    own: Any = own_method(module, name) if hasattr(type(module), name) else None
+    return type(method) is type(own) and method.__self__ is module and method.__func__ is own.__func__
 
 
 def weight_and_bias(module: torch.nn.Module) -> tuple[Any, Any]:

@@ -75,8 +75,7 @@ def lengths(
     its host makes the calls without it: there inference stays padded, and so do training batches with less than
     ``least_on_gpu`` frames of padding. None: padding changes the values, so it never stays for the time.
     """
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed()
-    if _all_padded or traced or not has_values(valid):
+    if _all_padded or torch.jit.is_tracing() or is_transformed() or not has_values(valid):
         return None
     counts = valid.sum(-1)
     found = counts.tolist()

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The stack of layers, over whole utterances and over segments of a stream."""
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastasr._tables import kept
 from fastasr.models.common.plain import is_watched, runs
 from fastasr.models.emformer.layer import EmformerLayer, upstream_attends
 from fastasr.models.emformer.parts import seen_frames, segment_means
@@ -174,7 +174,7 @@ def _is_unwatched(layer: EmformerLayer) -> bool:
     return not is_watched(layer) and _is_own(layer, "forward")
 
 
-@functools.lru_cache(maxsize=64)
+@kept(64)
 def _right_context_rows(frames: int, segment: int, right: int, device: torch.device) -> Tensor:
     """Returns the rows of the frames that follow each segment. Behind the last segment is the utterance's right
     context."""

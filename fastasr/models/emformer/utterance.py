@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs a layer over whole utterances."""
 
-import functools
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from fastasr._tables import kept
 from fastasr.models.emformer.parts import finish, project, segment_means
 from fastasr.ops import _dropout, segment_attention
 from fastasr.ops._segments import key_rows, query_rows, segments_of
@@ -65,7 +65,7 @@ def _attention_dropout(
     return drawn.view(batch, heads, *places.shape)
 
 
-@functools.lru_cache(maxsize=8)
+@kept(8)
 def _window_places(
     frames: int, segment: int, left: int, right: int, memory: int, device: torch.device
 ) -> Tensor:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastasr import _left, ops
-from fastasr._recording import recording
+from fastasr._recording import is_traced, recording
 from fastasr._transforms import is_transformed
 from fastasr.models.common import attention_dropout, plumbing
 from fastasr.models.common.attention_of_recordings import of_recordings
@@ -204,7 +204,7 @@ def projected(module: FastConformerAttention, projection: torch.nn.Module, table
     if (
         not plumbing.is_plain_linear(projection)
         or torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
+        or is_traced()
         or is_transformed()
         or recording() is not None
         or autocast_dtype(table) is not None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastasr._recording import has_values, recording
+from fastasr._recording import has_values, is_traced, recording
 from fastasr._transforms import is_transformed
 from fastasr.models.common.ragged import are_all_padded, on_gpu
 from fastasr.ops import _kept
@@ -63,7 +63,7 @@ def read(mask: "Tensor | BlockMask | None", implementation: str, batch: int, fra
         return mask
     elif implementation == "eager" and mask.is_floating_point() and has_values(mask):
         evaluate = _added
-    if evaluate is None or torch.compiler.is_compiling() or is_transformed() or recording() is not None:
+    if evaluate is None or is_traced() or is_transformed() or recording() is not None:
         return None
     version = None
     if isinstance(mask, Tensor):  # On a CPU, reading it anew is a small part of eager's work.
@@ -104,7 +104,7 @@ def of_nemo(mask: "BlockMask | None", batch: int, frames: int, cls: type) -> dic
     context = _OF_NEMO.get(tuple(part.__qualname__ for part in parts))
     if context is None or {part.__module__ for part in parts} != {cls.__module__}:
         return None
-    if torch.compiler.is_compiling():
+    if is_traced():
         return {"key_padding_mask": _hidden_keys(mask, batch, frames), **context}
     hidden = _kept.on(mask, "_fastasr_hidden", None, lambda: _hidden_keys(mask, batch, frames))
     return {"key_padding_mask": hidden, **context}
@@ -135,7 +135,7 @@ def seen(mask: Tensor, hides: bool = False, left: int | None = None) -> Seen:
     the CPU it holds for this content of the mask; on a GPU writes that torch does not count pass unnoticed. A recorded
     call, whose masks change from replay to replay, computes it in each.
     """
-    if torch.compiler.is_compiling() or is_transformed() or not has_values(mask):
+    if is_transformed() or not has_values(mask):
         return _seen_by_any_values(mask, hides)
     recorded = recording()
     if recorded is not None:

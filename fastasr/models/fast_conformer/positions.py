@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastasr._recording import recording
+from fastasr._recording import is_traced, recording
 from fastasr._transforms import is_transformed
 from fastasr.ops import _kept
 
@@ -63,7 +63,7 @@ class FastConformerPositions(torch.nn.Module):
     def forward(self, hidden_states: Tensor, cached_frames: int = 0) -> Tensor:
         batch, frames = hidden_states.shape[0], hidden_states.shape[1] + cached_frames
         dtype, device = hidden_states.dtype, hidden_states.device
-        unkept = torch.compiler.is_compiling() or is_transformed() or recording() is not None
+        unkept = is_traced() or is_transformed() or recording() is not None
         if unkept or not 0 < frames <= KEPT_FRAMES:
             rows = table(frames, self.inv_freq.to(device), dtype)
         else:

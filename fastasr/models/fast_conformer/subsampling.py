@@ -93,7 +93,7 @@ def convolved(layers: Layers, x: Tensor, lengths: Tensor | Spans | None, left: i
     )
     differentiated = x.requires_grad or any(p.requires_grad for layer in layers for p in layer.parameters())
     differentiated = torch.is_grad_enabled() and differentiated
-    eager_cpu = on_host(x) and not torch.compiler.is_compiling()
+    eager_cpu = on_host(x)
     strip = count
     if eager_cpu and not differentiated:
         first = 2 ** max(0, stages - 2)  # frames of the first map in memory for one of the output

@@ -9,6 +9,8 @@ q (B, C, Lq, Z), k (B, C, Lk, Z) for C chunks that do not see each other. Querie
 import torch
 from torch import Tensor
 
+from fastasr._recording import on_host
+
 CAUSAL = "causal"  # an attention mask may be this name instead of a matrix
 
 
@@ -51,7 +53,7 @@ def is_causal(attn_mask: Tensor | str) -> bool:
         if attn_mask != CAUSAL:
             raise ValueError(f"MEGA: attn_mask: expected a tensor or {CAUSAL!r}, got {attn_mask!r}")
         return True
-    if attn_mask is None or attn_mask.device.type != "cpu" or torch.compiler.is_compiling():
+    if attn_mask is None or not on_host(attn_mask):
         return False
     rows, columns = attn_mask.shape[-2:]
     return attn_mask.shape[0] == 1 and torch.equal(attn_mask, causal(rows, columns, attn_mask.device))

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastasr._recording import on_host
 from fastasr.models.common.plain import is_plain
 from fastasr.models.common.plumbing import is_idle
 from fastasr.models.mega import activations, decoding, normalizations
@@ -298,7 +299,7 @@ def _padding(labels: Tensor, pad: int) -> Tensor | None:
     """Returns (B, 1, L), True where a label is padding; None if no label is, which is only checked on the CPU."""
     mask = labels == pad
     mask[:, :1] = False
-    if mask.device.type == "cpu" and not torch.compiler.is_compiling() and not mask.any():
+    if on_host(mask) and not mask.any():
         return None
     return mask.unsqueeze(1)
 

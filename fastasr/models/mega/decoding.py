@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from fastasr import _left
+from fastasr._recording import is_traced
 from fastasr._transforms import is_transformed, transform
 from fastasr.models.common import plumbing
 from fastasr.models.common.packed_layers import Packed, PackedLayers
@@ -53,7 +54,7 @@ def step(decoder: "MEGADecoder", labels: Tensor, states: list[State]) -> tuple[T
     it. On the CPU the bits depend neither on the number of threads nor on the other hypotheses of the batch.
     """
     if reason := _why_not_now(decoder, labels):
-        if not (torch.compiler.is_compiling() or torch.jit.is_tracing() or decoder.training):
+        if not (is_traced() or torch.jit.is_tracing() or decoder.training):
             asked_for = reason in _ASKED_FOR or reason.startswith("backend ")
             _left.note(decoder, reason, "inference", logging.INFO if asked_for else logging.WARNING)
         return None
@@ -106,7 +107,7 @@ def _stepped(plan: "_Plan", labels: Tensor, states: list[State]) -> tuple[Tensor
 def stack(states: list[Tensor]) -> Tensor | None:
     """Stacks histories (T_i, H) to (B, max T, H), with zeros in front of the shorter ones and room to grow. Returns
     None if the native path cannot be used."""
-    if torch.compiler.is_compiling() or is_transformed() or torch.is_grad_enabled() or not _native():
+    if is_traced() or is_transformed() or torch.is_grad_enabled() or not _native():
         return None
     if not all(type(t) is Tensor and t.is_cpu and t.dtype is torch.float32 for t in states):
         return None
@@ -147,7 +148,7 @@ def _serves_natively(decoder: "MEGADecoder") -> bool:
 
 def _why_not_now(decoder: "MEGADecoder", labels: Tensor | None) -> str:
     """Returns a reason that may change from call to call, or ""."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if is_traced() or torch.jit.is_tracing():
         return "the call is being compiled or traced"
     if decoder.training:
         return "the decoder is in training mode"

@@ -10,13 +10,13 @@ angles m theta_c, theta_c = 10000^(-c / (size/2)),
 where 1 and 2 are the halves of alpha and beta. So 2L - 1 values define the bias of L positions; attention takes them.
 """
 
-import functools
 import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastasr._tables import kept
 from fastasr.models.common.plain import is_plain_named
 
 
@@ -127,17 +127,9 @@ def _angles(positions: Tensor, half: int) -> Tensor:
     return positions.unsqueeze(1) * theta
 
 
+@kept(16)
 def _table(length: int, half: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    if torch.compiler.is_compiling():
-        return _make_table(length, half, dtype, device)
-    return _kept_table(length, half, dtype, device)
-
-
-def _make_table(length: int, half: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Returns [cos | sin] of offset times angle, (2 length - 1, 2 half), one row per offset -(length-1) .. length-1."""
     with torch.inference_mode(False), torch.no_grad():
         angles = _angles(torch.arange(1 - length, length, dtype=torch.float64, device=device), half)
         return torch.cat((angles.cos(), angles.sin()), dim=1).to(dtype)
-
-
-_kept_table = functools.lru_cache(maxsize=16)(_make_table)

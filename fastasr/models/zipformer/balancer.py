@@ -143,7 +143,12 @@ class Balancer(torch.nn.Module):
                 f"Balancer: x must have {self.num_channels} elements along dimension {self.channel_dim}, "
                 f"got shape {tuple(x.shape)}"
             )
-        return _Balance.apply(x, frames_of_nobody(x, self.channel_dim), *decision[1:], self.channel_dim)
+        return _balanced(x, frames_of_nobody(x, self.channel_dim), *decision[1:], self.channel_dim)
+
+
+@torch.compiler.disable  # It cannot trace the backward pass, and compiling Function.apply raises an error.
+def _balanced(*arguments: Any) -> Any:
+    return _Balance.apply(*arguments)
 
 
 def _change(

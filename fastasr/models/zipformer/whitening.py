@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastasr import ops
-from fastasr._recording import recording
+from fastasr._recording import has_values, recording
 from fastasr._transforms import Function
 from fastasr.models.common.ragged import frames_of_nobody
 from fastasr.models.common.schedules import peek
@@ -42,6 +42,8 @@ class _Whitening(Function):
         limit = float(module.whitening_limit)
         numbers = module.num_groups, limit, peek(module.grad_scale)
         y, white = ops.whitening_gradient(grad, x, *numbers, padding_mask=hidden)
+        if not has_values(white):
+            return y, None
         verdict = Verdict(Verdicts(white))
         if not (verdict.is_known and verdict.read()):
             float(module.grad_scale)  # reading it may draw a random number

@@ -126,7 +126,7 @@ def bias_of_pairs(rows: Tensor, batch: int = 1) -> Tensor:
 def may_read(t: Tensor) -> bool:
     """Says whether a call may depend on the values of ``t``, and keep what it reads: not while it is compiled or
     recorded, because the same code then serves other values, and not if there are none."""
-    return not torch.compiler.is_compiling() and recording() is None and has_values(t)
+    return recording() is None and has_values(t)
 
 
 # --------------------------------------------------------------------------- convolution and feed-forward

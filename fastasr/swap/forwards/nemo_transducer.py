@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastasr import _left
 from fastasr.models.common.attention_dropout import as_upstream
-from fastasr.models.common.plain import is_plain, is_plain_named, is_upstreams
+from fastasr.models.common.plain import is_plain, is_plain_named, is_upstreams, own_method
 from fastasr.rnnt import lengths, tdt_joiner_loss, tdt_loss
 from fastasr.swap.rule import Upstream
 
@@ -24,7 +24,7 @@ def nemo_transducer_loss(
     core = self._loss
     if not is_plain_named(core, LOSSES, self):
         _left.note(self, "its loss has hooks or another forward")
-        return type(self).forward.__get__(self)(
+        return own_method(self)(
             log_probs=log_probs, targets=targets, input_lengths=input_lengths, target_lengths=target_lengths
         )
     targets = targets[:, : log_probs.shape[2] - 1]
@@ -50,9 +50,7 @@ def nemo_fused_joint(
         ends = {"encoder_lengths": encoder_lengths, "transcript_lengths": transcript_lengths}
         options = {"compute_wer": compute_wer, "keep_hypotheses": keep_hypotheses, "transcripts": transcripts}
         # NeMo checks types of keyword arguments only
-        return type(self).forward.__get__(self)(
-            encoder_outputs=encoder_outputs, decoder_outputs=outputs, **ends, **options
-        )
+        return own_method(self)(encoder_outputs=encoder_outputs, decoder_outputs=outputs, **ends, **options)
 
     given = self.wer, self.loss, encoder_lengths, transcript_lengths
     if decoder_outputs is None or transcripts is None or any(value is None for value in given):

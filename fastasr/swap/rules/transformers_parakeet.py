@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastasr._recording import on_host
 from fastasr.graphs.module import OnRow
 from fastasr.graphs.recording import Unrecordable
 from fastasr.models import fast_conformer as models
@@ -77,8 +78,7 @@ def encoder(
     upstream = upstream_class(self).forward
     idle = (
         type(attention_mask) is torch.Tensor
-        and not torch.compiler.is_compiling()
-        and attention_mask.is_cpu  # reading the mask would wait for another device
+        and on_host(attention_mask)  # reading the mask would wait for another device
         and attention_mask.shape == input_features.shape[:2]
         and kwargs.get("return_dict", self.config.return_dict) is not False
         and bool((attention_mask == 1).all())
