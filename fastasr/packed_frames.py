@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fastasr._recording import is_traced
 from fastasr._transforms import Function, transforms_active
 
 Places = tuple[Tensor, Tensor]  # of each row among others, and True where it has none
@@ -170,8 +171,9 @@ class _Moved(Function):
 def _moved(rows: Tensor, places: Tensor, missing: Tensor) -> Tensor:
     if not len(rows):
         return rows.new_zeros(len(places), *rows.shape[1:])
-    found = rows.index_select(0, places)
-    return found.masked_fill_(missing.view(-1, *(1,) * (rows.dim() - 1)), 0)
+    found, missing = rows.index_select(0, places), missing.view(-1, *(1,) * (rows.dim() - 1))
+    # Of a function that fills in place, torch.compile of torch 2.11 makes one without gradients.
+    return found.masked_fill(missing, 0) if is_traced() else found.masked_fill_(missing, 0)
 
 
 def _kind(value: object) -> object:

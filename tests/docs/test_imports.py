@@ -11,9 +11,9 @@ import sources
 CORE = (
     *(
         "_transforms",
+        "_recording",
         "packed_frames",
         "_left",
-        "_recording",
         "_tables",
         "_nearest",
         "files",
