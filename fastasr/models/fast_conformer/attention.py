@@ -161,6 +161,8 @@ def mean_of_values(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | float) -> Ten
     has this derivative.
     """
     wide = torch.promote_types(v.dtype, torch.float32)  # 16 bits gave k and bias twice upstream's error
+    if v.is_cpu and v.dtype != wide:
+        wide = torch.float64  # MKL's float32 products differ in bits between a replay and a plain call
     mean = v.mean(1, keepdim=True, dtype=wide)
     if not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)):
         return mean
