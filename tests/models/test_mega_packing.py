@@ -99,7 +99,7 @@ def test_reasons_do_not_outlive_their_cause():
     inner = linear.forward
     for begin, end in (
         (decoder.double, decoder.float),
-        (lambda: setattr(linear, "forward", inner), lambda: delattr(linear, "forward")),
+        (lambda: setattr(linear, "forward", lambda x: inner(x)), lambda: delattr(linear, "forward")),
         (decoder.train, decoder.eval),
     ):
         assert decoding.why_not(decoder) == ""
