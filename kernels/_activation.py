@@ -77,9 +77,8 @@ def normal_pair(x, PRECISE: tl.constexpr):
 def activate_with_slope(x, ACTIVATION: tl.constexpr, PRECISE: tl.constexpr):
     """Returns act(x) and act'(x); the compiler drops the one that the caller does not use."""
     if ACTIVATION == SILU and not PRECISE:
-        s = reciprocal(
-            1.0 + exp2(x * -1.4426950408889634)
-        )  # 0 far out, where a gate may multiply the slope by 1e30
+        # 0 far out, where a gate may multiply the slope by 1e30
+        s = reciprocal(1.0 + exp2(x * -1.4426950408889634))
         return x * s, s * tl.fma(x, 1.0 - s, 1.0)
     if ACTIVATION == SILU:
         e = exp_nonpositive(-tl.abs(x), PRECISE)
