@@ -5,6 +5,7 @@ import functools
 import hashlib
 import os
 import platform
+import re
 import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 
 import fastasr
 from fastasr import ops, processor
+from fastasr.swap.source_hash import normal_form
 
 ROOT = Path(__file__).resolve().parent.parent
 # A change in these makes a measurement a different one; results and documentation do not.
@@ -54,7 +56,7 @@ def commit() -> str:
 
 @functools.cache
 def code(suite: str, name: str, device: str = "cpu") -> str:
-    """Returns a hash of the files of an op or a model; "" outside a checkout.
+    """Returns a hash of the files of an op or a model without their comments; "" outside a checkout.
 
     An op's files have its name: its declaration, and its kernels for this device. A model's files are those of its
     folder, with which the model's name starts, or of all models where it has none.
@@ -70,8 +72,16 @@ def code(suite: str, name: str, device: str = "cpu") -> str:
         folders = (p for p in models.glob("*/") if name.startswith(p.name))
         own = max(folders, key=lambda p: len(p.name), default=models).rglob("*.py")
     own = sorted(p for p in own if p.suffix != ".pyc")
-    contents = (path.name.encode() + path.read_bytes() for path in own)
-    return hashlib.sha256(b"".join(contents)).hexdigest()[:12] if own else ""
+    contents = (path.name + _meaning(path.read_text(), path.suffix) for path in own)
+    return hashlib.sha256("".join(contents).encode()).hexdigest()[:12] if own else ""
+
+
+def _meaning(source: str, suffix: str) -> str:
+    """Returns what decides the speed of a source in Python or C++: not its comments, not its empty lines."""
+    if suffix == ".py":
+        return normal_form(source)
+    code = re.sub(r'("(?:\\.|[^"\\\n])*")|//[^\n]*|/\*.*?\*/', r"\1", source, flags=re.DOTALL)
+    return "\n".join(line.strip() for line in code.splitlines() if line.strip())
 
 
 @functools.cache

@@ -70,6 +70,11 @@ def _fingerprint(functions: tuple[Callable, ...], owner: type | None) -> str:
     return digest.hexdigest()[:24]
 
 
+def normal_form(source: str) -> str:
+    """Returns the normalised syntax tree of a module's source as text."""
+    return _spell(_Normaliser({}).visit(ast.parse(source)))
+
+
 def _source_file(obj: Any) -> str | None:
     try:
         return inspect.getsourcefile(obj)
@@ -141,9 +146,12 @@ class _Normaliser(ast.NodeTransformer):
     visit_FunctionDef = _function
     visit_AsyncFunctionDef = _function
 
-    def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
+    def _body(self, node: ast.Module | ast.ClassDef) -> ast.AST:
         self.generic_visit(node)
         return _without_docstring(node)
+
+    visit_Module = _body
+    visit_ClassDef = _body
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST | None:
         self.generic_visit(node)

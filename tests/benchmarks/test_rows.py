@@ -34,6 +34,21 @@ def test_a_row_knows_whether_its_code_has_changed():
     assert environment.code("models", "tdt_loss") not in ("", model)
 
 
+def test_comments_do_not_make_a_row_old(tmp_path, monkeypatch):
+    monkeypatch.setattr(environment, "ROOT", tmp_path)
+
+    def code(python: str, cpp: str) -> str:
+        for path, text in (("fastasr/ops/bypass.py", python), ("csrc/cpu/rows/bypass.h", cpp)):
+            (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / path).write_text(text)
+        return environment.code.__wrapped__("ops", "bypass")
+
+    was = code("def f(x):\n    return x  # as it is\n", '// a\nauto a = "// kept";  // b\n')
+    assert was == code('"""A page."""\n\ndef f(x):\n    return (x)\n', 'auto a = "// kept";\n/* b\n */\n')
+    assert was != code("def f(x):\n    return -x\n", 'auto a = "// kept";')
+    assert was != code("def f(x):\n    return x\n", 'auto a = "// other";')
+
+
 def test_rows_survive_the_file(tmp_path):
     written = [row(), row(implementation="copy", median=0.25, bytes=256, limit="copy 46.0 GB/s")]
     rows.write(tmp_path / "r.jsonl", written)
