@@ -17,20 +17,22 @@ from fastasr.benchmarks.device.machine import GPU, DryRun
 from fastasr.benchmarks.device.units import units
 from fastasr.benchmarks.environment import commit, device_name
 from fastasr.benchmarks.harness import wait_until_idle
+from fastasr.benchmarks.markdown import HEADLINES
 from fastasr.benchmarks.models import zipformer
 from fastasr.benchmarks.rows import Row
 from fastasr.testing.speed import Case, sized, sizes_of
 
 QUICK = "a quick run: its figures mean nothing"
+HEADLINES_ONLY = "headlines"
 MINUTES = 120.0  # for a whole model on a GPU
 SMALL = (20, 2)  # frames and sequences of an op's call in a quick run
 
 
 @dataclass(frozen=True)
 class Options:
-    """The options of a run. ``names`` are ops, "dispatch", models, or the suites "ops" and "models"; empty means
-    everything, and in a quick run the ops. On a GPU the models are those of ``fastasr gpu --stages M``, each as a
-    whole; a quick run of them is a dry run.
+    """The options of a run. ``names`` are ops, "dispatch", models, the suites "ops" and "models", or "headlines", which
+    are the models' rows in the README; empty means everything, and in a quick run the ops. On a GPU the models are
+    those of ``fastasr gpu --stages M``, each as a whole; a quick run of them is a dry run.
 
     ``sizes`` are those of the ops' calls (``fastasr.testing.sized``) in the place of model sizes. ``quick`` is a
     functional run of small calls, whose figures mean nothing. ``fresh`` measures again what the file
@@ -103,6 +105,7 @@ def select(names: tuple[str, ...], on_gpu: bool = False) -> list[str]:
     """
     suites = {"ops": ops.names(), "models": list(whole_models.MODELS) if on_gpu else models.names()}
     suites["all"] = [*suites["ops"], dispatch.NAME, *suites["models"]]
+    suites[HEADLINES_ONLY] = [name for name, _, _ in HEADLINES]
     chosen: set[str] = set()
     for name in names or ("all",):
         if name not in suites and name not in known_names():
@@ -156,7 +159,7 @@ def _zipformer(options: Options, done: Callable[..., bool]) -> Iterator[dict]:
             case = "stack 0" if case == zipformer.STACKS else case
             return done("models", zipformer.NAME, case, shape, pass_, dtype)
 
-        yield {**size, "skip": skip, "compile_model": options.compile_model and not alone}
+        yield {**size, "skip": skip}
 
 
 def _units(name: str, options: Options, summary: Summary, report: Report) -> Iterator[list[Row]]:
@@ -164,8 +167,12 @@ def _units(name: str, options: Options, summary: Summary, report: Report) -> Ite
     settings, finished = options.settings(), _finished(options)
     dtype = str(options.dtype).removeprefix("torch.")
 
-    def done(*unit: str) -> bool:
-        found = finished(*unit)
+    headlines = HEADLINES_ONLY in options.names and name not in options.names
+
+    def done(suite: str, of: str, case: str, shape: str, *rest: str) -> bool:
+        if headlines and (of, shape, case) not in HEADLINES:
+            return True
+        found = finished(suite, of, case, shape, *rest)
         summary.resumed += found
         return found
 

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes the generated tables of the README and of docs/, each between the markers of its page.
 
-    python scripts/tables.py [--check]
+    python scripts/tables.py [--check | --add bench-report/results.jsonl]
 
 Measured tables come from benchmarks/results, the tables of ops from the ops' declarations, the tables of frameworks
 from the rules, and the lines that install them from peers.sh. The picture of a TDT's memory is drawn from its rows.
-``--check`` changes nothing and ends with 1 when a page is not current.
+``--check`` changes nothing and ends with 1 when a page is not current. ``--add`` first puts the rows of a run into
+benchmarks/results/cpu.jsonl, in the place of older rows of the same machine.
 """
 
 import argparse
@@ -32,7 +33,7 @@ from fastasr.benchmarks.models import (
     reduced_weights,
     transcribe,
 )
-from fastasr.benchmarks.rows import Row, read_all
+from fastasr.benchmarks.rows import Row, merge, read, read_all
 from fastasr.benchmarks.studies import curves, growth, transducer_memory
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -182,8 +183,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--check", action="store_true", help="compare only")
-    check = parser.parse_args(arguments).check
+    ways = parser.add_mutually_exclusive_group()
+    ways.add_argument("--check", action="store_true", help="compare only")
+    ways.add_argument("--add", metavar="FILE", help="put these rows into benchmarks/results/cpu.jsonl first")
+    options = parser.parse_args(arguments)
+    check = options.check
+    if options.add:
+        if not (new := read(options.add)):
+            parser.error(f"{options.add} has no rows")
+        merge(ROOT / "benchmarks" / "results" / "cpu.jsonl", new)
     if missing := [page for page in map(op_page, ops.NAMES) if not page.exists()]:
         if check:
             print(f"missing: {', '.join(map(str, missing))}; run python scripts/tables.py", file=sys.stderr)

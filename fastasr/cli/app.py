@@ -95,7 +95,8 @@ def bench(
     names: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[OP|MODEL|dispatch|ops|models]...", help="What to measure; default: everything."
+            metavar="[OP|MODEL|dispatch|ops|models|headlines]...",
+            help="What to measure; default: everything.",
         ),
     ] = None,
     shape: Annotated[

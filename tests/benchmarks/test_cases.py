@@ -3,6 +3,7 @@
 
 import contextlib
 import importlib
+import types
 from dataclasses import replace
 
 import pytest
@@ -114,6 +115,28 @@ def test_names_stand_for_suites():
     assert runner.select(("dispatch", "bypass")) == ["bypass", "dispatch"]
     with pytest.raises(ValueError, match="nonsense"):
         runner.select(("nonsense",))
+
+
+def test_headlines_are_cases_of_models(tmp_path, monkeypatch):
+    from fastasr.benchmarks import models, runner
+    from fastasr.benchmarks.markdown import HEADLINES
+
+    name, shape, case = HEADLINES[-1]
+    units = [(case, shape, FORWARD), (case, shape, BOTH), (case, "another shape", FORWARD)]
+    module = types.SimpleNamespace(measured=[], QUICK={})
+
+    def measure(*, skip, **_):
+        module.measured.append([unit for unit in units if not skip(*unit)])
+        return iter(())
+
+    module.measure = measure
+    for wanted, expected in (("headlines",), units[:2]), (("headlines", name), units):
+        assert name in runner.select(wanted)
+        monkeypatch.setattr(runner, "select", lambda *_: [name])
+        monkeypatch.setitem(models.MODULES, name, module)
+        runner.run(runner.Options(names=wanted, out=tmp_path / "r.jsonl", patience=0.0))
+        assert module.measured.pop() == expected
+        monkeypatch.undo()
 
 
 def test_a_run_is_resumed(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tables
 
 from fastasr import ops
 from fastasr.benchmarks.device import verdict
@@ -43,6 +44,12 @@ def test_what_is_generated_is_current(script):
     command = [sys.executable, ROOT / "scripts" / script, "--check"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, f"{done.stderr}run python scripts/{script}"
+
+
+def test_a_file_without_rows_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        tables.main(["--add", str(tmp_path / "results.jsonl")])
+    assert "results.jsonl has no rows" in capsys.readouterr().err
 
 
 def test_the_training_page_says_what_the_committed_run_says():
