@@ -187,6 +187,15 @@ def test_the_faster_by_three_percent_is_taken_and_remembered(fresh, called, monk
 
 
 @needs_both
+@pytest.mark.parametrize(("seconds", "taken"), [(0.85, "native"), (0.95, "torch")])
+def test_a_long_product_is_chosen_by_its_first_run(fresh, called, monkeypatch, seconds, taken):
+    monkeypatch.setattr(_gemm, "_BUDGET_S", 0.0)
+    monkeypatch.setattr(_gemm, "_timed", lambda product, *_: {"torch": 1.0, "native": seconds}[product])
+    _gemm.forward(torch.randn(64, 64), torch.randn(64, 64), None)
+    assert called == [taken]
+
+
+@needs_both
 @pytest.mark.parametrize(
     "content",
     [
