@@ -103,12 +103,13 @@ Tensor gemm(const Tensor& a, const Tensor& b, const Optional& bias) {
   return c;
 }
 
-// Adds a b to c, which is contiguous and in float32.
+// Adds a b to c, in float32, whose rows are contiguous.
 void gemm_add(Tensor c, const Tensor& a, const Tensor& b) {
   with_factors(a, "gemm_add", [&]<typename T>() {
     cpu::Gemm<T> g = described<T>(a, b, {}, "gemm_add");
-    check(is_dense(c, ScalarType::Float, {g.m, g.n}), "gemm_add", "c");
-    g.c = mutable_data<float>(c), g.add = true;
+    const bool fits = c.dim() == 2 && c.size(0) == g.m && c.size(1) == g.n && (g.n == 1 || c.stride(1) == 1);
+    check(fits && dtype_of(c) == ScalarType::Float, "gemm_add", "c");
+    g.c = mutable_data<float>(c), g.c_row = c.stride(0), g.add = true;
     multiply<T>(g);
   });
 }

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastasr.models.common import attention_dropout, normed_stream, plumbing, ragged
+from fastasr.models.common.convolutions import in_sequence, projected
 from fastasr.models.common.plain import is_plain, is_plain_named, is_watched, runs
 from fastasr.models.common.row import Capacity, Room, RowCall, Spans, gap, laid_out
 from fastasr.models.e_branchformer.attention import RelPositionMultiHeadedAttention
@@ -183,7 +184,7 @@ def encoded(encoder: Any, features: Tensor, begins: Tensor, ends: Tensor, table:
         x = features
         x = front[:-1](x)
     else:
-        x = _projection(front)(front.conv(features.unsqueeze(1)).transpose(1, 2).flatten(2))
+        x = projected(_projection(front), in_sequence(front.conv, features.unsqueeze(1)))
     steps, positions = _steps(encoder), positions_of(encoder)
     begins, lengths = begins // math.prod(stride for _, stride in steps), ends - begins
     row = Spans(begins, begins + _subsampled(steps, lengths)).row(x)

@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The input layer: two-dimensional convolutions that shorten the sequence, and a projection."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from fastasr.models.common.convolutions import in_sequence, projected
+from fastasr.models.common.plain import is_plain
 
 # ESPnet's name of an input layer -> (kernel size, stride) of each of its convolutions.
 CONVOLUTIONS: dict[str, tuple[tuple[int, int], ...]] = {
@@ -55,11 +59,26 @@ class Conv2dSubsampling(torch.nn.Module):
             raise ValueError(
                 f"Conv2dSubsampling: x: expected at least {self.shortest()} frames, got {x.shape[1]}"
             )
-        x = self.conv(x.unsqueeze(1))
-        batch, channels, frames, width = x.shape
-        x = self.out(x.transpose(1, 2).reshape(batch, frames, channels * width))
-        if mask is None:
-            return x, None
-        for kernel, stride in self.shape:
+        return subsampled(self, self.shape, x, mask)
+
+
+def subsampled(
+    front: Any, shape: Iterable[tuple[int, int]], x: Tensor, mask: Tensor | None
+) -> tuple[Any, Tensor | None]:
+    """Returns the output of an input layer whose convolutions have these kernel sizes and strides."""
+    y = _positioned(front.out, in_sequence(front.conv, x.unsqueeze(1)))
+    if mask is not None:
+        for kernel, stride in shape:
             mask = mask[:, :, : 1 - kernel : stride]
-        return x, mask
+    return y, mask
+
+
+def _positioned(out: torch.nn.Module, x: Tensor) -> Any:
+    """Returns the output for maps (batch, channels, time, frequency), whose frames ``out`` projects first."""
+    if not is_plain(out, torch.nn.Sequential) or not len(out):
+        return projected(out, x)
+    first, *rest = out
+    y = projected(first, x)
+    for module in rest:
+        y = module(y)
+    return y

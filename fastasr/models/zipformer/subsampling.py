@@ -22,10 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastasr import ops
 from fastasr._recording import recording
-from fastasr._transforms import Function, is_transformed
+from fastasr._transforms import Function
 from fastasr.models.common import plumbing
+from fastasr.models.common.convolutions import frames, projected
 from fastasr.models.common.linear import Linear
 from fastasr.models.common.plain import any_watched, is_plain, is_plain_named, runs
 from fastasr.models.common.ragged import REFUSED, current, in_use
@@ -39,7 +39,7 @@ from fastasr.models.zipformer.gradient_scale import ScaleGrad
 from fastasr.models.zipformer.normalization import BiasNorm
 from fastasr.models.zipformer.schedules import FloatLike, ScheduledFloat
 from fastasr.models.zipformer.whitening import Whiten
-from fastasr.ops import _gemm, _reduced_weights
+from fastasr.ops import _gemm
 from fastasr.packed_frames import PackedFrames
 
 OVER_TIME = [(3, 1, 0), (3, 2, 0), (3, 1, 0)]  # taps, stride and padding of the convolutions
@@ -119,7 +119,7 @@ class Conv2dSubsampling(torch.nn.Module):
         for the next chunk. The last 3 frames after subsampling serve only as future context.
         """
         x, cached_left_pad = self.convnext.streaming_forward(self.conv(x.unsqueeze(1)), cached_left_pad)
-        y = self.out_norm(self.out(_frames(x)))
+        y = self.out_norm(self.out(frames(x)))
         return y, _lengths(y, (x_lens - 7) // 2 - self.convnext.padding[0]), cached_left_pad
 
     def get_init_states(self, batch_size: int = 1, device: torch.device = torch.device("cpu")) -> Tensor:  # noqa: B008 (immutable)
@@ -155,7 +155,7 @@ class _Convolution(Function):
 
 def _finished(front_end: Any, x: Tensor) -> Tensor:
     """Returns the output (batch, time, channels) for that of the three convolutions."""
-    y = front_end.out_norm(front_end.out_whiten(_projected(front_end.out, front_end.convnext(x))))
+    y = front_end.out_norm(front_end.out_whiten(projected(front_end.out, front_end.convnext(x))))
     return _dropped(front_end, y)
 
 
@@ -170,26 +170,6 @@ def _convolved(modules: torch.nn.Module, x: Tensor) -> Tensor:
         else:
             x = module(x)
     return x
-
-
-def _frames(x: Tensor) -> Tensor:
-    """(batch, channels, time, frequency) -> (batch, time, channels * frequency)"""
-    return x.transpose(1, 2).flatten(2)
-
-
-def _projected(out: Any, x: Tensor) -> Tensor:
-    """Returns ``out(_frames(x))``. Where x has channels last and there are many frames, the columns of the weight are
-    reordered in place of the frames, which would be a slow pass over more memory, and one more for their gradient."""
-    batch, channels, time, frequency = x.shape
-    maps = x.permute(0, 2, 3, 1)
-    plain = is_plain(out, torch.nn.Linear, Linear)
-    # a compiler reorders by itself; weights of fewer bits are known by the parameter
-    kept = not plain or torch.compiler.is_compiling() or is_transformed()
-    kept = kept or _reduced_weights.of(x, out.weight) is not None
-    if kept or not maps.is_contiguous() or batch * time <= 2 * out.out_features:
-        return out(_frames(x))
-    weight = out.weight.unflatten(1, (channels, frequency)).transpose(1, 2).flatten(1)
-    return ops.linear(maps.flatten(2), weight, out.bias)
 
 
 def _dropped(front_end: Conv2dSubsampling, y: Tensor) -> Tensor:

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The convolutions of a front end over time and frequency, and the projection of their frames.
+
+    y = W frames(conv(x)) + b       frames: channels and frequencies of a frame
+
+On a CPU in float32, convolutions of many channels are matrix products on maps with channels last, where these take less
+time than torch's convolution.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastasr import ops
+from fastasr._transforms import is_transformed
+from fastasr.models.common import plumbing
+from fastasr.models.common.linear import Linear
+from fastasr.models.common.plain import is_plain
+from fastasr.ops import _conv2d, _reduced_weights
+
+
+def are_plain(layers: Iterable[torch.nn.Module]) -> bool:
+    """Says whether these are torch's ReLUs and convolutions without hooks."""
+    return all(plumbing.is_dense_conv2d(layer) or is_plain(layer, torch.nn.ReLU) for layer in layers)
+
+
+def in_sequence(conv: torch.nn.Module, x: Tensor) -> Tensor:
+    """Returns ``conv(x)`` for maps x (batch, 1, time, frequency)."""
+    if is_plain(conv, torch.nn.Sequential) and are_plain(conv):
+        return convolved(conv, x)
+    y: Tensor = conv(x)
+    return y
+
+
+def convolved(
+    layers: Iterable[torch.nn.Module], x: Tensor, behind: Callable[[Any, Tensor], Tensor] = lambda conv, x: x
+) -> Tensor:
+    """Returns maps x (batch, channels, time, frequency) behind ``layers``, which are plain. ``behind(conv, maps)``
+    follows each convolution; it may change the maps in place."""
+    relu = False  # is still to be applied
+    for layer in layers:
+        if isinstance(layer, torch.nn.Conv2d):
+            x, relu = behind(layer, _convolution(relu, layer, x)), False
+        else:
+            relu = True
+    return x.relu() if relu else x
+
+
+def _convolution(relu: bool, conv: Any, x: Tensor) -> Tensor:
+    operands = x, conv.weight, conv.bias, conv.stride, conv.padding
+    ours = x.dim() == 4 and _conv2d.serves(*operands)
+    if ours and conv.in_channels > 1 and _conv2d.is_faster(*operands):
+        return _conv2d.convolution(*operands, relu)
+    if ours and conv.in_channels == 1:
+        # The next convolution wants channels last. Of one channel, contiguous(memory_format=...) would return x itself.
+        x = x.to(memory_format=torch.channels_last)
+    elif ours:
+        x = x.contiguous()  # with channels last torch's sums are less exact
+    y: Tensor = conv(x.relu() if relu else x)
+    return y
+
+
+def frames(x: Tensor) -> Tensor:
+    """(batch, channels, time, frequency) -> (batch, time, channels * frequency)"""
+    return x.transpose(1, 2).flatten(2)
+
+
+def projected(out: Any, x: Tensor) -> Tensor:
+    """Returns ``out(frames(x))``. Where x has channels last and there are many frames, the columns of the weight are
+    reordered in place of the frames, which would be a slow pass over more memory, and one more for their gradient."""
+    batch, channels, time, frequency = x.shape
+    maps = x.permute(0, 2, 3, 1)
+    plain = is_plain(out, torch.nn.Linear, Linear)
+    # a compiler reorders by itself; weights of fewer bits are known by the parameter
+    kept = not plain or torch.compiler.is_compiling() or is_transformed()
+    kept = kept or _reduced_weights.of(x, out.weight) is not None
+    if kept or not maps.is_contiguous() or batch * time <= 2 * out.out_features:
+        y: Tensor = out(frames(x))
+        return y
+    weight = out.weight.unflatten(1, (channels, frequency)).transpose(1, 2).flatten(1)
+    return ops.linear(maps.flatten(2), weight, out.bias)
