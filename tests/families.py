@@ -103,11 +103,8 @@ def nemo_conformer(dropout=0.1, **options):
         n_heads=HEADS,
         ff_expansion_factor=HIDDEN // WIDTH,
         conv_kernel_size=TAPS,
-        subsampling="dw_striding",
-        subsampling_factor=4,
-        subsampling_conv_channels=4,
+        **{"subsampling": "dw_striding", "subsampling_factor": 4, "subsampling_conv_channels": 4} | options,
         **dict.fromkeys(rates, dropout),
-        **options,
     )
 
 
@@ -155,6 +152,12 @@ def nemo_local(**options):
         conv_norm_type="layer_norm",
         **options,
     )
+    x, lengths = torch.randn(3, 41, WIDTH, generator=numbers(1)), torch.tensor([41, 23, 9])
+    return made, lambda model: [call("nemo", model, x, lengths)]
+
+
+def nemo_striding(**options):
+    made = nemo_conformer(subsampling="striding", **options)
     x, lengths = torch.randn(3, 41, WIDTH, generator=numbers(1)), torch.tensor([41, 23, 9])
     return made, lambda model: [call("nemo", model, x, lengths)]
 
@@ -317,6 +320,32 @@ def e_branchformer(**options):
     x, lengths = torch.randn(3, 27, 20, generator=numbers(1)), torch.tensor([27, 20, 11])
     model = module.EBranchformerEncoder(20, **sizes, **options)
     return model, lambda model: [model(x, lengths)[0]]
+
+
+class FrontEnds(torch.nn.Module):
+    """Each of ESPnet's front ends on the same features."""
+
+    def __init__(self, layers):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(layers)
+
+    def forward(self, x, mask):
+        found = [layer(x, mask) for layer in self.layers]
+        return [y * mask.transpose(1, 2) for (y, positions), mask in found]
+
+
+def espnet_front_ends():
+    module = pytest.importorskip("espnet.nets.pytorch_backend.transformer.subsampling")
+    embedding = pytest.importorskip("espnet.nets.pytorch_backend.transformer.embedding")
+    made = FrontEnds(
+        getattr(module, f"Conv2dSubsampling{kind}")(
+            20, WIDTH, 0.1, embedding.RelPositionalEncoding(WIDTH, 0.1)
+        )
+        for kind in ("", "1", "2", "6")
+    )
+    x, lengths = torch.randn(3, 27, 20, generator=numbers(1)), torch.tensor([27, 20, 11])
+    mask = (torch.arange(27) < lengths.unsqueeze(1)).unsqueeze(1)
+    return made, lambda model: model(x, mask)
 
 
 def emformer(streams=False):
@@ -655,6 +684,7 @@ class _Wer:
 FAMILIES = {
     **{f"{name} conformer": conformer(name) for name in MODELS},
     "nemo local": nemo_local,
+    "nemo striding": nemo_striding,
     "nemo transformer": nemo_transformer(),
     "nemo transformer, causal": nemo_transformer(attn_mode="causal", qk_norm=True, qkv_bias=True),
     "nemo joint": nemo_joint(),
@@ -666,6 +696,7 @@ FAMILIES = {
     "zipformer, causal": causal_zipformer,
     "zipformer recogniser": zipformer_recogniser,
     "e-branchformer": e_branchformer,
+    "espnet front ends": espnet_front_ends,
     "emformer": emformer,
     "emformer stream": lambda: emformer(streams=True),
     "emformer rnn-t": emformer_rnnt,

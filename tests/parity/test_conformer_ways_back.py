@@ -220,7 +220,17 @@ def bias_of_pairs_of_wavlm():
     return beside(ours, theirs, run, "layers.1.attention.forward", reason)
 
 
+def hooked_convolution_of_nemo():
+    ours, theirs, run = copies("nemo striding")
+    for model in (ours, theirs):
+        model.pre_encode.conv[1].register_forward_hook(lambda module, args, y: 2 * y)
+    return beside(
+        ours, theirs, run, "pre_encode.forward", "conv or one of its layers has hooks or is no plain one"
+    )
+
+
 OTHERS = (
+    hooked_convolution_of_nemo,
     weights_of_wav2vec2,
     a_query_without_keys,
     positions_of_each_sequence,

@@ -18,8 +18,13 @@ REPLACED = {
     "nemo transformer": {"MultiHeadAttention", "FeedForward"},
     "nemo transformer, causal": {"MultiHeadAttention", "FeedForward"},
     "fireredasr": {"RelPosMultiHeadAttention", "ConformerConvolution", "ConformerFeedForward"},
-    "gigaam": {"RelPositionMultiHeadAttention", "ConformerConvolution", "ConformerFeedForward"},
-    "gigaam, rotary": {"ConformerConvolution", "ConformerFeedForward"},
+    "gigaam": {
+        "RelPositionMultiHeadAttention",
+        "ConformerConvolution",
+        "ConformerFeedForward",
+        "StridingSubsampling",
+    },
+    "gigaam, rotary": {"ConformerConvolution", "ConformerFeedForward", "StridingSubsampling"},
     "phi-4": {
         f"Phi4MultimodalAudio{part}"
         for part in ("NemoConvSubsampling", "Attention", "ConvModule", "MLP", "Model")

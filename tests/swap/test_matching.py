@@ -431,7 +431,7 @@ def test_a_front_end_of_another_class(model):
         def forward(self, x, x_lens):
             return super().forward(torch.nn.functional.pad(x, (0, 0, 3, 3)), x_lens + 6)
 
-    assert "lacks an attribute" in _reason(Conv2dSubsampling())
+    assert _reason(Conv2dSubsampling()) == "lacks the submodules out"  # as ESPnet's class of this name has
     model.encoder_embed.__class__ = Padded
     row = fastasr.accelerate(model)["encoder_embed"]
     assert row.reason == "Padded is a subclass of Conv2dSubsampling that overrides forward"

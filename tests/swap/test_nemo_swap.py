@@ -147,7 +147,7 @@ def test_streaming_caches(sdpa, norm, monkeypatch):
 
 
 DECLINED = {
-    "striding": ({"subsampling": "striding"}, "pre_encode", "computes striding, expected dw_striding"),
+    "vggnet": ({"subsampling": "vggnet"}, "pre_encode", "computes vggnet, expected dw_striding"),
     "causal": (
         {"causal_downsampling": True},
         "pre_encode",

@@ -10,7 +10,7 @@ from typing import Any
 from fastasr.graphs.module import OnRow
 from fastasr.models import e_branchformer as models
 from fastasr.models.e_branchformer import row
-from fastasr.swap.forwards import espnet
+from fastasr.swap.forwards import espnet, front_ends
 from fastasr.swap.rule import (
     Known,
     Ragged,
@@ -32,12 +32,12 @@ _LAYER_NORM = "LayerNorm", {"5405c51d4c0d397a26eb042d"}  # torch's, over the dim
 
 _ENCODER = {"f5a95ea11fcf2729daf156e3"}
 _POSITIONS = {"0d5ecf9134ceab875981e16c"}
-_FRONTS = {
-    "564c87ccbce83f48a7bfb606",  # Conv2dSubsampling
-    "30094f6a8bd4c0724db53f4f",  # Conv2dSubsampling1
-    "8b79634dd32bbed41ab72b02",  # Conv2dSubsampling2
-    "1b9d9f7300d8ae9f7a1d950e",  # Conv2dSubsampling6
-    "a0cc4ae754f53da9151c9551",  # Conv2dSubsampling8
+_FRONTS = {  # the end of the name of ESPnet's Conv2dSubsampling
+    "": "564c87ccbce83f48a7bfb606",
+    "1": "30094f6a8bd4c0724db53f4f",
+    "2": "8b79634dd32bbed41ab72b02",
+    "6": "1b9d9f7300d8ae9f7a1d950e",
+    "8": "a0cc4ae754f53da9151c9551",  # it may put embeddings in front of the frames: upstream's code runs
 }
 
 _CONVOLUTIONS = ("pointwise_conv1", "depthwise_conv", "norm", "activation", "pointwise_conv2")
@@ -139,11 +139,25 @@ def _why_no_row(encoder: Upstream) -> str | None:
     reason = row.why_not(encoder) or unread_code("EBranchformerEncoder", encoder, own_forward, _ENCODER)
     front = encoder.embed
     if reason is None and hasattr(front, "conv"):
-        reason = unread_code("embed", front, own_forward, _FRONTS)
+        reason = unread_code("embed", front, own_forward, _FRONTS.values())
     return reason or unread_code("positions", row.positions_of(encoder), own_forward, _POSITIONS)
 
 
 RAGGED = Ragged(_without_padding, _why_no_row)
 ON_ROW = OnRow(row.encoded, row.packed, _why_no_row)
 
-RULES = (LAYER, ATTENTION, GATING_MLP, GATE, CONVOLUTION, FEED_FORWARD)
+SUBSAMPLINGS = tuple(
+    Rule(
+        name=f"espnet.conv2d{end}_subsampling",
+        class_name=f"Conv2dSubsampling{end}",
+        forward=front_ends.espnet_subsampling(f"conv2d{end}"),
+        kernels=("linear",),
+        structure=holds("conv", "out"),
+        known={value: _ESPNET},
+        note="on a CPU its convolutions are matrix products",
+    )
+    for end, value in _FRONTS.items()
+    if end != "8"
+)
+
+RULES = (*SUBSAMPLINGS, LAYER, ATTENTION, GATING_MLP, GATE, CONVOLUTION, FEED_FORWARD)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rules for GigaAM's Conformer (gigaam/encoder.py), whose modules have NeMo's formulas."""
 
-from fastasr.swap.forwards import layers
+from fastasr.swap.forwards import front_ends, layers
 from fastasr.swap.forwards import nemo as models
-from fastasr.swap.rule import Known, Upstream, check_parts, holds
+from fastasr.swap.rule import Known, Rule, Upstream, check_parts, holds
 from fastasr.swap.rules.conformer import attention_rule, convolution_rule, feed_forward_rule, layer_rule
 
 _GIGAAM = Known("gigaam 0.1.0")
@@ -38,6 +38,15 @@ RULES = (
         structure=holds("linear1", "activation", "linear2"),
         known={"0feedc15a25203509e8aa7a7": _GIGAAM},
         note="",  # it has no dropout
+    ),
+    Rule(
+        name="gigaam.striding_subsampling",
+        class_name="StridingSubsampling",
+        forward=front_ends.gigaam_subsampling,
+        kernels=("linear",),
+        structure=holds("conv", "out"),
+        known={"0fe7ec94cb0eff73dd9615a2": _GIGAAM},
+        note="on a CPU its convolutions are matrix products",
     ),
     layer_rule("gigaam.layer", "ConformerLayer", layers.gigaam_layer, {"5ca9e8f5aaca6eefe131c1f8": _GIGAAM}),
 )

@@ -3,7 +3,7 @@
 
 import torch
 
-from fastasr.swap.forwards import layers
+from fastasr.swap.forwards import front_ends, layers
 from fastasr.swap.forwards import nemo as models
 from fastasr.swap.rule import Known, Rule, Upstream, check_parts, unread_child
 from fastasr.swap.rules.conformer import (
@@ -67,6 +67,13 @@ def _subsampling_structure(module: Upstream) -> str | None:
     return reason or unread_child(module, "conv", "MaskedConvSequential", _MASKED_CONVOLUTIONS)
 
 
+def _striding_structure(module: Upstream) -> str | None:
+    if module._subsampling != "striding" or module.is_causal:
+        return f"computes {'causal ' * module.is_causal}{module._subsampling}, expected striding"
+    reason = check_parts(module, ("conv", "out"))
+    return reason or unread_child(module, "conv", "MaskedConvSequential", _MASKED_CONVOLUTIONS)
+
+
 ATTENTION = attention_rule(
     name="nemo.rel_position_attention",
     class_name="RelPositionMultiHeadAttention",
@@ -110,6 +117,16 @@ SUBSAMPLING = Rule(
     known={"65fa60149e9b3bfa5527a8bd": _NEMO},
 )
 
+STRIDING = Rule(
+    name="nemo.striding",
+    class_name="ConvSubsampling",
+    forward=front_ends.nemo_striding,
+    kernels=("linear",),
+    structure=_striding_structure,
+    known={"65fa60149e9b3bfa5527a8bd": _NEMO},
+    note="on a CPU its convolutions are matrix products",
+)
+
 LAYER = layer_rule(
     "nemo.conformer_layer",
     "ConformerLayer",
@@ -117,4 +134,4 @@ LAYER = layer_rule(
     {"c584ec63e0520d37c6553196": Known("nemo_toolkit 3.0")},
 )
 
-RULES = (ATTENTION, LOCAL_ATTENTION, CONVOLUTION, FEED_FORWARD, SUBSAMPLING, LAYER)
+RULES = (ATTENTION, LOCAL_ATTENTION, CONVOLUTION, FEED_FORWARD, SUBSAMPLING, STRIDING, LAYER)
