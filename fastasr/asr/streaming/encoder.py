@@ -346,14 +346,18 @@ class StreamingEncoder:
         encoder_out (n, chunk_size / 2, channels)). All frames count, even those of the silence at the end, because the
         search decides the last words there.
         """
-        ready = self.ready if streams is None else [s for s in self.ready if s in set(streams)]
-        chunks = [self._audio[stream].take() for stream in ready]
+        if streams is not None:
+            streams = set(streams)
+        ready = [stream for stream in self.ready if streams is None or stream in streams]
         features = (
-            torch.stack(chunks)
-            if chunks
+            torch.stack([self._audio[stream].next() for stream in ready])
+            if ready
             else torch.zeros(0, self.frames_per_chunk, self.bins, dtype=torch.float32, device="cpu")
         )
-        return ready, self.step(features, ready)[0]
+        encoder_out = self.step(features, ready)[0]
+        for stream in ready:  # Only now: if the step raises an error, the chunks wait for the next call.
+            self._audio[stream].take()
+        return ready, encoder_out
 
     # ------------------------------------------------------------------ states
     @in_turns

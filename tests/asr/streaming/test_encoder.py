@@ -114,6 +114,22 @@ def test_samples_go_in_as_they_come(model):
         assert relative(torch.cat(got[stream]), expected) < TOLERANCE
 
 
+def test_chunks_wait_until_a_step_has_served_them(model, monkeypatch):
+    pytest.importorskip("kaldi_native_fbank")
+    encoder = make(model)
+    streams = [encoder.open() for _ in range(3)]
+    for stream in streams:
+        encoder.push(stream, torch.randn(9000, generator=numbers(stream)) * 0.1)
+    waiting = encoder.push(streams[0], torch.zeros(0))
+    with monkeypatch.context() as patch:
+        patch.setattr(encoder._backend, "step", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            encoder.advance()
+    assert encoder.push(streams[0], torch.zeros(0)) == waiting
+    assert encoder.advance(iter(streams))[0] == streams
+    assert encoder.push(streams[0], torch.zeros(0)) == waiting - 1
+
+
 def test_threads_take_turns(model, monkeypatch):
     """Backends share memory among the streams: no two calls run at once, and each stream is as alone."""
     encoder, inside, most = make(model), [], []
