@@ -205,13 +205,14 @@ class StreamingRecogniser:
             if lengths is None
             else torch.as_tensor(lengths, device="cpu").tolist()
         )
-        waiting = set(self.encoder.ready)
-        results = []
-        for stream, one, part, count in zip(streams, kept, decoding.split_state(state), counts, strict=True):
+        for one, part, count in zip(kept, decoding.split_state(state), counts, strict=True):
             one.state = part
             one.frames += count
-            results.append(self._result(stream, one, last=one.ended and stream not in waiting))
-        return results
+        waiting = set(self.encoder.ready)  # An error of to_text below loses no stream's frames.
+        return [
+            self._result(stream, one, last=one.ended and stream not in waiting)
+            for stream, one in zip(streams, kept, strict=True)
+        ]
 
     @in_turns
     def finish(self, stream: int) -> list[Result]:
