@@ -173,6 +173,17 @@ def peak(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
 
 
+def check_names(paths: list[Path]) -> None:
+    """Ends the command if two recordings would write the same files into --out."""
+    known: dict[str, Path] = {}
+    for path in paths:
+        other = known.setdefault(path.stem, path)
+        if other.absolute() != path.absolute():
+            fail(
+                f"--out: {other} and {path} would both be written as {path.stem}.txt: rename one, or run them apart"
+            )
+
+
 def write(folder: Path, result: dict, words: list[Timed]) -> None:
     """Writes the text, the subtitles and everything as JSON."""
     stem = Path(result["recording"]).stem
@@ -198,6 +209,8 @@ def run(
     if dtype not in DTYPES:
         fail(f"--dtype: expected one of {', '.join(DTYPES)}, got {dtype}")
     check_device(device)
+    if target is not None:
+        check_names(paths)
     model, processor = load(folder, device, getattr(torch, dtype))
     if target is not None:
         check_folder("--out", target)
