@@ -223,31 +223,33 @@ def run(
         console.print(f"{type(model).__name__}: {len(report.replaced)} modules replaced")
     results = []
     rate, hop = processor.feature_extractor.sampling_rate, processor.feature_extractor.hop_length
-    for path in paths:
-        samples = read(path, rate, hop)
-        seconds = len(samples) / rate
-        with progress(model, path.name):
-            begin = time.perf_counter()
-            text, pieces = transcribe(model, processor, samples, beam)
-            took = time.perf_counter() - begin
-        words = captions.words(pieces)
-        result = {
-            "recording": str(path),
-            "text": text,
-            "words": [word._asdict() for word in words],
-            "seconds": round(seconds, 3),
-            "seconds_taken": round(took, 3),
-            "real_time_factor": round(took / seconds, 4),
-            "peak_gib": round(peak(model.device), 2),
-        }
-        results.append(result)
-        if target is not None:
-            write(target, result, words)
-        if not as_json:
-            out().print(escape(text), soft_wrap=True)
-        console.print(
-            f"{escape(path.name)}: {seconds:.1f} s of audio in {took:.1f} s, real-time factor {took / seconds:.3f}, "
-            f"{result['peak_gib']:.2f} GiB at most"
-        )
-    if as_json:
-        print(json.dumps(results, indent=2))
+    try:
+        for path in paths:
+            samples = read(path, rate, hop)
+            seconds = len(samples) / rate
+            with progress(model, path.name):
+                begin = time.perf_counter()
+                text, pieces = transcribe(model, processor, samples, beam)
+                took = time.perf_counter() - begin
+            words = captions.words(pieces)
+            result = {
+                "recording": str(path),
+                "text": text,
+                "words": [word._asdict() for word in words],
+                "seconds": round(seconds, 3),
+                "seconds_taken": round(took, 3),
+                "real_time_factor": round(took / seconds, 4),
+                "peak_gib": round(peak(model.device), 2),
+            }
+            results.append(result)
+            if target is not None:
+                write(target, result, words)
+            if not as_json:
+                out().print(escape(text), soft_wrap=True)
+            console.print(
+                f"{escape(path.name)}: {seconds:.1f} s of audio in {took:.1f} s, "
+                f"real-time factor {took / seconds:.3f}, {result['peak_gib']:.2f} GiB at most"
+            )
+    finally:
+        if as_json and results:  # of the recordings before one that cannot be read, too
+            print(json.dumps(results, indent=2))

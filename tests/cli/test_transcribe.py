@@ -269,6 +269,15 @@ def test_recordings_that_would_write_the_same_files_are_refused(folder, recordin
     assert call(place, paths[0], paths[0], "--out", tmp_path / "out").exit_code == 0
 
 
+def test_json_has_the_recordings_before_one_that_cannot_be_read(folder, recording, tmp_path):
+    place, path = folder("ParakeetForCTC"), recording()
+    done = call(place, path, tmp_path / "none.wav", "--json")
+    assert done.exit_code == 2
+    assert [row["recording"] for row in json.loads(done.stdout)] == [str(path)]
+    done = call(place, tmp_path / "none.wav", "--json")
+    assert (done.exit_code, done.stdout) == (2, "")
+
+
 @pytest.mark.parametrize("samples", [320, 321, 479, 640])
 @pytest.mark.parametrize("kind", ["ParakeetForCTC", "ParakeetForTDT"])
 def test_short_recordings_have_finite_features(kind, samples, folder, recording, tmp_path):
