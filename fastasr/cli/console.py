@@ -27,7 +27,9 @@ def err() -> Console:
 
 
 def _console(file) -> Console:
-    width = None if file.isatty() or os.environ.get("COLUMNS") else PLAIN_WIDTH
+    """``file`` is None if the stream was closed before Python began; rich then drops what is printed."""
+    terminal = file is not None and file.isatty()
+    width = None if terminal or os.environ.get("COLUMNS") else PLAIN_WIDTH
     return Console(file=file, width=width, highlight=False, emoji=False)
 
 

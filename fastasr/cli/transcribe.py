@@ -173,6 +173,17 @@ def peak(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
 
 
+def check_names(paths: list[Path]) -> None:
+    """Ends the command if two recordings would write the same files into --out."""
+    known: dict[str, Path] = {}
+    for path in paths:
+        other = known.setdefault(path.stem, path)
+        if other.absolute() != path.absolute():
+            fail(
+                f"--out: {other} and {path} would both be written as {path.stem}.txt: rename one, or run them apart"
+            )
+
+
 def write(folder: Path, result: dict, words: list[Timed]) -> None:
     """Writes the text, the subtitles and everything as JSON."""
     stem = Path(result["recording"]).stem
@@ -198,6 +209,8 @@ def run(
     if dtype not in DTYPES:
         fail(f"--dtype: expected one of {', '.join(DTYPES)}, got {dtype}")
     check_device(device)
+    if target is not None:
+        check_names(paths)
     model, processor = load(folder, device, getattr(torch, dtype))
     if target is not None:
         check_folder("--out", target)
@@ -210,31 +223,33 @@ def run(
         console.print(f"{type(model).__name__}: {len(report.replaced)} modules replaced")
     results = []
     rate, hop = processor.feature_extractor.sampling_rate, processor.feature_extractor.hop_length
-    for path in paths:
-        samples = read(path, rate, hop)
-        seconds = len(samples) / rate
-        with progress(model, path.name):
-            begin = time.perf_counter()
-            text, pieces = transcribe(model, processor, samples, beam)
-            took = time.perf_counter() - begin
-        words = captions.words(pieces)
-        result = {
-            "recording": str(path),
-            "text": text,
-            "words": [word._asdict() for word in words],
-            "seconds": round(seconds, 3),
-            "seconds_taken": round(took, 3),
-            "real_time_factor": round(took / seconds, 4),
-            "peak_gib": round(peak(model.device), 2),
-        }
-        results.append(result)
-        if target is not None:
-            write(target, result, words)
-        if not as_json:
-            out().print(escape(text), soft_wrap=True)
-        console.print(
-            f"{escape(path.name)}: {seconds:.1f} s of audio in {took:.1f} s, real-time factor {took / seconds:.3f}, "
-            f"{result['peak_gib']:.2f} GiB at most"
-        )
-    if as_json:
-        print(json.dumps(results, indent=2))
+    try:
+        for path in paths:
+            samples = read(path, rate, hop)
+            seconds = len(samples) / rate
+            with progress(model, path.name):
+                begin = time.perf_counter()
+                text, pieces = transcribe(model, processor, samples, beam)
+                took = time.perf_counter() - begin
+            words = captions.words(pieces)
+            result = {
+                "recording": str(path),
+                "text": text,
+                "words": [word._asdict() for word in words],
+                "seconds": round(seconds, 3),
+                "seconds_taken": round(took, 3),
+                "real_time_factor": round(took / seconds, 4),
+                "peak_gib": round(peak(model.device), 2),
+            }
+            results.append(result)
+            if target is not None:
+                write(target, result, words)
+            if not as_json:
+                out().print(escape(text), soft_wrap=True)
+            console.print(
+                f"{escape(path.name)}: {seconds:.1f} s of audio in {took:.1f} s, "
+                f"real-time factor {took / seconds:.3f}, {result['peak_gib']:.2f} GiB at most"
+            )
+    finally:
+        if as_json and results:  # of the recordings before one that cannot be read, too
+            print(json.dumps(results, indent=2))

@@ -59,6 +59,12 @@ def test_the_installed_command_ends_without_a_traceback():
     assert done.stdout == ""
 
 
+def test_commands_run_without_standard_output(monkeypatch):
+    """A process that begins with a closed standard output has None there."""
+    monkeypatch.setattr(sys, "stdout", None)
+    env.run(as_json=False)
+
+
 @pytest.fixture
 def ended(monkeypatch, capsys):
     """Returns what the command that the package installs says when it cannot run."""

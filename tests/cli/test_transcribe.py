@@ -256,6 +256,28 @@ def test_refusals(folder, recording, tmp_path, monkeypatch):
     assert "pip install 'fastasr[asr,cli]' 'transformers>=5.23'" in call(place, path).stderr
 
 
+def test_recordings_that_would_write_the_same_files_are_refused(folder, recording, tmp_path):
+    place = folder("ParakeetForCTC")
+    for name in ("monday", "tuesday"):
+        (tmp_path / name).mkdir()
+    paths = [recording(name=f"{name}/call.wav") for name in ("monday", "tuesday")]
+    done = call(place, *paths, "--out", tmp_path / "out")
+    assert done.exit_code == 2
+    assert f"--out: {paths[0]} and {paths[1]} would both be written as call.txt" in done.stderr
+    assert not (tmp_path / "out").exists()
+    assert call(place, *paths).exit_code == 0
+    assert call(place, paths[0], paths[0], "--out", tmp_path / "out").exit_code == 0
+
+
+def test_json_has_the_recordings_before_one_that_cannot_be_read(folder, recording, tmp_path):
+    place, path = folder("ParakeetForCTC"), recording()
+    done = call(place, path, tmp_path / "none.wav", "--json")
+    assert done.exit_code == 2
+    assert [row["recording"] for row in json.loads(done.stdout)] == [str(path)]
+    done = call(place, tmp_path / "none.wav", "--json")
+    assert (done.exit_code, done.stdout) == (2, "")
+
+
 @pytest.mark.parametrize("samples", [320, 321, 479, 640])
 @pytest.mark.parametrize("kind", ["ParakeetForCTC", "ParakeetForTDT"])
 def test_short_recordings_have_finite_features(kind, samples, folder, recording, tmp_path):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from steps import close, cotangent, seeded
 
+import fastasr
 from fastasr.models.common.ragged import padded
 from fastasr.models.fast_conformer import FastConformerCTC, FastConformerEncoder, attention, block, masks
 
@@ -120,3 +121,23 @@ def test_gradients_of_rows_without_keys_in_16_bits():
 
     for found, exact in zip(gradients(torch.bfloat16), gradients(torch.float64), strict=True):
         assert (found - exact).norm() < 1e-3 * exact.norm()
+
+
+def test_second_derivatives_of_rows_without_keys():
+    """The eager backend serves gradients of gradients."""
+    seeded(0)
+    leaves = [t.requires_grad_() for t in torch.randn(3, 2, 7, 2, 12).double()]
+
+    def masked(q, k, v, bias):
+        scores = torch.einsum("bthd,bjhd->bhtj", q + bias, k) * 12**-0.5 + torch.finfo(q.dtype).min
+        return torch.einsum("bhtj,bjhe->bthe", scores.softmax(-1), v)
+
+    def second(function):
+        with fastasr.backend("eager"):
+            y = function(*leaves, 0.3)
+        first = torch.autograd.grad(y, leaves, cotangent(y), create_graph=True)
+        total = sum((t * cotangent(t, "second")).sum() for t in first)
+        return [y.expand(2, 7, 2, 12).detach(), *first, *torch.autograd.grad(total, leaves)]
+
+    for found, expected in zip(second(attention.mean_of_values), second(masked), strict=True):
+        close(found, expected, 1e-12)

@@ -2,13 +2,15 @@
 """Runs many streams through one encoder chunk by chunk, for live recognition."""
 
 import copy
+import functools
 import itertools
 import random
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Concatenate, ParamSpec, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +28,27 @@ from fastasr.ops._weight_formats import FORMATS
 BACKENDS = ("native", "cuda graph", "eager")
 _PROBE = 3  # chunks over which the error of rounded weights is measured
 _GROUPS = 64  # groups of parameters: each step looks for changes in one of them
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class _Shared(Protocol):
+    _turn: Any
+
+
+S = TypeVar("S", bound=_Shared)
+
+
+def in_turns(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
+    """Has calls of an object's methods from several threads take turns: they share its scratch memory and its slots."""
+
+    @functools.wraps(method)
+    def call(self: S, *args: P.args, **kwargs: P.kwargs) -> R:
+        with self._turn:
+            return method(self, *args, **kwargs)
+
+    return call
 
 
 @dataclass
@@ -68,8 +91,8 @@ class StreamingEncoder:
         y, lengths = encoder.step(features, [i, j])     # (2, 45, 80) -> (2, 8, channels)
         encoder.close(j)
 
-    A call takes a chunk of any subset of the open streams, which may be of any age. Only one thread may use the object
-    at a time. Values that are not finite stay in their own stream and disappear with ``reset``.
+    A call takes a chunk of any subset of the open streams, which may be of any age. Calls from several threads take
+    turns. Values that are not finite stay in their own stream and disappear with ``reset``.
 
     As long as the model lives, a step reads its weights again where they have changed, and streams go on. The first
     step after a change of all parameters notices it; a change of few may take 64 steps, and some need
@@ -99,6 +122,7 @@ class StreamingEncoder:
         self._slots: dict[int, int] = {}  # stream -> slot
         self._audio: dict[int, StreamFeatures] = {}
         self._opened = 0
+        self._turn = threading.RLock()
         # set if the engine has a copy that may become old
         self._model: _Parameters | None = None
         self._device: torch.device | None = None
@@ -182,6 +206,7 @@ class StreamingEncoder:
         """Returns the open streams in the order of their opening."""
         return list(self._slots)
 
+    @in_turns
     def open(self) -> int:
         """Opens a stream and returns its number. Raises RuntimeError if ``max_streams`` are open."""
         if not self._free:
@@ -195,12 +220,14 @@ class StreamingEncoder:
         self._slots[stream] = slot
         return stream
 
+    @in_turns
     def close(self, stream: int) -> None:
         """Ends a stream; its number is never used again."""
         self._free.append(self._slot("close", stream))
         del self._slots[stream]
         self._audio.pop(stream, None)
 
+    @in_turns
     def reset(self, stream: int) -> None:
         """Puts the stream back to its beginning and drops the samples that wait."""
         self._backend.reset(self._slot("reset", stream))
@@ -221,6 +248,7 @@ class StreamingEncoder:
         return slot
 
     # ------------------------------------------------------------------ features
+    @in_turns
     def step(self, features: Tensor, streams: Iterable[int], lengths: Any = None) -> tuple[Tensor, Tensor]:
         """Encodes the next chunk of each of ``streams``.
 
@@ -286,6 +314,7 @@ class StreamingEncoder:
         return {"step": self.refusal or ""}
 
     # ------------------------------------------------------------------ samples
+    @in_turns
     def push(self, stream: int, samples: Any, rate: int | None = None) -> int:
         """Adds samples, floats in [-1, 1] or int16, to a stream. Returns how many of its chunks wait."""
         self._slot("push", stream)
@@ -296,6 +325,7 @@ class StreamingEncoder:
         audio.push(samples, rate)
         return len(audio)
 
+    @in_turns
     def end(self, stream: int) -> int:
         """Ends the samples of a stream and makes chunks of the rest. Returns how many of its chunks wait."""
         self._slot("end", stream)
@@ -308,27 +338,34 @@ class StreamingEncoder:
     @property
     def ready(self) -> list[int]:
         """Returns the streams for which a chunk of pushed samples waits."""
-        return [stream for stream, audio in self._audio.items() if len(audio)]
+        return [stream for stream, audio in list(self._audio.items()) if len(audio)]
 
+    @in_turns
     def advance(self, streams: Iterable[int] | None = None) -> tuple[list[int], Tensor]:
         """Encodes one waiting chunk of each of ``streams`` (default: all). Returns (the streams that had one,
         encoder_out (n, chunk_size / 2, channels)). All frames count, even those of the silence at the end, because the
         search decides the last words there.
         """
-        ready = self.ready if streams is None else [s for s in self.ready if s in set(streams)]
-        chunks = [self._audio[stream].take() for stream in ready]
+        if streams is not None:
+            streams = set(streams)
+        ready = [stream for stream in self.ready if streams is None or stream in streams]
         features = (
-            torch.stack(chunks)
-            if chunks
+            torch.stack([self._audio[stream].next() for stream in ready])
+            if ready
             else torch.zeros(0, self.frames_per_chunk, self.bins, dtype=torch.float32, device="cpu")
         )
-        return ready, self.step(features, ready)[0]
+        encoder_out = self.step(features, ready)[0]
+        for stream in ready:  # Only now: if the step raises an error, the chunks wait for the next call.
+            self._audio[stream].take()
+        return ready, encoder_out
 
     # ------------------------------------------------------------------ states
+    @in_turns
     def export_states(self, stream: int) -> list[Tensor]:
         """Returns the stream's states in the form of upstream's streaming wrapper, for a batch of one."""
         return self._backend.export_states(self._slot("export_states", stream))
 
+    @in_turns
     def import_states(self, stream: int, states: Iterable[Tensor]) -> None:
         """Makes the stream continue from these states, ours or upstream's. Raises ValueError if they do not fit."""
         self._backend.import_states(self._slot("import_states", stream), list(states))

@@ -47,6 +47,10 @@ class StreamFeatures:
         self._ready.extend(self._chunks.accept(self._computer.finish()))
         self._ready.extend(self._chunks.finish())
 
+    def next(self) -> Tensor:
+        """Returns the chunk that ``take`` will return."""
+        return self._ready[0]
+
     def take(self) -> Tensor:
         return self._ready.popleft()
 

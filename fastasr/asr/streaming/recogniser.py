@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Recognises many streams live with an encoder, a search over its frames, and rules for the end of a segment."""
 
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastasr.asr import decoding
-from fastasr.asr.streaming.encoder import StreamingEncoder
+from fastasr.asr.streaming.encoder import StreamingEncoder, in_turns
 
 FRAME = 0.04  # seconds per frame of the encoder's output, with features every 10 ms
 
@@ -78,6 +79,8 @@ class StreamingRecogniser:
         recogniser.end(stream)                    # no more samples
         recogniser.finish(stream)                 # the Results of the waiting chunks
 
+    Calls from several threads take turns.
+
     Args:
         model: the model with the ``decoder`` and ``joiner`` or the ``ctc_output`` that belong to the encoder.
         encoder: a StreamingEncoder of the same model.
@@ -119,21 +122,25 @@ class StreamingRecogniser:
         self.to_text = to_text
         self.endpoint = endpoint
         self._streams: dict[int, Any] = {}
+        self._turn = threading.RLock()
         self.seconds = {"encoder": 0.0, "search": 0.0}
 
     # ------------------------------------------------------------------ streams
+    @in_turns
     def open(self) -> int:
         """Opens a stream and returns its number. Raises RuntimeError if the encoder has no free slot."""
         stream = self.encoder.open()
         self._streams[stream] = _Stream(self.search.start(1))
         return stream
 
+    @in_turns
     def close(self, stream: int) -> None:
         """Closes a stream and drops its results."""
         self._of("close", stream)
         del self._streams[stream]
         self.encoder.close(stream)
 
+    @in_turns
     def reset(self, stream: int) -> None:
         """Puts the stream back to its beginning."""
         self._of("reset", stream)
@@ -163,11 +170,13 @@ class StreamingRecogniser:
         self._of("push", stream)
         return self.encoder.push(stream, samples, rate)
 
+    @in_turns
     def end(self, stream: int) -> int:
         """Ends the samples of a stream. Returns how many of its chunks wait for ``advance``."""
         self._of("end", stream).ended = True
         return self.encoder.end(stream)
 
+    @in_turns
     def advance(self, streams: Any = None) -> list[Result]:
         """Recognises one waiting chunk of each of ``streams`` (default: all) and returns a Result for each.
 
@@ -182,6 +191,7 @@ class StreamingRecogniser:
         self.seconds["search"] += time.perf_counter() - middle
         return results
 
+    @in_turns
     @torch.inference_mode()
     def accept(self, streams: Any, encoder_out: Tensor, lengths: Tensor | None = None) -> list[Result]:
         """Does the same as ``advance`` for given encoder output (n, frames, channels) and lengths (n,)."""
@@ -195,14 +205,16 @@ class StreamingRecogniser:
             if lengths is None
             else torch.as_tensor(lengths, device="cpu").tolist()
         )
-        waiting = set(self.encoder.ready)
-        results = []
-        for stream, one, part, count in zip(streams, kept, decoding.split_state(state), counts, strict=True):
+        for one, part, count in zip(kept, decoding.split_state(state), counts, strict=True):
             one.state = part
             one.frames += count
-            results.append(self._result(stream, one, last=one.ended and stream not in waiting))
-        return results
+        waiting = set(self.encoder.ready)  # An error of to_text below loses no stream's frames.
+        return [
+            self._result(stream, one, last=one.ended and stream not in waiting)
+            for stream, one in zip(streams, kept, strict=True)
+        ]
 
+    @in_turns
     def finish(self, stream: int) -> list[Result]:
         """Ends a stream and recognises its waiting chunks. Returns their Results, of which the last is final: the
         segment so far if no chunk waits. It is empty if every segment is already final.

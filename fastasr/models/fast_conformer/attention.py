@@ -25,7 +25,7 @@ from fastasr.models.common.row import Row
 from fastasr.models.fast_conformer import masks
 from fastasr.models.fast_conformer.masks import WATCHED, Seen, is_readable, seen
 from fastasr.models.fast_conformer.positions import KEPT_FRAMES
-from fastasr.ops import _kept, _reduced_weights
+from fastasr.ops import _dispatch, _kept, _reduced_weights
 from fastasr.ops._register import autocast_dtype, without_autocast
 from fastasr.ops._relative_positions import relative_shift
 
@@ -158,7 +158,7 @@ def mean_of_values(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | float) -> Ten
     equal scores.
 
     With C = Σ_j (k_j − k̄)ᵀ v_j / (T √d), d mean_i = d v̄ + d(q_i + u) C + (q_i + u) dC|_k: the difference below is 0 and
-    has this derivative.
+    has this derivative. On the eager backend, which serves gradients of gradients, the softmax is computed.
     """
     wide = torch.promote_types(v.dtype, torch.float32)  # 16 bits gave k and bias twice upstream's error
     if v.is_cpu and v.dtype != wide:
@@ -168,6 +168,9 @@ def mean_of_values(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | float) -> Ten
         return mean
     q, k = q.to(wide), k.to(wide)
     with without_autocast(q):
+        if _dispatch.forced_backend() == "eager":  # The slope below has no second derivative.
+            scores = torch.einsum("bthd,bjhd->bhtj", q + bias, k) * q.shape[-1] ** -0.5
+            return torch.einsum("bhtj,bjhe->bthe", (scores - scores.detach()).softmax(-1), v.to(wide))
         spread = torch.einsum("bthd,bthe->bhde", k - k.mean(1, keepdim=True), v.detach().to(wide))
         slope = torch.einsum("bthd,bhde->bthe", q + bias, spread * (q.shape[-1] ** -0.5 / q.shape[1]))
     return mean + (slope - slope.detach())

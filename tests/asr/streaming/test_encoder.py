@@ -2,6 +2,9 @@
 """The engine as it is used: streams that open and close, lengths, samples, and the calls it refuses."""
 
 import random
+import time
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import pytest
 import torch
@@ -109,6 +112,55 @@ def test_samples_go_in_as_they_come(model):
     drain()
     for stream in (one, other):
         assert relative(torch.cat(got[stream]), expected) < TOLERANCE
+
+
+def test_chunks_wait_until_a_step_has_served_them(model, monkeypatch):
+    pytest.importorskip("kaldi_native_fbank")
+    encoder = make(model)
+    streams = [encoder.open() for _ in range(3)]
+    for stream in streams:
+        encoder.push(stream, torch.randn(9000, generator=numbers(stream)) * 0.1)
+    waiting = encoder.push(streams[0], torch.zeros(0))
+    with monkeypatch.context() as patch:
+        patch.setattr(encoder._backend, "step", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            encoder.advance()
+    assert encoder.push(streams[0], torch.zeros(0)) == waiting
+    assert encoder.advance(iter(streams))[0] == streams
+    assert encoder.push(streams[0], torch.zeros(0)) == waiting - 1
+
+
+def test_threads_take_turns(model, monkeypatch):
+    """Backends share memory among the streams: no two calls run at once, and each stream is as alone."""
+    encoder, inside, most = make(model), [], []
+    step = encoder._backend.step
+
+    def watched(*arguments):
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.002)
+        y = step(*arguments)
+        inside.pop()
+        return y
+
+    monkeypatch.setattr(encoder._backend, "step", watched)
+    chunks = torch.randn(4, 5, 1, 2 * CHUNK + 13, BINS, generator=numbers(3))
+    begin = Barrier(4)
+
+    def run(own):
+        begin.wait(60)
+        stream = encoder.open()
+        y = torch.cat([encoder.step(chunk, [stream])[0][0] for chunk in own])
+        encoder.close(stream)
+        return stream, y
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(run, chunks))
+    assert sorted(stream for stream, _ in found) == [0, 1, 2, 3]
+    assert max(most) == 1
+    for own, (_, y) in zip(chunks, found, strict=True):
+        alone = Alone(model, CHUNK, LEFT)
+        assert relative(y, torch.cat([alone.step(chunk[0]) for chunk in own])) < TOLERANCE
 
 
 def test_integers_are_samples_too(model):

@@ -122,6 +122,18 @@ def test_segments_end_after_silence(model):
     assert recogniser.result(stream).segment == 0
 
 
+def test_an_error_of_to_text_loses_no_frames(model):
+    recogniser = StreamingRecogniser(model, engine(model), "ctc-greedy", to_text=lambda tokens: 1 // 0)
+    streams = [recogniser.open(), recogniser.open()]
+    _Spoken(recogniser)
+    spoken = torch.tensor([[0.0, 3, 0, 4], [5, 0, 6, 0]]).unsqueeze(2)
+    with pytest.raises(ZeroDivisionError):
+        recogniser.accept(streams, spoken)
+    recogniser.to_text = str
+    assert [recogniser.result(stream).text for stream in streams] == ["[3, 4]", "[5, 6]"]
+    assert [recogniser.result(stream).end for stream in streams] == [4 * FRAME, 4 * FRAME]
+
+
 def test_the_last_result_is_final_if_no_chunk_waits(model):
     recogniser = StreamingRecogniser(model, engine(model), "ctc-greedy")
     silent, spoken = recogniser.open(), recogniser.open()
