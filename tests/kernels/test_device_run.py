@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from fastasr import ops
+from fastasr.benchmarks import upstream
 from fastasr.benchmarks.device import machine, timing, verdict
 from fastasr.benchmarks.device import units as device_units
 from fastasr.benchmarks.device.__main__ import main, run
@@ -226,6 +227,16 @@ def test_when_the_minutes_are_over_the_rest_is_left(tmp_path, monkeypatch):
     text = (tmp_path / "verdict.md").read_text()
     assert "2 left: run the same command with --resume" in text
     assert "- A check: lasts\n- A check: later" in text
+
+
+def test_a_model_whose_package_is_missing_is_left_out():
+    def build() -> None:
+        upstream.module("zipformer.modules.absent")
+
+    messages = []
+    reported(messages.append, "timing", build)
+    assert messages[-1]["found"] == "skipped"
+    assert "upstream's package zipformer cannot be imported" in messages[-1]["message"]
 
 
 # --- what a real device goes through, with torch.cuda in the hands of the test
