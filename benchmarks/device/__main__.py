@@ -133,6 +133,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--kinds", nargs="+", metavar="KIND", help="units of these kinds alone, such as memcheck"
     )
     parser.add_argument(
+        "--ways",
+        nargs="+",
+        choices=whole_models.SHOWN,
+        help="run whole models in these ways alone (default: all)",
+    )
+    parser.add_argument(
         "--compile-model", action="store_true", help="sweep models under torch.compile over the batch too"
     )
     parser.add_argument("--dry-run", action="store_true", help="without a GPU: a fake one takes the launches")
@@ -143,7 +149,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if reason := machine.why_not():
         print(f"fastasr gpu: {reason}", file=sys.stderr)
         return verdict.UNUSABLE
-    wanted = [unit for unit in units(machine, options.compile_model) if unit.stage in options.stages]
+    every = units(machine, options.compile_model, tuple(options.ways or ()))
+    wanted = [unit for unit in every if unit.stage in options.stages]
     for option, field in (("only", "op"), ("kinds", "kind")):
         names = getattr(options, option)
         if names:
