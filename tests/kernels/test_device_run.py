@@ -261,8 +261,7 @@ def test_a_run_that_is_told_to_end_leaves_no_process(tmp_path, monkeypatch):
     monkeypatch.setattr("fastasr.benchmarks.device.__main__.units", lambda *_: [unit])
 
     def end() -> None:
-        while not (file.exists() and file.read_text()):
-            time.sleep(0.1)
+        wait_for(lambda: file.exists() and file.read_text())
         os.kill(os.getpid(), signal.SIGTERM)
 
     before = signal.getsignal(signal.SIGTERM)
@@ -273,8 +272,30 @@ def test_a_run_that_is_told_to_end_leaves_no_process(tmp_path, monkeypatch):
     finally:
         signal.signal(signal.SIGTERM, before)
     assert ended.value.code == verdict.UNFINISHED
-    with pytest.raises(ProcessLookupError):
-        os.kill(int(file.read_text()), 0)
+    assert not _runs(int(file.read_text()))
+
+
+def test_a_run_that_is_killed_leaves_no_process(tmp_path):
+    file = tmp_path / "pid"
+    call = f"import test_device_run as t; t.isolated(t.names_its_process, (None, {str(file)!r}), 600)"
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    process = subprocess.Popen([sys.executable, "-c", call], env=ONE_THREAD | {"PYTHONPATH": path})
+    wait_for(lambda: file.exists() and file.read_text())
+    process.kill()
+    process.wait()
+    wait_for(lambda: not _runs(int(file.read_text())))
+
+
+def wait_for(condition) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end, "it took more than a minute"
+        time.sleep(0.1)
+
+
+def _runs(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/status")
+    return status.exists() and "(zombie)" not in status.read_text()
 
 
 def test_a_model_whose_package_is_missing_is_left_out():
