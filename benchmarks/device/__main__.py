@@ -18,6 +18,7 @@ the folder has a new verdict.md, units.json (a record per unit) and device.jsonl
 
 import argparse
 import os
+import signal
 import sys
 import threading
 import time
@@ -28,10 +29,9 @@ from pathlib import Path
 
 from fastasr import files
 from fastasr.benchmarks import rows
-from fastasr.benchmarks.device import verdict
+from fastasr.benchmarks.device import verdict, whole_models
 from fastasr.benchmarks.device.machine import GPU, DryRun
 from fastasr.benchmarks.device.units import Unit, units
-from fastasr.benchmarks.device.whole_models import rows_of
 from fastasr.benchmarks.isolate import Outcome, isolated, kill_all
 
 LEAST = 10  # A unit begins only if this many seconds are left.
@@ -49,18 +49,19 @@ class Book:
         out.mkdir(parents=True, exist_ok=True)
 
     def left(self, wanted: Iterable[Unit]) -> list[Unit]:
-        done = {record["unit"] for record in self.records}
+        done = {record["unit"] for record in self.records if not record.get("under_way")}
         return [unit for unit in wanted if unit.key not in done]
 
-    def add(self, unit: Unit, outcome: Outcome, wanted: Sequence[Unit]) -> dict:
-        """Writes a unit's record, and the verdict anew."""
+    def add(self, unit: Unit, outcome: Outcome, wanted: Sequence[Unit], under_way: bool = False) -> dict:
+        """Writes a unit's record, and the verdict anew. The record of a unit under way is replaced by its next one."""
         about = {"stage": unit.stage, "kind": unit.kind, "name": unit.name, "op": unit.op, "unit": unit.key}
         about["code"] = verdict.code_of(unit.op)
         came = {name: getattr(outcome, name) for name in ("seconds", "ended", "messages", "output")}
-        record = self.same | about | came
+        record = self.same | about | came | ({"under_way": True} if under_way else {})
         with self._lock:
+            self.records = [r for r in self.records if not (r.get("under_way") and r["unit"] == unit.key)]
             self.records.append(record)
-            if measured := rows_of([record]):
+            if measured := whole_models.rows_of([record]):
                 rows.merge(self.out / "device.jsonl", measured)
             self.write(wanted)
         return record
@@ -80,11 +81,18 @@ def run(wanted: Sequence[Unit], machine: GPU, out: Path, minutes: float, resume:
         limit = min(unit.limit, end - time.monotonic())
         if limit < min(LEAST, unit.limit):
             return
+        so_far = Outcome()
+
+        def heard(message: dict) -> None:
+            so_far.messages.append(message)
+            if "rows" in message:
+                book.add(unit, so_far, wanted, under_way=True)
+
         pointless = verdict.pointless(book.records, unit.op, unit.kind)
         if pointless:
             outcome = Outcome([{"check": unit.kind, "found": "skipped", "message": pointless}])
         else:
-            outcome = isolated(unit.function, (machine, *unit.arguments), limit)
+            outcome = isolated(unit.function, (machine, *unit.arguments), limit, heard)
         if outcome.out_of_time and limit < unit.limit:
             return  # The run's time was up, not the unit's: a resumed run begins the unit again.
         found = verdict.findings(book.add(unit, outcome, wanted))
@@ -99,7 +107,7 @@ def run(wanted: Sequence[Unit], machine: GPU, out: Path, minutes: float, resume:
         with ThreadPoolExecutor(jobs) as pool:
             try:
                 list(pool.map(one, group))
-            except KeyboardInterrupt:  # before the pool waits for its threads
+            except (KeyboardInterrupt, SystemExit):  # before the pool waits for its threads
                 end = 0.0
                 kill_all()
                 raise
@@ -125,6 +133,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--kinds", nargs="+", metavar="KIND", help="units of these kinds alone, such as memcheck"
     )
     parser.add_argument(
+        "--ways",
+        nargs="+",
+        choices=whole_models.SHOWN,
+        help="run whole models in these ways alone (default: all)",
+    )
+    parser.add_argument(
         "--compile-model", action="store_true", help="sweep models under torch.compile over the batch too"
     )
     parser.add_argument("--dry-run", action="store_true", help="without a GPU: a fake one takes the launches")
@@ -135,13 +149,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if reason := machine.why_not():
         print(f"fastasr gpu: {reason}", file=sys.stderr)
         return verdict.UNUSABLE
-    wanted = [unit for unit in units(machine, options.compile_model) if unit.stage in options.stages]
+    every = units(machine, options.compile_model, tuple(options.ways or ()))
+    wanted = [unit for unit in every if unit.stage in options.stages]
     for option, field in (("only", "op"), ("kinds", "kind")):
         names = getattr(options, option)
         if names:
             if unknown := set(names) - {getattr(unit, field) for unit in wanted}:
                 parser.error(f"--{option}: no unit is about {', '.join(sorted(unknown))}")
             wanted = [unit for unit in wanted if getattr(unit, field) in names]
+    # As after Ctrl-C, no unit's process stays on the device.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(verdict.UNFINISHED))
     return run(wanted, machine, options.out, options.minutes, options.resume)
 
 

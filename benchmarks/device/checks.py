@@ -10,6 +10,7 @@ from torch import Tensor
 from fastasr.benchmarks.device.machine import GPU, Skipped
 from fastasr.testing import recorded_steps
 from fastasr.testing.checks import _same, compared, parity, poisoned, values_and_gradients
+from fastasr.testing.peers import MissingUpstream
 from fastasr.testing.table import (
     Make,
     OpTable,
@@ -149,7 +150,7 @@ def reported(tell: Callable[[dict], None], title: str, check: Callable[[], None]
     tell({"check": title, "found": "started"})
     try:
         check()
-    except (Skipped, torch.OutOfMemoryError) as reason:
+    except (Skipped, MissingUpstream, torch.OutOfMemoryError) as reason:
         tell({"check": title, "found": "skipped", "message": str(reason)})
     except Exception as error:
         tell({"check": title, "found": "wrong", "message": f"{type(error).__name__}: {error}"[:2000]})

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -44,9 +45,9 @@ class Unit:
         return f"{self.stage} {self.kind}: {self.name}"
 
 
-def units(machine: GPU, compiled: bool = False) -> Iterator[Unit]:
+def units(machine: GPU, compiled: bool = False, ways: tuple[str, ...] = ()) -> Iterator[Unit]:
     """Yields the units of all stages: A, correctness; B, speed in bfloat16; M, whole models; C, float32,
-    sanitizers, tests. compiled: sweeps have ``torch.compile`` too.
+    sanitizers, tests. compiled: sweeps have ``torch.compile`` too. ways: whole models run in these ways alone.
     """
     ops = list(kernels())
     for op in (op for op, backend in kernels().items() if backend == "triton"):
@@ -68,14 +69,17 @@ def units(machine: GPU, compiled: bool = False) -> Iterator[Unit]:
     yield from (timed("B", op, 0, bfloat16, ahead=True) for op in ops)
     yield from (Unit("B", "time", model, time_model, (model,), 300, model) for model in MODELS)
     yield from (timed("B", op, 0, bfloat16) for op in ops)
+    for kind, function, limit in (
+        ("whole model", whole_models.time_whole, 600),
+        ("profile", whole_models.profile, 300),
+    ):
+        for name, workload in product(whole_models.MODELS, whole_models.WORKLOADS):
+            arguments, of = (name, workload, ways), f"{name} {workload.case}"
+            yield Unit("M", kind, of, function, arguments, limit, name)
     for name in whole_models.MODELS:
         for seconds, of in ((30, ""), (None, ", LibriSpeech-like")):
-            arguments = (name, seconds, ("compile",) if compiled and seconds else ())
+            arguments = (name, seconds, ("compile",) if compiled and seconds else (), ways)
             yield Unit("M", "sweep", f"{name} over the batch{of}", whole_models.sweep, arguments, 600, name)
-        for workload in whole_models.WORKLOADS:
-            of = f"{name} {workload.case}"
-            yield Unit("M", "whole model", of, whole_models.time_whole, (name, workload), 400, name)
-            yield Unit("M", "profile", of, whole_models.profile, (name, workload), 300, name)
     yield from (timed("C", op, 0, float32) for op in ops)
     for tool in SANITIZERS:
         yield from (Unit("C", tool, op, sanitize, (tool, op), 300, op, "device") for op in ops)

@@ -41,6 +41,7 @@ MAX_DOUBLINGS = 10  # A sweep doubles the batch at most this often.
 # The most by which gradients of recorded steps may differ from those of unrecorded ones: a recorded Zipformer adds and
 # rounds by other kernels, in bfloat16. A row's ``recorded_off`` is the difference that was measured.
 OFF = 0.03
+COMPILED = ("compile", "reduce-overhead")
 RECORDED = {"recorded", "row"}
 SWAPPED = RECORDED | {"fastasr"}
 
@@ -164,20 +165,22 @@ class _Way:
 
 def _made(
     machine: GPU, shipped: torch.nn.Module, key: str, training: bool, inputs: tuple = ()
-) -> tuple[torch.nn.Module, Callable]:
+) -> tuple[torch.nn.Module, Callable, str]:
+    """Returns a model to run one way, what to call, and why a recorded one's calls are not recorded, or ""."""
     model = copy.deepcopy(shipped).to(machine.device).train(training)
     if key == "compile":
-        return model, torch.compile(model)
+        return model, torch.compile(model), ""
     if key == "reduce-overhead":
-        return model, torch.compile(model, mode="reduce-overhead")
+        return model, torch.compile(model, mode="reduce-overhead"), ""
+    if key == "upstream":
+        return model, model, ""
+    room: dict = {}
     if key == "row":
         room = {"frames": _frames(inputs), "recordings": len(inputs[0]), "longest": inputs[0].shape[1]}
-        graphs = fastasr.Graphs(recorder=machine.recorder, **room)
-        fastasr.accelerate(model, ragged=True, graphs=graphs)
-    elif key != "upstream":
-        graphs = fastasr.Graphs(recorder=machine.recorder)
-        fastasr.accelerate(model, graphs=graphs if key == "recorded" else False)
-    return model, model
+    graphs = fastasr.Graphs(recorder=machine.recorder, **room) if key in RECORDED else False
+    report = fastasr.accelerate(model, ragged=key == "row", graphs=graphs)
+    reasons = dict.fromkeys(reason for reason in (report.graphs or {}).values() if reason)
+    return model, model, "; ".join(reasons)
 
 
 def _frames(inputs: tuple) -> int:
@@ -185,83 +188,92 @@ def _frames(inputs: tuple) -> int:
     return int(inputs[1].sum())
 
 
-def _ways(name: str, workload: Workload, compiled: Sequence[str] = ()) -> tuple[str, ...]:
-    """Returns the ways to run a model on a workload, with those of ``compiled`` that can run it."""
+def _ways(
+    name: str, workload: Workload, compiled: Sequence[str] = (), only: Sequence[str] = ()
+) -> tuple[str, ...]:
+    """Returns the ways to run a model on a workload, with those of ``compiled`` that can run it: those of ``only``, if
+    it names any."""
     last = () if workload.seconds is not None else ("row",)
     if last or workload.training not in COMPILES[name]:
         compiled = ()
-    return ("upstream", *compiled, "fastasr", "recorded", *last)
+    every = ("upstream", *compiled, "fastasr", "recorded", *last)
+    return tuple(way for way in every if not only or way in only)
 
 
-def _why_not_replayed(model: torch.nn.Module) -> str:
-    """Returns why a recorded model's calls are no replays, or "". A module that memory does not suffice to record
-    runs unrecorded, or its parts are recorded: this ends a sweep."""
+def _why_not_replayed(model: torch.nn.Module, why_not: str = "") -> str:
+    """Returns why a recorded model's calls are no replays, or "": ``why_not`` where it has no graphs. A module that
+    memory does not suffice to record runs unrecorded, or its parts are recorded: this ends a sweep."""
     kinds = [kind for its in fastasr.graph_state(model).values() for kind in its]
     reasons = [kind.reason for kind in kinds if kind.reason]
     ended = [reason for reason in reasons if reason.startswith(torch.OutOfMemoryError.__name__)]
     replayed = any(kind.replayed for kind in kinds) and not ended
-    return "" if replayed else "; ".join(ended or reasons) or "no call is recorded"
+    return "" if replayed else "; ".join(ended or reasons) or why_not or "no call is recorded"
 
 
 def time_whole(
-    tell: Callable, machine: GPU, name: str, workload: Workload, ways: tuple[str, ...] = ()
+    tell: Callable, machine: GPU, name: str, workload: Workload, only: tuple[str, ...] = ()
 ) -> None:
     """Times a model on a workload, and checks that recorded steps are the unrecorded ones."""
-    reported(tell, "timing", partial(_time_whole, tell, machine, name, workload, ways))
+    reported(tell, "timing", partial(_time_whole, tell, machine, name, workload, only))
 
 
-def _time_whole(tell: Callable, machine: GPU, name: str, workload: Workload, ways: tuple[str, ...]) -> None:
+def _time_whole(tell: Callable, machine: GPU, name: str, workload: Workload, only: tuple[str, ...]) -> None:
     build, inputs_of = MODELS[name]
     torch.manual_seed(0)
     shipped = build(machine.dry)
     inputs = _inputs(machine, inputs_of, workload)
-    made, memory = {}, {}
-    for key in ways or _ways(name, workload, () if machine.dry else ("compile", "reduce-overhead")):
+    limit = yardstick(machine)
+    made, memory, walls, hosts, failed = {}, {}, {}, {}, []
+
+    def row_of(key: str) -> dict:
+        """Times one more round of calls. Returns the row of all rounds so far."""
+        way = made[key]
+        way.step()
+        wall, host = _clock(machine, way.step)
+        walls.setdefault(key, []).append(wall)
+        hosts.setdefault(key, []).append(host)
+        return Row.measured(
+            suite="models", name=name, case=workload.case, shape="x".join(map(str, inputs[0].shape)),
+            dtype="bfloat16", device=machine.device, pass_="forward+backward" if workload.training else "forward",
+            implementation=key, median_ms=statistics.median(walls[key]), q1_ms=min(walls[key]),
+            q3_ms=max(walls[key]), reps=CALLS * len(walls[key]), host_ms=statistics.median(hosts[key]),
+            busy_ms=machine.busy_milliseconds(way.step), limit=limit,
+            peak_bytes=None if machine.dry else memory[key],
+        ).to_dict()  # fmt: skip
+
+    for key in _ways(name, workload, () if machine.dry else COMPILED, only):
+        model = call = way = None  # What was left out holds no memory.
         before = _held(machine)
-        model, call = _made(machine, shipped, key, workload.training, inputs)
+        model, call, why_not = _made(machine, shipped, key, workload.training, inputs)
         way = _Way(machine, model, call, inputs, workload.training)
         try:
-            with time_limit(COMPILE_SECONDS):
+            with time_limit(COMPILE_SECONDS) if key in COMPILED else contextlib.nullcontext():
                 if key == "fastasr":
                     compiled_together(machine, way.seeded)
                 for _ in range(WARMUP):
                     way.step()
                 machine.synchronize()
         except (Exception, Expired) as error:
-            if key == "upstream" or key in SWAPPED:
-                raise
-            tell(
-                {"left_out": key, "pass": workload.case, "message": f"{type(error).__name__}: {error}"[:300]}
-            )
+            message = f"{type(error).__name__}: {error}"[:300]
+            tell({"left_out": key, "pass": workload.case, "message": message})
+            if key not in COMPILED and not isinstance(error, torch.OutOfMemoryError):
+                failed.append(f"{key}: {message}")
             continue
         if key in RECORDED:
             state = fastasr.graph_state(model)
             tell({"graphs": {path: [vars(kind) for kind in kinds] for path, kinds in state.items()}})
-            if reason := _why_not_replayed(model):
+            if reason := _why_not_replayed(model, why_not):
                 tell({"left_out": key, "pass": workload.case, "message": reason[:300]})
                 continue
         made[key], memory[key] = way, _held(machine, way.step) - before
-    tell(_differences(made, workload))
-    walls, hosts = {key: [] for key in made}, {key: [] for key in made}
-    for _ in range(1 if machine.dry else ROUNDS):
-        for key, way in made.items():
-            way.step()
-            wall, host = _clock(machine, way.step)
-            walls[key].append(wall)
-            hosts[key].append(host)
-    host = yardstick(machine)
-    rows = []
-    for key, way in made.items():
-        row = Row.measured(
-            suite="models", name=name, case=workload.case, shape="x".join(map(str, inputs[0].shape)),
-            dtype="bfloat16", device=machine.device, pass_="forward+backward" if workload.training else "forward",
-            implementation=key, median_ms=statistics.median(walls[key]), q1_ms=min(walls[key]),
-            q3_ms=max(walls[key]), reps=CALLS * len(walls[key]), host_ms=statistics.median(hosts[key]),
-            busy_ms=machine.busy_milliseconds(way.step), limit=host,
-            peak_bytes=None if machine.dry else memory[key],
-        )  # fmt: skip
-        rows.append(row.to_dict())
-    tell({"rows": rows})
+        tell({"rows": [row_of(key)]})  # Later ways may end this process, or the time.
+    try:
+        tell(_differences(made, workload))
+    except AssertionError as error:
+        failed.append(str(error))
+    for _ in range(0 if machine.dry else ROUNDS - 1):
+        tell({"rows": [row_of(key) for key in made]})
+    assert not failed, "; ".join(failed)
 
 
 def _inputs(machine: GPU, inputs_of: Callable, workload: Workload) -> tuple:
@@ -270,19 +282,25 @@ def _inputs(machine: GPU, inputs_of: Callable, workload: Workload) -> tuple:
 
 
 def sweep(
-    tell: Callable, machine: GPU, name: str, seconds: int | None = 30, compiled: tuple[str, ...] = ()
+    tell: Callable,
+    machine: GPU,
+    name: str,
+    seconds: int | None = 30,
+    compiled: tuple[str, ...] = (),
+    only: tuple[str, ...] = (),
 ) -> None:
     """Times training steps on 1, 2, 4, ... recordings of so many seconds, or of lengths like LibriSpeech's, each way
     until the device's memory ends; also ``compiled``, "compile" or "reduce-overhead" or both, if it takes the model."""
-    reported(tell, "sweep", partial(_sweep, tell, machine, name, seconds, compiled))
+    ways = _ways(name, Workload(True, 1, seconds), compiled, only)
+    reported(tell, "sweep", partial(_sweep, tell, machine, name, seconds, ways))
 
 
-def _sweep(tell: Callable, machine: GPU, name: str, seconds: int | None, compiled: tuple[str, ...]) -> None:
+def _sweep(tell: Callable, machine: GPU, name: str, seconds: int | None, ways: tuple[str, ...]) -> None:
     build, inputs_of = MODELS[name]
     torch.manual_seed(0)
     shipped, host = build(machine.dry), yardstick(machine)
     workloads = [w for w in SWEPT.values() if w.seconds == seconds][: 2 if machine.dry else None]
-    for key in _ways(name, workloads[0], compiled):
+    for key in ways:
         model = None
         for workload in workloads:
             try:
@@ -290,12 +308,14 @@ def _sweep(tell: Callable, machine: GPU, name: str, seconds: int | None, compile
                 if model is None or key in RECORDED:  # Graphs of smaller batches would hold memory.
                     model = way = None
                     _held(machine)
-                    model, call = _made(machine, shipped, key, True, inputs)
+                    model, call, none = _made(machine, shipped, key, True, inputs)
                 way = _Way(machine, model, call, inputs, True)
-                with time_limit(COMPILE_SECONDS) if key in compiled else contextlib.nullcontext():
+                with time_limit(COMPILE_SECONDS) if key in COMPILED else contextlib.nullcontext():
+                    if key == "fastasr" and workload is workloads[0]:
+                        compiled_together(machine, way.seeded)
                     for _ in range(WARMUP):
                         way.step()
-                why_not = _why_not_replayed(model) if key in RECORDED else ""
+                why_not = _why_not_replayed(model, none) if key in RECORDED else ""
                 wall, queued = _clock(machine, way.step)
                 held = _held(machine, way.step)
             except (torch.OutOfMemoryError, Expired) as error:
@@ -386,7 +406,7 @@ def yardstick(machine: GPU) -> str:
     return f"copy {found[0]:.1f} µs, 8 x 8 linear {found[1]:.1f} µs"
 
 
-def profile(tell: Callable, machine: GPU, name: str, workload: Workload) -> None:
+def profile(tell: Callable, machine: GPU, name: str, workload: Workload, only: tuple[str, ...] = ()) -> None:
     """Tells the kernels of a model's step by time: as upstream ships it, swapped, recorded. The profiler sees the
     kernels inside of a CUDA graph too."""
 
@@ -394,18 +414,20 @@ def profile(tell: Callable, machine: GPU, name: str, workload: Workload) -> None
         build, inputs_of = MODELS[name]
         torch.manual_seed(0)
         shipped, inputs, found = build(machine.dry), _inputs(machine, inputs_of, workload), {}
-        for key in _ways(name, workload):
-            model, call = _made(machine, shipped, key, workload.training, inputs)
-            way = _Way(machine, model, call, inputs, workload.training)
-            if key == "fastasr":
-                compiled_together(machine, way.seeded)
-            for _ in range(WARMUP):
-                way.seeded()
-            if key in RECORDED and (reason := _why_not_replayed(model)):
-                tell({"left_out": key, "pass": workload.case, "message": reason[:300]})
-                continue
-            found[key] = machine.kernels_by_time(way.seeded)
-        tell({"kernels": found, "of": f"{name}, {workload.case}"})
+        try:
+            for key in _ways(name, workload, only=only):
+                model, call, why_not = _made(machine, shipped, key, workload.training, inputs)
+                way = _Way(machine, model, call, inputs, workload.training)
+                if key == "fastasr":
+                    compiled_together(machine, way.seeded)
+                for _ in range(WARMUP):
+                    way.seeded()
+                if key in RECORDED and (reason := _why_not_replayed(model, why_not)):
+                    tell({"left_out": key, "pass": workload.case, "message": reason[:300]})
+                    continue
+                found[key] = machine.kernels_by_time(way.seeded)
+        finally:
+            tell({"kernels": found, "of": f"{name}, {workload.case}"})
 
     reported(tell, "profile", measure)
 
@@ -427,9 +449,12 @@ SHOWN_KERNELS = 15  # A table of kernels has this many of each way, the longest.
 
 
 def rows_of(records: Iterable[dict]) -> list[Row]:
-    """Returns the rows that the units of the records told."""
-    messages = (message for record in records for message in record["messages"])
-    return [Row.from_dict(row) for message in messages for row in message.get("rows", ())]
+    """Returns the rows that the units of the records told: of those of a unit that are alike, the last."""
+    rows: list[Row] = []
+    for record in records:
+        told = (Row.from_dict(row) for message in record["messages"] for row in message.get("rows", ()))
+        rows += {(row.unit, row.implementation): row for row in told}.values()
+    return rows
 
 
 def _units(records: Iterable[dict]) -> list[Unit]:

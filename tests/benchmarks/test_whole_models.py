@@ -34,8 +34,8 @@ def told(unit, *arguments, machine=None):
 def ways(messages):
     """Returns the implementations of the rows that were told, by case."""
     found = {}
-    for row in (row for m in messages for row in m.get("rows", ())):
-        found.setdefault(row["case"], []).append(row["implementation"])
+    for row in whole_models.rows_of([{"messages": messages}]):
+        found.setdefault(row.case, []).append(row.implementation)
     return found
 
 
@@ -94,6 +94,67 @@ def test_what_is_not_replayed_is_no_row(recorder: type[Recorder]):
             assert ("out of memory" if recorder is Full else "the moon is full") in m["message"]
 
 
+def test_a_way_that_fails_costs_itself_alone(monkeypatch):
+    own, workload = whole_models._made, Workload(False, 1, 10)
+
+    def breaks(*_):
+        raise RuntimeError("the driver is gone")
+
+    def made(machine, shipped, key, *more):
+        model, call, why_not = own(machine, shipped, key, *more)
+        return model, breaks if key == "recorded" else call, why_not
+
+    with monkeypatch.context() as patch:
+        patch.setattr(whole_models, "_made", made)
+        messages, how = told(whole_models.time_whole, workload)
+        assert how == "wrong"
+        assert messages[-1]["message"] == "AssertionError: recorded: RuntimeError: the driver is gone"
+        assert ways(messages) == {workload.case: ["upstream", "fastasr"]}
+        messages, how = told(whole_models.profile, workload)
+        assert how == "wrong"
+        assert list(next(m["kernels"] for m in messages if "kernels" in m)) == ["upstream", "fastasr"]
+    monkeypatch.setattr(whole_models, "OFF", -1.0)
+    messages, how = told(whole_models.time_whole, workload)
+    assert (how, messages[-1]["message"]) == (
+        "wrong",
+        "AssertionError: recorded steps are off by 0.00% of the norm",
+    )
+    assert ways(messages) == {workload.case: ["upstream", "fastasr", "recorded"]}
+
+
+def test_rows_are_told_before_the_next_way_begins(monkeypatch):
+    messages, found = [], []
+    own = whole_models._made
+
+    def made(machine, shipped, key, *more):
+        found.append((key, [row.implementation for row in whole_models.rows_of([{"messages": messages}])]))
+        return own(machine, shipped, key, *more)
+
+    monkeypatch.setattr(whole_models, "_made", made)
+    whole_models.time_whole(messages.append, DryRun(), NAME, Workload(False, 1, 10))
+    assert found == [("upstream", []), ("fastasr", ["upstream"]), ("recorded", ["upstream", "fastasr"])]
+
+
+def test_an_encoder_that_is_not_recorded_is_left_out_with_the_reason():
+    machine = DryRun()
+    machine.recorder = None  # CUDA graphs
+    messages, how = told(whole_models.time_whole, Workload(False, 1, 10), machine=machine)
+    assert how == "right", messages[-1]
+    left = [(m["left_out"], m["message"]) for m in messages if "left_out" in m]
+    assert left == [("recorded", "there is no CUDA device")]
+
+
+def test_models_run_in_the_chosen_ways():
+    chosen = ("recorded", "row")
+    units = [u for u in device_units.units(DryRun(), True, chosen) if u.op == NAME and u.stage == "M"]
+    for kind in ("whole model", "profile", "sweep"):
+        unit = next(u for u in units if u.kind == kind and "LibriSpeech" not in u.name)
+        messages, how = told(unit.function, *unit.arguments[1:])
+        assert how == "right", messages[-1]
+        told_of = ways(messages) or {kind: list(messages[-2]["kernels"])}
+        assert all(found == ["recorded"] for found in told_of.values())
+
+
 def test_the_kernels_of_all_ways_are_one_table(monkeypatch):
     found = iter([[("theirs", 3, 5.0)], [("ours<1>", 2, 2.5), ("ours|2", 1, 0.5)], [("ours<1>", 1, 2.0)]])
     monkeypatch.setattr(DryRun, "kernels_by_time", lambda self, run: next(found))
@@ -117,7 +178,7 @@ def test_bench_runs_the_units_of_stage_m(tmp_path, monkeypatch):
         assert {u.kind for u in every} == {"whole model", "profile"}
         return every
 
-    def here(function, arguments, limit):
+    def here(function, arguments, limit, heard):
         outcome = Outcome()
         function(outcome.messages.append, *arguments)
         return outcome

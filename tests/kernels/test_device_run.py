@@ -5,8 +5,10 @@ import contextlib
 import ctypes
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from random import Random
@@ -17,6 +19,7 @@ import pytest
 import torch
 
 from fastasr import ops
+from fastasr.benchmarks import upstream
 from fastasr.benchmarks.device import machine, timing, verdict
 from fastasr.benchmarks.device import units as device_units
 from fastasr.benchmarks.device.__main__ import main, run
@@ -226,6 +229,83 @@ def test_when_the_minutes_are_over_the_rest_is_left(tmp_path, monkeypatch):
     text = (tmp_path / "verdict.md").read_text()
     assert "2 left: run the same command with --resume" in text
     assert "- A check: lasts\n- A check: later" in text
+
+
+def tells_a_row(tell, machine, seconds: float) -> None:
+    told = Row("models", "m", "c", "1", "bfloat16", "cpu", "forward", "upstream", 1.0 + seconds, 1.0, 1.0, 1)
+    tell({"check": "timing", "found": "started"})
+    tell({"rows": [told.to_dict()]})
+    time.sleep(seconds)
+    tell({"check": "timing", "found": "right"})
+
+
+def test_a_unit_that_the_end_cuts_off_leaves_its_rows(tmp_path, monkeypatch):
+    """The folder has them at once, so that even a kill leaves them; a resumed run measures them again."""
+    monkeypatch.setattr("fastasr.benchmarks.device.__main__.LEAST", 1)
+    for seconds, minutes, expected in ((20, 5 / 60, verdict.UNFINISHED), (0, 5, verdict.RIGHT)):
+        one = [Unit("M", "whole model", "m", tells_a_row, (seconds,), 60, "m")]
+        assert run(one, DryRun(), tmp_path, minutes, resume=True) == expected
+        (record,) = verdict.records(tmp_path / "units.json")
+        assert (record["ended"], record.get("under_way", False)) == ("", bool(seconds))
+        assert [row.median_ms for row in read(tmp_path / "device.jsonl")] == [1.0 + seconds]
+
+
+def names_its_process(tell, machine, file: str) -> None:
+    Path(file).write_text(str(os.getpid()))
+    time.sleep(600)
+
+
+def test_a_run_that_is_told_to_end_leaves_no_process(tmp_path, monkeypatch):
+    file = tmp_path / "pid"
+    unit = Unit("A", "check", "one", names_its_process, (str(file),), 600)
+    monkeypatch.setattr("fastasr.benchmarks.device.__main__.units", lambda *_: [unit])
+
+    def end() -> None:
+        wait_for(lambda: file.exists() and file.read_text())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        threading.Thread(target=end, daemon=True).start()
+        with pytest.raises(SystemExit) as ended:
+            main(["--dry-run", "--out", str(tmp_path / "out")])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert ended.value.code == verdict.UNFINISHED
+    assert not _runs(int(file.read_text()))
+
+
+def test_a_run_that_is_killed_leaves_no_process(tmp_path):
+    file = tmp_path / "pid"
+    call = f"import test_device_run as t; t.isolated(t.names_its_process, (None, {str(file)!r}), 600)"
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    process = subprocess.Popen([sys.executable, "-c", call], env=ONE_THREAD | {"PYTHONPATH": path})
+    wait_for(lambda: file.exists() and file.read_text())
+    process.kill()
+    process.wait()
+    wait_for(lambda: not _runs(int(file.read_text())))
+
+
+def wait_for(condition) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end, "it took more than a minute"
+        time.sleep(0.1)
+
+
+def _runs(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/status")
+    return status.exists() and "(zombie)" not in status.read_text()
+
+
+def test_a_model_whose_package_is_missing_is_left_out():
+    def build() -> None:
+        upstream.module("zipformer.modules.absent")
+
+    messages = []
+    reported(messages.append, "timing", build)
+    assert messages[-1]["found"] == "skipped"
+    assert "upstream's package zipformer cannot be imported" in messages[-1]["message"]
 
 
 # --- what a real device goes through, with torch.cuda in the hands of the test
