@@ -147,6 +147,40 @@ def test_strict_export_of_an_encoder(name):
         close(actual, wanted)
 
 
+class Hidden(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x, mask):
+        return self.model(x, attention_mask=mask)[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "width"), [("fastspeech2 conformer", 16), ("parakeet", 16), ("seamless m4t v2", 16)]
+)
+def test_an_exported_encoder_serves_any_batch(name, width):
+    model, _ = FAMILIES[name]()
+    moved(model, 0.05).eval()
+
+    def batch(*lengths):
+        mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+        mask = mask.unsqueeze(1).int() if name == "fastspeech2 conformer" else mask
+        return torch.randn(len(lengths), max(lengths), width), mask
+
+    free = torch.export.Dim.AUTO
+    x, mask = batch(75, 50, 30)
+    shapes = {0: free, 1: free}, {0: free, mask.ndim - 1: free}
+    others = [batch(48, 31), batch(61, 40, 61, 9)]
+    with torch.no_grad():
+        expected = [Hidden(model)(x.clone(), mask) for x, mask in others]
+        fastasr.accelerate(model)
+        program = torch.export.export(Hidden(model), (x, mask), dynamic_shapes=shapes)
+        assert any("fastasr" in str(node.target) for node in program.graph.nodes)
+        for call, wanted in zip(others, expected, strict=True):
+            close(program.module()(*call), wanted)
+
+
 def test_scripted_submodules_are_declined(head, x):
     scripted = torch.nn.Sequential(torch.jit.script(head), torch.nn.Linear(8, 8))
     report = fastasr.accelerate(scripted)

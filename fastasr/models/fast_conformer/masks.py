@@ -54,7 +54,7 @@ def read(mask: "Tensor | BlockMask | None", implementation: str, batch: int, fra
     For "sdpa" it is such a tensor, for "eager" 0 and the lowest number, which is added to the scores, and for
     "flex_attention" a BlockMask, a function of the indices. Another dtype is added to the scores as well.
     """
-    if mask is None or tuple(mask.shape) not in {(n, 1, frames, frames) for n in (1, batch)}:
+    if mask is None or tuple(mask.shape) not in ((1, 1, frames, frames), (batch, 1, frames, frames)):
         return None
     evaluate: Callable[[Any], Tensor | None] | None = None
     if not isinstance(mask, Tensor):
