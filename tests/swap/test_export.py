@@ -134,7 +134,7 @@ class Run(torch.nn.Module):
         return self.run(self.model)
 
 
-@pytest.mark.parametrize("name", ["e-branchformer", "nemo transformer"])
+@pytest.mark.parametrize("name", ["e-branchformer", "nemo transformer", "nemo transformer, causal"])
 def test_strict_export_of_an_encoder(name):
     """A mask may be as long as the greatest length, which the exporter does not know to be the features'."""
     model, run = FAMILIES[name]()

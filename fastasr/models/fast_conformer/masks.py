@@ -100,6 +100,8 @@ def of_nemo(mask: "BlockMask | None", batch: int, frames: int, cls: type) -> dic
         return None
     parts = (function,)
     if function.__qualname__ == "and_masks.<locals>.and_mask":
+        if torch.compiler.is_dynamo_compiling():  # The closure cannot be read, so the mask is formed.
+            return {"attn_mask": ~_evaluated(mask)[:, 0]}
         parts = function.__closure__[0].cell_contents
     context = _OF_NEMO.get(tuple(part.__qualname__ for part in parts))
     if context is None or {part.__module__ for part in parts} != {cls.__module__}:
