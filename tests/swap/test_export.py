@@ -147,6 +147,21 @@ def test_strict_export_of_an_encoder(name):
         close(actual, wanted)
 
 
+@pytest.mark.parametrize("name", ["espnet conformer", "phi-4"])
+def test_export_of_a_model_with_a_shared_module(name):
+    """For such a model torch's exporter hands out stand-ins of all modules, of other classes."""
+    model, run = FAMILIES[name]()
+    expected = run(model.eval())
+    fastasr.accelerate(model)
+    with torch.no_grad():
+        program = torch.export.export(Run(model, run), (), strict=False)
+    called = {str(node.target) for node in program.graph.nodes}
+    for op in ("gated_depthwise_conv", "linear_activation", "rel_attention"):
+        assert f"fastasr.{op}.default" in called
+    for actual, wanted in zip(program.module()(), expected, strict=True):
+        close(actual, wanted)
+
+
 class Hidden(torch.nn.Module):
     def __init__(self, model):
         super().__init__()
