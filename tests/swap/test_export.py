@@ -134,7 +134,7 @@ class Run(torch.nn.Module):
         return self.run(self.model)
 
 
-@pytest.mark.parametrize("name", ["e-branchformer", "nemo transformer"])
+@pytest.mark.parametrize("name", ["e-branchformer", "nemo transformer", "nemo transformer, causal"])
 def test_strict_export_of_an_encoder(name):
     """A mask may be as long as the greatest length, which the exporter does not know to be the features'."""
     model, run = FAMILIES[name]()
@@ -145,6 +145,55 @@ def test_strict_export_of_an_encoder(name):
     assert any("rel_attention" in str(node.target) for node in program.graph.nodes)
     for actual, wanted in zip(program.module()(), expected, strict=True):
         close(actual, wanted)
+
+
+@pytest.mark.parametrize("name", ["espnet conformer", "phi-4"])
+def test_export_of_a_model_with_a_shared_module(name):
+    """For such a model torch's exporter hands out stand-ins of all modules, of other classes."""
+    model, run = FAMILIES[name]()
+    expected = run(model.eval())
+    fastasr.accelerate(model)
+    with torch.no_grad():
+        program = torch.export.export(Run(model, run), (), strict=False)
+    called = {str(node.target) for node in program.graph.nodes}
+    for op in ("gated_depthwise_conv", "linear_activation", "rel_attention"):
+        assert f"fastasr.{op}.default" in called
+    for actual, wanted in zip(program.module()(), expected, strict=True):
+        close(actual, wanted)
+
+
+class Hidden(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x, mask):
+        return self.model(x, attention_mask=mask)[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "width"), [("fastspeech2 conformer", 16), ("parakeet", 16), ("seamless m4t v2", 16)]
+)
+def test_an_exported_encoder_serves_any_batch(name, width):
+    model, _ = FAMILIES[name]()
+    moved(model, 0.05).eval()
+
+    def batch(*lengths):
+        mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+        mask = mask.unsqueeze(1).int() if name == "fastspeech2 conformer" else mask
+        return torch.randn(len(lengths), max(lengths), width), mask
+
+    free = torch.export.Dim.AUTO
+    x, mask = batch(75, 50, 30)
+    shapes = {0: free, 1: free}, {0: free, mask.ndim - 1: free}
+    others = [batch(48, 31), batch(61, 40, 61, 9)]
+    with torch.no_grad():
+        expected = [Hidden(model)(x.clone(), mask) for x, mask in others]
+        fastasr.accelerate(model)
+        program = torch.export.export(Hidden(model), (x, mask), dynamic_shapes=shapes)
+        assert any("fastasr" in str(node.target) for node in program.graph.nodes)
+        for call, wanted in zip(others, expected, strict=True):
+            close(program.module()(*call), wanted)
 
 
 def test_scripted_submodules_are_declined(head, x):

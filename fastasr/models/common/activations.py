@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastasr import ops
 from fastasr.models.common import attention_dropout, plumbing
-from fastasr.models.common.plain import has_known_forward, is_watched, weight_and_bias
+from fastasr.models.common.plain import has_known_forward, is_watched, original, weight_and_bias
 from fastasr.ops import _dispatch, _dropout
 
 _MODULES = {
@@ -59,6 +59,7 @@ _FRAMEWORKS = ("espnet", "espnet2", "fireredasr", "nemo", "speechbrain", "transf
 def fused_name(activation: torch.nn.Module, identity: bool = True) -> Name | None:
     """Returns the kernels' name for this module's function; None if they do not have it or the module is not plain, or
     if it is "identity" and the caller has another kernel for that."""
+    activation = original(activation)
     if is_watched(activation) or not has_known_forward(activation):
         return None
     kind = type(activation)

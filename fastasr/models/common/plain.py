@@ -70,6 +70,13 @@ def any_watched(modules: Iterable[torch.nn.Module]) -> bool:
     return any(map(is_watched, modules))
 
 
+def original(module: M) -> M:
+    """Returns the module itself. ``torch.export``, unless strict, hands out a stand-in of another class for each module
+    inside a model in which two places share a module."""
+    stand_in: Any = module
+    return stand_in.get_base() if torch.compiler.is_exporting() and hasattr(module, "get_base") else module
+
+
 def has_known_forward(module: torch.nn.Module) -> bool:
     """Says whether the module's forward is its class's or the one that fastasr's swap bound to it."""
     bound = vars(module).get("forward")
@@ -108,7 +115,10 @@ def weight_and_bias(module: torch.nn.Module) -> tuple[Any, Any]:
 def is_plain(module: torch.nn.Module, *classes: type[M]) -> TypeGuard[M]:
     """Says whether the module's class is one of ``classes`` itself, no hooks watch it, and it runs its class's forward,
     or the one that fastasr's swap bound to it."""
-    return type(module) in classes and not is_watched(module) and has_known_forward(module)
+    if type(module) not in classes:
+        made = original(module)
+        return made is not module and is_plain(made, *classes)
+    return not is_watched(module) and has_known_forward(module)
 
 
 def is_plain_named(module: torch.nn.Module, names: tuple[str, ...], owner: object) -> bool:
@@ -119,6 +129,7 @@ def is_plain_named(module: torch.nn.Module, names: tuple[str, ...], owner: objec
 
 def is_upstreams(module: torch.nn.Module, owner: object) -> bool:
     """Says the same of a module whose class a rule has not named."""
+    module = original(module)
     known = is_of_framework(type(module), type(owner))
     return known and not is_watched(module) and has_known_forward(module)
 
@@ -144,7 +155,7 @@ def runs(module: torch.nn.Module, method: Callable[..., Any], name: str = "forwa
     function = getattr(bound, "__func__", None)
     if getattr(function, "fastasr_forward", function) is not method:
         return False
-    return type(bound) is types.MethodType and bound.__self__ is module
+    return type(bound) is types.MethodType and bound.__self__ is original(module)
 
 
 def first_watched(

@@ -132,7 +132,7 @@ def attended(
     """
     dropout = module.attention_dropout if module.training else 0.0
     rows = max(0, q.shape[1] + k.shape[1] - 1)  # The others are for keys behind the queries'.
-    shared = len(position_embeddings) == 1 or position_embeddings.stride(0) == 0
+    shared = position_embeddings.shape[0] == 1 or position_embeddings.stride(0) == 0
     served = shared and not is_transformed()  # mean_of_values has a gradient in reverse mode alone.
     reason = None if served else "each sequence has position embeddings of its own"
     of_kernel = attention_dropout.dropout_of(module, dropout, q.device, reason)
@@ -150,7 +150,7 @@ def attended(
 
 def first_rows(table: Tensor, rows: int) -> Tensor:
     """Returns ``table[:rows]``; the whole table without a slice, whose gradient autograd would write into zeros."""
-    return table if len(table) == rows else table[:rows]
+    return table if table.shape[0] == rows else table[:rows]
 
 
 def mean_of_values(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | float) -> Tensor:

@@ -54,7 +54,7 @@ def read(mask: "Tensor | BlockMask | None", implementation: str, batch: int, fra
     For "sdpa" it is such a tensor, for "eager" 0 and the lowest number, which is added to the scores, and for
     "flex_attention" a BlockMask, a function of the indices. Another dtype is added to the scores as well.
     """
-    if mask is None or tuple(mask.shape) not in {(n, 1, frames, frames) for n in (1, batch)}:
+    if mask is None or tuple(mask.shape) not in ((1, 1, frames, frames), (batch, 1, frames, frames)):
         return None
     evaluate: Callable[[Any], Tensor | None] | None = None
     if not isinstance(mask, Tensor):
@@ -100,6 +100,8 @@ def of_nemo(mask: "BlockMask | None", batch: int, frames: int, cls: type) -> dic
         return None
     parts = (function,)
     if function.__qualname__ == "and_masks.<locals>.and_mask":
+        if torch.compiler.is_dynamo_compiling():  # The closure cannot be read, so the mask is formed.
+            return {"attn_mask": ~_evaluated(mask)[:, 0]}
         parts = function.__closure__[0].cell_contents
     context = _OF_NEMO.get(tuple(part.__qualname__ for part in parts))
     if context is None or {part.__module__ for part in parts} != {cls.__module__}:

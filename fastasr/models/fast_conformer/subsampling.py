@@ -108,13 +108,14 @@ def convolved(layers: Layers, x: Tensor, lengths: Tensor | Spans | None, left: i
         valid = torch.full((batch,), frames, device=x.device, dtype=torch.int64)
     else:
         valid = lengths
+    if count == 0:
+        return x.new_zeros(batch, 0, layers[0].out_channels * bins_left)
+    if strip >= count:  # A range would make an exported program's number of frames a constant.
+        return _strip(layers, x, valid, 0, count, left)
     strips = [
-        _strip(layers, x, valid, begin, min(strip, count - begin), left)
-        for begin in range(0, count, max(1, strip))
+        _strip(layers, x, valid, begin, min(strip, count - begin), left) for begin in range(0, count, strip)
     ]
-    if len(strips) == 1:
-        return strips[0]
-    return torch.cat(strips, 1) if strips else x.new_zeros(batch, 0, layers[0].out_channels * bins_left)
+    return torch.cat(strips, 1)
 
 
 def subsampled(layers: Layers, frames: N, left: int = 1, stages: int | None = None) -> N:
@@ -161,8 +162,7 @@ def _strip(layers: Layers, x: Tensor, lengths: Lengths, begin: int, count: int, 
 
 def _part(x: Tensor, begin: int, count: int, left: int) -> Tensor:
     """Returns frames ``begin`` … of x (B, T₀, mel_bins) with the padding of its bins, 0 outside."""
-    before, after = max(0, -begin), max(0, begin + count - x.shape[1])
-    return F.pad(x[:, max(0, begin) : begin + count], (left, 1, before, after))
+    return F.pad(x, (left, 1, -begin, begin + count - x.shape[1]))  # Negative numbers cut frames off.
 
 
 def stem(conv: Any, x: Tensor) -> Tensor:
