@@ -3,6 +3,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from inspect import getattr_static
 from typing import Any
 
 import torch
@@ -137,7 +138,8 @@ def _parts(obj: Any, path: str = "", seen: set[int] | None = None) -> Iterator[t
 
 def _rows(path: str, obj: Any, rules: dict[Any, Rule]) -> Iterator[Method]:
     if isinstance(obj, torch.nn.Module):
-        known = _known(obj, rules.get(binding.bound_forward(obj) or type(obj).forward))
+        # A scripted module's class has no function there.
+        known = _known(obj, rules.get(binding.bound_forward(obj) or getattr_static(type(obj), "forward")))
         if exact := weights.why_exact(obj):
             known |= {"weights": exact}
     else:
