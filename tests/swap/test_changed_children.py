@@ -182,6 +182,11 @@ def longer(model, path, seen):
     model.get_submodule(path).append(nn.Hardtanh(-0.5, 0.25))
 
 
+def drops_channels(model, path, seen):
+    """Draws one number for each row of the last dimension of what the module gets."""
+    _replace(model, path, nn.Dropout1d(0.3).train(model.get_submodule(path).training))
+
+
 def frozen(model, path, seen):
     model.get_submodule(path).requires_grad_(False)
 
@@ -282,7 +287,7 @@ CONVOLUTIONS = (
 WEIGHTS = (old_weight_norm, new_weight_norm, spectral_norm, counted, frozen, tied, other_dtype)
 ACTIVATIONS = (nn.ReLU, nn.SiLU, nn.GELU, nn.Tanh, nn.Sigmoid)
 ONLY_IN = {  # quantised layers have no gradients
-    **dict.fromkeys((backward_hook, backward_pre_hook, global_backward_hook, frozen), True),
+    **dict.fromkeys((backward_hook, backward_pre_hook, global_backward_hook, frozen, drops_channels), True),
     quantised: False,
 }
 
@@ -295,6 +300,8 @@ def changes(module):
         yield from (change for change in LINEAR if kind is nn.Linear or change is low_rank_by_loralib)
     if kind in (nn.Linear, nn.Conv1d, nn.Conv2d):
         yield from WEIGHTS
+    if kind is nn.Dropout:
+        yield drops_channels
     if kind in (nn.Conv1d, nn.Conv2d):
         yield from CONVOLUTIONS
         yield from (change for change in LINEAR if change is low_rank_by_peft)
@@ -457,6 +464,17 @@ def check(name, count=None):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_changed_children(name):
     check(name, DRAWN)
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "change"),
+    [
+        ("phi-4", "encoders.0.conv.dropout", drops_channels),
+        ("granite speech", "layers.1.conv.dropout", drops_channels),
+    ],
+)
+def test_changed_child(name, path, change):
+    assert not changed_both_ways(lambda: families.make(name), path, change, False, True, {})
 
 
 def test_checks_compute_no_parametrization():

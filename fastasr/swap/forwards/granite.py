@@ -17,7 +17,7 @@ from fastasr.models.fast_conformer.attention import STANDARD, mean_of_values
 from fastasr.models.fast_conformer.convolution import after_gate, convolved, pointwise
 from fastasr.models.fast_conformer.masks import OTHER, seen
 from fastasr.ops import _kept
-from fastasr.swap.forwards.common import dropped, in_sequence, may_read, projections, shaw
+from fastasr.swap.forwards.common import channels_first, in_sequence, may_read, projections, shaw
 from fastasr.swap.rule import Upstream
 
 _SILU = torch.nn.SiLU()
@@ -119,7 +119,7 @@ def granite_speech_convolution(self: Upstream, hidden_states: Tensor) -> Tensor:
         conv, around = conv.conv, conv.padding
     h = pointwise(self.up_conv, self.norm(hidden_states))
     y = after_gate(h, conv, self.batch_norm, self.silu, self.down_conv, around=around)
-    return dropped(self.dropout, y)
+    return y if plumbing.is_idle(self.dropout) else self.dropout(channels_first(self, y))
 
 
 def granite_speech5_convolution(

@@ -15,7 +15,7 @@ from fastasr.models.fast_conformer import masks
 from fastasr.models.fast_conformer.attention import STANDARD
 from fastasr.models.fast_conformer.convolution import pointwise
 from fastasr.models.fast_conformer.subsampling import are_plain, convolved
-from fastasr.swap.forwards.common import bias_of_pairs, dropped, projections
+from fastasr.swap.forwards.common import bias_of_pairs, channels_first, projections
 from fastasr.swap.rule import Upstream
 
 
@@ -103,7 +103,8 @@ def phi4_convolution(self: Upstream, hidden_states: Tensor) -> Tensor:
         h, depthwise.weight, depthwise.bias, delay=delay, activation="identity", gate="silu"
     ).transpose(0, 1)
     z = ops.linear_activation(z, second.weight.flatten(1), second.bias, "silu")
-    return dropped(self.dropout, pointwise(self.ext_pw_conv_1d, z))
+    y = pointwise(self.ext_pw_conv_1d, z)
+    return y if plumbing.is_idle(self.dropout) else self.dropout(channels_first(self, y))
 
 
 def phi4_feed_forward(self: Upstream, hidden_states: Tensor) -> Tensor:
