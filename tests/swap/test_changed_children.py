@@ -182,6 +182,13 @@ def longer(model, path, seen):
     model.get_submodule(path).append(nn.Hardtanh(-0.5, 0.25))
 
 
+def with_bias(model, path, seen):
+    module = model.get_submodule(path)
+    if module.bias is not None:
+        raise ValueError("has a bias")
+    module.bias = nn.Parameter(torch.randn(module.weight.shape[0]))
+
+
 def drops_channels(model, path, seen):
     """Draws one number for each row of the last dimension of what the module gets."""
     _replace(model, path, nn.Dropout1d(0.3).train(model.get_submodule(path).training))
@@ -299,7 +306,7 @@ def changes(module):
     if kind in (nn.Linear, nn.Embedding):
         yield from (change for change in LINEAR if kind is nn.Linear or change is low_rank_by_loralib)
     if kind in (nn.Linear, nn.Conv1d, nn.Conv2d):
-        yield from WEIGHTS
+        yield from (*WEIGHTS, with_bias)
     if kind is nn.Dropout:
         yield drops_channels
     if kind in (nn.Conv1d, nn.Conv2d):
@@ -471,6 +478,7 @@ def test_changed_children(name):
     [
         ("phi-4", "encoders.0.conv.dropout", drops_channels),
         ("granite speech", "layers.1.conv.dropout", drops_channels),
+        ("granite speech 5", "layers.2.self_attn.v_proj", with_bias),
     ],
 )
 def test_changed_child(name, path, change):
