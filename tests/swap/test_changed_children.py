@@ -194,6 +194,15 @@ def drops_channels(model, path, seen):
     _replace(model, path, nn.Dropout1d(0.3).train(model.get_submodule(path).training))
 
 
+def shorter(model, path, seen):
+    del model.get_submodule(path)[-1]
+
+
+def reordered(model, path, seen):
+    layers = model.get_submodule(path)
+    layers[-1], layers[-2] = layers[-2], layers[-1]
+
+
 def frozen(model, path, seen):
     model.get_submodule(path).requires_grad_(False)
 
@@ -479,10 +488,13 @@ def test_changed_children(name):
         ("phi-4", "encoders.0.conv.dropout", drops_channels),
         ("granite speech", "layers.1.conv.dropout", drops_channels),
         ("granite speech 5", "layers.2.self_attn.v_proj", with_bias),
+        ("parakeet", "subsampling.layers", shorter),
+        ("parakeet", "subsampling.layers", reordered),
     ],
 )
-def test_changed_child(name, path, change):
-    assert not changed_both_ways(lambda: families.make(name), path, change, False, True, {})
+@pytest.mark.parametrize("after", [False, True])
+def test_changed_child(name, path, change, after):
+    assert not changed_both_ways(lambda: families.make(name), path, change, after, True, {})
 
 
 def test_checks_compute_no_parametrization():
