@@ -475,6 +475,8 @@ def _structure(rule: Rule, module: nn.Module) -> str | None:
         return rule.structure(module)
     except AttributeError as error:
         return f"lacks an attribute of upstream's {rule.class_name}: {error}"
+    except (LookupError, RuntimeError, TypeError, ValueError) as error:
+        return f"does not fit upstream's {rule.class_name}: {error}"
 
 
 def _recognise(rule: Rule, module: nn.Module) -> Decision:

@@ -46,6 +46,7 @@ ALTERED = (
         "nemotron", "subsampling", setting("layers.0", torch.nn.Identity()),
         "submodule 0 is a Identity, expected NemotronAsrStreamingEncoderSubsamplingLayer",
     ),
+    ("parakeet", "subsampling", setting("layers", torch.nn.Identity()), "does not fit upstream's ParakeetEncoderSubs"),
     (
         "nemo joint", "", setting("joint_net", torch.nn.Identity()),
         "submodule joint_net is a Identity of 0, expected a Sequential",
