@@ -79,7 +79,10 @@ class Originals:
     def _marked(self, tensors: Sequence[Tensor]) -> tuple[list, list] | None:
         try:
             return [*map(counter, tensors)] if self.counted else [], [*map(_address, tensors)]
-        except RuntimeError:  # these tensors have no address
+        except (
+            RuntimeError,
+            ValueError,
+        ):  # these tensors have no address, as those of lazy layers before a call
             return None
 
     def unchanged(self, tensors: Sequence[Tensor]) -> bool:

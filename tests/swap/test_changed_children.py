@@ -194,6 +194,22 @@ def drops_channels(model, path, seen):
     _replace(model, path, nn.Dropout1d(0.3).train(model.get_submodule(path).training))
 
 
+def compiled(model, path, seen):
+    _replace(model, path, torch.compile(model.get_submodule(path), backend="eager"))
+
+
+def scripted(model, path, seen):
+    module = model.get_submodule(path)
+    binding.unbind(module)
+    _replace(model, path, torch.jit.script(module))
+
+
+def lazy(model, path, seen):
+    """Puts a layer in the place whose first call draws its weights."""
+    module = model.get_submodule(path)
+    _replace(model, path, nn.LazyLinear(module.out_features).train(module.training))
+
+
 def shorter(model, path, seen):
     del model.get_submodule(path)[-1]
 
@@ -495,6 +511,20 @@ def test_changed_children(name):
 @pytest.mark.parametrize("after", [False, True])
 def test_changed_child(name, path, change, after):
     assert not changed_both_ways(lambda: families.make(name), path, change, after, True, {})
+
+
+@pytest.mark.parametrize(
+    ("change", "path"),
+    [
+        (compiled, "conv_module1.balancer2"),
+        (scripted, "nonlin_attention.in_proj"),
+        (lazy, "nonlin_attention.in_proj"),
+    ],
+)
+@pytest.mark.parametrize("after", [False, True])
+def test_changed_child_of_a_layer_that_is_packed(change, path, after):
+    make, path = functools.partial(families.make, "zipformer, causal"), f"encoders.0.layers.0.{path}"
+    assert not changed_both_ways(make, path, change, after, False, {})
 
 
 def test_checks_compute_no_parametrization():
