@@ -114,6 +114,23 @@ def subclass(model, path, seen):
     _replace(model, path, other)
 
 
+class Wrapper(nn.Module):
+    """Stands in the place of a module, as adapters do: it has none of the attributes that ours may read."""
+
+    def __init__(self, base, seen):
+        super().__init__()
+        self.base, self.seen = base, lambda: seen.append("wrapper")
+        self.training = base.training
+
+    def forward(self, *args, **kwargs):
+        self.seen()
+        return _scaled(self.base(*args, **kwargs), 1.25)
+
+
+def wrapped(model, path, seen):
+    _replace(model, path, Wrapper(model.get_submodule(path), seen))
+
+
 def low_rank_by_loralib(model, path, seen):
     import loralib
 
@@ -180,6 +197,20 @@ def another_activation(model, path, seen):
 
 def longer(model, path, seen):
     model.get_submodule(path).append(nn.Hardtanh(-0.5, 0.25))
+
+
+def other_epsilon(model, path, seen):
+    model.get_submodule(path).eps = 0.1
+
+
+def without_padding(model, path, seen):
+    """Puts torch's own convolution in the place of upstream's, which pads."""
+    conv = model.get_submodule(path).conv
+    other = nn.Conv1d(
+        conv.in_channels, conv.out_channels, conv.kernel_size, padding="same", groups=conv.groups, bias=False
+    )
+    other.load_state_dict(conv.state_dict())
+    _replace(model, path, other)
 
 
 def with_bias(model, path, seen):
@@ -309,6 +340,7 @@ ANY = (
     patched_forward,
     changed_in_place,
     subclass,
+    wrapped,
 )
 LOW_RANK = {"loralib": low_rank_by_loralib, "peft": low_rank_by_peft}
 LINEAR = (*(change for package, change in LOW_RANK.items() if importlib.util.find_spec(package)), quantised)
@@ -504,6 +536,13 @@ def test_changed_children(name):
         ("phi-4", "encoders.0.conv.dropout", drops_channels),
         ("granite speech", "layers.1.conv.dropout", drops_channels),
         ("granite speech 5", "layers.2.self_attn.v_proj", with_bias),
+        ("gemma 3n", "conformer.1.attention.pre_attn_norm", identity),
+        ("gemma 3n", "conformer.1.attention.relative_position_embedding", wrapped),
+        ("gemma 3n", "conformer.0.lconv1d", wrapped),
+        ("gemma 3n", "conformer.0.lconv1d.depthwise_conv1d", wrapped),
+        ("gemma 3n", "conformer.1.lconv1d.pre_layer_norm", other_epsilon),
+        ("phi-4", "encoders.0.conv.glu", wrapped),
+        ("granite speech", "layers.1.conv.depth_conv", without_padding),
         ("parakeet", "subsampling.layers", shorter),
         ("parakeet", "subsampling.layers", reordered),
     ],

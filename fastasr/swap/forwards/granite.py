@@ -11,13 +11,13 @@ from torch import Tensor
 from fastasr import _left
 from fastasr.models.common import plumbing
 from fastasr.models.common.attention_dropout import dropout_of
-from fastasr.models.common.plain import is_plain, is_upstreams
+from fastasr.models.common.plain import is_plain
 from fastasr.models.fast_conformer import masks
 from fastasr.models.fast_conformer.attention import STANDARD, mean_of_values
 from fastasr.models.fast_conformer.convolution import after_gate, convolved, pointwise
 from fastasr.models.fast_conformer.masks import OTHER, seen
 from fastasr.ops import _kept
-from fastasr.swap.forwards.common import channels_first, in_sequence, may_read, projections, shaw
+from fastasr.swap.forwards.common import channels_first, in_sequence, is_part, may_read, projections, shaw
 from fastasr.swap.rule import Upstream
 
 _SILU = torch.nn.SiLU()
@@ -115,7 +115,7 @@ def granite_speech_convolution(self: Upstream, hidden_states: Tensor) -> Tensor:
         _left.note(self, "glu is not a plain GLU")
         return type(self).forward(self, hidden_states)
     conv, around = self.depth_conv, (0, 0)
-    if is_upstreams(conv, self):
+    if is_part(conv, self):
         conv, around = conv.conv, conv.padding
     h = pointwise(self.up_conv, self.norm(hidden_states))
     y = after_gate(h, conv, self.batch_norm, self.silu, self.down_conv, around=around)
