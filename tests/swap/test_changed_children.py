@@ -203,6 +203,17 @@ def other_epsilon(model, path, seen):
     model.get_submodule(path).eps = 0.1
 
 
+def transposed(model, path, seen):
+    """Makes a parameter of a view, which has the old one's address."""
+    module = model.get_submodule(path)
+    module.weight = nn.Parameter(module.weight.detach().t())
+
+
+def transposed_in_place(model, path, seen):
+    weight = model.get_submodule(path).weight
+    weight.data = weight.data.t()
+
+
 def without_padding(model, path, seen):
     """Puts torch's own convolution in the place of upstream's, which pads."""
     conv = model.get_submodule(path).conv
@@ -550,6 +561,20 @@ def test_changed_children(name):
 @pytest.mark.parametrize("after", [False, True])
 def test_changed_child(name, path, change, after):
     assert not changed_both_ways(lambda: families.make(name), path, change, after, True, {})
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("nemo local", "layers.1.self_attn.linear_pos"),
+        ("zipformer", "encoder.encoders.1.encoder.layers.0.feed_forward1.in_proj"),
+        ("zipformer, causal", "encoders.1.encoder.layers.0.feed_forward1.in_proj"),
+    ],
+)
+@pytest.mark.parametrize("change", [transposed, transposed_in_place])
+def test_a_transposed_weight(name, path, change):
+    """What is kept of the weight is computed anew."""
+    assert not changed_both_ways(lambda: families.make(name), path, change, True, False, {})
 
 
 @pytest.mark.parametrize(
