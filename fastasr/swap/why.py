@@ -101,9 +101,9 @@ def _known(module: nn.Module, rule: Rule | None) -> dict[str, str | None]:
     """Returns the reasons known now for a module that runs ``rule``'s functions, swapped or as one of our classes."""
     if rule is None:
         return {}
-    found = rule.leaves(module)
+    found = rule.leaving(module)
     if rule.ragged is not None and binding.bound_forward(module) is rule.ragged.forward:
-        found |= {"forward": why_not_hooked(module) or rule.ragged.why_not(module) or ""}
+        found |= {"forward": why_not_hooked(module) or rule.asked(rule.ragged.why_not, module) or ""}
     parameter = next(module.parameters(), None)
     if parameter is not None and (eager := why_eager(rule.kernels, parameter.device, parameter.dtype)):
         found |= {"ops": eager}
