@@ -172,7 +172,7 @@ class _Structure:
         self.own = [vars(m) for m in modules if m is not module]
         # Empty tables are left out: no recorded forward reads an entry that is added to one later.
         self.tables: list[dict[str, Any]] = [
-            d for m in modules for d in (m._modules, m._parameters, m._buffers) if d
+            d for m in modules for d in (m._modules, m._parameters, m._buffers) if d and isinstance(d, dict)
         ]
         self.hooks = [
             d
@@ -208,8 +208,9 @@ class _Structure:
             self.hooks_known = RemovableHandle.next_id
         return False
 
-    def training(self) -> tuple[bool, ...]:
-        return tuple(map(operator.itemgetter("training"), self.own))
+    def training(self) -> tuple[bool | None, ...]:
+        """Returns the modes of the submodules, None for those of torch.compile and TorchScript."""
+        return tuple(map(dict.get, self.own, repeat("training")))
 
 
 class ModuleGraphs:

@@ -13,11 +13,12 @@ Kept are:
 - the hidden keys of an attention mask (``models/fast_conformer/masks.py``), which are compared by :func:`content`.
 
 Each of the others holds :class:`Originals`, a record of the tensors that it was made of, and is made again when they
-differ from it. The address and torch's counter of writes are compared; writes through ``parameter.data``, through a
-NumPy view and by another process leave both as they were. So on the CPU one native call also compares a sample of the
-values: eight cache lines of each tensor, or all of a tensor of at most 512 bytes (csrc/cpu/support/kept.h). Before
-short calls it compares only one of the eight, the next one at the next call. A write to all elements cannot hide from
-it, an uncounted write to a few can. On a GPU values are not compared, because the host would have to wait for them.
+differ from it. The address, torch's counter of writes and whether the tensor is contiguous are compared; writes through
+``parameter.data``, through a NumPy view and by another process leave both as they were. So on the CPU one native call
+also compares a sample of the values: eight cache lines of each tensor, or all of a tensor of at most 512 bytes
+(csrc/cpu/support/kept.h). Before short calls it compares only one of the eight, the next one at the next call. A write
+to all elements cannot hide from it, an uncounted write to a few can. On a GPU values are not compared, because the host
+would have to wait for them.
 :func:`drop` is for both cases.
 """
 
@@ -76,10 +77,11 @@ class Originals:
         with _lock:
             _every.add(self)
 
-    def _marked(self, tensors: Sequence[Tensor]) -> tuple[list, list] | None:
-        try:
-            return [*map(counter, tensors)] if self.counted else [], [*map(_address, tensors)]
-        except RuntimeError:  # these tensors have no address
+    def _marked(self, tensors: Sequence[Tensor]) -> tuple[list, list, list] | None:
+        counts = [*map(counter, tensors)] if self.counted else []
+        try:  # A transposed view of a square weight has its address.
+            return counts, [*map(_address, tensors)], [*map(Tensor.is_contiguous, tensors)]
+        except (RuntimeError, ValueError):  # no address: lazy layers before a call, for example
             return None
 
     def unchanged(self, tensors: Sequence[Tensor]) -> bool:

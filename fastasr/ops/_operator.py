@@ -6,7 +6,7 @@ unless its last argument ``keep`` is set. ``<op>_backward`` takes gradients, sav
 tensor without elements where there is no gradient.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastasr._transforms import by_formula
 from fastasr.kernels import Unlaunchable
+from fastasr.ops._dispatch import PLAIN
 from fastasr.ops._op import Arguments, Op, Saved
 from fastasr.ops._register import cast, register
 from fastasr.ops._runtime import (
@@ -28,7 +29,7 @@ from fastasr.ops._runtime import (
 
 
 def register_op(op: Op, schema: str, backward_schema: str = "") -> Any:
-    """Registers the operator and its backward; returns the operator."""
+    """Registers the operator and its backward; returns a function that calls it."""
     rules: dict[str, Callable] = {}
     if backward_schema:
         transformed = None if op.written.released else partial(_transformed_backward, op)
@@ -39,7 +40,22 @@ def register_op(op: Op, schema: str, backward_schema: str = "") -> Any:
         rules["autocast"] = partial(_under_autocast, op)
     fake, transformed = op.written.fake, partial(_transformed, op)
     op.operator = register(schema, partial(_run, op), fake, transformed=transformed, **rules)
-    return op.operator
+    return partial(_call, op)
+
+
+def _call(op: Op, *arguments: Any) -> Tensor | tuple[Tensor, ...]:
+    """Calls the operator, or the formula for tensors of a class with torch's functions of its own, such as torchao's
+    quantised weights: it knows those that the formula calls."""
+    if any(map(_has_functions, arguments)):
+        a, _ = _read(op, arguments)
+        return _as_registered(op, a, as_tuple(op.definition(**a._asdict())))
+    return op.operator(*arguments)
+
+
+def _has_functions(value: Any) -> bool:
+    if not isinstance(value, Tensor) or type(value) in PLAIN:
+        return False
+    return type(value).__torch_function__ is not torch._C._disabled_torch_function_impl
 
 
 def _read(op: Op, arguments: Sequence[Any]) -> tuple[Arguments, bool]:
@@ -91,7 +107,7 @@ def _transformed(op: Op, *arguments: Any) -> Tensor | tuple[Tensor, ...]:
     return _as_registered(op, a, (t.clone() if any(t is x for x in a) else t for t in found))
 
 
-def _as_registered(op: Op, a: Arguments, formulas: Iterator[Tensor]) -> Tensor | tuple[Tensor, ...]:
+def _as_registered(op: Op, a: Arguments, formulas: Iterable[Tensor]) -> Tensor | tuple[Tensor, ...]:
     """Returns the formula's results as the operator does."""
     found, dtypes = list(formulas), op.written.result_dtypes(a)
     found += [found[0].new_empty(0) for _ in dtypes[len(found) :]]

@@ -152,7 +152,7 @@ def _note_leaving(plan: Plan, report: SwapReport) -> None:
     for (_, module, decision), row in zip(plan, report.rows, strict=True):
         rule = (decision.later or decision).rule
         if row.status == REPLACED and rule is not None:
-            for method, reason in rule.leaves(module).items():
+            for method, reason in rule.leaving(module).items():
                 row.reason += f"; {method} leaves the fast path: {reason}" if reason else ""
 
 
@@ -166,7 +166,7 @@ def _leave_padding_out(plan: Plan, report: SwapReport) -> None:
         if rule is None or rule.ragged is None or _is_own(module):
             continue
         swapped = binding.bound_forward(module) is not None or (made is decision.later and made.apply)
-        reason = rule.ragged.why_not(module) if swapped else made.reason
+        reason = rule.asked(rule.ragged.why_not, module) if swapped else made.reason
         if reason is None:
             binding.bind(module, rule.ragged.forward, rule.methods)
             row.rule, row.status = rule.name, REPLACED
@@ -290,7 +290,8 @@ def explain(model: nn.Module, only: Selection = None, exclude: Selection = None)
         rule = decision.rule
         ragged = rule.ragged if rule is not None else None
         if rule and ragged and binding.bound_forward(module) in (ragged.forward, rule.replay_row):
-            _note_padding(report, report.rows[-1], why_not_hooked(module) or ragged.why_not(module))
+            reason = why_not_hooked(module) or rule.asked(ragged.why_not, module)
+            _note_padding(report, report.rows[-1], reason)
     _note_leaving(plan, report)
     return report
 
@@ -413,7 +414,7 @@ def decide(module: nn.Module) -> Decision:
     forward = binding.bound_forward(module)
     if forward is not None:
         return Decision(rule, True, "already swapped")
-    reason = _why_not(module, rule) or _structure(rule, module)
+    reason = _why_not(module, rule) or rule.asked(rule.structure, module)
     if reason is not None or rule.forward is None:
         return Decision(rule, reason is None, reason or "upstream's code, with what is swapped inside")
     return _recognise(rule, module)
@@ -436,7 +437,7 @@ def _rule_for(module: nn.Module) -> Rule | None:
         rules,
         key=lambda rule: (
             rule.forward is not None and _recognise(rule, module).apply,
-            _structure(rule, module) is None,
+            rule.asked(rule.structure, module) is None,
         ),
     )
 
@@ -468,13 +469,6 @@ def _is_own(module: nn.Module) -> bool:
 
 def _full_name(function: Any) -> str:
     return f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', '')}"
-
-
-def _structure(rule: Rule, module: nn.Module) -> str | None:
-    try:
-        return rule.structure(module)
-    except AttributeError as error:
-        return f"lacks an attribute of upstream's {rule.class_name}: {error}"
 
 
 def _recognise(rule: Rule, module: nn.Module) -> Decision:

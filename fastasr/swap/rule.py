@@ -134,6 +134,21 @@ class Rule:
         """Returns this rule for another class that has the same code."""
         return replace(self, name=name, class_name=class_name, known=known)
 
+    def asked(self, question: Callable[[Any], Any], module: nn.Module) -> Any:
+        """Returns ``question(module)``, or the reason if the instance lacks what it reads: a user may have taken a part
+        away, before the swap or after it."""
+        try:
+            return question(module)
+        except AttributeError as error:
+            return f"lacks an attribute of upstream's {self.class_name}: {error}"
+        except (LookupError, RuntimeError, TypeError, ValueError) as error:
+            return f"does not fit upstream's {self.class_name}: {error}"
+
+    def leaving(self, module: nn.Module) -> dict[str, str | None]:
+        """Returns what ``leaves`` does, or the reason if the instance lacks what it reads."""
+        found = self.asked(self.leaves, module)
+        return {"forward": found} if isinstance(found, str) else found
+
     @property
     def is_optional(self) -> bool:
         """Says whether nothing but ``accelerate(ragged=True)`` or ``graphs=True`` binds it."""

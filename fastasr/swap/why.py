@@ -3,6 +3,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from inspect import getattr_static
 from typing import Any
 
 import torch
@@ -100,9 +101,9 @@ def _known(module: nn.Module, rule: Rule | None) -> dict[str, str | None]:
     """Returns the reasons known now for a module that runs ``rule``'s functions, swapped or as one of our classes."""
     if rule is None:
         return {}
-    found = rule.leaves(module)
+    found = rule.leaving(module)
     if rule.ragged is not None and binding.bound_forward(module) is rule.ragged.forward:
-        found |= {"forward": why_not_hooked(module) or rule.ragged.why_not(module) or ""}
+        found |= {"forward": why_not_hooked(module) or rule.asked(rule.ragged.why_not, module) or ""}
     parameter = next(module.parameters(), None)
     if parameter is not None and (eager := why_eager(rule.kernels, parameter.device, parameter.dtype)):
         found |= {"ops": eager}
@@ -137,7 +138,8 @@ def _parts(obj: Any, path: str = "", seen: set[int] | None = None) -> Iterator[t
 
 def _rows(path: str, obj: Any, rules: dict[Any, Rule]) -> Iterator[Method]:
     if isinstance(obj, torch.nn.Module):
-        known = _known(obj, rules.get(binding.bound_forward(obj) or type(obj).forward))
+        # A scripted module's class has no function there.
+        known = _known(obj, rules.get(binding.bound_forward(obj) or getattr_static(type(obj), "forward")))
         if exact := weights.why_exact(obj):
             known |= {"weights": exact}
     else:

@@ -200,3 +200,24 @@ def test_parameters_without_memory_of_their_own():
     assert reasons(graphs) == [
         "it has a parameter or buffer that is a TwoTensor, which has no memory of its own"
     ]
+
+
+def scripted(layer):
+    return torch.jit.script(layer)
+
+
+def compiled(layer):
+    return torch.compile(layer, backend="eager")
+
+
+@pytest.mark.parametrize("made", [scripted, compiled])
+def test_a_part_without_tables_of_its_own(made):
+    """Modules of TorchScript and torch.compile keep their parameters or their mode elsewhere."""
+    seeded(0)
+    theirs = Twice().eval()
+    ours = copy.deepcopy(theirs)
+    ours.linear = made(ours.linear)
+    graphed(ours, after=0)
+    with torch.no_grad():
+        for _ in range(2):
+            same(ours(features()), theirs(features()))

@@ -46,6 +46,7 @@ ALTERED = (
         "nemotron", "subsampling", setting("layers.0", torch.nn.Identity()),
         "submodule 0 is a Identity, expected NemotronAsrStreamingEncoderSubsamplingLayer",
     ),
+    ("parakeet", "subsampling", setting("layers", torch.nn.Identity()), "does not fit upstream's ParakeetEncoderSubs"),
     (
         "nemo joint", "", setting("joint_net", torch.nn.Identity()),
         "submodule joint_net is a Identity of 0, expected a Sequential",
@@ -100,3 +101,24 @@ def test_an_altered_module(family, path, alter, reason):
     row = fastasr.explain(model)[path]
     assert row.status == "skipped"
     assert reason in row.reason
+
+
+@pytest.mark.parametrize(
+    ("family", "path"),
+    [
+        ("parakeet tdt", "joint"),
+        ("parakeet, ragged", "layers.1"),
+        ("parakeet, ragged", "layers.1.conv"),
+        ("zipformer, ragged", "encoder.encoders.0.layers.0.feed_forward1"),
+        ("zipformer, causal", "encoders.0.layers.0"),
+        ("mega", "embed"),
+    ],
+)
+def test_a_swapped_model_that_lost_a_part(family, path):
+    """It can be explained, though nothing of it may run."""
+    model, _ = families.make(family)
+    fastasr.accelerate(model, **families.SWAP.get(family, {}))
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, None)
+    assert "upstream's" in str(fastasr.explain(model)) + str(fastasr.why(model))
+    assert fastasr.restore(model)

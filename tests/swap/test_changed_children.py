@@ -114,6 +114,23 @@ def subclass(model, path, seen):
     _replace(model, path, other)
 
 
+class Wrapper(nn.Module):
+    """Stands in the place of a module, as adapters do: it has none of the attributes that ours may read."""
+
+    def __init__(self, base, seen):
+        super().__init__()
+        self.base, self.seen = base, lambda: seen.append("wrapper")
+        self.training = base.training
+
+    def forward(self, *args, **kwargs):
+        self.seen()
+        return _scaled(self.base(*args, **kwargs), 1.25)
+
+
+def wrapped(model, path, seen):
+    _replace(model, path, Wrapper(model.get_submodule(path), seen))
+
+
 def low_rank_by_loralib(model, path, seen):
     import loralib
 
@@ -180,6 +197,68 @@ def another_activation(model, path, seen):
 
 def longer(model, path, seen):
     model.get_submodule(path).append(nn.Hardtanh(-0.5, 0.25))
+
+
+def other_epsilon(model, path, seen):
+    model.get_submodule(path).eps = 0.1
+
+
+def transposed(model, path, seen):
+    """Makes a parameter of a view, which has the old one's address."""
+    module = model.get_submodule(path)
+    module.weight = nn.Parameter(module.weight.detach().t())
+
+
+def transposed_in_place(model, path, seen):
+    weight = model.get_submodule(path).weight
+    weight.data = weight.data.t()
+
+
+def without_padding(model, path, seen):
+    """Puts torch's own convolution in the place of upstream's, which pads."""
+    conv = model.get_submodule(path).conv
+    other = nn.Conv1d(
+        conv.in_channels, conv.out_channels, conv.kernel_size, padding="same", groups=conv.groups, bias=False
+    )
+    other.load_state_dict(conv.state_dict())
+    _replace(model, path, other)
+
+
+def with_bias(model, path, seen):
+    module = model.get_submodule(path)
+    if module.bias is not None:
+        raise ValueError("has a bias")
+    module.bias = nn.Parameter(torch.randn(module.weight.shape[0]))
+
+
+def drops_channels(model, path, seen):
+    """Draws one number for each row of the last dimension of what the module gets."""
+    _replace(model, path, nn.Dropout1d(0.3).train(model.get_submodule(path).training))
+
+
+def compiled(model, path, seen):
+    _replace(model, path, torch.compile(model.get_submodule(path), backend="eager"))
+
+
+def scripted(model, path, seen):
+    module = model.get_submodule(path)
+    binding.unbind(module)
+    _replace(model, path, torch.jit.script(module))
+
+
+def lazy(model, path, seen):
+    """Puts a layer in the place whose first call draws its weights."""
+    module = model.get_submodule(path)
+    _replace(model, path, nn.LazyLinear(module.out_features).train(module.training))
+
+
+def shorter(model, path, seen):
+    del model.get_submodule(path)[-1]
+
+
+def reordered(model, path, seen):
+    layers = model.get_submodule(path)
+    layers[-1], layers[-2] = layers[-2], layers[-1]
 
 
 def frozen(model, path, seen):
@@ -272,6 +351,7 @@ ANY = (
     patched_forward,
     changed_in_place,
     subclass,
+    wrapped,
 )
 LOW_RANK = {"loralib": low_rank_by_loralib, "peft": low_rank_by_peft}
 LINEAR = (*(change for package, change in LOW_RANK.items() if importlib.util.find_spec(package)), quantised)
@@ -282,7 +362,7 @@ CONVOLUTIONS = (
 WEIGHTS = (old_weight_norm, new_weight_norm, spectral_norm, counted, frozen, tied, other_dtype)
 ACTIVATIONS = (nn.ReLU, nn.SiLU, nn.GELU, nn.Tanh, nn.Sigmoid)
 ONLY_IN = {  # quantised layers have no gradients
-    **dict.fromkeys((backward_hook, backward_pre_hook, global_backward_hook, frozen), True),
+    **dict.fromkeys((backward_hook, backward_pre_hook, global_backward_hook, frozen, drops_channels), True),
     quantised: False,
 }
 
@@ -294,7 +374,9 @@ def changes(module):
     if kind in (nn.Linear, nn.Embedding):
         yield from (change for change in LINEAR if kind is nn.Linear or change is low_rank_by_loralib)
     if kind in (nn.Linear, nn.Conv1d, nn.Conv2d):
-        yield from WEIGHTS
+        yield from (*WEIGHTS, with_bias)
+    if kind is nn.Dropout:
+        yield drops_channels
     if kind in (nn.Conv1d, nn.Conv2d):
         yield from CONVOLUTIONS
         yield from (change for change in LINEAR if change is low_rank_by_peft)
@@ -457,6 +539,56 @@ def check(name, count=None):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_changed_children(name):
     check(name, DRAWN)
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "change"),
+    [
+        ("phi-4", "encoders.0.conv.dropout", drops_channels),
+        ("granite speech", "layers.1.conv.dropout", drops_channels),
+        ("granite speech 5", "layers.2.self_attn.v_proj", with_bias),
+        ("gemma 3n", "conformer.1.attention.pre_attn_norm", identity),
+        ("gemma 3n", "conformer.1.attention.relative_position_embedding", wrapped),
+        ("gemma 3n", "conformer.0.lconv1d", wrapped),
+        ("gemma 3n", "conformer.0.lconv1d.depthwise_conv1d", wrapped),
+        ("gemma 3n", "conformer.1.lconv1d.pre_layer_norm", other_epsilon),
+        ("phi-4", "encoders.0.conv.glu", wrapped),
+        ("granite speech", "layers.1.conv.depth_conv", without_padding),
+        ("parakeet", "subsampling.layers", shorter),
+        ("parakeet", "subsampling.layers", reordered),
+    ],
+)
+@pytest.mark.parametrize("after", [False, True])
+def test_changed_child(name, path, change, after):
+    assert not changed_both_ways(lambda: families.make(name), path, change, after, True, {})
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("nemo local", "layers.1.self_attn.linear_pos"),
+        ("zipformer", "encoder.encoders.1.encoder.layers.0.feed_forward1.in_proj"),
+        ("zipformer, causal", "encoders.1.encoder.layers.0.feed_forward1.in_proj"),
+    ],
+)
+@pytest.mark.parametrize("change", [transposed, transposed_in_place])
+def test_a_transposed_weight(name, path, change):
+    """What is kept of the weight is computed anew."""
+    assert not changed_both_ways(lambda: families.make(name), path, change, True, False, {})
+
+
+@pytest.mark.parametrize(
+    ("change", "path"),
+    [
+        (compiled, "conv_module1.balancer2"),
+        (scripted, "nonlin_attention.in_proj"),
+        (lazy, "nonlin_attention.in_proj"),
+    ],
+)
+@pytest.mark.parametrize("after", [False, True])
+def test_changed_child_of_a_layer_that_is_packed(change, path, after):
+    make, path = functools.partial(families.make, "zipformer, causal"), f"encoders.0.layers.0.{path}"
+    assert not changed_both_ways(make, path, change, after, False, {})
 
 
 def test_checks_compute_no_parametrization():

@@ -183,6 +183,18 @@ def test_omega_draws_for_each_part(made):
         close(of(joint, batch())[0], torch.where(of_sequences, without, with_durations))
 
 
+def test_more_logits_than_tokens(made):
+    """Upstream's RNN-T normalises all of its logits, whatever the number of tokens."""
+    _, theirs = made("rnnt", reduction="sum")
+    ours = copy.deepcopy(theirs)
+    assert fastasr.accelerate(ours).replaced
+    logits = torch.randn(2, 4, 3, VOCABULARY + 3, generator=numbers("logits"))
+    call = torch.tensor([[1, 2], [3, 0]]), torch.tensor([4, 3]), torch.tensor([2, 1])
+    names = "log_probs", "targets", "input_lengths", "target_lengths"
+    inputs = dict(zip(names, (logits, *call), strict=True))
+    close(ours(**inputs), theirs(**inputs))
+
+
 def test_fastemit(made):
     """Upstream's value has the factor that the gradients of symbols have."""
     joint, loss = made(reduction=None)

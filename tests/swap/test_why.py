@@ -4,6 +4,7 @@
 import copy
 import logging
 
+import families
 import pytest
 import test_ways_back as ways
 import torch
@@ -236,3 +237,10 @@ def test_a_call_without_suppressed_durations_is_native(caplog):
         assert torch.equal(found.durations, expected.durations)
         served += not caplog.records
     assert served >= 2
+
+
+def test_a_scripted_part():
+    model, _ = families.make("parakeet")
+    fastasr.accelerate(model)
+    model.layers[0].norm_out = torch.jit.script(model.layers[0].norm_out)
+    assert "nothing is known" in str(fastasr.why(model))

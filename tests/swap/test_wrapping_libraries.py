@@ -118,3 +118,35 @@ def test_dynamic_quantisation(name, after):
         assert found.shape == one.shape
         # activations that are nearly halfway between two steps of int8 may round either way
         assert (found - one).norm() <= 0.02 * one.norm()
+
+
+class OfTorch(torch.Tensor):
+    """A weight that knows torch's own functions and no others, as torchao's quantised ones."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if getattr(function, "namespace", "") == "fastasr":
+            raise NotImplementedError(f"{cls.__name__} does not know {function}")
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before the swap", "after the swap"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_weights_of_a_class_with_its_own_functions(name, after):
+    theirs, run = families.make(name)
+    ours = copy.deepcopy(theirs)
+    if after:
+        fastasr.accelerate(ours)
+        outputs(ours, run)
+    for model in (theirs, ours):
+        for module in model.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.weight = torch.nn.Parameter(module.weight.detach().as_subclass(OfTorch))
+    if not after:
+        fastasr.accelerate(ours)
+    try:
+        expected = outputs(theirs, run)
+    except Exception as error:
+        pytest.skip(f"upstream's model does not take such weights: {error}")
+    for found, one in zip(outputs(ours, run), expected, strict=True):
+        close(found, one, 1e-4)

@@ -30,7 +30,7 @@ class ModuleState:
     ) -> None:
         parts = list(module.modules())
         self._dicts: list[dict[str, Any]] = [
-            d for m in parts for d in (m._modules, m._parameters, m._buffers) if d
+            d for m in parts for d in (m._modules, m._parameters, m._buffers) if d and isinstance(d, dict)
         ]
         self._members = list(self._now())
         self._tensors = [t for t in self._members if isinstance(t, Tensor)]
@@ -58,7 +58,9 @@ class ModuleState:
 
     def watched(self) -> bool:
         """Says whether a submodule has hooks now, or one selected by ``drops`` is in training mode."""
-        return any(self._hooks) or any(map(operator.itemgetter("training"), self._dropping))
+        # A module of torch.compile or TorchScript has no mode of its own in its ``__dict__``.
+        modes = map(dict.get, self._dropping, itertools.repeat("training"))
+        return any(self._hooks) or any(modes)
 
     def unchanged(self) -> bool:
         """Says whether the module still equals the record, except in hooks and modes."""

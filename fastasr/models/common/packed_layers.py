@@ -169,8 +169,9 @@ class PackedLayers(Generic[P]):
 
 
 def _runs_foreign_code(module: torch.nn.Module, owner: type) -> bool:
-    """Says whether the module's forward is the user's: on the instance, or of a class from elsewhere."""
-    return not is_of_framework(type(module), owner) or not has_known_forward(module)
+    """Says whether the module's forward is the user's: on the instance, of a class from elsewhere, or scripted."""
+    scripted = isinstance(module, torch.jit.ScriptModule)
+    return scripted or not is_of_framework(type(module), owner) or not has_known_forward(module)
 
 
 def _why_no_weights(layer: torch.nn.Module) -> str:

@@ -55,10 +55,14 @@ class FastConformerSubsampling(torch.nn.Module):
 
 
 def are_plain(layers: Layers) -> bool:
-    """Says whether these are torch's ReLUs and convolutions of this front end without hooks, so that weights
-    suffice.
+    """Says whether these are torch's convolutions and ReLUs in the order of this front end, without hooks, so that
+    weights suffice.
     """
-    return all(map(_is_plain, layers))
+    kinds = _is_strided, plumbing.is_pointwise_conv2d, _is_relu
+    expected = (_is_strided, _is_relu, *kinds * (_stages(layers) - 1))
+    return len(layers) == len(expected) and all(
+        fits(layer) for fits, layer in zip(expected, layers, strict=True)
+    )
 
 
 # Lengths of recordings are numbers on the host or a tensor (B,); ``Spans`` are for recordings in a row.
@@ -209,14 +213,17 @@ def _within(h: Tensor, begin: int, lengths: Lengths) -> Tensor:
     return rows.view(h.shape)
 
 
-def _is_plain(layer: torch.nn.Module) -> bool:
-    """Says whether this is torch's ReLU, or a convolution of this front end without hooks."""
-    if not is_plain(layer, torch.nn.Conv2d):
-        return is_plain(layer, torch.nn.ReLU)
-    depthwise = (layer.kernel_size, layer.stride, layer.padding) == ((3, 3), (2, 2), (1, 1))
-    depthwise = depthwise and layer.groups == layer.in_channels
-    return plumbing.is_pointwise_conv2d(layer) or (
-        depthwise and layer.dilation == (1, 1) and layer.padding_mode == "zeros"
+def _is_relu(layer: torch.nn.Module) -> bool:
+    return is_plain(layer, torch.nn.ReLU)
+
+
+def _is_strided(layer: torch.nn.Module) -> bool:
+    """Says whether this is a convolution of this front end that halves both axes, without hooks."""
+    return (
+        is_plain(layer, torch.nn.Conv2d)
+        and (layer.kernel_size, layer.stride, layer.padding) == ((3, 3), (2, 2), (1, 1))
+        and layer.groups == layer.in_channels
+        and (layer.dilation, layer.padding_mode) == ((1, 1), "zeros")
     )
 
 

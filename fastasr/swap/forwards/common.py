@@ -17,7 +17,7 @@ from fastasr._recording import has_values, recording
 from fastasr.models.common import activations, plumbing
 from fastasr.models.common.attention_dropout import as_upstream, dropout_of
 from fastasr.models.common.attention_of_recordings import of_recordings
-from fastasr.models.common.plain import is_plain
+from fastasr.models.common.plain import is_plain, is_upstreams
 from fastasr.models.common.ragged import Packing
 from fastasr.models.common.row import Row
 from fastasr.models.fast_conformer import masks
@@ -25,6 +25,12 @@ from fastasr.models.fast_conformer.attention import first_rows, projected
 from fastasr.models.fast_conformer.masks import OTHER, seen
 from fastasr.ops._relative_positions import relative_shift
 from fastasr.swap.rule import Upstream
+
+
+def is_part(part: torch.nn.Module, owner: Upstream) -> bool:
+    """Says whether this is a part whose class upstream's file has beside the owner's, as a rule has read it, without
+    hooks. Only then it has the attributes of upstream's part."""
+    return type(part).__module__ == type(owner).__module__ and is_upstreams(part, owner)
 
 
 # --------------------------------------------------------------------------- attention

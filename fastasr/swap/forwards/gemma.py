@@ -21,17 +21,17 @@ from fastasr.models.common.activations import activated, fused_name
 from fastasr.models.common.plain import is_plain, is_upstreams, is_watched
 from fastasr.models.fast_conformer.masks import OTHER, WATCHED
 from fastasr.ops import _kept
-from fastasr.swap.forwards.common import may_read, projections
+from fastasr.swap.forwards.common import is_part, may_read, projections
 from fastasr.swap.rule import Upstream
 
 _NO_NORM = "a norm has hooks or is no plain one"
-_NO_PART = "a part has hooks or is no plain one"
+_NO_PART = "a part has hooks or is no plain one, or norms add different numbers"
 _SILU = torch.nn.SiLU()
 
 
 # --------------------------------------------------------------------------- parts
 def _is_norm(norm: Upstream, owner: Upstream) -> bool:
-    return is_upstreams(norm, owner) and norm.with_scale
+    return is_part(norm, owner) and norm.with_scale
 
 
 def _normed(norm: Upstream, x: Tensor, limit: float = 0.0, activation: Any = "identity") -> Tensor:
@@ -98,9 +98,11 @@ def _fed(module: Upstream, n: Tensor) -> Tensor:
 def _causal_delay(conv: Upstream, owner: Upstream) -> int | None:
     """Returns P − ⌊K / 2⌋ of Gemma's convolution, which sees P = K − 1 frames of the past."""
     known = type(conv)
-    if known.__name__ == "Gemma4AudioCausalConv1d" and is_upstreams(conv, owner):
-        return plumbing.conv_delay(conv, around=(conv.kernel_size[0] - 1, 0), known=known)
-    return plumbing.conv_delay(conv, around=(conv.kernel_size[0] - 1, 0))
+    if known.__name__ != "Gemma4AudioCausalConv1d" or not is_upstreams(conv, owner):
+        known = torch.nn.Conv1d
+    if type(conv) is not known:
+        return None
+    return plumbing.conv_delay(conv, around=(conv.kernel_size[0] - 1, 0), known=known)
 
 
 def _convolved(module: Upstream, n: Tensor, delay: int) -> Tensor:
@@ -195,10 +197,12 @@ def _layer(
     (B, T)."""
     first, convolution, last = parts[:3]
     (before, behind, out), delay = norms, None
-    norms += first.pre_layer_norm, first.post_layer_norm, convolution.pre_layer_norm, convolution.conv_norm
-    norms += last.pre_layer_norm, last.post_layer_norm
-    if all(is_upstreams(part, module) for part in parts) and all(_is_norm(norm, module) for norm in norms):
-        delay = _causal_delay(convolution.depthwise_conv1d, convolution)
+    if all(is_part(part, module) for part in parts):
+        norms += first.post_layer_norm, convolution.pre_layer_norm, last.post_layer_norm  # with one eps
+        others = first.pre_layer_norm, convolution.conv_norm, last.pre_layer_norm
+        are_norms = all(_is_norm(norm, module) for norm in norms + others)
+        if are_norms and len({norm.eps for norm in norms}) == 1:
+            delay = _causal_delay(convolution.depthwise_conv1d, convolution)
     if delay is None or (hidden is not None and hidden.dtype != torch.bool):
         _left.note(module, _NO_PART)
         return None
@@ -253,7 +257,7 @@ def gemma3n_attention(self: Upstream, hidden_states: Tensor, mask: Tensor) -> Te
     """Serves the audio tower of transformers' Gemma 3n: as above, in the model's dtype, with a mask bool (B, T), True
     at padding, and a window of l + 1 keys -> (B, T, H, d)."""
     positions, past = self.relative_position_embedding, self.max_past_horizon
-    if not is_upstreams(positions, self) or mask.shape != hidden_states.shape[:2] or mask.dtype != torch.bool:
+    if not is_part(positions, self) or mask.shape != hidden_states.shape[:2] or mask.dtype != torch.bool:
         _left.note(self, OTHER)
         return type(self).forward(self, hidden_states, mask)
     q, k, v = projections(hidden_states, (self.num_heads, -1), self.q_proj, self.k_proj, self.v_proj)
@@ -356,9 +360,7 @@ def gemma3n_subsampling(self: Upstream, audio_encodings: Tensor) -> Tensor:
     conv, norm = self.conv, self.norm
     left, right, top, bottom = self.manual_padding
     if not (
-        plumbing.is_dense_conv2d(conv)
-        and is_upstreams(norm, self)
-        and is_plain(self.activation, torch.nn.ReLU)
+        plumbing.is_dense_conv2d(conv) and is_part(norm, self) and is_plain(self.activation, torch.nn.ReLU)
     ):
         _left.note(self, "conv, norm or activation has hooks or is no plain one")
         return type(self).forward(self, audio_encodings)

@@ -11,13 +11,13 @@ from torch import Tensor
 from fastasr import _left
 from fastasr.models.common import plumbing
 from fastasr.models.common.attention_dropout import dropout_of
-from fastasr.models.common.plain import is_plain, is_upstreams
+from fastasr.models.common.plain import is_plain
 from fastasr.models.fast_conformer import masks
 from fastasr.models.fast_conformer.attention import STANDARD, mean_of_values
 from fastasr.models.fast_conformer.convolution import after_gate, convolved, pointwise
 from fastasr.models.fast_conformer.masks import OTHER, seen
 from fastasr.ops import _kept
-from fastasr.swap.forwards.common import dropped, in_sequence, may_read, projections, shaw
+from fastasr.swap.forwards.common import channels_first, in_sequence, is_part, may_read, projections, shaw
 from fastasr.swap.rule import Upstream
 
 _SILU = torch.nn.SiLU()
@@ -47,7 +47,7 @@ def granite_speech5_attention(
 ) -> tuple[Tensor, Any]:
     """Serves transformers' Granite Speech 5, whose blocks see no padding: as above, with an attention mask (bool
     (B, T), True at valid frames) or None -> ((B, T, width), None). Every query of a block of padding gives the mean of
-    the C values of its block, those behind the end being 0."""
+    the C values of its block, those behind the end being of frames of 0."""
     mask, known = attention_mask, self.config._attn_implementation in STANDARD
     rows, reason = _rows_in_blocks(self, hidden_states.shape[1], position_embeddings), None
     if not known or rows is None or (mask is not None and mask.shape != hidden_states.shape[:2]):
@@ -56,16 +56,17 @@ def granite_speech5_attention(
     dropout = dropout_of(self, share, hidden_states.device, reason)
     if dropout is None or rows is None:
         return type(self).forward(self, hidden_states, position_embeddings, mask, **kwargs)
-    heads = self.config.num_attention_heads, -1
-    q, k, v = projections(hidden_states, heads, self.q_proj, self.k_proj, self.v_proj)
+    heads, frames = (self.config.num_attention_heads, -1), hidden_states.shape[1]
     by = None if mask is None else seen(mask)
-    y = _in_blocks(self, q, k, v, rows, masks.of_kernel(mask, by) | dropout)
-    if (
-        mask is not None
-        and by is not None
-        and by.empty_rows is not None
-        and masks.are_empty_rows_read(by, y.device)
-    ):
+    has_means = (
+        by is not None and by.empty_rows is not None and masks.are_empty_rows_read(by, hidden_states.device)
+    )
+    if has_means:  # Their blocks are whole, and a projection need not give 0 behind the end.
+        hidden_states = F.pad(hidden_states, (0, 0, 0, -frames % self.context_size))
+    q, k, v = projections(hidden_states, heads, self.q_proj, self.k_proj, self.v_proj)
+    queries, keys, values = (t[:, :frames] for t in (q, k, v))
+    y = _in_blocks(self, queries, keys, values, rows, masks.of_kernel(mask, by) | dropout)
+    if has_means and mask is not None:
         y = _with_means(y, q, k, v, mask, self.context_size)
     return plumbing.linear(self.o_proj, y.flatten(2)), None
 
@@ -95,15 +96,14 @@ def _is_by_offset(indices: Tensor) -> bool:
 
 
 def _with_means(y: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, size: int) -> Tensor:
-    """Returns y (B, T, H, d) with upstream's values in blocks of ``size`` frames without a valid one."""
+    """Returns y (B, T, H, d) with upstream's values in blocks of ``size`` frames without a valid one, of whole blocks
+    of q, k and v."""
     frames = y.shape[1]
-    missing = -frames % size
 
     def blocks(t: Tensor) -> Tensor:
-        t = F.pad(t, (0, 0, 0, 0, 0, missing))
         return t.unflatten(1, (-1, size)).flatten(0, 1)
 
-    empty = ~F.pad(mask, (0, missing)).unflatten(1, (-1, size)).any(2)  # [B, blocks]
+    empty = ~F.pad(mask, (0, q.shape[1] - frames)).unflatten(1, (-1, size)).any(2)  # [B, blocks]
     mean = mean_of_values(blocks(q), blocks(k), blocks(v), 0.0).to(y.dtype)
     mean = mean.expand(-1, size, -1, -1).unflatten(0, empty.shape).flatten(1, 2)[:, :frames]
     return torch.where(empty.repeat_interleave(size, 1)[:, :frames, None, None], mean, y)
@@ -115,11 +115,11 @@ def granite_speech_convolution(self: Upstream, hidden_states: Tensor) -> Tensor:
         _left.note(self, "glu is not a plain GLU")
         return type(self).forward(self, hidden_states)
     conv, around = self.depth_conv, (0, 0)
-    if is_upstreams(conv, self):
+    if is_part(conv, self):
         conv, around = conv.conv, conv.padding
     h = pointwise(self.up_conv, self.norm(hidden_states))
     y = after_gate(h, conv, self.batch_norm, self.silu, self.down_conv, around=around)
-    return dropped(self.dropout, y)
+    return y if plumbing.is_idle(self.dropout) else self.dropout(channels_first(self, y))
 
 
 def granite_speech5_convolution(

@@ -29,7 +29,9 @@ def nemo_transducer_loss(
         )
     targets = targets[:, : log_probs.shape[2] - 1]
     call = targets, input_lengths, target_lengths, core.blank
-    tokens, durations = log_probs.tensor_split((core.blank + 1,), -1)
+    tokens = log_probs
+    if hasattr(core, "durations"):
+        tokens, durations = log_probs.tensor_split((core.blank + 1,), -1)
     if _has_durations(core):
         losses = tdt_loss(tokens, durations, *call, core.durations, core.sigma, "none", **_fastemit(core))
     else:

@@ -10,12 +10,12 @@ from torch import Tensor
 from fastasr import _left, ops
 from fastasr.models.common import activations, plumbing
 from fastasr.models.common.attention_dropout import dropout_of
-from fastasr.models.common.plain import is_plain, is_upstreams, is_watched, runs
+from fastasr.models.common.plain import is_plain, is_watched, runs
 from fastasr.models.fast_conformer import masks
 from fastasr.models.fast_conformer.attention import STANDARD
 from fastasr.models.fast_conformer.convolution import pointwise
 from fastasr.models.fast_conformer.subsampling import are_plain, convolved
-from fastasr.swap.forwards.common import bias_of_pairs, dropped, projections
+from fastasr.swap.forwards.common import bias_of_pairs, channels_first, is_part, projections
 from fastasr.swap.rule import Upstream
 
 
@@ -88,12 +88,13 @@ def phi4_encoder(self: Upstream, hidden_states: Tensor, mask: Tensor | None, **k
 def phi4_convolution(self: Upstream, hidden_states: Tensor) -> Tensor:
     """Serves transformers' Phi-4-multimodal: hidden states (B, T, width) -> same shape: W3 SiLU(W2 z) of the causal
     depthwise convolution z of (a + b1) · SiLU(g + b2), (a, g) = W1 LayerNorm(x). Padding is not masked."""
-    glu, separable = self.glu, self.dw_sep_conv_1d
-    first, depthwise, second = glu.ext_pw_conv_1d, separable.dw_conv, separable.pw_conv
-    plain = is_upstreams(glu, self) and is_upstreams(separable, self)
-    fused = all(activations.fused_name(a) == "silu" for a in (glu.glu_act, self.act))
-    delay = plumbing.conv_delay(depthwise, causal=True)
-    if not plain or not fused or delay is None or not all(map(plumbing.is_pointwise_conv1d, (first, second))):
+    glu, separable, delay = self.glu, self.dw_sep_conv_1d, None
+    if is_part(glu, self) and is_part(separable, self):
+        first, depthwise, second = glu.ext_pw_conv_1d, separable.dw_conv, separable.pw_conv
+        fused = all(activations.fused_name(a) == "silu" for a in (glu.glu_act, self.act))
+        if fused and all(map(plumbing.is_pointwise_conv1d, (first, second))):
+            delay = plumbing.conv_delay(depthwise, causal=True)
+    if delay is None:
         _left.note(self, "a part has hooks or is no plain one, or an activation is not SiLU")
         return type(self).forward(self, hidden_states)
     shift = torch.cat([glu.b1, glu.b2], 1).flatten()
@@ -103,7 +104,8 @@ def phi4_convolution(self: Upstream, hidden_states: Tensor) -> Tensor:
         h, depthwise.weight, depthwise.bias, delay=delay, activation="identity", gate="silu"
     ).transpose(0, 1)
     z = ops.linear_activation(z, second.weight.flatten(1), second.bias, "silu")
-    return dropped(self.dropout, pointwise(self.ext_pw_conv_1d, z))
+    y = pointwise(self.ext_pw_conv_1d, z)
+    return y if plumbing.is_idle(self.dropout) else self.dropout(channels_first(self, y))
 
 
 def phi4_feed_forward(self: Upstream, hidden_states: Tensor) -> Tensor:
