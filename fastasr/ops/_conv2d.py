@@ -150,6 +150,7 @@ def serves(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding
         x.is_cpu
         and x.dtype is weight.dtype is torch.float32
         and _dispatch.direct(x, weight, bias)
+        and _dispatch.forced_backend() != "eager"
         and not is_traced()
         and not torch.is_autocast_enabled("cpu")
         and not torch.are_deterministic_algorithms_enabled()
