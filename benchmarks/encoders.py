@@ -93,6 +93,21 @@ def _nemo_transformer(layers: int) -> nn.Module:
     return module.TransformerEncoder(feat_in=80, d_model=512, n_heads=8, n_layers=layers)
 
 
+def _nemo_conformer(layers: int) -> nn.Module:
+    module = upstream.module("nemo.collections.asr.modules.conformer_encoder")
+    return module.ConformerEncoder(
+        feat_in=80, n_layers=layers, d_model=512, n_heads=8, subsampling="striding"
+    )
+
+
+def _e_branchformer(layers: int) -> nn.Module:
+    module = upstream.module("espnet2.asr.encoder.e_branchformer_encoder")
+    sizes = {"cgmlp_linear_units": 3072, "linear_units": 1024, "use_ffn": True, "macaron_ffn": True}
+    return module.EBranchformerEncoder(
+        80, output_size=512, attention_heads=8, num_blocks=layers, input_layer="conv2d", **sizes
+    )
+
+
 def _firered(layers: int) -> nn.Module:
     module = upstream.module("fireredasr.models.module.conformer_encoder")
     return module.ConformerEncoder(idim=80, n_layers=layers, n_head=20, d_model=1280)
@@ -195,6 +210,13 @@ _ENCODERS: dict[str, tuple[str, tuple[int, float, int], Callable, Callable]] = {
         _named("input_features", "input_features_mask"),
     ),
     "nemo-transformer": ("NeMo's TransformerEncoder", (17, 100, 80), _nemo_transformer, _lengths),
+    "nemo-conformer": (
+        "NeMo's Conformer with a front end of the kind striding", (18, 100, 80), _nemo_conformer, _lengths,
+    ),
+    "e-branchformer": (
+        "ESPnet's E-Branchformer, as for LibriSpeech", (17, 100, 80), _e_branchformer,
+        lambda x, valid: {"xs_pad": x, "ilens": valid.sum(1)},
+    ),
     "fireredasr": (
         "FireRedASR-AED-L's encoder", (16, 100, 80), _firered,
         lambda x, valid: {"padded_input": x, "input_lengths": valid.sum(1)},
