@@ -10,7 +10,7 @@ from torch import Tensor
 from fastasr import _left, ops
 from fastasr.models.common import activations, plumbing
 from fastasr.models.common.attention_dropout import dropout_of
-from fastasr.models.common.plain import is_plain, is_watched, runs
+from fastasr.models.common.plain import is_plain, runs
 from fastasr.models.fast_conformer import masks
 from fastasr.models.fast_conformer.attention import STANDARD
 from fastasr.models.fast_conformer.convolution import pointwise
@@ -62,7 +62,7 @@ def phi4_encoder(self: Upstream, hidden_states: Tensor, mask: Tensor | None, **k
     the scores of valid keys and hides none, as a bias per key. More than 500 frames are sequences of 500, the last of
     them filled with zeros."""
     bias = self.relative_attention_bias_layer
-    if not all(runs(layer.self_attn, phi4_attention) for layer in self.encoders) or is_watched(bias):
+    if not all(runs(layer.self_attn, phi4_attention) for layer in self.encoders) or not is_part(bias, self):
         return type(self).forward(self, hidden_states, mask, **kwargs)
     # These draw from numpy's generator in training.
     y, seen_keys, valid = self.forward_embeddings(self.encoder_embedding(hidden_states), mask)
