@@ -9,7 +9,7 @@ import torch
 from steps import close, moved, seeded
 
 from fastasr.models import zipformer as models
-from fastasr.models.zipformer import subsampling
+from fastasr.models.common import convolutions
 from fastasr.models.zipformer.encoder import int_tuple
 from fastasr.ops import balancer_gradient, whitening_gradient
 
@@ -40,7 +40,7 @@ def test_the_front_end_reorders_the_weight_in_place_of_many_frames():
     out = torch.nn.Linear(128 * 4, 12).double()
     x = torch.randn(3, 10, 4, 128, dtype=torch.float64, requires_grad=True).permute(0, 3, 1, 2)
     operands = (x, out.weight, out.bias)
-    found, wanted = subsampling._projected(out, x), out(subsampling._frames(x))
+    found, wanted = convolutions.projected(out, x), out(convolutions.frames(x))
     assert found.is_contiguous()
     assert torch.allclose(found, wanted)
     grads = [torch.autograd.grad(y.square().sum(), operands) for y in (found, wanted)]

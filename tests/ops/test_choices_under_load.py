@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from fastasr import ops, processor
-from fastasr.ops import _gemm
+from fastasr.ops import _conv2d, _gemm
 
 pytestmark = pytest.mark.skipif(bool(_gemm.why_not()), reason=_gemm.why_not())
 LOAD = Path("/proc/loadavg")
@@ -263,12 +263,14 @@ def test_every_operation_is_measured_again(monkeypatch, tmp_path):
     x, w, b = torch.ones(2, 40, 192), torch.ones(192, 192).requires_grad_(), torch.ones(192)
     image, kernel = torch.ones(1, 3, 9, 9), torch.ones(4, 3, 3, 3)
     grad = F.conv2d(image, kernel)
+    maps, taps = torch.ones(1, 16, 9, 9), torch.ones(32, 16, 3, 3)
 
     def run():
         for _ in range(2):  # before the second call the products of the passes are known
             ops.linear(x, w, b).sum().backward()
         _gemm.input_grad(x, w.detach())
         _gemm.conv2d_grads(grad, image, kernel, (1, 1), (0, 0), (False, True, True))
+        _conv2d.is_faster(maps, taps, None, (2, 2), (1, 1))
 
     run()
     first = json.loads(_gemm.cache_file().read_text())
