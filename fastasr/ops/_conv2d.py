@@ -156,6 +156,7 @@ def serves(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding
         and not torch.are_deterministic_algorithms_enabled()
         and not _gemm.why_not()
         and x.numel() > 0
+        and x.shape[1] == weight.shape[1]
         and min(_lines(x, weight, stride, padding).out) > 0
     )
 

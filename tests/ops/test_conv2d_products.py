@@ -86,6 +86,15 @@ def test_frames_that_no_output_sees_do_not_matter():
     assert not found[1][:, :, :, 11:].any()
 
 
+def test_a_wrong_number_of_channels_gets_torchs_error(monkeypatch):
+    monkeypatch.setenv("FASTASR_GEMM", "native")
+    monkeypatch.setattr(_gemm, "_choices", {})
+    conv = torch.nn.Sequential(torch.nn.Conv2d(64, 64, 3, 2), torch.nn.ReLU())
+    convolutions.in_sequence(conv, torch.randn(2, 64, 33, 20, dtype=torch.float32))
+    with pytest.raises(RuntimeError, match=r"expected input.* to have 64 channels"):
+        convolutions.in_sequence(conv, torch.randn(2, 48, 33, 20, dtype=torch.float32))
+
+
 def test_the_result_can_be_changed_in_place():
     given = operands((3, 3), (2, 10, 12))
     y = _conv2d.convolution(*given, (2, 2), (0, 0), True)
