@@ -55,10 +55,15 @@ def _feed_forward_structure(module: Upstream) -> str | None:
     return reason or _activation(module)
 
 
+def _kind(module: Upstream, expected: str) -> str | None:
+    """Returns a reason unless the front end is of this kind, not causal, with its parts."""
+    if module._subsampling != expected or module.is_causal:
+        return f"computes {'causal ' * module.is_causal}{module._subsampling}, expected {expected}"
+    return check_parts(module, ("conv", "out"))
+
+
 def _subsampling_structure(module: Upstream) -> str | None:
-    if module._subsampling != "dw_striding" or module.is_causal:
-        return f"computes {'causal ' * module.is_causal}{module._subsampling}, expected dw_striding"
-    reason = check_parts(module, ("conv", "out"))
+    reason = _kind(module, "dw_striding")
     if reason is None and type(module.conv).__name__ != "MaskedConvSequential":
         return f"submodule conv is a {type(module.conv).__name__}, expected a MaskedConvSequential"
     expected = 2 + 3 * (module._sampling_num - 1)
@@ -68,9 +73,7 @@ def _subsampling_structure(module: Upstream) -> str | None:
 
 
 def _striding_structure(module: Upstream) -> str | None:
-    if module._subsampling != "striding" or module.is_causal:
-        return f"computes {'causal ' * module.is_causal}{module._subsampling}, expected striding"
-    reason = check_parts(module, ("conv", "out"))
+    reason = _kind(module, "striding")
     return reason or unread_child(module, "conv", "MaskedConvSequential", _MASKED_CONVOLUTIONS)
 
 
