@@ -95,14 +95,20 @@ def test_a_wrapper_for_mixed_precision_comes_off(keep):
     assert "forward" not in vars(ours)
 
 
+def pair(name, swapped):
+    """Returns upstream's model, a copy, which has been swapped and called if so asked, and a call of either."""
+    theirs, run = families.make(name)
+    ours = copy.deepcopy(theirs)
+    if swapped:
+        fastasr.accelerate(ours)
+        outputs(ours, run)
+    return theirs, ours, run
+
+
 @pytest.mark.parametrize("after", [False, True], ids=["before the swap", "after the swap"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_dynamic_quantisation(name, after):
-    theirs, run = families.make(name)
-    ours = copy.deepcopy(theirs)
-    if after:
-        fastasr.accelerate(ours)
-        outputs(ours, run)
+    theirs, ours, run = pair(name, after)
     quantised = []
     for model in (theirs, ours):
         kinds = {torch.nn.Linear}
@@ -133,11 +139,7 @@ class OfTorch(torch.Tensor):
 @pytest.mark.parametrize("after", [False, True], ids=["before the swap", "after the swap"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_weights_of_a_class_with_its_own_functions(name, after):
-    theirs, run = families.make(name)
-    ours = copy.deepcopy(theirs)
-    if after:
-        fastasr.accelerate(ours)
-        outputs(ours, run)
+    theirs, ours, run = pair(name, after)
     for model in (theirs, ours):
         for module in model.modules():
             if isinstance(module, torch.nn.Linear):
