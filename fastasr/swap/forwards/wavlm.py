@@ -66,6 +66,6 @@ def wavlm_encoder(
     self: Upstream, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
 ) -> Any:
     """Runs upstream's encoder of WavLM. Its layers hand on the position bias by offset if ours run in all of them."""
-    if all(runs(layer.attention, wavlm_attention) for layer in self.layers):
+    if all(runs(getattr(layer, "attention", layer), wavlm_attention) for layer in self.layers):
         kwargs["by_offset"] = True
     return type(self).forward(self, hidden_states, attention_mask, **kwargs)
