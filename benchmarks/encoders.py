@@ -78,6 +78,12 @@ def _named(features: str, mask: str | None = "attention_mask", dtype: torch.dtyp
     return arguments
 
 
+def _windows(x: torch.Tensor, valid: torch.Tensor) -> dict[str, Any]:
+    """Whisper's argument: windows of 30 s, which the recordings begin and zeros fill."""
+    features = x.masked_fill(~valid.unsqueeze(-1), 0.0).transpose(1, 2)
+    return {"input_features": nn.functional.pad(features, (0, 3000 - x.shape[1]))}
+
+
 def _lengths(x: torch.Tensor, valid: torch.Tensor) -> dict[str, Any]:
     """The arguments of NeMo and GigaAM."""
     return {"audio_signal": x.transpose(1, 2).contiguous(), "length": valid.sum(1)}
@@ -203,6 +209,22 @@ _ENCODERS: dict[str, tuple[str, tuple[int, float, int], Callable, Callable]] = {
             num_attention_heads=16, intermediate_size=4096, do_stable_layer_norm=True, layerdrop=0.0,
         ),
         _named("hidden_states", dtype=torch.bool),
+    ),
+    "hubert-large": (
+        "HuBERT large, behind its convolutions on the waveform", (24, 50, 1024),
+        _transformers(
+            "hubert.HubertEncoderStableLayerNorm", "HubertConfig", hidden_size=1024,
+            num_attention_heads=16, intermediate_size=4096, do_stable_layer_norm=True, layerdrop=0.0,
+        ),
+        _named("hidden_states", dtype=torch.bool),
+    ),
+    "whisper-large-v3": (
+        "Whisper large v3's encoder, which computes 30 s for every recording", (32, 100, 128),
+        _transformers(
+            "whisper.WhisperEncoder", "WhisperConfig", "encoder_layers", d_model=1280,
+            encoder_attention_heads=20, encoder_ffn_dim=5120, num_mel_bins=128,
+        ),
+        _windows,
     ),
     "fun-asr-nano": (
         "Fun-ASR-Nano's encoder", (70, 100 / 6, 560),

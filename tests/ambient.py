@@ -112,7 +112,8 @@ def _step(model, run):
     if not leaves:
         return at_first, found
     waves = [torch.arange(t.numel(), dtype=t.dtype, device=t.device).sin_().view(t.shape) for t in leaves]
-    grads = torch.autograd.grad(leaves, list(model.parameters()), waves, allow_unused=True)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    grads = torch.autograd.grad(leaves, parameters, waves, allow_unused=True)
     return at_first, found, grads
 
 

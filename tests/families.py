@@ -8,6 +8,7 @@ is not installed. Together the models have a module for every rule.
 
 import copy
 import importlib.util
+import itertools
 import os
 import sys
 import types
@@ -579,6 +580,126 @@ def wavlm(stable=False, lengths=(21, 13, 5), masked=True, **options):
     return made
 
 
+class Encoders(torch.nn.Module):
+    """Several encoders that take the same input."""
+
+    def __init__(self, encoders):
+        super().__init__()
+        self.encoders = torch.nn.ModuleList(encoders)
+
+    def forward(self, x, **masks):
+        # The encoders of wav2vec 2.0 set padding to 0 in their input.
+        return [encoder(x.clone(), **masks).last_hidden_state for encoder in self.encoders]
+
+
+def transformers_encoder(folder, class_name, config_name, sizes, implementation="sdpa", **options):
+    transformers = pytest.importorskip("transformers")
+    package, _, name = folder.rpartition(".")
+    module = pytest.importorskip(f"transformers.models.{package or name}.modeling_{name}")
+    config = getattr(transformers, config_name)(**sizes | options)
+    config._attn_implementation = implementation
+    return getattr(module, class_name)(config)
+
+
+# Names of the sizes: Whisper's and those of its copies that have other ones
+_OF_WHISPER = "d_model", "encoder_layers", "encoder_attention_heads", "encoder_ffn_dim"
+_OF_COPIES = "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"
+WHISPERS = {
+    "whisper": ("WhisperEncoder", "WhisperConfig", _OF_WHISPER),
+    "qwen2_audio": ("Qwen2AudioEncoder", "Qwen2AudioEncoderConfig", _OF_WHISPER),
+    "voxtral": ("VoxtralEncoder", "VoxtralEncoderConfig", _OF_COPIES),
+    "moss_transcribe_diarize": (
+        "MossTranscribeDiarizeAudioModel",
+        "MossTranscribeDiarizeAudioConfig",
+        _OF_COPIES,
+    ),
+    "audioflamingo3": ("AudioFlamingo3Encoder", "AudioFlamingo3EncoderConfig", _OF_COPIES),
+}
+
+
+def whisper(*folders, layers=1, frames=24, lengths=None, **options):
+    """Encoders of Whisper and its copies. ``lengths``: those of the recordings, which Audio Flamingo 3 alone takes."""
+
+    def made():
+        rates = dict.fromkeys(("dropout", "activation_dropout"), 0.1)
+        more = {"num_mel_bins": 5, "max_source_positions": frames // 2} | rates | options
+        encoders = []
+        for folder in folders:
+            class_name, config_name, names = WHISPERS[folder]
+            sizes = dict(zip(names, (WIDTH, layers, HEADS, HIDDEN), strict=True))
+            encoders.append(transformers_encoder(folder, class_name, config_name, sizes, **more))
+        batch = 2 if lengths is None else len(lengths)
+        x = torch.randn(batch, 5, frames, generator=numbers(1))
+        given = {}
+        if lengths is not None:
+            given["input_features_mask"] = torch.arange(frames) < torch.tensor(lengths)[:, None]
+        if len(encoders) == 1:
+            return encoders[0], lambda model: [model(x, **given).last_hidden_state]
+        return Encoders(encoders), lambda model: model(x, **given)
+
+    return made
+
+
+_WAV2VEC2 = {
+    "hidden_size": WIDTH,
+    "num_attention_heads": HEADS,
+    "intermediate_size": HIDDEN,
+    "num_conv_pos_embeddings": 4,
+    "num_conv_pos_embedding_groups": 2,
+    "layerdrop": 0.0,
+    "attention_dropout": 0.0,
+}
+WAV2VEC2S = ("Wav2Vec2", "Hubert", "UniSpeech", "UniSpeechSat", "SEW", "Data2VecAudio")
+
+
+def wav2vec2(*names, norms=("",), layers=1, lengths=(21, 13, 5), masked=True, **options):
+    """Encoders of wav2vec 2.0 and its copies. ``norms``: "StableLayerNorm" for those of large models, with norms before
+    each part, or ""."""
+
+    def made():
+        sizes = _WAV2VEC2 | {"num_hidden_layers": layers}
+        if "Data2VecAudio" in names:
+            sizes |= {"conv_pos_kernel_size": 3}
+        encoders = []
+        for name, norm in itertools.product(names, norms):
+            folder = "data2vec.data2vec_audio" if name == "Data2VecAudio" else _folder(name)
+            if not norm or name not in ("SEW", "Data2VecAudio"):
+                class_name = f"{name}Encoder{norm}"
+                encoders.append(transformers_encoder(folder, class_name, f"{name}Config", sizes, **options))
+        frames = max(lengths)
+        x = torch.randn(len(lengths), frames, WIDTH, generator=numbers(1))
+        given = {"attention_mask": torch.arange(frames) < torch.tensor(lengths)[:, None]} if masked else {}
+        if len(encoders) == 1:
+            return encoders[0], lambda model: [model(x.clone(), **given).last_hidden_state]
+        return Encoders(encoders), lambda model: model(x, **given)
+
+    return made
+
+
+def _folder(name):
+    """Returns the package of transformers' model of this name."""
+    return {"UniSpeechSat": "unispeech_sat"}.get(name, name.lower())
+
+
+def omniasr(lengths=(80, 61, 44), **options):
+    """OmniASR's encoder with its convolutions on the waveform."""
+
+    def made():
+        sizes = _WAV2VEC2 | {
+            "num_hidden_layers": 2,
+            "conv_dim": (4, 6),
+            "conv_kernel": (4, 2),
+            "conv_stride": (2, 2),
+        }
+        names = "omniasr", "OmniASRAudioModel", "OmniASRAudioConfig"
+        model = transformers_encoder(*names, sizes, **options)
+        x = torch.randn(len(lengths), 1, max(lengths), generator=numbers(1))
+        mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+        return model, lambda model: [model(x, padding_mask=mask).last_hidden_state]
+
+    return made
+
+
 def w2v_bert(**options):
     return of_wav2vec2("wav2vec2_bert", "Wav2Vec2BertEncoder", "Wav2Vec2BertConfig", **W2V_BERT, **options)
 
@@ -721,6 +842,13 @@ FAMILIES = {
     "w2v-bert": w2v_bert(),
     "wavlm": wavlm(),
     "wavlm large": wavlm(stable=True),
+    "whisper": whisper("whisper", layers=2),
+    "whisper's copies": whisper("qwen2_audio", "voxtral", "moss_transcribe_diarize"),
+    "audio flamingo 3": whisper("audioflamingo3", layers=2, lengths=(24, 17, 6)),
+    "wav2vec2": wav2vec2("Wav2Vec2", layers=2),
+    "wav2vec2 large": wav2vec2("Wav2Vec2", norms=("StableLayerNorm",), layers=2),
+    "wav2vec2's copies": wav2vec2(*WAV2VEC2S[1:], norms=("", "StableLayerNorm")),
+    "omniasr": omniasr(),
     "gemma 4": gemma4(),
     "gemma 3n": gemma3n(),
     "parakeet tdt": parakeet_transducer("TDT"),

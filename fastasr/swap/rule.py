@@ -289,8 +289,10 @@ def check_parts(
     return reason or check_child_names(module, children, optional)
 
 
-def holds(*children: str, **code: tuple[str, Collection[str]]) -> Callable[[Upstream], str | None]:
-    """Returns the structure of a module with exactly these children and no parameters. ``code``: child -> the name of
+def holds(
+    *children: str, **code: tuple[str | tuple[str, ...], Collection[str]]
+) -> Callable[[Upstream], str | None]:
+    """Returns the structure of a module with exactly these children and no parameters. ``code``: child -> the names of
     its class and the known fingerprints, see ``unread_child``."""
 
     def structure(module: Upstream) -> str | None:
@@ -340,12 +342,15 @@ def is_rate(value: object) -> bool:
     )
 
 
-def unread_child(module: nn.Module, name: str, class_name: str, known: Collection[str] | None) -> str | None:
-    """Returns a reason if the submodule is of upstream's class ``class_name`` and the fingerprint of its code is not in
-    ``known``, else None: torch's own classes, and others that our forward calls, may run any code."""
+def unread_child(
+    module: nn.Module, name: str, class_name: str | tuple[str, ...], known: Collection[str] | None
+) -> str | None:
+    """Returns a reason if the submodule is of upstream's class ``class_name``, or one of several, and the fingerprint
+    of its code is not in ``known``, else None: torch's own classes, and others that our forward calls, may run any
+    code."""
     child = getattr(module, name)
-    cls = upstream_class(child)
-    if cls.__name__ != class_name or cls.__module__.startswith("torch.nn."):
+    cls, names = upstream_class(child), (class_name,) if isinstance(class_name, str) else class_name
+    if cls.__name__ not in names or cls.__module__.startswith("torch.nn."):
         return None
     return unread_code(name, child, own_forward, known)
 

@@ -31,12 +31,26 @@ WHOLE = {
     "fireredasr": (False, False),
     "phi-4": (False, False),  # reads its mask on the host
     **dict.fromkeys(
-        ("w2v-bert", "wav2vec2 conformer", "seamless m4t", "lasr", "fun-asr-nano"), (False, False)
+        (
+            "w2v-bert",
+            "wav2vec2 conformer",
+            "wav2vec2",
+            "wav2vec2 large",
+            "wav2vec2's copies",
+            "audio flamingo 3",
+            "omniasr",
+            "seamless m4t",
+            "lasr",
+            "fun-asr-nano",
+        ),
+        (False, False),
     ),  # transformers reads on the host whether the mask hides anything
     **dict.fromkeys(
         ("gigaam", "nemo transformer", "granite speech", "granite speech plus", "granite speech 5"),
         (True, True),
     ),
+    "whisper": (True, True),
+    "whisper's copies": (True, True),
     **dict.fromkeys(("seamless m4t v2", "wavlm", "wavlm large", "gemma 3n", "gemma 4"), (True, True)),
     **({"zipvoice": (True, True)} if families.CHECKOUT else {}),
 }

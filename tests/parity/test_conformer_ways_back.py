@@ -220,6 +220,23 @@ def bias_of_pairs_of_wavlm():
     return beside(ours, theirs, run, "layers.1.attention.forward", reason)
 
 
+def of_the_attention(family, path, reason, **given):
+    ours, theirs, _ = copies(family)
+    x = torch.linspace(-1, 1, 9 * WIDTH).sin().view(1, 9, WIDTH)
+    run = lambda model: model.get_submodule(path)(x, **given)[0]  # noqa: E731
+    return beside(ours, theirs, run, f"{path}.forward", reason)
+
+
+def weights_of_whisper():
+    reason = "attention weights are asked for"
+    return of_the_attention("whisper", "layers.0.self_attn", reason, output_attentions=True)
+
+
+def other_keys_of_wav2vec2():
+    keys = torch.linspace(-2, 1, 9 * WIDTH).sin().view(1, 9, WIDTH)
+    return of_the_attention("wav2vec2", "layers.0.attention", REL_ATTENTION, key_value_states=keys)
+
+
 def hooked_convolution_of_nemo():
     ours, theirs, run = copies("nemo striding")
     for model in (ours, theirs):
@@ -244,6 +261,8 @@ OTHERS = (
     chunks_of_funasr,
     mask_of_gemma4,
     bias_of_pairs_of_wavlm,
+    weights_of_whisper,
+    other_keys_of_wav2vec2,
 )
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Conformers of transformers, NeMo, FireRedASR and GigaAM whose modules have the formulas of others: values, gradients
+"""Encoders of transformers, NeMo, FireRedASR and GigaAM whose modules have the formulas of others: values, gradients
 and draws are upstream's in float64, with masks and under checkpointing."""
 
 import copy
@@ -53,8 +53,28 @@ REPLACED = {
         "SeamlessM4Tv2ConformerConvolutionModule",
     },
     "w2v-bert": {"Wav2Vec2BertFeedForward", "Wav2Vec2BertSelfAttention", "Wav2Vec2BertConvolutionModule"},
-    "wavlm": {"WavLMAttention", "WavLMEncoder"},
-    "wavlm large": {"WavLMAttention", "WavLMEncoderStableLayerNorm"},
+    "wavlm": {"WavLMAttention", "WavLMFeedForward", "WavLMEncoder"},
+    "wavlm large": {"WavLMAttention", "WavLMFeedForward", "WavLMEncoderStableLayerNorm"},
+    "whisper": {"WhisperAttention", "WhisperEncoderLayer"},
+    "whisper's copies": {
+        f"{name}{part}"
+        for name, layer in (
+            ("Qwen2Audio", "EncoderLayer"),
+            ("Voxtral", "EncoderLayer"),
+            ("MossTranscribeDiarizeAudio", "Layer"),
+        )
+        for part in ("Attention", layer)
+    },
+    "audio flamingo 3": {"AudioFlamingo3Attention", "AudioFlamingo3EncoderLayer"},
+    **{
+        family: {f"{name}{part}" for name in names for part in ("Attention", "FeedForward")}
+        for family, names in (
+            ("wav2vec2", ("Wav2Vec2",)),
+            ("wav2vec2 large", ("Wav2Vec2",)),
+            ("wav2vec2's copies", families.WAV2VEC2S[1:]),
+            ("omniasr", ("OmniASR",)),
+        )
+    },
     "gemma 4": {
         "Gemma4ClippableLinear",
         "Gemma4AudioAttention",
@@ -101,6 +121,25 @@ OTHERWISE["wavlm"] = {
     "no mask": families.wavlm(masked=False),
     "dropout": families.wavlm(attention_dropout=0.1),
     "layers left out": families.wavlm(layerdrop=0.5),
+}
+OTHERWISE["whisper"] = {
+    "a frame": families.whisper("whisper", frames=2),
+    "a long recording": families.whisper("whisper", frames=180),
+    "dropout": families.whisper("whisper", layers=2, attention_dropout=0.1),
+    "layers left out": families.whisper("whisper", layers=3, encoder_layerdrop=0.5),
+    "other activations": families.whisper("whisper", activation_function="gelu_new"),
+}
+OTHERWISE["audio flamingo 3"] = {
+    "a recording without frames": families.whisper("audioflamingo3", lengths=(24, 0))
+}
+OTHERWISE["wav2vec2"] = {
+    "a long recording": families.wav2vec2("Wav2Vec2", lengths=(90, 74)),
+    "a frame": families.wav2vec2("Wav2Vec2", lengths=(1,)),
+    "a recording without frames": families.wav2vec2("Wav2Vec2", lengths=(9, 0)),
+    "no mask": families.wav2vec2("Wav2Vec2", masked=False),
+    "dropout": families.wav2vec2("Wav2Vec2", layers=2, attention_dropout=0.1),
+    "layers left out": families.wav2vec2("Wav2Vec2", layers=3, layerdrop=0.5),
+    "other activations": families.wav2vec2("Wav2Vec2", hidden_act="gelu_new"),
 }
 CAPPED = {"attention_logit_cap": 0.5}
 OTHERWISE["gemma 4"] = {
@@ -334,8 +373,12 @@ IMPLEMENTATIONS = {
         "w2v-bert: relative",
         "seamless m4t v2",
         "granite speech 5",
+        "audio flamingo 3",
+        "whisper",
+        "wav2vec2",
+        "wav2vec2: no mask",
     ),
-    "flex_attention": ("w2v-bert",),  # with a tensor as the mask upstream's crashes on a CPU
+    "flex_attention": ("w2v-bert", "wav2vec2"),  # with a tensor as the mask upstream's crashes on a CPU
 }
 
 

@@ -553,6 +553,7 @@ def test_changed_children(name):
         ("gemma 3n", "conformer.0.lconv1d.depthwise_conv1d", wrapped),
         ("gemma 3n", "conformer.1.lconv1d.pre_layer_norm", other_epsilon),
         ("phi-4", "encoders.0.conv.glu", wrapped),
+        ("wavlm", "layers.2", wrapped),
         ("granite speech", "layers.1.conv.depth_conv", without_padding),
         ("parakeet", "subsampling.layers", shorter),
         ("parakeet", "subsampling.layers", reordered),

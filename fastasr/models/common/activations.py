@@ -4,6 +4,7 @@
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastasr import ops
@@ -71,6 +72,8 @@ def fused_name(activation: torch.nn.Module, identity: bool = True) -> Name | Non
         if getattr(activation, "beta", 1) != 1:
             return None
         return "silu" if inner is None else fused_name(inner)
+    if kind.__name__ == "GELUActivation" and kind.__module__ == "transformers.activations":
+        return "gelu" if vars(activation).get("act") is F.gelu else None
     return _FUSED.get(kind) if identity or kind is not torch.nn.Identity else None
 
 

@@ -49,6 +49,8 @@ def share_of_dropout(module: Upstream) -> float | None:
     ):  # transformers reads the rate and does not call the dropout
         return module.dropout.p if module.training else 0.0
     dropout = getattr(getattr(module, "attention", module), "dropout", None)
+    if isinstance(dropout, (int, float)):
+        return dropout if module.training else 0.0
     return 0.0 if dropout is None else plumbing.dropped_share(dropout)
 
 

@@ -49,7 +49,7 @@ def wav2vec2_attention(
     if isinstance(attention_mask, Packing):
         return packed_attention(self, hidden_states, relative_position_embeddings, attention_mask), None
     fits = is_one_table(relative_position_embeddings, hidden_states.shape[1])
-    hidden = _hidden(self, hidden_states, attention_mask, fits)
+    hidden = hidden_keys(self, hidden_states, attention_mask, fits)
     if hidden is None:
         return type(self).forward(self, hidden_states, attention_mask, relative_position_embeddings, **kwargs)
     return attention(self, hidden_states, relative_position_embeddings, hidden), None
@@ -71,7 +71,7 @@ def relative_key_attention(
     packing = attention_mask if isinstance(attention_mask, Packing) else None
     table, hidden = self.distance_embedding, None
     if packing is None:
-        hidden = _hidden(self, hidden_states, attention_mask, is_plain(table, torch.nn.Embedding))
+        hidden = hidden_keys(self, hidden_states, attention_mask, is_plain(table, torch.nn.Embedding))
         if hidden is None:
             return type(self).forward(self, hidden_states, attention_mask, *positions, **kwargs)
     q, k, v = projections(hidden_states, (self.num_heads, -1), self.linear_q, self.linear_k, self.linear_v)
@@ -104,7 +104,7 @@ def fastspeech2_attention(
     return attention(self, hidden_states, pos_emb, hidden | dropout), None
 
 
-def _hidden(module: Upstream, x: Tensor, mask: Tensor | None, fits: bool) -> dict[str, Any] | None:
+def hidden_keys(module: Upstream, x: Tensor, mask: Tensor | None, fits: bool) -> dict[str, Any] | None:
     """Returns the arguments of ``ops.rel_attention`` for the keys that ``mask`` hides, and for dropout; None where
     upstream's code serves the call. ``fits``: whether the positions are served."""
     (batch, frames), config = x.shape[:2], module.config

@@ -10,7 +10,7 @@ from fastasr import ops
 from fastasr.models.common.attention_dropout import dropout_of
 from fastasr.models.common.plain import is_watched, runs
 from fastasr.models.fast_conformer.masks import WATCHED
-from fastasr.swap.forwards.common import bias_of_pairs
+from fastasr.swap.forwards.common import bias_of_pairs, share_of_dropout
 from fastasr.swap.rule import Upstream
 
 
@@ -28,12 +28,12 @@ def wavlm_attention(
     None, position bias). The first layer makes the position bias: (2T − 1, H) for the other layers if ``by_offset``,
     which ``wavlm_encoder`` sets, or upstream's (B H, T, T). A sequence without frames gives NaN."""
     batch, frames, heads = *hidden_states.shape[:2], self.num_heads
-    rows, reason, share = position_bias, None, self.dropout if self.training else 0.0
+    rows, reason = position_bias, None
     if is_watched(self):
         reason = WATCHED
     elif rows is not None and rows.ndim != 2:
         reason = "the position bias has every pair of frames"
-    dropout = dropout_of(self, share, hidden_states.device, reason)
+    dropout = dropout_of(self, share_of_dropout(self), hidden_states.device, reason)
     if dropout is None:
         if rows is None or rows.ndim != 2:
             return type(self).forward(self, hidden_states, attention_mask, position_bias, index, **kwargs)
@@ -66,6 +66,6 @@ def wavlm_encoder(
     self: Upstream, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
 ) -> Any:
     """Runs upstream's encoder of WavLM. Its layers hand on the position bias by offset if ours run in all of them."""
-    if all(runs(layer.attention, wavlm_attention) for layer in self.layers):
+    if all(runs(getattr(layer, "attention", layer), wavlm_attention) for layer in self.layers):
         kwargs["by_offset"] = True
     return type(self).forward(self, hidden_states, attention_mask, **kwargs)

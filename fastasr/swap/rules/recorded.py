@@ -54,11 +54,14 @@ _ON_ROWS = {
 _RAGGED = {"EBranchformerEncoder": espnet_branchformer.RAGGED}
 
 PADDED = "fastasr has no code that leaves padding out of this encoder"
+_TAKES_NO_LENGTHS = "it takes no lengths, so its frames see padding"
 
 # Class -> the frameworks that have one of this name, and why it runs on padding ("": the class or its layers know)
 CLASSES = {
     "ConformerEncoder": ("NeMo's, SpeechBrain's, ESPnet's, FireRedASR's and GigaAM's", PADDED),
     "Conformer": ("torchaudio's", PADDED),
+    "AudioFlamingo3Encoder": ("transformers'", PADDED),
+    "Data2VecAudioEncoder": ("transformers'", PADDED),
     "EBranchformerEncoder": ("ESPnet's, and fastasr's own", ""),
     "FastConformerEncoder": ("fastasr's own", ""),
     "FastSpeech2ConformerEncoder": ("transformers'", PADDED),
@@ -66,16 +69,27 @@ CLASSES = {
     "Gemma3nAudioEncoder": ("transformers'", PADDED),
     "Gemma4AudioModel": ("transformers'", PADDED),
     "GraniteSpeech5Encoder": ("transformers'", PADDED),
-    "GraniteSpeechCTCEncoder": ("transformers'", "it takes no lengths, so its frames see padding"),
-    "GraniteSpeechPlusCTCEncoder": ("transformers'", "it takes no lengths, so its frames see padding"),
+    "GraniteSpeechCTCEncoder": ("transformers'", _TAKES_NO_LENGTHS),
+    "GraniteSpeechPlusCTCEncoder": ("transformers'", _TAKES_NO_LENGTHS),
     "LasrEncoder": ("transformers'", PADDED),
+    "MossTranscribeDiarizeAudioModel": ("transformers'", _TAKES_NO_LENGTHS),
+    "OmniASRAudioModel": ("transformers'", PADDED),
+    "Qwen2AudioEncoder": ("transformers'", PADDED),
+    "SEWEncoder": ("transformers'", PADDED),
     "SeamlessM4TConformerEncoder": ("transformers'", ""),
     "SeamlessM4Tv2ConformerEncoder": ("transformers'", ""),
     "TTSZipformer": ("ZipVoice's", PADDED),
     "TTSZipformerTwoStream": ("ZipVoice's", PADDED),
     "TransformerEncoder": ("NeMo's", PADDED),
+    "VoxtralEncoder": ("transformers'", _TAKES_NO_LENGTHS),
     "Wav2Vec2BertEncoder": ("transformers'", ""),
     "Wav2Vec2ConformerEncoder": ("transformers'", PADDED),
+    "WhisperEncoder": ("transformers'", _TAKES_NO_LENGTHS),
+    **{
+        f"{name}Encoder{norms}": ("transformers'", PADDED)
+        for name in ("Hubert", "UniSpeech", "UniSpeechSat", "Wav2Vec2")
+        for norms in ("", "StableLayerNorm")
+    },
 }
 
 RULES = tuple(

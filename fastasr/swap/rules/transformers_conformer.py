@@ -14,7 +14,7 @@ from fastasr.swap.rules.conformer import (
     feed_forward_rule,
     layer_rule,
 )
-from fastasr.swap.rules.transformers_parakeet import CAPTURING, SILU, convolution_structure
+from fastasr.swap.rules.transformers_parakeet import ACTIVATIONS, CAPTURING, convolution_structure
 
 _TRANSFORMERS = Known("transformers 5.6 to 5.24")
 
@@ -45,7 +45,7 @@ def _wav2vec2_attention_structure(module: Upstream) -> str | None:
 def _wav2vec2_convolution_structure(module: Upstream, norm: str = "batch_norm") -> str | None:
     children = ("pointwise_conv1", "glu", "depthwise_conv", norm, "activation", "pointwise_conv2")
     reason = check_parts(module, ("layer_norm", *children, "dropout"))
-    reason = reason or unread_child(module, "activation", *SILU)
+    reason = reason or unread_child(module, "activation", *ACTIVATIONS)
     if reason is None and (type(module.glu) is not torch.nn.GLU or module.glu.dim != 1):
         return f"submodule glu is {module.glu}, expected GLU(dim=1)"
     return reason
@@ -84,7 +84,7 @@ WAV2VEC2_FEED_FORWARD = feed_forward_rule(
     name="transformers.wav2vec2_conformer_feed_forward",
     class_name="Wav2Vec2ConformerFeedForward",
     forward=models.wav2vec2_feed_forward,
-    structure=holds(*_DENSE, intermediate_act_fn=SILU),
+    structure=holds(*_DENSE, intermediate_act_fn=ACTIVATIONS),
     known={"a7e579c30f41d605b3484748": _TRANSFORMERS},
 )
 

@@ -4,7 +4,7 @@
 from fastasr.swap.forwards import funasr as models
 from fastasr.swap.rule import Rule, Upstream, check_parts, holds
 from fastasr.swap.rules.conformer import FROM_5_18, feed_forward_rule
-from fastasr.swap.rules.transformers_parakeet import SILU
+from fastasr.swap.rules.transformers_parakeet import ACTIVATIONS
 
 
 def _memory_structure(module: Upstream) -> str | None:
@@ -25,7 +25,7 @@ FEED_FORWARD = feed_forward_rule(
     name="transformers.fun_asr_feed_forward",
     class_name="FunAsrNanoMLP",
     forward=models.fun_asr_feed_forward,
-    structure=holds("activation_fn", "fc1", "fc2", activation_fn=SILU),
+    structure=holds("activation_fn", "fc1", "fc2", activation_fn=ACTIVATIONS),
     known={"e0a0768230314a0ea5b13f42": FROM_5_18},
 )
 

@@ -7,7 +7,7 @@ from operator import attrgetter
 from fastasr.swap.forwards import gemma as models
 from fastasr.swap.rule import Known, Rule, Upstream, check_child_names, check_parameters, unread_child
 from fastasr.swap.rules.conformer import FROM_5_18, attention_rule, norm_convolution_rule
-from fastasr.swap.rules.transformers_parakeet import CAPTURING, SILU
+from fastasr.swap.rules.transformers_parakeet import ACTIVATIONS, CAPTURING
 
 _POSITIONS = "Gemma3nAudioRelativePositionEmbedding"
 _KNOWN_POSITIONS = {"4e0480142403c3908e854b4b"}
@@ -65,7 +65,7 @@ def _part(*children: str) -> Callable:
         reason = check_parameters(module, {}, allowed_buffers=("gradient_clipping",))  # Gemma 3n's have it.
         reason = reason or check_child_names(module, children)
         for name in children:
-            reason = reason or unread_child(module, name, *SILU)
+            reason = reason or unread_child(module, name, *ACTIVATIONS)
             for class_name, code in _READ.items():
                 reason = reason or unread_child(module, name, class_name, {code})
         return reason or (_plain_conv(module.conv) if "conv" in children else _clipped(module))

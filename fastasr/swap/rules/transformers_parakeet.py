@@ -34,13 +34,14 @@ _FROM_5_6 = Known("transformers 5.6 to 5.24")
 CAPTURING = (
     "transformers.utils.output_capturing.install_output_capuring_hook.<locals>.output_capturing_hook",
 )
-SILU = "SiLUActivation", {"bbb3a89cc2c8993670072487"}
+# The activations that fastasr's forwards do not call, and their known code
+ACTIVATIONS = ("GELUActivation", "SiLUActivation"), {"1903e0da4ab1fe14975183ec", "bbb3a89cc2c8993670072487"}
 _BLOCK = "c6cc6c4c6c123d55235c5852"
 _CONVOLUTIONS = ("pointwise_conv1", "depthwise_conv", "norm", "activation", "pointwise_conv2")
 _NORMS = ("norm_feed_forward1", "norm_self_att", "norm_conv", "norm_feed_forward2", "norm_out")
 
-feed_forward_structure = holds("linear1", "activation", "linear2", activation=SILU)
-convolution_structure = holds(*_CONVOLUTIONS, activation=SILU)
+feed_forward_structure = holds("linear1", "activation", "linear2", activation=ACTIVATIONS)
+convolution_structure = holds(*_CONVOLUTIONS, activation=ACTIVATIONS)
 encoder_structure = holds("subsampling", "encode_positions", "layers")
 
 

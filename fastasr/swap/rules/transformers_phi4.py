@@ -6,14 +6,14 @@ from fastasr.swap.forwards import phi4 as models
 from fastasr.swap.rule import Graphed, Rule, Upstream, check_child_names, check_parts, holds, unread_child
 from fastasr.swap.rules import recorded
 from fastasr.swap.rules.conformer import FROM_5_18, attention_rule, convolution_rule, feed_forward_rule
-from fastasr.swap.rules.transformers_parakeet import SILU
+from fastasr.swap.rules.transformers_parakeet import ACTIVATIONS
 
 _CODE = {
     "Phi4MultimodalAudioConformerEncoderLayer": {"ca7006f6633794673e370e5c"},
     "Phi4MultimodalAudioDepthWiseSeparableConv1d": {"e8f1a6058ea89d942b026dfb"},
     "Phi4MultimodalAudioGluPointWiseConv": {"716762a9bff6b91d1b37dd8f"},
     "Phi4MultimodalAudioRelativeAttentionBias": {"364970c502963da69b78b298"},
-    "SiLUActivation": SILU[1],
+    "SiLUActivation": ACTIVATIONS[1],
 }
 _PARTS = ("embed", "encoder_embedding", "encoders", "relative_attention_bias_layer")
 
@@ -88,7 +88,7 @@ RULES = (
         name="transformers.phi4_feed_forward",
         class_name="Phi4MultimodalAudioMLP",
         forward=models.phi4_feed_forward,
-        structure=holds("layer_norm", "act_fn", "gate_up_proj", "down_proj", "dropout", act_fn=SILU),
+        structure=holds("layer_norm", "act_fn", "gate_up_proj", "down_proj", "dropout", act_fn=ACTIVATIONS),
         known={"1f6200083efe67a043268247": FROM_5_18},
     ),
     Rule(

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules for the attention of transformers' WavLM, and for its encoders, which hand on the bias of the positions."""
+"""Rules for the attention and feed-forward of transformers' WavLM, and for its encoders, which hand on the bias of the
+positions."""
 
 from fastasr.swap.forwards import wavlm as models
 from fastasr.swap.rule import Graphed, Known, Rule, Upstream, check_parameters, check_parts
@@ -40,6 +41,9 @@ RULES = (
         shared=lambda result: result[0],
         hooks=CAPTURING,
         note=conformer.NOTE,
+    ),
+    conformer.WAV2VEC2_FEED_FORWARD.like(
+        "transformers.wavlm_feed_forward", "WavLMFeedForward", {"5f06b8bcab1e5f9fea3a0652": FROM_5_18}
     ),
     _encoder("WavLMEncoder", "4e448eda3b4bcf5b478d38c9", "e348898eda752e7285561ae0"),
     _encoder("WavLMEncoderStableLayerNorm", "1ec3385e8eb3f91aabe95a8c", "2b140dcf24d3ace4e3659f98"),

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The attention of transformers' Whisper and wav2vec 2.0, which has no positions, and Whisper's layer."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastasr import _left, ops
+from fastasr.models.common import activations, plumbing
+from fastasr.models.fast_conformer.masks import WANTED
+from fastasr.ops import _dropout
+from fastasr.swap.forwards.common import projections
+from fastasr.swap.forwards.transformers_conformer import hidden_keys
+from fastasr.swap.rule import Upstream
+
+# What upstream's code does more for, if a call gives it
+_NOT_SERVED = ("key_value_states", "cache", "past_key_values", "is_causal", "position_bias")
+
+
+def whisper_attention(
+    self: Upstream, hidden_states: Tensor, *others: Any, **kwargs: Any
+) -> tuple[Tensor, Any]:
+    """Serves the encoders of transformers' Whisper and wav2vec 2.0: hidden states (B, T, width), attention mask
+    (``masks.read``) by name -> ((B, T, width), None). The order of other arguments differs from class to class."""
+    if kwargs.get("output_attentions"):
+        _left.note(self, WANTED)
+        return type(self).forward(self, hidden_states, *others, **kwargs)
+    fits = not others and all(kwargs.get(name) is None for name in _NOT_SERVED)
+    hidden = hidden_keys(self, hidden_states, kwargs.get("attention_mask"), fits)
+    if hidden is None:
+        return type(self).forward(self, hidden_states, *others, **kwargs)
+    # Whisper multiplies its queries by the scale before the product, wav2vec 2.0 the product.
+    q, k, v = projections(hidden_states, (self.num_heads, -1), self.q_proj, self.k_proj, self.v_proj)
+    y = ops.rel_attention(q, k, v, **hidden).flatten(2)
+    return plumbing.linear(self.out_proj, y), None
+
+
+def whisper_layer(
+    self: Upstream, hidden_states: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> Tensor:
+    """Serves the layers of Whisper's encoder: hidden states (B, T, width), attention mask as the attention takes it ->
+    (B, T, width)."""
+    between, behind = (self.activation_dropout, self.dropout) if self.training else (0.0, 0.0)
+
+    def added(y: Tensor, residual: Tensor) -> Tensor:
+        return _dropout.dropout(y, behind, residual) if behind else residual + y
+
+    y = self.self_attn_layer_norm(hidden_states)
+    y, _ = self.self_attn(hidden_states=y, attention_mask=attention_mask, **kwargs)
+    x = added(y, hidden_states)
+    y = activations.dropped(self.fc1, self.activation_fn, between, self.final_layer_norm(x))
+    x = added(plumbing.linear(self.fc2, y), x)
+    if x.dtype == torch.float16:
+        bound = torch.finfo(torch.float16).max - 1000
+        x = x.clamp(-bound, bound)
+    return x

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole models of transformers around Whisper's and wav2vec 2.0's encoders: the decoder's attention stays upstream's,
+``generate`` gives the same tokens, and outputs are what was asked for."""
+
+import copy
+
+import families
+import pytest
+import torch
+from steps import close, moved, numbers, seeded
+
+import fastasr
+from fastasr.models.common.activations import fused_name
+
+transformers = pytest.importorskip("transformers")
+
+
+def copies(model):
+    """Returns the model in double, its swapped copy and the report."""
+    theirs = moved(model, 0.1).double().eval()
+    ours = copy.deepcopy(theirs)
+    return theirs, ours, fastasr.accelerate(ours)
+
+
+def whisper(**options):
+    seeded("whisper")
+    sizes = {"d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 32}
+    sizes |= {"decoder_ffn_dim": 32, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    config = transformers.WhisperConfig(
+        vocab_size=23, num_mel_bins=5, max_source_positions=12, max_target_positions=20,
+        **sizes, **tokens, **options,
+    )  # fmt: skip
+    return copies(transformers.WhisperForConditionalGeneration(config))
+
+
+def features():
+    return torch.randn(2, 5, 24, generator=numbers(1)).double()
+
+
+def test_generate():
+    theirs, ours, report = whisper()
+    found = {row.path: row.reason for row in report.skipped if row.class_name == "WhisperAttention"}
+    parts = [f"model.decoder.layers.{n}.{part}" for n in (0, 1) for part in ("self_attn", "encoder_attn")]
+    assert found == dict.fromkeys(parts, "is part of a decoder")
+    with torch.no_grad():
+        states = [model.model.encoder(features()).last_hidden_state for model in (ours, theirs)]
+        close(*states, 1e-10)
+        options = {"input_features": features(), "max_new_tokens": 12, "return_timestamps": False}
+        tokens = [model.generate(**options) for model in (ours, theirs)]
+    assert tokens[0].shape[1] > 3
+    assert torch.equal(*tokens)
+    assert not fastasr.why(ours).to_dict()
+
+
+def wav2vec2(**options):
+    seeded("wav2vec2")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    sizes |= {"conv_dim": (4, 6), "conv_kernel": (4, 2), "conv_stride": (2, 2), "num_conv_pos_embeddings": 4}
+    sizes |= {"num_conv_pos_embedding_groups": 2, "vocab_size": 11, "mask_time_prob": 0.0}
+    return copies(transformers.Wav2Vec2ForCTC(transformers.Wav2Vec2Config(**sizes | options)))
+
+
+OUTPUTS = ("encoder_hidden_states", "encoder_attentions", "hidden_states", "attentions", "logits")
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("make", [whisper, wav2vec2])
+def test_asked_outputs(make, implementation):
+    """Weights are upstream's where it forms them, and the capturing hooks of transformers do not stop the swap."""
+    theirs, ours, report = make(attn_implementation=implementation)
+    assert sum("Attention" in row.class_name for row in report.replaced) == 2
+    if make is whisper:
+        inputs = {"input_features": features(), "decoder_input_ids": torch.tensor([[1, 5], [1, 7]])}
+    else:
+        lengths = torch.tensor([[80], [61]])
+        inputs = {"input_values": torch.randn(2, 80, generator=numbers(2)).double()}
+        inputs["attention_mask"] = torch.arange(80) < lengths
+    with torch.no_grad():
+        for asked in (True, False):
+            options = {"output_attentions": asked, "output_hidden_states": asked}
+            found, expected = (model(**inputs, **options) for model in (ours, theirs))
+            for name in OUTPUTS:
+                a, b = (getattr(y, name, None) for y in (found, expected))
+                a, b = ((y,) if isinstance(y, torch.Tensor) else y or () for y in (a, b))
+                assert len(a) == len(b)
+                for one, other in zip(a, b, strict=True):
+                    close(one, other, 1e-10)
+
+
+def test_a_layer_clamps_half_precision():
+    model, _ = families.make("whisper")
+    theirs = model.layers[0].half()
+    ours = copy.deepcopy(theirs)
+    assert fastasr.accelerate(ours).replaced
+    x = torch.linspace(-65400.0, 65400.0, families.WIDTH).half().expand(1, 3, -1)
+    with torch.no_grad():
+        found, expected = (layer(x, None) for layer in (ours, theirs))
+    assert expected.max() == -expected.min() == torch.tensor(64504.0).half()
+    torch.testing.assert_close(found, expected, rtol=0, atol=64.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [({"is_causal": True}, "is part of a decoder"), ({"scaling": 1.0}, "scaling is 1.0, expected 1 / √8")],
+)
+def test_a_changed_attention_stays(change, reason):
+    model, _ = families.make("wav2vec2")
+    vars(model.layers[0].attention).update(change)
+    (row,) = [row for row in fastasr.accelerate(model).skipped if row.class_name == "Wav2Vec2Attention"]
+    assert row.reason == reason
+
+
+def test_names_of_gelu():
+    names = {"gelu": "gelu", "gelu_python": None, "gelu_new": None, "quick_gelu": None, "silu": "silu"}
+    assert {name: fused_name(transformers.activations.ACT2FN[name]) for name in names} == names
