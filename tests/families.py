@@ -678,7 +678,8 @@ def wav2vec2(*names, norms=("",), layers=1, lengths=(21, 13, 5), masked=True, **
 
 def _folder(name):
     """Returns the package of transformers' model of this name."""
-    return {"UniSpeechSat": "unispeech_sat"}.get(name, name.lower())
+    folders = {"UniSpeechSat": "unispeech_sat", "Wav2Vec2Conformer": "wav2vec2_conformer", "SEWD": "sew_d"}
+    return folders.get(name, name.lower())
 
 
 def omniasr(lengths=(80, 61, 44), **options):
@@ -696,6 +697,47 @@ def omniasr(lengths=(80, 61, 44), **options):
         x = torch.randn(len(lengths), 1, max(lengths), generator=numbers(1))
         mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
         return model, lambda model: [model(x, padding_mask=mask).last_hidden_state]
+
+    return made
+
+
+WAVEFORMS = (*WAV2VEC2S, "WavLM", "Wav2Vec2Conformer", "SEWD", "SpeechT5")
+
+
+class Waveforms(torch.nn.Module):
+    """Feature encoders, which read recordings, and convolutions that make positions, which read frames."""
+
+    def __init__(self, features, positions):
+        super().__init__()
+        self.features, self.positions = torch.nn.ModuleList(features), torch.nn.ModuleList(positions)
+
+    def forward(self, waveform, x):
+        read = [encoder(waveform) for encoder in self.features]
+        # SEW's take channels first
+        return read + [layer(x.mT if "SEW" in type(layer).__name__ else x) for layer in self.positions]
+
+
+def waveforms(*names, norms=("group", "layer"), samples=60, batch=2, **options):
+    """Convolutions on the waveform, with a norm over time in the first layer or norms over channels in all."""
+
+    def made():
+        transformers = pytest.importorskip("transformers")
+        features, positions = [], []
+        for name in names:
+            folder = "data2vec.data2vec_audio" if name == "Data2VecAudio" else _folder(name)
+            package, _, module = folder.rpartition(".")
+            home = importlib.import_module(f"transformers.models.{package or module}.modeling_{module}")
+            for norm in norms[:1] if name == "Data2VecAudio" else norms:
+                sizes = {"conv_dim": (6, 4, 5), "conv_kernel": (4, 3, 2), "conv_stride": (2, 2, 2)}
+                config = getattr(transformers, f"{name}Config")(
+                    feat_extract_norm=norm, **sizes | _WAV2VEC2 | options
+                )
+                features.append(getattr(home, f"{name}FeatureEncoder")(config))
+            if name != "Data2VecAudio":
+                positions.append(getattr(home, f"{name}PositionalConvEmbedding")(config))
+        waveform = torch.randn(batch, samples, generator=numbers(1))
+        x = torch.randn(batch, 21, WIDTH, generator=numbers(2))
+        return Waveforms(features, positions), lambda model: model(waveform.clone(), x)
 
     return made
 
@@ -849,6 +891,8 @@ FAMILIES = {
     "wav2vec2 large": wav2vec2("Wav2Vec2", norms=("StableLayerNorm",), layers=2),
     "wav2vec2's copies": wav2vec2(*WAV2VEC2S[1:], norms=("", "StableLayerNorm")),
     "omniasr": omniasr(),
+    "waveforms": waveforms("Wav2Vec2"),
+    "waveforms' copies": waveforms(*WAVEFORMS[1:]),
     "gemma 4": gemma4(),
     "gemma 3n": gemma3n(),
     "parakeet tdt": parakeet_transducer("TDT"),

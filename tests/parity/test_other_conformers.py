@@ -13,6 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 import fastasr
 
+_POSITIONS = "PositionalConvEmbedding"
+_WAVEFORMS = "NoLayerNormConvLayer", "LayerNormConvLayer", "GroupNormConvLayer", _POSITIONS
 # Family -> the classes that a rule of the framework replaces
 REPLACED = {
     "nemo transformer": {"MultiHeadAttention", "FeedForward"},
@@ -53,8 +55,10 @@ REPLACED = {
         "SeamlessM4Tv2ConformerConvolutionModule",
     },
     "w2v-bert": {"Wav2Vec2BertFeedForward", "Wav2Vec2BertSelfAttention", "Wav2Vec2BertConvolutionModule"},
-    "wavlm": {"WavLMAttention", "WavLMFeedForward", "WavLMEncoder"},
-    "wavlm large": {"WavLMAttention", "WavLMFeedForward", "WavLMEncoderStableLayerNorm"},
+    "wavlm": {f"WavLM{part}" for part in ("Attention", "FeedForward", "Encoder", _POSITIONS)},
+    "wavlm large": {
+        f"WavLM{part}" for part in ("Attention", "FeedForward", "EncoderStableLayerNorm", _POSITIONS)
+    },
     "whisper": {"WhisperAttention", "WhisperEncoderLayer"},
     "whisper's copies": {
         f"{name}{part}"
@@ -67,13 +71,24 @@ REPLACED = {
     },
     "audio flamingo 3": {"AudioFlamingo3Attention", "AudioFlamingo3EncoderLayer"},
     **{
-        family: {f"{name}{part}" for name in names for part in ("Attention", "FeedForward")}
-        for family, names in (
-            ("wav2vec2", ("Wav2Vec2",)),
-            ("wav2vec2 large", ("Wav2Vec2",)),
-            ("wav2vec2's copies", families.WAV2VEC2S[1:]),
-            ("omniasr", ("OmniASR",)),
-        )
+        family: {f"{name}{part}" for name in names for part in ("Attention", "FeedForward", _POSITIONS)}
+        for family, names in (("wav2vec2", ("Wav2Vec2",)), ("wav2vec2 large", ("Wav2Vec2",)))
+    },
+    "wav2vec2's copies": {
+        *(f"{name}{part}" for name in families.WAV2VEC2S[1:] for part in ("Attention", "FeedForward")),
+        *(f"{name}{_POSITIONS}" for name in families.WAV2VEC2S[1:-1]),
+        "Data2VecAudioPositionalConvLayer",
+    },
+    "omniasr": {f"OmniASR{part}" for part in ("Attention", "FeedForward", "LayerNormConvLayer", _POSITIONS)},
+    "waveforms": {f"Wav2Vec2{part}" for part in _WAVEFORMS},
+    "waveforms' copies": {
+        "Data2VecAudioConvLayer",
+        *(
+            f"{name}{part}"
+            for name in families.WAVEFORMS[1:]
+            if name != "Data2VecAudio"
+            for part in _WAVEFORMS
+        ),
     },
     "gemma 4": {
         "Gemma4ClippableLinear",
@@ -131,6 +146,16 @@ OTHERWISE["whisper"] = {
 }
 OTHERWISE["audio flamingo 3"] = {
     "a recording without frames": families.whisper("audioflamingo3", lengths=(24, 0))
+}
+OTHERWISE["waveforms"] = {
+    "a recording": families.waveforms("Wav2Vec2", batch=1),
+    "a frame": families.waveforms("Wav2Vec2", samples=18),
+    "biases": families.waveforms("Wav2Vec2", conv_bias=True),
+    "taps of odd number": families.waveforms("Wav2Vec2", num_conv_pos_embeddings=5),
+    "other activations": families.waveforms("Wav2Vec2", feat_extract_activation="gelu_new"),
+}
+OTHERWISE["waveforms' copies"] = {
+    "a norm before positions": families.waveforms(*families.WAVEFORMS[1:], conv_pos_batch_norm=True)
 }
 OTHERWISE["wav2vec2"] = {
     "a long recording": families.wav2vec2("Wav2Vec2", lengths=(90, 74)),
