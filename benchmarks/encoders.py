@@ -78,6 +78,10 @@ def _named(features: str, mask: str | None = "attention_mask", dtype: torch.dtyp
     return arguments
 
 
+def _waveform(x: torch.Tensor, valid: torch.Tensor) -> dict[str, Any]:
+    return {"input_values": x.squeeze(-1).masked_fill(~valid, 0.0), "attention_mask": valid.long()}
+
+
 def _windows(x: torch.Tensor, valid: torch.Tensor) -> dict[str, Any]:
     """Whisper's argument: windows of 30 s, which the recordings begin and zeros fill."""
     features = x.masked_fill(~valid.unsqueeze(-1), 0.0).transpose(1, 2)
@@ -211,12 +215,18 @@ _ENCODERS: dict[str, tuple[str, tuple[int, float, int], Callable, Callable]] = {
         _named("hidden_states", dtype=torch.bool),
     ),
     "hubert-large": (
-        "HuBERT large, behind its convolutions on the waveform", (24, 50, 1024),
+        "HuBERT large with its convolutions on the waveform", (24, 16000, 1),
         _transformers(
-            "hubert.HubertEncoderStableLayerNorm", "HubertConfig", hidden_size=1024,
-            num_attention_heads=16, intermediate_size=4096, do_stable_layer_norm=True, layerdrop=0.0,
+            "HubertModel", "HubertConfig", hidden_size=1024, num_attention_heads=16, intermediate_size=4096,
+            do_stable_layer_norm=True, feat_extract_norm="layer", conv_bias=True, layerdrop=0.0,
+            apply_spec_augment=False,
         ),
-        _named("hidden_states", dtype=torch.bool),
+        _waveform,
+    ),
+    "wav2vec2-base": (
+        "wav2vec 2.0 base with its convolutions on the waveform, which has no mask", (12, 16000, 1),
+        _transformers("Wav2Vec2Model", "Wav2Vec2Config", layerdrop=0.0, apply_spec_augment=False),
+        lambda x, valid: {"input_values": _waveform(x, valid)["input_values"]},
     ),
     "whisper-large-v3": (
         "Whisper large v3's encoder, which computes 30 s for every recording", (32, 100, 128),
