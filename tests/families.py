@@ -717,7 +717,7 @@ class Waveforms(torch.nn.Module):
         return read + [layer(x.mT if "SEW" in type(layer).__name__ else x) for layer in self.positions]
 
 
-def waveforms(*names, norms=("group", "layer"), samples=60, batch=2, **options):
+def waveforms(*names, norms=("group", "layer"), samples=150, batch=2, **options):
     """Convolutions on the waveform, with a norm over time in the first layer or norms over channels in all."""
 
     def made():
@@ -728,7 +728,7 @@ def waveforms(*names, norms=("group", "layer"), samples=60, batch=2, **options):
             package, _, module = folder.rpartition(".")
             home = importlib.import_module(f"transformers.models.{package or module}.modeling_{module}")
             for norm in norms[:1] if name == "Data2VecAudio" else norms:
-                sizes = {"conv_dim": (6, 4, 5), "conv_kernel": (4, 3, 2), "conv_stride": (2, 2, 2)}
+                sizes = {"conv_dim": (16, 12, 20), "conv_kernel": (4, 3, 2), "conv_stride": (2, 2, 2)}
                 config = getattr(transformers, f"{name}Config")(
                     feat_extract_norm=norm, **sizes | _WAV2VEC2 | options
                 )
