@@ -237,6 +237,23 @@ def other_keys_of_wav2vec2():
     return of_the_attention("wav2vec2", "layers.0.attention", REL_ATTENTION, key_value_states=keys)
 
 
+def mask_of_torchaudio(reason, hidden):
+    mask = torch.zeros(2, 1, 9, 9)
+    mask[1, :, :, hidden:] = -10000.0 if reason != REL_ATTENTION else -1.0
+    path, x = "encoder.transformer.layers.0.attention", torch.linspace(-1, 1, 18 * WIDTH).sin()
+    ours, theirs, _ = copies("torchaudio wav2vec2")
+    run = lambda model: model.get_submodule(path)(x.view(2, 9, WIDTH), mask)[0]  # noqa: E731
+    return beside(ours, theirs, run, f"{path}.forward", reason)
+
+
+def no_frames_of_torchaudio():
+    return mask_of_torchaudio("a query sees no key", 0)
+
+
+def other_numbers_of_torchaudio():
+    return mask_of_torchaudio(REL_ATTENTION, 5)
+
+
 def hooked_convolution_of_nemo():
     ours, theirs, run = copies("nemo striding")
     for model in (ours, theirs):
@@ -263,6 +280,8 @@ OTHERS = (
     bias_of_pairs_of_wavlm,
     weights_of_whisper,
     other_keys_of_wav2vec2,
+    no_frames_of_torchaudio,
+    other_numbers_of_torchaudio,
 )
 
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Encoders of transformers, NeMo, FireRedASR and GigaAM whose modules have the formulas of others: values, gradients
-and draws are upstream's in float64, with masks and under checkpointing."""
+"""Encoders of transformers, torchaudio, NeMo, FireRedASR and GigaAM whose modules have the formulas of others: values,
+gradients and draws are upstream's in float64, with masks and under checkpointing."""
 
 import copy
 import functools
@@ -15,6 +15,7 @@ import fastasr
 
 _POSITIONS = "PositionalConvEmbedding"
 _WAVEFORMS = "NoLayerNormConvLayer", "LayerNormConvLayer", "GroupNormConvLayer", _POSITIONS
+_OF_TORCHAUDIO = {"ConvLayerBlock", "ConvolutionalPositionalEmbedding", "FeedForward"}
 # Family -> the classes that a rule of the framework replaces
 REPLACED = {
     "nemo transformer": {"MultiHeadAttention", "FeedForward"},
@@ -90,6 +91,9 @@ REPLACED = {
             for part in _WAVEFORMS
         ),
     },
+    "torchaudio wav2vec2": {*_OF_TORCHAUDIO, "SelfAttention"},
+    "torchaudio wav2vec2 large": {*_OF_TORCHAUDIO, "SelfAttention"},
+    "torchaudio wavlm": _OF_TORCHAUDIO,
     "gemma 4": {
         "Gemma4ClippableLinear",
         "Gemma4AudioAttention",
@@ -165,6 +169,16 @@ OTHERWISE["wav2vec2"] = {
     "dropout": families.wav2vec2("Wav2Vec2", layers=2, attention_dropout=0.1),
     "layers left out": families.wav2vec2("Wav2Vec2", layers=3, layerdrop=0.5),
     "other activations": families.wav2vec2("Wav2Vec2", hidden_act="gelu_new"),
+}
+OTHERWISE["torchaudio wav2vec2"] = {
+    "a long recording": families.torchaudio_wav2vec2(lengths=(1200, 900)),
+    "a frame": families.torchaudio_wav2vec2(lengths=(18,)),
+    "a recording without frames": families.torchaudio_wav2vec2(lengths=(90, 3, 0)),
+    "no lengths": families.torchaudio_wav2vec2(masked=False),
+    "dropout": families.torchaudio_wav2vec2(encoder_attention_dropout=0.1),
+    "layers left out": families.torchaudio_wav2vec2(encoder_num_layers=4, encoder_layer_drop=0.5),
+    "taps of odd number": families.torchaudio_wav2vec2(encoder_pos_conv_kernel=5),
+    "a norm of channels, no bias": families.torchaudio_wav2vec2(extractor_mode="layer_norm"),
 }
 CAPPED = {"attention_logit_cap": 0.5}
 OTHERWISE["gemma 4"] = {

@@ -48,6 +48,7 @@ OPTIONS = {
 IN_INT8 = {
     **{name: parts for name, (_, parts) in OPTIONS.items()},
     **dict.fromkeys(("zipformer", "e-branchformer", "emformer", "emformer rnn-t", "mega"), ()),
+    **dict.fromkeys(("torchaudio wav2vec2", "torchaudio wav2vec2 large"), ()),
     **{f"{name} conformer": (*POSITIONS, "self_attn.out_proj") for name in families.MODELS},
 }
 

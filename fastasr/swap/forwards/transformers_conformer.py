@@ -190,6 +190,10 @@ def _seamless(
 # --------------------------------------------------------------------------- feed-forward
 def wav2vec2_feed_forward(self: Upstream, hidden_states: Tensor) -> Tensor:
     """Serves transformers' Wav2Vec2Conformer: hidden states (..., width) -> same shape."""
-    layers = self.intermediate_dense, self.intermediate_act_fn, self.intermediate_dropout
-    hidden = activations.dropped(*layers, hidden_states)
-    return plumbing.dropout(self.output_dropout, plumbing.linear(self.output_dense, hidden))
+    return feed_forward(self, self.intermediate_act_fn, hidden_states)
+
+
+def feed_forward(module: Upstream, activation: torch.nn.Module, x: Tensor) -> Tensor:
+    """Returns the feed-forward of modules with the names of wav2vec 2.0's to x (..., width)."""
+    hidden = activations.dropped(module.intermediate_dense, activation, module.intermediate_dropout, x)
+    return plumbing.dropout(module.output_dropout, plumbing.linear(module.output_dense, hidden))

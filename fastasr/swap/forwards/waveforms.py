@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Convolutions on the waveform in transformers' wav2vec 2.0 and its relatives, and those whose results are added as
-positions."""
+"""Convolutions on the waveform in wav2vec 2.0 and its relatives, and those whose results are added as positions."""
 
 import torch
 from torch import Tensor
@@ -27,12 +26,16 @@ def norm_convolution(self: Upstream, hidden_states: Tensor) -> Tensor:
 
 def group_norm_convolution(self: Upstream, hidden_states: Tensor) -> Tensor:
     """Serves a layer with a norm of each channel over the recording."""
-    x, norm = over_time(self.conv, hidden_states), self.layer_norm
-    name = activations.fused_name(self.activation)
+    return channels_activated(self.layer_norm, self.activation, over_time(self.conv, hidden_states))
+
+
+def channels_activated(norm: Upstream, activation: torch.nn.Module, x: Tensor) -> Tensor:
+    """Returns ``activation(norm(x))`` of x (B, C, T)."""
+    name = activations.fused_name(activation)
     by_channel = is_plain(norm, torch.nn.GroupNorm) and norm.num_groups == norm.num_channels == x.shape[1]
     # torch's norm reads channels first, as torch's convolution writes them.
     if name is None or not by_channel or norm.weight is None or x.is_contiguous():
-        y: Tensor = self.activation(norm(x))
+        y: Tensor = activation(norm(x))
         return y
     found = [
         ops.batch_norm_activation(one, norm.weight, norm.bias, eps=norm.eps, activation=name)[0]

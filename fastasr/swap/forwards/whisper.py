@@ -31,9 +31,14 @@ def whisper_attention(
     if hidden is None:
         return type(self).forward(self, hidden_states, *others, **kwargs)
     # Whisper multiplies its queries by the scale before the product, wav2vec 2.0 the product.
-    q, k, v = projections(hidden_states, (self.num_heads, -1), self.q_proj, self.k_proj, self.v_proj)
-    y = ops.rel_attention(q, k, v, **hidden).flatten(2)
-    return plumbing.linear(self.out_proj, y), None
+    return attention(self, hidden_states, hidden), None
+
+
+def attention(module: Upstream, x: Tensor, hidden: dict[str, Any]) -> Tensor:
+    """Returns the attention of modules with the names of Whisper's to x (B, T, width). ``hidden``: the kernel's
+    arguments for hidden keys and dropout."""
+    q, k, v = projections(x, (module.num_heads, -1), module.q_proj, module.k_proj, module.v_proj)
+    return plumbing.linear(module.out_proj, ops.rel_attention(q, k, v, **hidden).flatten(2))
 
 
 def whisper_layer(
