@@ -21,6 +21,7 @@ FRAMEWORKS = (
     ("FunASR", "funasr", ("funasr.",)),
     ("GigaAM", "gigaam", ("gigaam.",)),
     ("torchaudio", "torchaudio", ("torchaudio.",)),
+    ("openai-whisper", "openai-whisper", ("openai_whisper.",)),
     ("ESPnet", "espnet", ("espnet.",)),
     ("icefall and the PyPI package `zipformer`", "icefall", ("zipformer.", "icefall.")),
     ("torch, beside a class above", "what-is-replaced", ("torch.",)),

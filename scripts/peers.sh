@@ -31,5 +31,8 @@ pip install --no-deps fireredasr==0.0.2 gigaam==0.1.0
 # the encoders of FunASR, likewise
 pip install --no-deps funasr==1.4.16
 
+# openai-whisper's model; transcription needs what the package asks for
+pip install --no-deps openai-whisper==20250625
+
 # NeMo
 pip install "nemo_toolkit[asr]==3.0.0"

@@ -211,6 +211,31 @@ def funasr(lengths=(43, 21, 9), **options):
     return made
 
 
+def load_openai_whisper():
+    """Returns the package, with stand-ins for what it counts tokens and aligns words with, where that is missing."""
+    missing = [n for n in ("tiktoken", "numba") if n not in sys.modules and not importlib.util.find_spec(n)]
+    for name in missing:
+        module = sys.modules[name] = types.ModuleType(name)
+        module.Encoding, module.jit = object, lambda *args, **options: lambda function: function
+    try:
+        return pytest.importorskip("whisper.model")
+    finally:
+        for name in missing:  # Other packages look for them.
+            del sys.modules[name]
+
+
+def openai_whisper(frames=24, layers=2):
+    """The encoder of the package openai-whisper."""
+
+    def made():
+        module = load_openai_whisper()
+        model = module.AudioEncoder(5, frames // 2, WIDTH, HEADS, layers)
+        x = torch.randn(2, 5, frames, generator=numbers(1))
+        return model, lambda model: [model(x)]
+
+    return made
+
+
 def gigaam(kind, lengths=(83, 51, 30)):
     def made():
         module = without_init("gigaam.encoder")
@@ -925,6 +950,7 @@ FAMILIES = {
     "whisper": whisper("whisper", layers=2),
     "whisper's copies": whisper("qwen2_audio", "voxtral", "moss_transcribe_diarize"),
     "audio flamingo 3": whisper("audioflamingo3", layers=2, lengths=(24, 17, 6)),
+    "openai whisper": openai_whisper(),
     "wav2vec2": wav2vec2("Wav2Vec2", layers=2),
     "wav2vec2 large": wav2vec2("Wav2Vec2", norms=("StableLayerNorm",), layers=2),
     "wav2vec2's copies": wav2vec2(*WAV2VEC2S[1:], norms=("", "StableLayerNorm")),

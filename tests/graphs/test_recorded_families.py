@@ -50,6 +50,7 @@ WHOLE = {
         (True, True),
     ),
     "whisper": (True, True),
+    "openai whisper": (True, True),
     "whisper's copies": (True, True),
     **dict.fromkeys(("seamless m4t v2", "wavlm", "wavlm large", "gemma 3n", "gemma 4"), (True, True)),
     **({"zipvoice": (True, True)} if families.CHECKOUT else {}),

@@ -232,6 +232,15 @@ def weights_of_whisper():
     return of_the_attention("whisper", "layers.0.self_attn", reason, output_attentions=True)
 
 
+def mask_of_openai_whisper():
+    mask = torch.full((9, 9), -torch.inf).triu(1)
+    ours, theirs, _ = copies("openai whisper")
+    x = torch.linspace(-1, 1, 9 * WIDTH).sin().view(1, 9, WIDTH)
+    return beside(
+        ours, theirs, lambda model: model.blocks[0](x, mask=mask), "blocks.0.forward", REL_ATTENTION
+    )
+
+
 def other_keys_of_wav2vec2():
     keys = torch.linspace(-2, 1, 9 * WIDTH).sin().view(1, 9, WIDTH)
     return of_the_attention("wav2vec2", "layers.0.attention", REL_ATTENTION, key_value_states=keys)
@@ -280,6 +289,7 @@ OTHERS = (
     bias_of_pairs_of_wavlm,
     weights_of_whisper,
     other_keys_of_wav2vec2,
+    mask_of_openai_whisper,
     no_frames_of_torchaudio,
     other_numbers_of_torchaudio,
 )

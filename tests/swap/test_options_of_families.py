@@ -28,6 +28,7 @@ OPTIONS = {
     "wavlm": ({"": PADDED}, ()),
     "wavlm large": ({"": PADDED}, ()),
     "whisper": ({"": NO_LENGTHS}, ()),
+    "openai whisper": ({"": NO_LENGTHS}, ()),
     "audio flamingo 3": ({"": PADDED}, ()),
     "wav2vec2": ({"": PADDED}, ()),
     "wav2vec2 large": ({"": PADDED}, ()),

@@ -13,7 +13,7 @@ from fastasr.swap.forwards import nemo_row
 from fastasr.swap.rule import Upstream, recorded
 from fastasr.swap.rules import espnet_branchformer
 
-_LAYERS = "layers", "encoders", "conformer_layers", "layer_stack", "conformer"
+_LAYERS = "layers", "encoders", "conformer_layers", "layer_stack", "conformer", "blocks"
 
 
 def layers(encoder: Upstream) -> list[nn.Module]:
@@ -60,6 +60,7 @@ _TAKES_NO_LENGTHS = "it takes no lengths, so its frames see padding"
 CLASSES = {
     "ConformerEncoder": ("NeMo's, SpeechBrain's, ESPnet's, FireRedASR's and GigaAM's", PADDED),
     "Conformer": ("torchaudio's", PADDED),
+    "AudioEncoder": ("openai-whisper's", _TAKES_NO_LENGTHS),
     "AudioFlamingo3Encoder": ("transformers'", PADDED),
     "Data2VecAudioEncoder": ("transformers'", PADDED),
     "EBranchformerEncoder": ("ESPnet's, and fastasr's own", ""),

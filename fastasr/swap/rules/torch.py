@@ -10,6 +10,10 @@ from fastasr.swap.rule import Rule, Upstream, check_children, check_parameters, 
 def _linear_structure(module: Upstream) -> str | None:
     if upstream_class(module) is not torch.nn.Linear:
         return f"is a subclass of torch.nn.Linear ({type(module).__module__}.{type(module).__qualname__})"
+    return linear_structure(module)
+
+
+def linear_structure(module: Upstream) -> str | None:
     shapes = {"weight": (module.out_features, module.in_features), "bias": (module.out_features,)}
     return check_parameters(module, shapes, optional=("bias",)) or check_children(module, {})
 

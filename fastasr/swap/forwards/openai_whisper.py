@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Modules of the package openai-whisper, whose linear layers cast their weights to the dtype of the input."""
+
+from typing import Any
+
+from torch import Tensor
+
+from fastasr import _left, ops
+from fastasr.models.common import activations
+from fastasr.models.common.plain import weight_and_bias
+from fastasr.models.fast_conformer.masks import OTHER
+from fastasr.swap.forwards.common import in_sequential, is_part
+from fastasr.swap.rule import Upstream
+
+
+def linear(self: Upstream, x: Tensor) -> Tensor:
+    """Serves the linear layer: x (..., in_features) -> (..., out_features)."""
+    return ops.linear(x, *_parameters(self, x))
+
+
+def _parameters(layer: Upstream, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    weight, bias = weight_and_bias(layer)
+    return weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+
+
+def block(
+    self: Upstream,
+    x: Tensor,
+    xa: Tensor | None = None,
+    mask: Tensor | None = None,
+    kv_cache: dict[Any, Tensor] | None = None,
+) -> Tensor:
+    """Serves a layer of the encoder: x (B, T, width) -> same shape."""
+    if mask is not None or kv_cache is not None:
+        _left.note(self, OTHER)
+        y: Tensor = type(self).forward(self, x, xa, mask, kv_cache)
+        return y
+    x = x + _attention(self, self.attn_ln(x))
+    return x + _mlp(self, self.mlp_ln(x))
+
+
+def _attention(self: Upstream, x: Tensor) -> Tensor:
+    attn = self.attn
+    if not _is_named("MultiHeadAttention", attn, self):
+        other: Tensor = attn(x)[0]
+        return other
+    q, k, v = (layer(x).unflatten(-1, (attn.n_head, -1)) for layer in (attn.query, attn.key, attn.value))
+    y: Tensor = attn.out(ops.rel_attention(q, k, v).flatten(2))
+    return y
+
+
+def _mlp(self: Upstream, x: Tensor) -> Tensor:
+    layers = in_sequential(self.mlp, 3)
+    name = None if layers is None else activations.fused_name(layers[1], identity=False)
+    if layers is None or name is None or not _is_named("Linear", layers[0], self):
+        other: Tensor = self.mlp(x)
+        return other
+    y: Tensor = layers[2](ops.linear_activation(x, *_parameters(layers[0], x), name))
+    return y
+
+
+def _is_named(name: str, part: Upstream, owner: Upstream) -> bool:
+    return type(part).__name__ == name and is_part(part, owner)

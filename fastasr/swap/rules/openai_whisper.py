@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rules for the encoder of the package openai-whisper (whisper/model.py), and for the linear layers of its decoder."""
+
+from fastasr.swap.forwards import openai_whisper as models
+from fastasr.swap.rule import Known, Rule, Upstream, check_parts, unread_child
+from fastasr.swap.rules.torch import linear_structure
+
+_WHISPER = Known("openai-whisper 20250625")
+_ATTENTION, _LINEAR = "da5968a1843c2522f57476ba", "b7e3380735fa53bc26833843"
+
+
+def _block_structure(module: Upstream) -> str | None:
+    if module.cross_attn is not None:
+        return "is part of a decoder"
+    reason = check_parts(module, ("attn", "attn_ln", "mlp", "mlp_ln"))
+    reason = reason or unread_child(module, "attn", "MultiHeadAttention", {_ATTENTION})
+    return reason or unread_child(module.mlp, "0", "Linear", {_LINEAR})
+
+
+BLOCK = Rule(
+    name="openai_whisper.block",
+    class_name="ResidualAttentionBlock",
+    forward=models.block,
+    structure=_block_structure,
+    kernels=("rel_attention", "linear_activation"),
+    known={"c66cdac0f55d2599e30b1662": _WHISPER},
+)
+
+LINEAR = Rule(
+    name="openai_whisper.linear",
+    class_name="Linear",
+    forward=models.linear,
+    structure=linear_structure,
+    kernels=("linear",),
+    known={_LINEAR: _WHISPER},
+    companion=True,
+)
+
+RULES = (BLOCK, LINEAR)
