@@ -220,6 +220,20 @@ def bias_of_pairs_of_wavlm():
     return beside(ours, theirs, run, "layers.1.attention.forward", reason)
 
 
+def bias_of_pairs_of_torchaudio():
+    first = "encoder.transformer.layers.0.attention"
+    ours, theirs, run = copies("torchaudio wavlm", exclude=[first])
+    reason = "the position bias has every pair of frames"
+    return beside(ours, theirs, run, f"{first.replace('0', '1')}.forward", reason)
+
+
+def padding_of_torchaudio():
+    """Upstream's encoder never gives it."""
+    hidden = torch.arange(9).expand(1, 9) > 5
+    path = "encoder.transformer.layers.0.attention"
+    return of_the_attention("torchaudio wavlm", path, REL_ATTENTION, key_padding_mask=hidden)
+
+
 def of_the_attention(family, path, reason, **given):
     ours, theirs, _ = copies(family)
     x = torch.linspace(-1, 1, 9 * WIDTH).sin().view(1, 9, WIDTH)
@@ -290,6 +304,8 @@ OTHERS = (
     weights_of_whisper,
     other_keys_of_wav2vec2,
     mask_of_openai_whisper,
+    bias_of_pairs_of_torchaudio,
+    padding_of_torchaudio,
     no_frames_of_torchaudio,
     other_numbers_of_torchaudio,
 )

@@ -94,7 +94,7 @@ REPLACED = {
     },
     "torchaudio wav2vec2": {*_OF_TORCHAUDIO, "SelfAttention"},
     "torchaudio wav2vec2 large": {*_OF_TORCHAUDIO, "SelfAttention"},
-    "torchaudio wavlm": _OF_TORCHAUDIO,
+    "torchaudio wavlm": {*_OF_TORCHAUDIO, "WavLMSelfAttention", "Transformer"},
     "gemma 4": {
         "Gemma4ClippableLinear",
         "Gemma4AudioAttention",
@@ -184,6 +184,14 @@ OTHERWISE["torchaudio wav2vec2"] = {
     "layers left out": families.torchaudio_wav2vec2(encoder_num_layers=4, encoder_layer_drop=0.5),
     "taps of odd number": families.torchaudio_wav2vec2(encoder_pos_conv_kernel=5),
     "a norm of channels, no bias": families.torchaudio_wav2vec2(extractor_mode="layer_norm"),
+}
+OTHERWISE["torchaudio wavlm"] = {
+    "a long recording": families.torchaudio_wav2vec2("wavlm_model", (1200,), masked=False),
+    "a frame": families.torchaudio_wav2vec2("wavlm_model", (18,), masked=False),
+    "dropout": families.torchaudio_wav2vec2("wavlm_model", masked=False, encoder_attention_dropout=0.1),
+    "layers left out": families.torchaudio_wav2vec2(
+        "wavlm_model", masked=False, encoder_num_layers=4, encoder_layer_drop=0.5
+    ),
 }
 CAPPED = {"attention_logit_cap": 0.5}
 OTHERWISE["gemma 4"] = {

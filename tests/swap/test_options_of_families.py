@@ -49,7 +49,7 @@ OPTIONS = {
 IN_INT8 = {
     **{name: parts for name, (_, parts) in OPTIONS.items()},
     **dict.fromkeys(("zipformer", "e-branchformer", "emformer", "emformer rnn-t", "mega"), ()),
-    **dict.fromkeys(("torchaudio wav2vec2", "torchaudio wav2vec2 large"), ()),
+    **dict.fromkeys(("torchaudio wav2vec2", "torchaudio wav2vec2 large", "torchaudio wavlm"), ()),
     **{f"{name} conformer": (*POSITIONS, "self_attn.out_proj") for name in families.MODELS},
 }
 

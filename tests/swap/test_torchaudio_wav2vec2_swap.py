@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torchaudio's wav2vec 2.0 swapped: what its other methods return, the masks that its attention reads, and the modules
-that are declined."""
+"""torchaudio's wav2vec 2.0 and WavLM swapped: what their other methods return, the masks that attention reads, and the
+modules that are declined."""
 
 import copy
 
@@ -37,6 +37,26 @@ def test_features_of_every_layer(family):
     assert len(found[0]) == len(expected[0]) == 2
     for a, b in zip(found[0], expected[0], strict=True):
         close(a, b, 1e-10)
+
+
+def test_features_of_every_layer_of_wavlm():
+    """Upstream's ``get_intermediate_outputs`` hands the bias on by offset too."""
+    theirs, ours = copies("torchaudio wavlm")
+    with torch.no_grad():
+        found, expected = (model.extract_features(waveform())[0] for model in (ours, theirs))
+        ours(waveform())
+    for a, b in zip(found, expected, strict=True):
+        close(a, b, 1e-10)
+    assert not fastasr.why(ours).to_dict()
+
+
+def test_an_attention_of_wavlm_alone():
+    """It returns upstream's bias of every pair, which a layer that is not swapped takes."""
+    theirs, ours = (model.get_submodule(ATTENTION) for model in copies("torchaudio wavlm"))
+    x = torch.randn(2, 9, families.WIDTH, generator=numbers(1)).double()
+    with torch.no_grad():
+        for a, b in zip(ours(x), theirs(x), strict=True):
+            close(a, b, 1e-10)
 
 
 def test_lengths_of_features():

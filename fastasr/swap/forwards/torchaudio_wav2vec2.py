@@ -2,20 +2,25 @@
 """Modules of torchaudio's wav2vec 2.0, HuBERT and WavLM."""
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fastasr import ops
 from fastasr._transforms import is_transformed
+from fastasr.models.common.attention_dropout import dropout_of
 from fastasr.models.common.convolutions import over_time
+from fastasr.models.common.plain import is_plain, runs, weight_and_bias
 from fastasr.models.fast_conformer.masks import OTHER
 from fastasr.ops import _kept
-from fastasr.swap.forwards import transformers_conformer, waveforms, whisper
-from fastasr.swap.forwards.common import drops, is_part, may_read
+from fastasr.swap.forwards import transformers_conformer, waveforms, wavlm, whisper
+from fastasr.swap.forwards.common import bias_of_pairs, drops, is_part, may_read
 from fastasr.swap.rule import Upstream
 
 _GELU = torch.nn.GELU()  # Upstream's forwards call the function.
+_BY_OFFSET = "by offset"  # Stands in the place of a mask, which WavLM does not take.
 _HIDDEN = -9984.0  # -1e4 in bfloat16: the weight of a key with such a score is 0
 
 
@@ -102,3 +107,66 @@ def _read(mask: Tensor) -> tuple[Tensor | None, str]:
 def feed_forward(self: Upstream, x: Tensor) -> Tensor:
     """Serves the feed-forward: x (..., width) -> same shape."""
     return transformers_conformer.feed_forward(self, _GELU, x)
+
+
+# --------------------------------------------------------------------------- WavLM
+def wavlm_attention(
+    self: Upstream,
+    query: Tensor,
+    key_padding_mask: Tensor | None = None,
+    attention_mask: Any = None,
+    position_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Serves WavLM's attention: query (B, T, width) -> ((B, T, width), position bias). The first layer makes the bias:
+    (2T − 1, H) for the other layers if the mask is ``_BY_OFFSET``, or upstream's (B, H, T, T)."""
+    batch, rows, reason = len(query), position_bias, None
+    by_offset = isinstance(attention_mask, str)
+    mask = None if by_offset else attention_mask
+    if key_padding_mask is not None or mask is not None or query.ndim != 3:
+        reason = OTHER
+    elif rows is not None and rows.ndim != 2:
+        reason = "the position bias has every pair of frames"
+    dropout = dropout_of(self, self.dropout if self.training else 0.0, query.device, reason)
+    upstream = partial(type(self).forward, self, query, key_padding_mask, mask)
+    if dropout is None:
+        if rows is None or rows.ndim != 2:
+            found: tuple[Tensor, Tensor | None] = upstream(position_bias)
+            return found
+        return upstream(_pairs(rows, batch))[0], rows
+    if rows is None and self.rel_attn_embed is not None:
+        rows = wavlm.bias_by_offset(self, query)
+        position_bias = rows if by_offset else _pairs(rows, batch)
+    bias: dict[str, Any] = {}
+    if rows is not None:
+        bias = {"offset_bias": rows, "offset_gate": wavlm.gate_of_queries(self, query)}
+    # Upstream reads the weight of these layers and does not call them.
+    qkv = ops.linear(query, self.attention.in_proj_weight, self.attention.in_proj_bias)
+    q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+    y = ops.rel_attention(q, k, v, **bias, **dropout).flatten(2)
+    out = self.attention.out_proj
+    if is_plain(out, NonDynamicallyQuantizableLinear):  # torch's linear layer by another name
+        return ops.linear(y, *weight_and_bias(out)), position_bias
+    return out(y), position_bias
+
+
+def _pairs(rows: Tensor, batch: int) -> Tensor:
+    return bias_of_pairs(rows, batch).unflatten(0, (batch, -1))
+
+
+def wavlm_layers(
+    self: Upstream, x: Tensor, attention_mask: Tensor | None = None, position_bias: Tensor | None = None
+) -> Any:
+    """Runs upstream's layers of WavLM, which hand on the position bias by offset if our attention runs in all."""
+    return type(self).forward(self, x, _by_offset(self, attention_mask), position_bias)
+
+
+def wavlm_outputs(
+    self: Upstream, x: Tensor, attention_mask: Tensor | None = None, num_layers: int | None = None
+) -> Any:
+    """Does the same for ``get_intermediate_outputs``."""
+    return type(self).get_intermediate_outputs(self, x, _by_offset(self, attention_mask), num_layers)
+
+
+def _by_offset(self: Upstream, mask: Tensor | None) -> Any:
+    ours = all(runs(getattr(layer, "attention", layer), wavlm_attention) for layer in self.layers)
+    return _BY_OFFSET if mask is None and ours else mask

@@ -27,7 +27,7 @@ def wavlm_attention(
     2022). hidden states (B, T, width), attention mask (B, T) that is 1 at valid frames, or None -> ((B, T, width),
     None, position bias). The first layer makes the position bias: (2T − 1, H) for the other layers if ``by_offset``,
     which ``wavlm_encoder`` sets, or upstream's (B H, T, T). A sequence without frames gives NaN."""
-    batch, frames, heads = *hidden_states.shape[:2], self.num_heads
+    batch, heads = len(hidden_states), self.num_heads
     rows, reason = position_bias, None
     if is_watched(self):
         reason = WATCHED
@@ -40,17 +40,14 @@ def wavlm_attention(
         pairs = bias_of_pairs(rows, batch)
         return *type(self).forward(self, hidden_states, attention_mask, pairs, index, **kwargs)[:2], rows
     if rows is None:
-        offsets = torch.arange(1 - frames, frames, dtype=torch.int64, device=hidden_states.device)
-        rows = self.rel_attn_embed(self._relative_positions_bucket(offsets))
+        rows = bias_by_offset(self, hidden_states)
         position_bias = rows if by_offset else bias_of_pairs(rows, batch)
     # Upstream reads the weights of these layers and does not call them.
     layers = self.q_proj, self.k_proj, self.v_proj
     q, k, v = (
         ops.linear(hidden_states, layer.weight, layer.bias).unflatten(-1, (heads, -1)) for layer in layers
     )
-    gates = self.gru_rel_pos_linear(hidden_states.unflatten(-1, (heads, -1)))
-    a, b = torch.sigmoid(gates.unflatten(-1, (2, 4)).sum(-1)).unbind(-1)
-    gate = a * (b * self.gru_rel_pos_const.view(heads) - 1.0) + 2.0  # [B, T, H]
+    gate = gate_of_queries(self, hidden_states)
     hidden = None if attention_mask is None else attention_mask.ne(1)
     y = ops.rel_attention(
         q, k, v, offset_bias=rows, offset_gate=gate, key_padding_mask=hidden, **dropout
@@ -60,6 +57,22 @@ def wavlm_attention(
     # The frames lie first in memory, as upstream's: the next dropout draws in this order.
     y = ops.linear(y.transpose(0, 1), self.out_proj.weight, self.out_proj.bias).transpose(0, 1)
     return y, None, position_bias
+
+
+def bias_by_offset(module: Upstream, x: Tensor) -> Tensor:
+    """Returns the bias of positions (2T − 1, H) for x (B, T, width)."""
+    offsets = torch.arange(1 - x.shape[1], x.shape[1], dtype=torch.int64, device=x.device)
+    rows: Tensor = module.rel_attn_embed(module._relative_positions_bucket(offsets))
+    return rows
+
+
+def gate_of_queries(module: Upstream, x: Tensor) -> Tensor:
+    """Returns the number (B, T, H) by which the bias of each query is multiplied."""
+    heads = module.num_heads
+    gates = module.gru_rel_pos_linear(x.unflatten(-1, (heads, -1)))
+    a, b = torch.sigmoid(gates.unflatten(-1, (2, 4)).sum(-1)).unbind(-1)
+    gate: Tensor = a * (b * module.gru_rel_pos_const.view(heads) - 1.0) + 2.0
+    return gate
 
 
 def wavlm_encoder(
