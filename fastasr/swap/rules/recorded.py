@@ -61,7 +61,7 @@ CLASSES = {
     "ConformerEncoder": ("NeMo's, SpeechBrain's, ESPnet's, FireRedASR's and GigaAM's", PADDED),
     "Conformer": ("torchaudio's", PADDED),
     "AudioFlamingo3Encoder": ("transformers'", PADDED),
-    "Data2VecAudioEncoder": ("transformers'", PADDED),
+    "Data2VecAudioEncoder": ("transformers'", ""),
     "EBranchformerEncoder": ("ESPnet's, and fastasr's own", ""),
     "FastConformerEncoder": ("fastasr's own", ""),
     "FastSpeech2ConformerEncoder": ("transformers'", PADDED),
@@ -73,9 +73,9 @@ CLASSES = {
     "GraniteSpeechPlusCTCEncoder": ("transformers'", _TAKES_NO_LENGTHS),
     "LasrEncoder": ("transformers'", PADDED),
     "MossTranscribeDiarizeAudioModel": ("transformers'", _TAKES_NO_LENGTHS),
-    "OmniASRAudioModel": ("transformers'", PADDED),
+    "OmniASRAudioModel": ("transformers'", ""),
     "Qwen2AudioEncoder": ("transformers'", PADDED),
-    "SEWEncoder": ("transformers'", PADDED),
+    "SEWEncoder": ("transformers'", ""),
     "SeamlessM4TConformerEncoder": ("transformers'", ""),
     "SeamlessM4Tv2ConformerEncoder": ("transformers'", ""),
     "TTSZipformer": ("ZipVoice's", PADDED),
@@ -86,7 +86,7 @@ CLASSES = {
     "Wav2Vec2ConformerEncoder": ("transformers'", PADDED),
     "WhisperEncoder": ("transformers'", _TAKES_NO_LENGTHS),
     **{
-        f"{name}Encoder{norms}": ("transformers'", PADDED)
+        f"{name}Encoder{norms}": ("transformers'", "")
         for name in ("Hubert", "UniSpeech", "UniSpeechSat", "Wav2Vec2")
         for norms in ("", "StableLayerNorm")
     },
