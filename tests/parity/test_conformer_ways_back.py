@@ -73,6 +73,7 @@ HOOKED = (
         "conv, norm or activation has hooks or is no plain one",
     ),
     ("gemma 3n", "conformer.0.attention.attn", "relative_position_embedding", REL_ATTENTION),
+    ("voxtral realtime", "layers.1", "final_layer_norm", "a norm has hooks or is no plain one"),
 )
 
 
@@ -246,7 +247,20 @@ def hooked_convolution_of_nemo():
     )
 
 
+def frames_before_those_of_a_call():
+    ours, theirs, _ = copies("voxtral realtime")
+    x = torch.linspace(-1, 1, 20 * WIDTH).sin().view(1, 20, WIDTH)
+
+    def run(model):
+        found = model(inputs_embeds=x[:, :12], use_cache=True)
+        return model(inputs_embeds=x[:, 12:], cache=found.cache)[0]
+
+    reason = "the call has frames before its own, or keys of another sequence"
+    return beside(ours, theirs, run, "layers.0.self_attn.forward", reason)
+
+
 OTHERS = (
+    frames_before_those_of_a_call,
     hooked_convolution_of_nemo,
     weights_of_wav2vec2,
     a_query_without_keys,
