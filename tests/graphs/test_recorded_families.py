@@ -47,7 +47,14 @@ WHOLE = {
         (False, False),
     ),  # transformers reads on the host whether the mask hides anything
     **dict.fromkeys(
-        ("gigaam", "nemo transformer", "granite speech", "granite speech plus", "granite speech 5"),
+        (
+            "gigaam",
+            "gigaam, rotary",
+            "nemo transformer",
+            "granite speech",
+            "granite speech plus",
+            "granite speech 5",
+        ),
         (True, True),
     ),
     "whisper": (True, True),

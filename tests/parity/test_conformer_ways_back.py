@@ -160,6 +160,17 @@ def other_keys_of_firered():
     return with_other_keys("fireredasr", "layer_stack.0.mhsa")
 
 
+def other_keys_of_rotary_gigaam():
+    ours, theirs, _ = copies("gigaam, rotary")
+    x, keys = torch.randn(2, 3, 21, WIDTH)
+
+    def run(model):
+        turned = model.pos_enc(x)[1]
+        return model.layers[0].self_attn(x, keys, keys, turned)
+
+    return beside(ours, theirs, run, "layers.0.self_attn.forward", REL_ATTENTION)
+
+
 def other_keys_of_gigaam():
     return with_other_keys("gigaam", "layers.0.self_attn")
 
@@ -269,6 +280,7 @@ OTHERS = (
     other_keys_of_nemo,
     other_keys_of_firered,
     other_keys_of_gigaam,
+    other_keys_of_rotary_gigaam,
     cache_of_a_hooked_convolution,
     mask_of_nemo_transformer,
     pairs_of_phi4,

@@ -26,7 +26,12 @@ REPLACED = {
         "ConformerFeedForward",
         "StridingSubsampling",
     },
-    "gigaam, rotary": {"ConformerConvolution", "ConformerFeedForward", "StridingSubsampling"},
+    "gigaam, rotary": {
+        "RotaryPositionMultiHeadAttention",
+        "ConformerConvolution",
+        "ConformerFeedForward",
+        "StridingSubsampling",
+    },
     "phi-4": {
         f"Phi4MultimodalAudio{part}"
         for part in ("NemoConvSubsampling", "Attention", "ConvModule", "MLP", "Model")
@@ -235,6 +240,7 @@ OTHERWISE["fireredasr"] = {
     "no dropout": families.firered(dropout=0.0),
 }
 OTHERWISE["gigaam"] = {"a recording": families.gigaam("rel_pos", (61,))}  # without masks of pairs
+OTHERWISE["gigaam, rotary"] = {"a recording": families.gigaam("rotary", (61,))}
 OTHERWISE["phi-4"] = {
     "an odd length": families.phi4_audio(frames=61, lengths=(61, 40)),
     "no mask": families.phi4_audio(masked=False),

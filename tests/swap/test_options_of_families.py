@@ -43,7 +43,7 @@ OPTIONS = {
     "nemo transformer": ({"": PADDED}, POSITIONS),
     "fireredasr": ({"layer_stack.0": None, "layer_stack.1": None}, POSITIONS),
     "gigaam": (PACKED, POSITIONS),
-    "gigaam, rotary": (dict.fromkeys(PACKED, "its attention is not swapped"), ()),
+    "gigaam, rotary": (PACKED, ()),
     **({"zipvoice": ({"": PADDED}, ())} if families.CHECKOUT else {}),
 }
 

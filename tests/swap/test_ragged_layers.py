@@ -23,6 +23,7 @@ LAYERS = {
     "seamless m4t v2": (families.seamless_v2(speech_encoder_dropout=0.0, **CHUNKS), True),
     "fireredasr": (families.firered(dropout=0.0), True),
     "gigaam": (families.gigaam("rel_pos"), False),
+    "gigaam, rotary": (families.gigaam("rotary"), False),
     "nemo conformer": (lambda: families.conformer("nemo")(dropout=0.0), False),
     "nemo conformer, layer norm": (
         lambda: families.conformer("nemo")(dropout=0.0, conv_norm_type="layer_norm"),
@@ -105,7 +106,7 @@ def test_frames_that_exist(name):
         assert torch.equal(run(ours), run(theirs))
 
 
-@pytest.mark.parametrize("name", ["gigaam", "nemo conformer", "seamless m4t"])
+@pytest.mark.parametrize("name", ["gigaam", "gigaam, rotary", "nemo conformer", "seamless m4t"])
 def test_a_training_step_with_batch_norm(name):
     _, ours, run, valid = make(name)
     fastasr.accelerate(ours.train(), ragged=True)
