@@ -29,6 +29,7 @@ LAYERS = {
     "omniasr": (families.omniasr(hidden_dropout=0.0, activation_dropout=0.0), True),
     "fireredasr": (families.firered(dropout=0.0), True),
     "gigaam": (families.gigaam("rel_pos"), False),
+    "gigaam, rotary": (families.gigaam("rotary"), False),
     "nemo conformer": (lambda: families.conformer("nemo")(dropout=0.0), False),
     "nemo conformer, layer norm": (
         lambda: families.conformer("nemo")(dropout=0.0, conv_norm_type="layer_norm"),
@@ -112,7 +113,7 @@ def test_frames_that_exist(name):
         assert torch.equal(run(ours), run(theirs))
 
 
-@pytest.mark.parametrize("name", ["gigaam", "nemo conformer", "seamless m4t"])
+@pytest.mark.parametrize("name", ["gigaam", "gigaam, rotary", "nemo conformer", "seamless m4t"])
 def test_a_training_step_with_batch_norm(name):
     _, ours, run, valid = make(name)
     fastasr.accelerate(ours.train(), ragged=True)

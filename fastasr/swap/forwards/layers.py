@@ -25,6 +25,7 @@ from fastasr.swap.rule import Upstream, upstream_forward
 _ATTENTIONS = (
     fireredasr.firered_attention,
     nemo.gigaam_attention,
+    nemo.gigaam_rotary_attention,
     nemo.nemo_attention,
     transformers_conformer.relative_key_attention,
     transformers_conformer.wav2vec2_attention,

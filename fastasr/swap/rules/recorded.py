@@ -55,6 +55,7 @@ _RAGGED = {"EBranchformerEncoder": espnet_branchformer.RAGGED}
 
 PADDED = "fastasr has no code that leaves padding out of this encoder"
 _TAKES_NO_LENGTHS = "it takes no lengths, so its frames see padding"
+IN_A_ROW = "its recordings lie one behind the other already, so its layers see no padding"
 
 # Class -> the frameworks that have one of this name, and why it runs on padding ("": the class or its layers know)
 CLASSES = {
@@ -68,6 +69,7 @@ CLASSES = {
     "FunAsrNanoEncoder": ("transformers'", PADDED),
     "Gemma3nAudioEncoder": ("transformers'", PADDED),
     "Gemma4AudioModel": ("transformers'", PADDED),
+    "GlmAsrEncoder": ("transformers'", _TAKES_NO_LENGTHS),
     "GraniteSpeech5Encoder": ("transformers'", PADDED),
     "GraniteSpeechCTCEncoder": ("transformers'", _TAKES_NO_LENGTHS),
     "GraniteSpeechPlusCTCEncoder": ("transformers'", _TAKES_NO_LENGTHS),
@@ -76,6 +78,11 @@ CLASSES = {
     "OmniASRAudioModel": ("transformers'", ""),
     "Qwen2AudioEncoder": ("transformers'", PADDED),
     "SEWEncoder": ("transformers'", ""),
+    "MoonshineEncoder": ("transformers'", PADDED),
+    "MoonshineStreamingEncoder": ("transformers'", PADDED),
+    "Qwen2_5OmniAudioEncoder": ("transformers'", IN_A_ROW),
+    "Qwen3ASREncoder": ("transformers'", IN_A_ROW),
+    "Qwen3OmniMoeAudioEncoder": ("transformers'", IN_A_ROW),
     "SeamlessM4TConformerEncoder": ("transformers'", ""),
     "SeamlessM4Tv2ConformerEncoder": ("transformers'", ""),
     "TTSZipformer": ("ZipVoice's", PADDED),
