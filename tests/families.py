@@ -678,7 +678,8 @@ def wav2vec2(*names, norms=("",), layers=1, lengths=(21, 13, 5), masked=True, **
 
 def _folder(name):
     """Returns the package of transformers' model of this name."""
-    return {"UniSpeechSat": "unispeech_sat"}.get(name, name.lower())
+    folders = {"UniSpeechSat": "unispeech_sat", "Wav2Vec2Conformer": "wav2vec2_conformer", "SEWD": "sew_d"}
+    return folders.get(name, name.lower())
 
 
 def omniasr(lengths=(80, 61, 44), **options):
@@ -696,6 +697,132 @@ def omniasr(lengths=(80, 61, 44), **options):
         x = torch.randn(len(lengths), 1, max(lengths), generator=numbers(1))
         mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
         return model, lambda model: [model(x, padding_mask=mask).last_hidden_state]
+
+    return made
+
+
+WAVEFORMS = (*WAV2VEC2S, "WavLM", "Wav2Vec2Conformer", "SEWD", "SpeechT5")
+
+
+class Waveforms(torch.nn.Module):
+    """Feature encoders, which read recordings, and convolutions that make positions, which read frames."""
+
+    def __init__(self, features, positions):
+        super().__init__()
+        self.features, self.positions = torch.nn.ModuleList(features), torch.nn.ModuleList(positions)
+
+    def forward(self, waveform, x):
+        read = [encoder(waveform) for encoder in self.features]
+        # SEW's take channels first
+        return read + [layer(x.mT if "SEW" in type(layer).__name__ else x) for layer in self.positions]
+
+
+def waveforms(*names, norms=("group", "layer"), samples=150, batch=2, **options):
+    """Convolutions on the waveform, with a norm over time in the first layer or norms over channels in all."""
+
+    def made():
+        transformers = pytest.importorskip("transformers")
+        features, positions = [], []
+        for name in names:
+            folder = "data2vec.data2vec_audio" if name == "Data2VecAudio" else _folder(name)
+            package, _, module = folder.rpartition(".")
+            home = importlib.import_module(f"transformers.models.{package or module}.modeling_{module}")
+            for norm in norms[:1] if name == "Data2VecAudio" else norms:
+                sizes = {"conv_dim": (16, 12, 20), "conv_kernel": (4, 3, 2), "conv_stride": (2, 2, 2)}
+                config = getattr(transformers, f"{name}Config")(
+                    feat_extract_norm=norm, **sizes | _WAV2VEC2 | options
+                )
+                features.append(getattr(home, f"{name}FeatureEncoder")(config))
+            if name != "Data2VecAudio":
+                positions.append(getattr(home, f"{name}PositionalConvEmbedding")(config))
+        waveform = torch.randn(batch, samples, generator=numbers(1))
+        x = torch.randn(batch, 21, WIDTH, generator=numbers(2))
+        return Waveforms(features, positions), lambda model: model(waveform.clone(), x)
+
+    return made
+
+
+def qwen_audio(name, lengths=(400, 230, 100), **options):
+    """The audio tower of Qwen3-ASR or Qwen Omni, whose layers get a row of windows."""
+
+    def made():
+        sizes = {"d_model": WIDTH, "encoder_layers": 2, "encoder_attention_heads": HEADS, "output_dim": 8}
+        sizes |= {"encoder_ffn_dim": HIDDEN, "num_mel_bins": 16}
+        if name != "Qwen2_5OmniAudio":
+            sizes |= {"downsample_hidden_size": 4, "n_window_infer": 200}
+        x, of = torch.randn(len(lengths), 16, max(lengths), generator=numbers(1)), torch.tensor(lengths)
+        if name == "Qwen3ASR":
+            mask = (torch.arange(max(lengths)) < of[:, None]).long()
+            given = {"input_features": x, "input_features_mask": mask}
+        else:
+            row = torch.cat([recording[:, :n] for recording, n in zip(x, lengths, strict=True)], 1)
+            given = {"input_features": row, "feature_lens": of}
+        model = transformers_encoder(QWEN[name], f"{name}Encoder", f"{name}EncoderConfig", sizes, **options)
+        return model, lambda model: [model(**given).last_hidden_state]
+
+    return made
+
+
+QWEN = {"Qwen3ASR": "qwen3_asr", "Qwen2_5OmniAudio": "qwen2_5_omni", "Qwen3OmniMoeAudio": "qwen3_omni_moe"}
+_PLAIN_LAYERS = {
+    "hidden_size": WIDTH,
+    "intermediate_size": HIDDEN,
+    "num_attention_heads": HEADS,
+    "num_hidden_layers": 2,
+}
+
+
+def glmasr(frames=81, **options):
+    """GLM-ASR's encoder, which takes no lengths."""
+
+    def made():
+        names = "glmasr", "GlmAsrEncoder", "GlmAsrEncoderConfig"
+        model = transformers_encoder(*names, _PLAIN_LAYERS | {"num_mel_bins": 8}, **options)
+        x = torch.randn(2, 8, frames, generator=numbers(1))
+        return model, lambda model: [model(x).last_hidden_state]
+
+    return made
+
+
+def of_waveforms(names, sizes, lengths, masked):
+    def made():
+        model = transformers_encoder(*names, sizes)
+        x = torch.randn(len(lengths), max(lengths), generator=numbers(1))
+        mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long() if masked else None
+        return model, lambda model: [model(x, attention_mask=mask).last_hidden_state]
+
+    return made
+
+
+def moonshine(lengths=(13000, 8600, 4000), masked=True, **options):
+    """Moonshine's encoder of waveforms."""
+    sizes = {"hidden_size": WIDTH, "intermediate_size": HIDDEN, "vocab_size": 20}
+    counts = "num_hidden_layers", "num_attention_heads"
+    sizes |= {f"{part}_{count}": 2 for part in ("encoder", "decoder") for count in counts}
+    names = "moonshine", "MoonshineEncoder", "MoonshineConfig"
+    return of_waveforms(names, sizes | options, lengths, masked)
+
+
+def moonshine_streaming(lengths=(16000, 9200, 4000), masked=True, **options):
+    """Moonshine Streaming's encoder of waveforms, whose layers see windows of other sizes."""
+    sizes = _PLAIN_LAYERS | {"num_key_value_heads": HEADS, "sliding_windows": [[6, 3], [5, 0]]}
+    names = "moonshine_streaming", "MoonshineStreamingEncoder", "MoonshineStreamingEncoderConfig"
+    return of_waveforms(names, sizes | options, lengths, masked)
+
+
+def voxtral_realtime(frames=60, lengths=None, left=False, **options):
+    """Voxtral Realtime's encoder. ``lengths``: of the recordings behind the front end, or None without a mask;
+    ``left``: padding comes before them."""
+
+    def made():
+        sizes = _PLAIN_LAYERS | {"num_mel_bins": 8, "head_dim": 6, "sliding_window": 9}
+        names = "voxtral_realtime", "VoxtralRealtimeEncoder", "VoxtralRealtimeEncoderConfig"
+        x, mask = torch.randn(2, 8, frames, generator=numbers(1)), None
+        if lengths is not None:
+            mask = (torch.arange(frames // 2) < torch.tensor(lengths)[:, None]).long()
+            mask = mask.flip(1) if left else mask
+        model = transformers_encoder(*names, sizes, **options)
+        return model, lambda model: [model(x, attention_mask=mask).last_hidden_state]
 
     return made
 
@@ -849,8 +976,17 @@ FAMILIES = {
     "wav2vec2 large": wav2vec2("Wav2Vec2", norms=("StableLayerNorm",), layers=2),
     "wav2vec2's copies": wav2vec2(*WAV2VEC2S[1:], norms=("", "StableLayerNorm")),
     "omniasr": omniasr(),
+    "waveforms": waveforms("Wav2Vec2"),
+    "waveforms' copies": waveforms(*WAVEFORMS[1:]),
     "gemma 4": gemma4(),
     "gemma 3n": gemma3n(),
+    "qwen3-asr": qwen_audio("Qwen3ASR"),
+    "qwen2.5-omni": qwen_audio("Qwen2_5OmniAudio", (230, 90, 12)),
+    "qwen3-omni": qwen_audio("Qwen3OmniMoeAudio"),
+    "glm-asr": glmasr(),
+    "moonshine": moonshine(),
+    "moonshine streaming": moonshine_streaming(),
+    "voxtral realtime": voxtral_realtime(),
     "parakeet tdt": parakeet_transducer("TDT"),
     "parakeet rnn-t": parakeet_transducer("RNNT"),
     "nemotron": nemotron,

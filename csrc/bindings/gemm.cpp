@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/gemm/gemm.h"
 
+#include <algorithm>
+
 #include "bindings/layer_parts.h"
 #include "bindings/pooled.h"
 
@@ -35,9 +37,10 @@ Tensor linear_few_rows(const Tensor& x, const Tensor& weight, const Optional& bi
 
 namespace {
 
-// Describes the product of (M, K) and (K, N), of any strides, plus a bias (N) or none.
+// Describes the product of (M, K) and (K, N), of any strides, plus a bias (N) or none. Sums run in chains of at most
+// `chain` terms, or of as many as are fastest if it is 0.
 template <typename T>
-cpu::Gemm<T> described(const Tensor& a, const Tensor& b, const Optional& bias, const char* op) {
+cpu::Gemm<T> described(const Tensor& a, const Tensor& b, const Optional& bias, int64_t chain, const char* op) {
   for (const Tensor* t : {&a, &b})
     check(t->dim() == 2 && dtype_of(*t) == dtype_of(a), op, "a and b are matrices of one dtype");
   check(a.size(1) == b.size(0) && a.size(1) > 0, op, "the inner sizes differ or are 0");
@@ -45,6 +48,9 @@ cpu::Gemm<T> described(const Tensor& a, const Tensor& b, const Optional& bias, c
   g.a = data<T>(a), g.a_row = a.stride(0), g.a_depth = a.stride(1);
   g.b = data<T>(b), g.b_depth = b.stride(0), g.b_column = b.stride(1);
   g.m = a.size(0), g.n = g.c_row = b.size(1), g.k = a.size(1);
+  check(chain >= 0, op, "chain");
+  const int64_t each = 4 / static_cast<int64_t>(sizeof(T));
+  if (chain) g.chain = std::clamp<int64_t>(chain / each, 1, cpu::kGemmChain);
   if (bias) {
     check(is_dense(*bias, ScalarType::Float, {g.n}), op, "bias");
     g.bias = data<float>(*bias);
@@ -92,10 +98,10 @@ void with_factors(const Tensor& a, const char* op, const F& f) {
 }
 
 // Returns a b, plus a contiguous bias in float32 or none, for float32 or bfloat16: contiguous, in float32.
-Tensor gemm(const Tensor& a, const Tensor& b, const Optional& bias) {
+Tensor gemm(const Tensor& a, const Tensor& b, const Optional& bias, int64_t chain) {
   Tensor c;
   with_factors(a, "gemm", [&]<typename T>() {
-    cpu::Gemm<T> g = described<T>(a, b, bias, "gemm");
+    cpu::Gemm<T> g = described<T>(a, b, bias, chain, "gemm");
     c = new_pooled(a, {g.m, g.n}, true);
     g.c = mutable_data<float>(c);
     multiply<T>(g);
@@ -104,9 +110,9 @@ Tensor gemm(const Tensor& a, const Tensor& b, const Optional& bias) {
 }
 
 // Adds a b to c, in float32, whose rows are contiguous.
-void gemm_add(Tensor c, const Tensor& a, const Tensor& b) {
+void gemm_add(Tensor c, const Tensor& a, const Tensor& b, int64_t chain) {
   with_factors(a, "gemm_add", [&]<typename T>() {
-    cpu::Gemm<T> g = described<T>(a, b, {}, "gemm_add");
+    cpu::Gemm<T> g = described<T>(a, b, {}, chain, "gemm_add");
     const bool fits = c.dim() == 2 && c.size(0) == g.m && c.size(1) == g.n && (g.n == 1 || c.stride(1) == 1);
     check(fits && dtype_of(c) == ScalarType::Float, "gemm_add", "c");
     g.c = mutable_data<float>(c), g.c_row = c.stride(0), g.add = true;

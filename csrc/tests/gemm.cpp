@@ -30,7 +30,7 @@ struct Problem {
   Buffer<T> a, b;
   Buffer<float> bias, c;
   cpu::Gemm<T> g;
-  Problem(int64_t m, int64_t n, int64_t k, int kind_a, int kind_b, bool with_bias)
+  Problem(int64_t m, int64_t n, int64_t k, int kind_a, int kind_b, bool with_bias, int64_t chain = cpu::kGemmChain)
       : random(static_cast<uint64_t>(m * 7919 + n * 131 + k)),
         la(kind_a, m, k),
         lb(kind_b, k, n),
@@ -38,7 +38,9 @@ struct Problem {
         b(lb.size, 3, random),
         bias(n, 5, random),
         c((m - 1) * (n + 7) + n, 2),
-        g{a, la.row, la.column, b, lb.row, lb.column, with_bias ? bias.data() : nullptr, c, n + 7, m, n, k} {}
+        g{a, la.row, la.column, b, lb.row, lb.column, with_bias ? bias.data() : nullptr, c, n + 7, m, n, k} {
+    g.chain = chain;
+  }
   // Runs panels and tasks in pieces of `step`.
   void run(int64_t step) {
     const auto& kernel = cpu::kernels<cpu::GemmKernels<T>>();
@@ -75,22 +77,22 @@ void check_values(Problem<T>& p, bool with_bias, int64_t terms, double held = 0)
 }
 
 template <typename T>
-void values(int64_t m, int64_t n, int64_t k, int kind_a, int kind_b) {
-  INFO(Type<T>::name, " ", m, "x", n, "x", k, " layouts ", kind_a, " and ", kind_b);
+void values(int64_t m, int64_t n, int64_t k, int kind_a, int kind_b, int64_t chain = cpu::kGemmChain) {
+  INFO(Type<T>::name, " ", m, "x", n, "x", k, " layouts ", kind_a, " and ", kind_b, ", chains of ", chain);
   const bool with_bias = (m + n + k) % 2;
-  Problem<T> p(m, n, k, kind_a, kind_b, with_bias), pieces(m, n, k, kind_a, kind_b, with_bias);
+  Problem<T> p(m, n, k, kind_a, kind_b, with_bias, chain), pieces(m, n, k, kind_a, kind_b, with_bias, chain);
   p.run(int64_t{1} << 40);
   pieces.run(3);
   CHECK(p.c.equals(pieces.c), "the split shows");
   for (const int64_t count : {int64_t{1}, int64_t{3}, cpu::kernels<cpu::GemmKernels<T>>().strip_count(p.g, 2)}) {
-    Problem<T> strips(m, n, k, kind_a, kind_b, with_bias);
+    Problem<T> strips(m, n, k, kind_a, kind_b, with_bias, chain);
     if (count) strips.run_strips(count);
     CHECK(!count || p.c.equals(strips.c), "strips have other bits");
   }
-  const int64_t longest = cpu::kGemmChain * 4 / static_cast<int64_t>(sizeof(T));
+  const int64_t longest = chain * 4 / static_cast<int64_t>(sizeof(T));
   const int64_t terms = std::min(k, longest) + (k + longest - 1) / longest + 1;
   check_values(p, with_bias, terms);
-  Problem<T> added(m, n, k, kind_a, kind_b, with_bias);
+  Problem<T> added(m, n, k, kind_a, kind_b, with_bias, chain);
   for (int64_t i = 0; i < m; i++) std::fill_n(added.c + i * (n + 7), n, 3.0f);
   added.g.add = true;
   added.run(3);
@@ -168,6 +170,7 @@ void all_values() {
         for (int kind = 0; kind < 9; kind++) values<T>(m, n, k, kind / 3, kind % 3);
   for (int kind = 0; kind < 9; kind++)
     values<T>(37, 65, 401, kind / 3, kind % 3), values<T>(15, 70, 800, kind / 3, kind % 3);
+  for (const int64_t chain : {16, 48}) values<T>(37, 65, 401, 0, 1, chain), values<T>(530, 40, 210, 0, 0, chain);
   values<T>(113, 530, 20, 0, 1);  // more than one block of rows and of columns
 }
 

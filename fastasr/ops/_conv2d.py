@@ -19,9 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastasr._recording import is_traced
 from fastasr._transforms import Function
-from fastasr.ops import _dispatch, _gemm
+from fastasr.ops import _gemm
 
 Pair = tuple[int, int]
 
@@ -119,9 +118,9 @@ def _products(lines: _Lines, memory: Tensor, weight: Tensor, bias: Tensor | None
     for i in range(height):
         a, b = lines.matrix(memory, i, 0, width), taps[i].reshape(-1, len(weight))
         if y is None:
-            y = torch.ops.fastasr_cpu.gemm.default(a, b, bias)
+            y = _gemm.product(a, b, bias)
         else:
-            torch.ops.fastasr_cpu.gemm_add.default(y, a, b)
+            _gemm.add_product(y, a, b)
     assert y is not None
     size = lines.batch, len(weight), *lines.out
     found = torch.empty(size, dtype=y.dtype, device=y.device, memory_format=torch.channels_last)
@@ -147,15 +146,7 @@ _gemm.register_product("conv2d", torch=_torch, native=_native)
 def serves(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair) -> bool:
     """Says whether the products can compute this call."""
     return (
-        x.is_cpu
-        and x.dtype is weight.dtype is torch.float32
-        and _dispatch.direct(x, weight, bias)
-        and _dispatch.forced_backend() != "eager"
-        and not is_traced()
-        and not torch.is_autocast_enabled("cpu")
-        and not torch.are_deterministic_algorithms_enabled()
-        and not _gemm.why_not()
-        and x.numel() > 0
+        _gemm.may_choose(x, weight, bias)
         and x.shape[1] == weight.shape[1]
         and min(_lines(x, weight, stride, padding).out) > 0
     )
@@ -197,7 +188,7 @@ class _Convolution(Function):
                 for tap in range(0, width, step):  # the rows of this many taps do not overlap
                     count = min(step, width - tap)
                     b = taps[i, tap : tap + count].transpose(0, 1).reshape(outputs, -1)
-                    torch.ops.fastasr_cpu.gemm_add.default(lines.matrix(found, i, tap, count), g, b)
+                    _gemm.add_product(lines.matrix(found, i, tap, count), g, b)
             dx = grad.new_zeros(lines.batch, *lines.size, channels).permute(0, 3, 1, 2)
             values = lines.pairs(memory, dx)
             for (gradients, of_x), (a, _) in zip(lines.pairs(found, dx), values, strict=True):
@@ -207,7 +198,7 @@ class _Convolution(Function):
                     of_x.copy_(gradients)
         if ctx.needs_input_grad[1]:
             rows = [lines.matrix(memory, i, 0, width) for i in range(height)]
-            parts = [torch.ops.fastasr_cpu.gemm.default(a.t(), g, None) for a in rows]
+            parts = [_gemm.product(a.t(), g) for a in rows]
             dw = torch.stack(parts).view(height, width, channels, outputs).permute(3, 2, 0, 1).contiguous()
         if ctx.needs_input_grad[2]:
             db = g.sum(0)

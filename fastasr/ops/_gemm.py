@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastasr import files, processor
+from fastasr._recording import is_traced
 from fastasr.ops import _dispatch, _reduced_weights
 from fastasr.ops._dispatch import why_not_cpu
 
@@ -55,11 +56,23 @@ why_not = partial(why_not_cpu, "gemm")  # says why there is nothing to choose fr
 
 
 # --------------------------------------------------------------------------- the two products
+def product(a: Tensor, b: Tensor, bias: Tensor | None = None, chain: int = 0) -> Tensor:
+    """Returns a b + bias for matrices of any strides, in float32 or bfloat16, from fastasr's own product. Its sums run
+    in chains of at most ``chain`` terms, or if it is 0 of as many as are fastest."""
+    y: Tensor = torch.ops.fastasr_cpu.gemm.default(a, b, bias, chain)
+    return y
+
+
+def add_product(c: Tensor, a: Tensor, b: Tensor, chain: int = 0) -> None:
+    """Adds the same to c in float32, whose rows are contiguous."""
+    torch.ops.fastasr_cpu.gemm_add.default(c, a, b, chain)
+
+
 # Operands have two or more dimensions: forward(x, w, b) = x wᵀ + b, input_grad(g, w) = g w, weight_grad(g, x) = gᵀ x
 # with g (M, N), x (M, K).
 def _native(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     rows = a.reshape(-1, a.shape[-1])
-    y = torch.ops.fastasr_cpu.gemm.default(rows, b, None if bias is None else bias.contiguous())
+    y = product(rows, b, None if bias is None else bias.contiguous())
     return y.view(*a.shape[:-1], b.shape[1])
 
 
@@ -321,6 +334,21 @@ def register_product(operation: str, **products: Callable[..., Any]) -> None:
     """Adds an operation, ``torch`` and ``native``, among which ``is_torch`` chooses."""
     for name, product in products.items():
         _PRODUCTS[name][operation] = product
+
+
+def may_choose(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Says whether products other than torch's may compute a layer's call on these operands."""
+    return (
+        x.is_cpu
+        and x.dtype is weight.dtype is torch.float32
+        and _dispatch.direct(x, weight, bias)
+        and _dispatch.forced_backend() != "eager"
+        and not is_traced()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.are_deterministic_algorithms_enabled()
+        and not why_not()
+        and x.numel() > 0
+    )
 
 
 def is_torch(key: tuple, *operands: Any) -> bool | None:

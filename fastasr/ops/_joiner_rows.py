@@ -86,7 +86,7 @@ class Joiner:
 
     def logits(self, hidden: Tensor) -> Tensor:
         if self.short:
-            return torch.ops.fastasr_cpu.gemm.default(hidden.bfloat16(), self.weight.t(), self.bias)
+            return _gemm.product(hidden.bfloat16(), self.weight.t(), self.bias)
         return _gemm.forward(hidden, self.weight, self.bias)
 
     def product_gradients(self, d: Tensor, hidden: Tensor, dweight: Tensor, needs: Needs) -> Tensor | None:
@@ -94,12 +94,12 @@ class Joiner:
         if self.short:
             d, hidden = d.bfloat16(), hidden.bfloat16()
         if needs[2]:
-            add = torch.ops.fastasr_cpu.gemm_add.default if self.short else Tensor.addmm_
+            add = _gemm.add_product if self.short else Tensor.addmm_
             add(dweight, d.t(), hidden)
         if not (needs[0] or needs[1]):
             return None
         if self.short:
-            return torch.ops.fastasr_cpu.gemm.default(d, self.weight, None)
+            return _gemm.product(d, self.weight)
         return _gemm.input_grad(d, self.weight)
 
     def drop(self, rows: Tensor, x: Tensor) -> None:

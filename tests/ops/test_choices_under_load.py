@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from fastasr import ops, processor
-from fastasr.ops import _conv2d, _gemm
+from fastasr.ops import _conv1d, _conv2d, _gemm
 
 pytestmark = pytest.mark.skipif(bool(_gemm.why_not()), reason=_gemm.why_not())
 LOAD = Path("/proc/loadavg")
@@ -264,6 +264,7 @@ def test_every_operation_is_measured_again(monkeypatch, tmp_path):
     image, kernel = torch.ones(1, 3, 9, 9), torch.ones(4, 3, 3, 3)
     grad = F.conv2d(image, kernel)
     maps, taps = torch.ones(1, 16, 9, 9), torch.ones(32, 16, 3, 3)
+    frames, filters = torch.ones(1, 16, 99), torch.ones(64, 16, 3)
 
     def run():
         for _ in range(2):  # before the second call the products of the passes are known
@@ -271,6 +272,7 @@ def test_every_operation_is_measured_again(monkeypatch, tmp_path):
         _gemm.input_grad(x, w.detach())
         _gemm.conv2d_grads(grad, image, kernel, (1, 1), (0, 0), (False, True, True))
         _conv2d.is_faster(maps, taps, None, (2, 2), (1, 1))
+        _conv1d.is_faster(frames, filters, None, 2, 1, 1)
 
     run()
     first = json.loads(_gemm.cache_file().read_text())

@@ -13,6 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 import fastasr
 
+_POSITIONS = "PositionalConvEmbedding"
+_WAVEFORMS = "NoLayerNormConvLayer", "LayerNormConvLayer", "GroupNormConvLayer", _POSITIONS
 # Family -> the classes that a rule of the framework replaces
 REPLACED = {
     "nemo transformer": {"MultiHeadAttention", "FeedForward"},
@@ -24,7 +26,12 @@ REPLACED = {
         "ConformerFeedForward",
         "StridingSubsampling",
     },
-    "gigaam, rotary": {"ConformerConvolution", "ConformerFeedForward", "StridingSubsampling"},
+    "gigaam, rotary": {
+        "RotaryPositionMultiHeadAttention",
+        "ConformerConvolution",
+        "ConformerFeedForward",
+        "StridingSubsampling",
+    },
     "phi-4": {
         f"Phi4MultimodalAudio{part}"
         for part in ("NemoConvSubsampling", "Attention", "ConvModule", "MLP", "Model")
@@ -53,8 +60,10 @@ REPLACED = {
         "SeamlessM4Tv2ConformerConvolutionModule",
     },
     "w2v-bert": {"Wav2Vec2BertFeedForward", "Wav2Vec2BertSelfAttention", "Wav2Vec2BertConvolutionModule"},
-    "wavlm": {"WavLMAttention", "WavLMFeedForward", "WavLMEncoder"},
-    "wavlm large": {"WavLMAttention", "WavLMFeedForward", "WavLMEncoderStableLayerNorm"},
+    "wavlm": {f"WavLM{part}" for part in ("Attention", "FeedForward", "Encoder", _POSITIONS)},
+    "wavlm large": {
+        f"WavLM{part}" for part in ("Attention", "FeedForward", "EncoderStableLayerNorm", _POSITIONS)
+    },
     "whisper": {"WhisperAttention", "WhisperEncoderLayer"},
     "whisper's copies": {
         f"{name}{part}"
@@ -67,14 +76,32 @@ REPLACED = {
     },
     "audio flamingo 3": {"AudioFlamingo3Attention", "AudioFlamingo3EncoderLayer"},
     **{
-        family: {f"{name}{part}" for name in names for part in ("Attention", "FeedForward")}
-        for family, names in (
-            ("wav2vec2", ("Wav2Vec2",)),
-            ("wav2vec2 large", ("Wav2Vec2",)),
-            ("wav2vec2's copies", families.WAV2VEC2S[1:]),
-            ("omniasr", ("OmniASR",)),
-        )
+        family: {f"{name}{part}" for name in names for part in ("Attention", "FeedForward", _POSITIONS)}
+        for family, names in (("wav2vec2", ("Wav2Vec2",)), ("wav2vec2 large", ("Wav2Vec2",)))
     },
+    "wav2vec2's copies": {
+        *(f"{name}{part}" for name in families.WAV2VEC2S[1:] for part in ("Attention", "FeedForward")),
+        *(f"{name}{_POSITIONS}" for name in families.WAV2VEC2S[1:-1]),
+        "Data2VecAudioPositionalConvLayer",
+    },
+    "omniasr": {f"OmniASR{part}" for part in ("Attention", "FeedForward", "LayerNormConvLayer", _POSITIONS)},
+    "waveforms": {f"Wav2Vec2{part}" for part in _WAVEFORMS},
+    "waveforms' copies": {
+        "Data2VecAudioConvLayer",
+        *(
+            f"{name}{part}"
+            for name in families.WAVEFORMS[1:]
+            if name != "Data2VecAudio"
+            for part in _WAVEFORMS
+        ),
+    },
+    "qwen3-asr": {"Qwen3ASRAudioAttention", "Qwen3ASRAudioEncoderLayer"},
+    "qwen2.5-omni": {"Qwen2_5OmniAudioAttention", "Qwen2_5OmniAudioEncoderLayer"},
+    "qwen3-omni": {"Qwen3OmniMoeAudioAttention", "Qwen3OmniMoeAudioEncoderLayer"},
+    "glm-asr": {"GlmAsrAttention", "GlmAsrMLP"},
+    "moonshine": {"MoonshineAttention", "MoonshineEncoderMLP"},
+    "moonshine streaming": {"MoonshineStreamingEncoderAttention", "MoonshineStreamingEncoderMLP"},
+    "voxtral realtime": {f"VoxtralRealtime{part}" for part in ("Attention", "MLP", "EncoderLayer")},
     "gemma 4": {
         "Gemma4ClippableLinear",
         "Gemma4AudioAttention",
@@ -132,6 +159,16 @@ OTHERWISE["whisper"] = {
 OTHERWISE["audio flamingo 3"] = {
     "a recording without frames": families.whisper("audioflamingo3", lengths=(24, 0))
 }
+OTHERWISE["waveforms"] = {
+    "a recording": families.waveforms("Wav2Vec2", batch=1),
+    "a frame": families.waveforms("Wav2Vec2", samples=18),
+    "biases": families.waveforms("Wav2Vec2", conv_bias=True),
+    "taps of odd number": families.waveforms("Wav2Vec2", num_conv_pos_embeddings=5),
+    "other activations": families.waveforms("Wav2Vec2", feat_extract_activation="gelu_new"),
+}
+OTHERWISE["waveforms' copies"] = {
+    "a norm before positions": families.waveforms(*families.WAVEFORMS[1:], conv_pos_batch_norm=True)
+}
 OTHERWISE["wav2vec2"] = {
     "a long recording": families.wav2vec2("Wav2Vec2", lengths=(90, 74)),
     "a frame": families.wav2vec2("Wav2Vec2", lengths=(1,)),
@@ -142,6 +179,39 @@ OTHERWISE["wav2vec2"] = {
     "other activations": families.wav2vec2("Wav2Vec2", hidden_act="gelu_new"),
 }
 CAPPED = {"attention_logit_cap": 0.5}
+OTHERWISE["qwen3-asr"] = {
+    "a recording": families.qwen_audio("Qwen3ASR", lengths=(300,)),
+    "a frame": families.qwen_audio("Qwen3ASR", lengths=(100, 1)),
+    "other activations": families.qwen_audio("Qwen3ASR", activation_function="relu"),
+}
+OTHERWISE["qwen2.5-omni"] = {"a chunk": families.qwen_audio("Qwen2_5OmniAudio", lengths=(200,))}
+OTHERWISE["glm-asr"] = {
+    "a frame": families.glmasr(frames=1),
+    "dropout": families.glmasr(attention_dropout=0.1),
+    "other activations": families.glmasr(hidden_act="gelu_new"),
+}
+OTHERWISE["moonshine"] = {
+    "no mask": families.moonshine(masked=False),
+    "a recording": families.moonshine((9000,)),
+    "a recording without frames": families.moonshine((9000, 0)),
+    "dropout": families.moonshine(attention_dropout=0.1),
+    "wider heads for torch": families.moonshine(pad_head_dim_to_multiple_of=6),
+    "all of a head turns": families.moonshine(rope_parameters={"rope_type": "default", "rope_theta": 1e4}),
+}
+OTHERWISE["moonshine streaming"] = {
+    "no mask": families.moonshine_streaming(masked=False),
+    "short recordings": families.moonshine_streaming((5600, 1920)),
+    "similar lengths": families.moonshine_streaming((16000, 15400)),
+    "a recording without frames": families.moonshine_streaming((8000, 0)),
+    "dropout": families.moonshine_streaming(attention_dropout=0.1),
+}
+OTHERWISE["voxtral realtime"] = {
+    "less than a window": families.voxtral_realtime(frames=16),
+    "a frame": families.voxtral_realtime(frames=2),
+    "lengths": families.voxtral_realtime(lengths=(30, 11)),
+    "padding before": families.voxtral_realtime(lengths=(30, 11), left=True),
+    "dropout": families.voxtral_realtime(attention_dropout=0.1),
+}
 OTHERWISE["gemma 4"] = {
     "infinite bounds": families.gemma4(bounds={}),
     "bounds that cross": families.gemma4(bounds=families.GEMMA_BOUNDS | {"output_min": 0.2}),
@@ -170,6 +240,7 @@ OTHERWISE["fireredasr"] = {
     "no dropout": families.firered(dropout=0.0),
 }
 OTHERWISE["gigaam"] = {"a recording": families.gigaam("rel_pos", (61,))}  # without masks of pairs
+OTHERWISE["gigaam, rotary"] = {"a recording": families.gigaam("rotary", (61,))}
 OTHERWISE["phi-4"] = {
     "an odd length": families.phi4_audio(frames=61, lengths=(61, 40)),
     "no mask": families.phi4_audio(masked=False),
@@ -208,8 +279,8 @@ OTHERWISE["nemo transformer"] = {
 }
 ALL = [*REPLACED, *(f"{family}: {name}" for family, made in OTHERWISE.items() for name in made)]
 TOLERANCE = 1e-10
-# Upstream computes the attention of these, or its softmax, in float32 whatever the dtype: 4 cannot run in float64.
-SINGLE = ("gemma 4", "gemma 3n")
+# Upstream computes attention, its softmax or norms of these in float32 whatever the dtype: 4 cannot run in float64.
+SINGLE = ("gemma 4", "gemma 3n", "voxtral realtime")
 
 
 def pair(name):
@@ -377,8 +448,15 @@ IMPLEMENTATIONS = {
         "whisper",
         "wav2vec2",
         "wav2vec2: no mask",
+        "qwen3-asr",
+        "glm-asr",
+        "moonshine",
+        "moonshine streaming: similar lengths",
+        "voxtral realtime",
+        "voxtral realtime: less than a window",
     ),
-    "flex_attention": ("w2v-bert", "wav2vec2"),  # with a tensor as the mask upstream's crashes on a CPU
+    # with a tensor as the mask upstream's crashes on a CPU
+    "flex_attention": ("w2v-bert", "wav2vec2", "glm-asr", "moonshine", "voxtral realtime"),
 }
 
 

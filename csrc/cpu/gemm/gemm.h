@@ -33,7 +33,8 @@ struct Gemm {
   bool add = false;             // adds to what C holds
   const float* onto = nullptr;  // m rows of n elements, onto_row apart, that are added last; or null
   int64_t onto_row = 0;
-  bool swoosh_l = false;  // applies SwooshL to the result
+  bool swoosh_l = false;       // applies SwooshL to the result
+  int64_t chain = kGemmChain;  // words of a chain, at most kGemmChain: fewer are more exact and slower
 };
 
 template <typename T>

@@ -65,7 +65,7 @@ struct Words {
 template <typename T>
 struct Chains {
   int64_t k, depth, count;
-  explicit Chains(int64_t k_) : k(k_), depth(Words<T>::count(k)), count((depth + kGemmChain - 1) / kGemmChain) {}
+  Chains(int64_t k_, int64_t longest) : k(k_), depth(Words<T>::count(k)), count((depth + longest - 1) / longest) {}
   int64_t begin(int64_t i) const { return depth / Words<T>::kUnit * i / count * Words<T>::kUnit; }
   int64_t words(int64_t i) const { return begin(i + 1) - begin(i); }
   int64_t first(int64_t i) const { return begin(i) * Words<T>::kEach; }
@@ -186,12 +186,11 @@ void pack_rows(const T* from, int64_t across, int64_t along, int64_t width, int6
   }
 }
 
-// Packs panels [begin, end) of an operand (width, depth), all its chains.
+// Packs panels [begin, end) of an operand of this width, all its chains.
 template <int64_t kWidth, bool kByRows, typename T>
-void pack(const T* in, int64_t across, int64_t along, int64_t width, int64_t depth, float* packed, int64_t begin,
-          int64_t end) {
+void pack(const T* in, int64_t across, int64_t along, int64_t width, const Chains<T>& chains, float* packed,
+          int64_t begin, int64_t end) {
   const int64_t panels = (width + kWidth - 1) / kWidth, i = begin * kWidth;
-  const Chains<T> chains(depth);
   for (int64_t chain = 0; chain < chains.count; chain++) {
     const T* const from = in + chains.first(chain) * along + i * across;
     const int64_t here = std::min(end * kWidth, width) - i;
@@ -369,12 +368,17 @@ int64_t tasks(const Gemm<T>& g) {
 }
 
 template <typename T>
+Chains<T> chains_of(const Gemm<T>& g) {
+  return {g.k, g.chain};
+}
+
+template <typename T>
 void pack_a(const Gemm<T>& g, float* packed, int64_t begin, int64_t end) {
-  if (!in_place(g)) pack<kRows<T>, kInTiles<T>>(g.a, g.a_row, g.a_depth, g.m, g.k, packed, begin, end);
+  if (!in_place(g)) pack<kRows<T>, kInTiles<T>>(g.a, g.a_row, g.a_depth, g.m, chains_of(g), packed, begin, end);
 }
 template <typename T>
 void pack_b(const Gemm<T>& g, float* packed, int64_t begin, int64_t end) {
-  pack<kColumns, false>(g.b, g.b_column, g.b_depth, g.n, g.k, packed, begin, end);
+  pack<kColumns, false>(g.b, g.b_column, g.b_depth, g.n, chains_of(g), packed, begin, end);
 }
 
 // Multiplies panels [p0, p1) of A by panels [q0, q1) of B, whose parts of one chain begin at `b`; calls ahead() before
@@ -421,7 +425,7 @@ void activate(const Gemm<T>& g, int64_t i, int64_t last, int64_t j, int64_t coun
 template <typename T>
 void block(const Gemm<T>& g, const float* a, const float* b, int64_t p0, int64_t p1, int64_t q0, int64_t q1,
            Tiles<T>& tiles) {
-  const Chains<T> chains(g.k);
+  const Chains<T> chains = chains_of(g);
   for (int64_t chain = 0; chain < chains.count; chain++) {
     const float* bc = b + (chains.begin(chain) * b_panels(g) + q0 * chains.words(chain)) * kColumns;
     one_chain(g, chains, chain, a, bc, p0, p1, q0, q1, tiles, [] {});
@@ -485,7 +489,7 @@ int64_t strip_count(const Gemm<T>& g, int64_t threads) {
 template <typename T>
 void strips(const Gemm<T>& g, const float* a, int64_t count, int64_t begin, int64_t end) {
   const int64_t rows = a_panels(g), panels = b_panels(g);
-  const Chains<T> chains(g.k);
+  const Chains<T> chains = chains_of(g);
   alignas(64) float panel[kColumns * kGemmChain];
   Tiles<T> tiles;
   for (int64_t strip = begin; strip < end; strip++) {

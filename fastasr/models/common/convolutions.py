@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The convolutions of a front end over time and frequency, and the projection of their frames.
+"""The convolutions of a front end, over time or over time and frequency, and the projection of its frames.
 
     y = W frames(conv(x)) + b       frames: channels and frequencies of a frame
 
-On a CPU in float32, convolutions of many channels are matrix products on maps with channels last, where these take less
-time than torch's convolution.
+On a CPU in float32, convolutions of many channels are matrix products with channels last in memory, where these take
+less time than torch's convolution.
 """
 
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastasr import ops
@@ -18,7 +19,7 @@ from fastasr._transforms import is_transformed
 from fastasr.models.common import plumbing
 from fastasr.models.common.linear import Linear
 from fastasr.models.common.plain import is_plain
-from fastasr.ops import _conv2d, _reduced_weights
+from fastasr.ops import _conv1d, _conv2d, _reduced_weights
 
 
 def are_plain(layers: Iterable[torch.nn.Module]) -> bool:
@@ -59,6 +60,24 @@ def _convolution(relu: bool, conv: Any, x: Tensor) -> Tensor:
     elif ours:
         x = x.contiguous()  # with channels last torch's sums are less exact
     y: Tensor = conv(x.relu() if relu else x)
+    return y
+
+
+def over_time(conv: torch.nn.Module, x: Tensor) -> Tensor:
+    """Returns ``conv(x)`` for a convolution of x (B, channels, T), with channels last in memory if it is ours."""
+    if plumbing.is_conv1d(conv):
+        padding: Any = conv.padding[0]
+        operands = (
+            x,
+            conv.weight,
+            conv.bias,
+            conv.stride[0],
+            padding,
+        )  # weight norm computes a weight at each reading
+        if _conv1d.serves(*operands, conv.groups) and _conv1d.is_faster(*operands, conv.groups):
+            return _conv1d.convolution(*operands, conv.groups)
+        return F.conv1d(*operands, groups=conv.groups)
+    y: Tensor = conv(x)
     return y
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastasr import ops
-from fastasr.models.common.plain import is_plain, weight_and_bias
+from fastasr.models.common.plain import has_known_forward, is_plain, is_watched, weight_and_bias
 from fastasr.ops import _dropout, _linears
 
 
@@ -118,6 +118,24 @@ def is_dense_conv2d(module: torch.nn.Module) -> TypeGuard[torch.nn.Conv2d]:
         is_plain(module, torch.nn.Conv2d)
         and "_conv_forward" not in vars(module)
         and (module.groups, module.dilation, module.padding_mode) == (1, (1, 1), "zeros")
+        and isinstance(module.padding, tuple)
+    )
+
+
+def is_conv1d(module: torch.nn.Module) -> TypeGuard[torch.nn.Conv1d]:
+    """Says whether this is torch's convolution over time without dilation, padded by a number of zeros, without hooks.
+    Its weight may be a function of other parameters, such as torch's weight norm."""
+    cls = type(module)
+    if torch.nn.utils.parametrize.is_parametrized(module) and cls.__bases__ == (torch.nn.Conv1d,):
+        known = (
+            cls.forward is torch.nn.Conv1d.forward and not is_watched(module) and has_known_forward(module)
+        )
+    else:
+        known = is_plain(module, torch.nn.Conv1d)
+    return (
+        known
+        and "_conv_forward" not in vars(module)
+        and (module.dilation, module.padding_mode) == ((1,), "zeros")
         and isinstance(module.padding, tuple)
     )
 
