@@ -581,7 +581,7 @@ def wavlm(stable=False, lengths=(21, 13, 5), masked=True, **options):
 
 
 class Encoders(torch.nn.Module):
-    """Several encoders that take the same input."""
+    """Several encoders that take the same input. Their outputs lie one behind the other."""
 
     def __init__(self, encoders):
         super().__init__()
@@ -589,7 +589,7 @@ class Encoders(torch.nn.Module):
 
     def forward(self, x, **masks):
         # The encoders of wav2vec 2.0 set padding to 0 in their input.
-        return [encoder(x.clone(), **masks).last_hidden_state for encoder in self.encoders]
+        return torch.cat([encoder(x.clone(), **masks).last_hidden_state for encoder in self.encoders], 1)
 
 
 def transformers_encoder(folder, class_name, config_name, sizes, implementation="sdpa", **options):
@@ -635,7 +635,7 @@ def whisper(*folders, layers=1, frames=24, lengths=None, **options):
             given["input_features_mask"] = torch.arange(frames) < torch.tensor(lengths)[:, None]
         if len(encoders) == 1:
             return encoders[0], lambda model: [model(x, **given).last_hidden_state]
-        return Encoders(encoders), lambda model: model(x, **given)
+        return Encoders(encoders), lambda model: [model(x, **given)]
 
     return made
 
@@ -671,7 +671,7 @@ def wav2vec2(*names, norms=("",), layers=1, lengths=(21, 13, 5), masked=True, **
         given = {"attention_mask": torch.arange(frames) < torch.tensor(lengths)[:, None]} if masked else {}
         if len(encoders) == 1:
             return encoders[0], lambda model: [model(x.clone(), **given).last_hidden_state]
-        return Encoders(encoders), lambda model: model(x, **given)
+        return Encoders(encoders), lambda model: [model(x, **given)]
 
     return made
 
