@@ -36,9 +36,9 @@ REPLACED = {
         f"Phi4MultimodalAudio{part}"
         for part in ("NemoConvSubsampling", "Attention", "ConvModule", "MLP", "Model")
     },
-    "fun-asr-nano": {"FunAsrNanoFSMN", "FunAsrNanoMLP"},
+    "fun-asr-nano": {"FunAsrNanoAttention", "FunAsrNanoFSMN", "FunAsrNanoMLP"},
     "funasr": {"MultiHeadedAttentionSANM", "PositionwiseFeedForward"},
-    "lasr": {"LasrEncoderFeedForward", "LasrEncoderConvolutionModule"},
+    "lasr": {"LasrEncoderAttention", "LasrEncoderFeedForward", "LasrEncoderConvolutionModule"},
     **{
         family: {f"{name}Conformer{part}" for part in ("Attention", "ConvModule", "FeedForward")}
         for family, name in (
@@ -251,7 +251,9 @@ OTHERWISE["phi-4"] = {
     "a near bias, one tap": families.phi4_audio(bias_max_distance=4, kernel_size=1),
     "dropout": families.phi4_audio(num_blocks=2, dropout_rate=0.1),
 }
-OTHERWISE["fun-asr-nano"] = {"dropout": lambda: families.fun_asr_nano(hidden_dropout=0.2)}
+OTHERWISE["fun-asr-nano"] = {
+    "dropout": lambda: families.fun_asr_nano(hidden_dropout=0.2, attention_dropout=0.1)
+}
 OTHERWISE["funasr"] = {
     "a recording": families.funasr((40,)),
     "a frame": families.funasr((1,)),
@@ -449,6 +451,8 @@ IMPLEMENTATIONS = {
         "wav2vec2",
         "wav2vec2: no mask",
         "qwen3-asr",
+        "lasr",
+        "fun-asr-nano",
         "glm-asr",
         "moonshine",
         "moonshine streaming: similar lengths",

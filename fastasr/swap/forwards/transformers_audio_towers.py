@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Modules of transformers' speech encoders whose layers are a Transformer's: the audio towers of Qwen3-ASR and Qwen
-Omni, GLM-ASR, Moonshine, its streaming encoder, and Voxtral Realtime.
+Omni, GLM-ASR, Moonshine, its streaming encoder, and Voxtral Realtime; and the attention of LASR and Fun-ASR-Nano.
 
 A layer: x ← x + attention(norm x); x ← x + W2 act(W1 norm x). Attention has no positions, or upstream's own function
 rotates queries and keys before the op.
@@ -66,15 +66,15 @@ def rotary_attention(
     *more: Any,
     **kwargs: Any,
 ) -> tuple[Tensor, Any]:
-    """Serves GLM-ASR, Moonshine's encoder and Voxtral Realtime's: hidden states (B, T, width), cosines and sines (B or
-    1, T, dimensions that are rotated), attention mask (``masks.read``) -> ((B, T, width), None). A cache
-    gets the keys and values. Upstream's code serves a call whose cache has frames already, and Moonshine's decoder."""
+    """Serves GLM-ASR, LASR, Moonshine's encoder and Voxtral Realtime's: hidden states (B, T, width), cosines and sines
+    (B or 1, T, dimensions that are rotated), attention mask (``masks.read``) -> ((B, T, width), None). A cache gets the
+    keys and values. Upstream's code serves a call whose cache has frames already, and Moonshine's decoder."""
     others = more or any(kwargs.get(name) is not None for name in ("past_key_values", "key_value_states"))
     y = None
     if position_embeddings is None or others or not _is_new(self, kwargs.get("cache")):
         _left.note(self, "the call has frames before its own, or keys of another sequence")
     else:
-        y = _attended(self, hidden_states, attention_mask, position_embeddings, **kwargs)
+        y, _ = _attended(self, hidden_states, attention_mask, position_embeddings, **kwargs)
     if y is None:
         upstream = type(self).forward
         return upstream(self, hidden_states, position_embeddings, attention_mask, *more, **kwargs)
@@ -85,8 +85,25 @@ def windowed_attention(
     self: Upstream, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
 ) -> tuple[Tensor, Any]:
     """Serves Moonshine Streaming's encoder, which has no positions, as above."""
-    y = _attended(self, hidden_states, attention_mask, is_causal=kwargs.get("is_causal"))
+    y, _ = _attended(self, hidden_states, attention_mask, is_causal=kwargs.get("is_causal"))
     return type(self).forward(self, hidden_states, attention_mask, **kwargs) if y is None else (y, None)
+
+
+def fun_asr_attention(
+    self: Upstream,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    input_features_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Any]:
+    """Serves Fun-ASR-Nano, which has no positions, as above. The memory of the values is added, if there is one; its
+    mask is 1 at valid frames (B, T)."""
+    y, v = _attended(self, hidden_states, attention_mask, is_causal=kwargs.get("is_causal"))
+    if y is None or v is None:
+        return type(self).forward(self, hidden_states, attention_mask, input_features_mask, **kwargs)
+    if self.fsmn is not None:
+        y = y + self.fsmn(v.flatten(2), input_features_mask)
+    return y, None
 
 
 def _is_new(module: Upstream, cache: Any) -> bool:
@@ -103,13 +120,14 @@ def _attended(
     positions: tuple[Tensor, Tensor] | None = None,
     cache: Any = None,
     **kwargs: Any,
-) -> Tensor | None:
-    """Returns the attention of x (B, T, width), or None where upstream's code serves the call, which is noted."""
+) -> tuple[Tensor | None, Tensor | None]:
+    """Returns the attention of x (B, T, width), and the values (B, T, H, d); or None twice where upstream's code serves
+    the call, which is noted."""
     share, window = module.attention_dropout if module.training else 0.0, _window(module)
     fits = kwargs.get("is_causal") is None
     hidden = hidden_keys(module, x, mask, fits, share, zeros=True, window=window)
     if hidden is None:
-        return None
+        return None, None
     if mask is None and module.is_causal and module.config._attn_implementation == "sdpa":
         hidden["context"] = (-1, 0)  # upstream leaves the mask out where torch's kernel makes it
     q, k, v = projections(x, (-1, module.head_dim), module.q_proj, module.k_proj, module.v_proj)
@@ -119,7 +137,7 @@ def _attended(
     if cache is not None:
         cache.update(k.transpose(1, 2), v.transpose(1, 2), module.layer_idx, kwargs=kwargs)
     y = ops.rel_attention(q, k, v, **hidden)
-    return plumbing.linear(module.o_proj, y.flatten(2))
+    return plumbing.linear(module.o_proj, y.flatten(2)), v
 
 
 def _window(module: Upstream) -> tuple[int, int] | None:

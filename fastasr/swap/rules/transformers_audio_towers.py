@@ -13,12 +13,12 @@ _READ = Known("transformers 5.24")
 _LINEARS = ("q_proj", "k_proj", "v_proj")
 
 
-def _attention_structure(module: Upstream, last: str = "o_proj") -> str | None:
+def _attention_structure(module: Upstream, *last: str) -> str | None:
     if module.scaling != module.head_dim**-0.5:
         return f"scaling is {module.scaling}, expected 1 / √{module.head_dim}"
     if module.num_key_value_groups != 1:
         return f"num_key_value_groups is {module.num_key_value_groups}, expected 1"
-    return check_parts(module, (*_LINEARS, last))
+    return check_parts(module, (*_LINEARS, *(last or ("o_proj",))))
 
 
 # --------------------------------------------------------------------------- recordings in a row
@@ -59,6 +59,10 @@ def _moonshine_structure(module: Upstream) -> str | None:
     return "is causal: the decoder's" if module.is_causal else _attention_structure(module)
 
 
+def _fun_asr_structure(module: Upstream) -> str | None:
+    return _attention_structure(module, "o_proj", *(() if module.fsmn is None else ("fsmn",)))
+
+
 def _mlp(name: str, class_name: str, activation: str, code: str) -> Rule:
     return feed_forward_rule(
         name=f"transformers.{name}_feed_forward",
@@ -70,11 +74,17 @@ def _mlp(name: str, class_name: str, activation: str, code: str) -> Rule:
     )
 
 
-def _attention(name: str, class_name: str, code: str, structure: Callable = _attention_structure) -> Rule:
+def _attention(
+    name: str,
+    class_name: str,
+    code: str,
+    structure: Callable = _attention_structure,
+    forward: Callable = models.rotary_attention,
+) -> Rule:
     return attention_rule(
         name=f"transformers.{name}_attention",
         class_name=class_name,
-        forward=models.rotary_attention,
+        forward=forward,
         structure=structure,
         known={code: _READ},
         shared=lambda result: result[0],
@@ -115,15 +125,19 @@ RULES = (
     _attention("moonshine", "MoonshineAttention", "bd382e5b4d70c3fb7d112b30", _moonshine_structure),
     _mlp("moonshine", "MoonshineEncoderMLP", "activation_fn", "dede4c2120bd68408bfbd9d1"),
     *VOXTRAL_REALTIME,
-    attention_rule(
-        name="transformers.moonshine_streaming_attention",
-        class_name="MoonshineStreamingEncoderAttention",
+    _attention("lasr", "LasrEncoderAttention", "72258f0fa648c245a553210b"),
+    _attention(
+        "fun_asr",
+        "FunAsrNanoAttention",
+        "f3a8d75bd947b275d9646c47",
+        _fun_asr_structure,
+        models.fun_asr_attention,
+    ),
+    _attention(
+        "moonshine_streaming",
+        "MoonshineStreamingEncoderAttention",
+        "937cf49baf9eaca8b28a078b",
         forward=models.windowed_attention,
-        structure=_attention_structure,
-        known={"937cf49baf9eaca8b28a078b": _READ},
-        shared=lambda result: result[0],
-        hooks=CAPTURING,
-        note=NOTE,
     ),
     _mlp("moonshine_streaming", "MoonshineStreamingEncoderMLP", "activation_fn", "23cfcc2a258bd67e10355e5c"),
 )
