@@ -88,6 +88,28 @@ def _windows(x: torch.Tensor, valid: torch.Tensor) -> dict[str, Any]:
     return {"input_features": nn.functional.pad(features, (0, 3000 - x.shape[1]))}
 
 
+def _channels_first(mask: str | None = None, every: int = 1) -> Callable:
+    """Returns the arguments of transformers' encoders of Whisper's features. ``mask``: of every ``every``-th frame."""
+
+    def arguments(x: torch.Tensor, valid: torch.Tensor) -> dict[str, Any]:
+        given = {"input_features": x.transpose(1, 2).contiguous()}
+        return given if mask is None else given | {mask: valid[:, ::every].long()}
+
+    return arguments
+
+
+def _in_a_row(x: torch.Tensor, valid: torch.Tensor) -> dict[str, Any]:
+    """The arguments of Qwen Omni's audio towers."""
+    return {"input_features": x[valid].t().contiguous(), "feature_lens": valid.sum(1)}
+
+
+def _in_whole_seconds(x: torch.Tensor, valid: torch.Tensor) -> dict[str, Any]:
+    """The arguments of Qwen3-ASR's encoder."""
+    more = -x.shape[1] % 100
+    x, valid = nn.functional.pad(x, (0, 0, 0, more)), nn.functional.pad(valid, (0, more))
+    return _channels_first("input_features_mask")(x, valid)
+
+
 def _lengths(x: torch.Tensor, valid: torch.Tensor) -> dict[str, Any]:
     """The arguments of NeMo and GigaAM."""
     return {"audio_signal": x.transpose(1, 2).contiguous(), "length": valid.sum(1)}
@@ -235,6 +257,45 @@ _ENCODERS: dict[str, tuple[str, tuple[int, float, int], Callable, Callable]] = {
             encoder_attention_heads=20, encoder_ffn_dim=5120, num_mel_bins=128,
         ),
         _windows,
+    ),
+    "qwen3-asr": (
+        "Qwen3-ASR's encoder", (24, 100, 128),
+        _transformers("Qwen3ASREncoder", "Qwen3ASREncoderConfig", "encoder_layers"),
+        _in_whole_seconds,
+    ),
+    "qwen2.5-omni": (
+        "Qwen2.5-Omni's audio encoder", (32, 100, 128),
+        _transformers(
+            "qwen2_5_omni.Qwen2_5OmniAudioEncoder", "Qwen2_5OmniAudioEncoderConfig", "encoder_layers"
+        ),
+        _in_a_row,
+    ),
+    "qwen3-omni": (
+        "Qwen3-Omni's audio encoder", (32, 100, 128),
+        _transformers(
+            "qwen3_omni_moe.Qwen3OmniMoeAudioEncoder", "Qwen3OmniMoeAudioEncoderConfig", "encoder_layers"
+        ),
+        _in_a_row,
+    ),
+    "glm-asr": (
+        "GLM-ASR-Nano's encoder", (32, 100, 128),
+        _transformers("GlmAsrEncoder", "GlmAsrEncoderConfig"),
+        _channels_first(),
+    ),
+    "moonshine": (
+        "Moonshine tiny's encoder", (6, 16000, 1),
+        _transformers("moonshine.MoonshineEncoder", "MoonshineConfig", "encoder_num_hidden_layers"),
+        _waveform,
+    ),
+    "voxtral-realtime": (
+        "Voxtral Realtime's encoder", (32, 100, 128),
+        _transformers("VoxtralRealtimeEncoder", "VoxtralRealtimeEncoderConfig", use_cache=False),
+        _channels_first("attention_mask", 2),
+    ),
+    "moonshine-streaming": (
+        "Moonshine Streaming tiny's encoder", (6, 16000, 1),
+        _transformers("moonshine_streaming.MoonshineStreamingEncoder", "MoonshineStreamingEncoderConfig"),
+        _waveform,
     ),
     "fun-asr-nano": (
         "Fun-ASR-Nano's encoder", (70, 100 / 6, 560),

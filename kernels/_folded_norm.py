@@ -44,12 +44,11 @@ def folded(
     norm_weight: torch.Tensor,
     norm_bias: torch.Tensor,
     eps: float,
-    dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the taps (C, 1, K) and the bias (C,) in ``dtype``. All tensors are contiguous."""
+    """Returns the taps (C, 1, K) and the bias (C,) in float32. All tensors are contiguous."""
     channels, taps = weight.shape[0], weight.shape[-1]
-    out = torch.empty_like(weight, dtype=dtype), torch.empty_like(norm_bias, dtype=dtype)
+    out = [torch.empty_like(t, dtype=torch.float32) for t in (weight, norm_bias)]
     launch(folded_kernel, (cdiv(channels, TILE["BLOCK_C"]),),
         weight, bias, mean, variance, norm_weight, norm_bias, *out, eps, channels, taps, **TILE,
     )  # fmt: skip
-    return out
+    return out[0], out[1]

@@ -641,7 +641,7 @@ def wavlm(stable=False, lengths=(21, 13, 5), masked=True, **options):
 
 
 class Encoders(torch.nn.Module):
-    """Several encoders that take the same input."""
+    """Several encoders that take the same input. Their outputs lie one behind the other."""
 
     def __init__(self, encoders):
         super().__init__()
@@ -649,7 +649,7 @@ class Encoders(torch.nn.Module):
 
     def forward(self, x, **masks):
         # The encoders of wav2vec 2.0 set padding to 0 in their input.
-        return [encoder(x.clone(), **masks).last_hidden_state for encoder in self.encoders]
+        return torch.cat([encoder(x.clone(), **masks).last_hidden_state for encoder in self.encoders], 1)
 
 
 def transformers_encoder(folder, class_name, config_name, sizes, implementation="sdpa", **options):
@@ -695,7 +695,7 @@ def whisper(*folders, layers=1, frames=24, lengths=None, **options):
             given["input_features_mask"] = torch.arange(frames) < torch.tensor(lengths)[:, None]
         if len(encoders) == 1:
             return encoders[0], lambda model: [model(x, **given).last_hidden_state]
-        return Encoders(encoders), lambda model: model(x, **given)
+        return Encoders(encoders), lambda model: [model(x, **given)]
 
     return made
 
@@ -731,7 +731,7 @@ def wav2vec2(*names, norms=("",), layers=1, lengths=(21, 13, 5), masked=True, **
         given = {"attention_mask": torch.arange(frames) < torch.tensor(lengths)[:, None]} if masked else {}
         if len(encoders) == 1:
             return encoders[0], lambda model: [model(x.clone(), **given).last_hidden_state]
-        return Encoders(encoders), lambda model: model(x, **given)
+        return Encoders(encoders), lambda model: [model(x, **given)]
 
     return made
 
@@ -798,6 +798,91 @@ def waveforms(*names, norms=("group", "layer"), samples=150, batch=2, **options)
         waveform = torch.randn(batch, samples, generator=numbers(1))
         x = torch.randn(batch, 21, WIDTH, generator=numbers(2))
         return Waveforms(features, positions), lambda model: model(waveform.clone(), x)
+
+    return made
+
+
+def qwen_audio(name, lengths=(400, 230, 100), **options):
+    """The audio tower of Qwen3-ASR or Qwen Omni, whose layers get a row of windows."""
+
+    def made():
+        sizes = {"d_model": WIDTH, "encoder_layers": 2, "encoder_attention_heads": HEADS, "output_dim": 8}
+        sizes |= {"encoder_ffn_dim": HIDDEN, "num_mel_bins": 16}
+        if name != "Qwen2_5OmniAudio":
+            sizes |= {"downsample_hidden_size": 4, "n_window_infer": 200}
+        x, of = torch.randn(len(lengths), 16, max(lengths), generator=numbers(1)), torch.tensor(lengths)
+        if name == "Qwen3ASR":
+            mask = (torch.arange(max(lengths)) < of[:, None]).long()
+            given = {"input_features": x, "input_features_mask": mask}
+        else:
+            row = torch.cat([recording[:, :n] for recording, n in zip(x, lengths, strict=True)], 1)
+            given = {"input_features": row, "feature_lens": of}
+        model = transformers_encoder(QWEN[name], f"{name}Encoder", f"{name}EncoderConfig", sizes, **options)
+        return model, lambda model: [model(**given).last_hidden_state]
+
+    return made
+
+
+QWEN = {"Qwen3ASR": "qwen3_asr", "Qwen2_5OmniAudio": "qwen2_5_omni", "Qwen3OmniMoeAudio": "qwen3_omni_moe"}
+_PLAIN_LAYERS = {
+    "hidden_size": WIDTH,
+    "intermediate_size": HIDDEN,
+    "num_attention_heads": HEADS,
+    "num_hidden_layers": 2,
+}
+
+
+def glmasr(frames=81, **options):
+    """GLM-ASR's encoder, which takes no lengths."""
+
+    def made():
+        names = "glmasr", "GlmAsrEncoder", "GlmAsrEncoderConfig"
+        model = transformers_encoder(*names, _PLAIN_LAYERS | {"num_mel_bins": 8}, **options)
+        x = torch.randn(2, 8, frames, generator=numbers(1))
+        return model, lambda model: [model(x).last_hidden_state]
+
+    return made
+
+
+def of_waveforms(names, sizes, lengths, masked):
+    def made():
+        model = transformers_encoder(*names, sizes)
+        x = torch.randn(len(lengths), max(lengths), generator=numbers(1))
+        mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long() if masked else None
+        return model, lambda model: [model(x, attention_mask=mask).last_hidden_state]
+
+    return made
+
+
+def moonshine(lengths=(13000, 8600, 4000), masked=True, **options):
+    """Moonshine's encoder of waveforms."""
+    sizes = {"hidden_size": WIDTH, "intermediate_size": HIDDEN, "vocab_size": 20}
+    counts = "num_hidden_layers", "num_attention_heads"
+    sizes |= {f"{part}_{count}": 2 for part in ("encoder", "decoder") for count in counts}
+    names = "moonshine", "MoonshineEncoder", "MoonshineConfig"
+    return of_waveforms(names, sizes | options, lengths, masked)
+
+
+def moonshine_streaming(lengths=(16000, 9200, 4000), masked=True, **options):
+    """Moonshine Streaming's encoder of waveforms, whose layers see windows of other sizes."""
+    sizes = _PLAIN_LAYERS | {"num_key_value_heads": HEADS, "sliding_windows": [[6, 3], [5, 0]]}
+    names = "moonshine_streaming", "MoonshineStreamingEncoder", "MoonshineStreamingEncoderConfig"
+    return of_waveforms(names, sizes | options, lengths, masked)
+
+
+def voxtral_realtime(frames=60, lengths=None, left=False, **options):
+    """Voxtral Realtime's encoder. ``lengths``: of the recordings behind the front end, or None without a mask;
+    ``left``: padding comes before them."""
+
+    def made():
+        sizes = _PLAIN_LAYERS | {"num_mel_bins": 8, "head_dim": 6, "sliding_window": 9}
+        names = "voxtral_realtime", "VoxtralRealtimeEncoder", "VoxtralRealtimeEncoderConfig"
+        x, mask = torch.randn(2, 8, frames, generator=numbers(1)), None
+        if lengths is not None:
+            mask = (torch.arange(frames // 2) < torch.tensor(lengths)[:, None]).long()
+            mask = mask.flip(1) if left else mask
+        model = transformers_encoder(*names, sizes, **options)
+        return model, lambda model: [model(x, attention_mask=mask).last_hidden_state]
 
     return made
 
@@ -959,6 +1044,13 @@ FAMILIES = {
     "waveforms' copies": waveforms(*WAVEFORMS[1:]),
     "gemma 4": gemma4(),
     "gemma 3n": gemma3n(),
+    "qwen3-asr": qwen_audio("Qwen3ASR"),
+    "qwen2.5-omni": qwen_audio("Qwen2_5OmniAudio", (230, 90, 12)),
+    "qwen3-omni": qwen_audio("Qwen3OmniMoeAudio"),
+    "glm-asr": glmasr(),
+    "moonshine": moonshine(),
+    "moonshine streaming": moonshine_streaming(),
+    "voxtral realtime": voxtral_realtime(),
     "parakeet tdt": parakeet_transducer("TDT"),
     "parakeet rnn-t": parakeet_transducer("RNNT"),
     "nemotron": nemotron,

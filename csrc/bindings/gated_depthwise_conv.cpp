@@ -26,6 +26,13 @@ std::vector<int64_t> bounds_of(const auto& a) {
 // Checks what the arguments have to do with each other.
 template <typename T>
 GatedDepthwiseConv<T> problem(const auto& a, const std::vector<int64_t>& starts) {
+  using C = cpu::compute_t<T>;
+  const ScalarType dtype = dtype_of(a.h), wide = compute_type(dtype);
+  check_dtype(a.weight, wide, a.kName, "weight");
+  if (a.bias) check_dtype(*a.bias, wide, a.kName, "bias");
+  if (a.causal_weight) check_dtype(*a.causal_weight, wide, a.kName, "causal_weight");
+  if (a.causal_bias) check_dtype(*a.causal_bias, wide, a.kName, "causal_bias");
+  if (a.cache) check_dtype(*a.cache, dtype, a.kName, "cache");
   const bool chunked = a.causal_weight.has_value();
   check(chunked == a.chunk_scale.has_value() && (chunked || !a.causal_bias), a.kName,
         "chunk-causal form needs causal_weight and chunk_scale, plain form takes neither");
@@ -36,8 +43,8 @@ GatedDepthwiseConv<T> problem(const auto& a, const std::vector<int64_t>& starts)
   check(past >= 0 && past < a.K, a.kName, "delay");
   GatedDepthwiseConv<T> p{};
   p.h = data<T>(a.h), p.h_time = a.h.stride(0), p.h_batch = a.h.stride(1);
-  p.weight = data<T>(a.weight), p.bias = data_or_null<T>(a.bias), p.causal_weight = data_or_null<T>(a.causal_weight);
-  p.causal_bias = data_or_null<T>(a.causal_bias), p.chunk_scale = data_or_null<T>(a.chunk_scale);
+  p.weight = data<C>(a.weight), p.bias = data_or_null<C>(a.bias), p.causal_weight = data_or_null<C>(a.causal_weight);
+  p.causal_bias = data_or_null<C>(a.causal_bias), p.chunk_scale = data_or_null<T>(a.chunk_scale);
   p.mask = data_or_null<bool>(a.padding_mask), p.cache = data_or_null<T>(a.cache);
   p.frames = a.T, p.batch = a.B, p.channels = a.C, p.taps = a.K, p.past = past;
   p.chunk = chunked && a.chunk_size > 0 ? std::min(a.chunk_size, whole) : whole;
@@ -103,9 +110,9 @@ Gradients gated_depthwise_conv_backward(const GatedDepthwiseConvBackward& a) {
     parallel_tasks(stripes * groups, work_of(conv, groups, 2), [&](int64_t b, int64_t e) {
       kernel.run(conv, gp, grad.stride(0), grad.stride(1), dp, dcp, parts.get(), groups, b, e);
     });
-    kernel.reduce(conv, parts.get(), groups, mutable_data<T>(dweight), mutable_or_null<T>(dbias, a.bias.has_value()),
-                  mutable_or_null<T>(dcausal_weight, a.causal_weight.has_value()),
-                  mutable_or_null<T>(dcausal_bias, a.causal_bias.has_value()),
+    kernel.reduce(conv, parts.get(), groups, mutable_data<C>(dweight), mutable_or_null<C>(dbias, a.bias.has_value()),
+                  mutable_or_null<C>(dcausal_weight, a.causal_weight.has_value()),
+                  mutable_or_null<C>(dcausal_bias, a.causal_bias.has_value()),
                   mutable_or_null<T>(dchunk_scale, a.chunk_scale.has_value()));
   });
   return {dh, dweight, dbias, dcausal_weight, dcausal_bias, dchunk_scale, dcache};

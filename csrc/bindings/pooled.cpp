@@ -27,4 +27,16 @@ Tensor new_pooled_like(const Tensor& t) {
   return from_pool(t, t.sizes(), t.strides(), dtype_of(t), bytes);
 }
 
+namespace bindings::pooled {
+
+// Returns memory of n floats, which the caller fills.
+Tensor pooled_floats(const Tensor& like, int64_t n) {
+  check(n >= 0, "pooled_floats", "n");
+  return new_pooled(like, {n}, true);
+}
+
+FASTASR_UNDECLARED("fastasr/ops/_gemm.py hands it to products that fill it: nothing is computed",
+                   FASTASR_TYPED(pooled_floats))
+
+}  // namespace bindings::pooled
 }  // namespace fastasr

@@ -30,13 +30,13 @@ struct Case {
   int64_t chunk = chunked ? std::min(s.chunk, s.frames) : s.frames;
   Random random{static_cast<uint64_t>(s.frames * 1000 + s.channels * 10 + s.taps), rounding};
   Buffer<T> h{2 * n, 3, random, 1.5}, grad{n, 1, random}, y{n, 5}, dh{2 * n, 2};
-  Buffer<T> weight{s.channels * s.taps, 1, random, 0.4}, bias{s.channels, 0, random, 0.4},
-      causal{s.channels * (P + 1), 0, random, 0.4}, causal_bias{s.channels, 0, random, 0.4},
-      scale{2 * s.channels * s.taps, 0, random, 0.4}, cache{s.batch * s.channels * P, 0, random, 0.4};
+  Buffer<C> weight{s.channels * s.taps, 1, random, 0.4}, bias{s.channels, 0, random, 0.4},
+      causal{s.channels * (P + 1), 0, random, 0.4}, causal_bias{s.channels, 0, random, 0.4};
+  Buffer<T> scale{2 * s.channels * s.taps, 0, random, 0.4}, cache{s.batch * s.channels * P, 0, random, 0.4};
   bool both = chunked && s.biases, alone = s.starts.empty();
-  Buffer<T> dweight{weight.size()}, dbias{s.biases ? s.channels : 0}, dcausal{chunked ? causal.size() : 0},
-      dcausal_bias{both ? s.channels : 0}, dscale{chunked ? scale.size() : 0}, new_cache{alone ? cache.size() : 0},
-      dcache{s.cache ? cache.size() : 0};
+  Buffer<C> dweight{weight.size()}, dbias{s.biases ? s.channels : 0}, dcausal{chunked ? causal.size() : 0},
+      dcausal_bias{both ? s.channels : 0};
+  Buffer<T> dscale{chunked ? scale.size() : 0}, new_cache{alone ? cache.size() : 0}, dcache{s.cache ? cache.size() : 0};
   Buffer<bool> mask{s.batch * s.frames};
 
   // Runs tasks in pieces of `step`.

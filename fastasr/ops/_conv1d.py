@@ -33,8 +33,10 @@ def _by_group(x: Tensor, padding: int, groups: int) -> Tensor:
     if not padding:
         return frames.contiguous()
     batch, _, length, channels = frames.shape
-    found = x.new_zeros(batch, groups, length + 2 * padding, channels)
-    found[:, :, padding : padding + length] = frames
+    found = _gemm.memory(x, batch, groups, length + 2 * padding, channels)
+    found[:, :, :padding].zero_()
+    found[:, :, padding : padding + length].copy_(frames)
+    found[:, :, padding + length :].zero_()
     return found
 
 
@@ -47,7 +49,9 @@ def _rows(frames: Tensor, length: int, stride: int, tap: int, taps: int) -> Tens
 
 def _taps(weight: Tensor, groups: int) -> Tensor:
     """Returns weight (outputs, C / G, taps) as contiguous (G, outputs / G, taps, C / G)."""
-    return weight.transpose(1, 2).contiguous().unflatten(0, (groups, -1))
+    outputs, channels, taps = weight.shape
+    found = _gemm.memory(weight, groups, outputs // groups, taps, channels)
+    return found.copy_(weight.transpose(1, 2).view(found.shape))
 
 
 def _products(frames: Tensor, weights: Tensor, bias: Tensor | None, length: int, stride: int) -> Tensor:
@@ -57,7 +61,7 @@ def _products(frames: Tensor, weights: Tensor, bias: Tensor | None, length: int,
     if batch * groups == 1:
         a = _rows(frames[0, 0], length, stride, 0, taps)
         return _gemm.product(a, weights[0], bias, chain).unsqueeze(0)
-    y = frames.new_empty(batch, length, groups * outputs)
+    y = _gemm.memory(frames, batch, length, groups * outputs)
     y.zero_() if bias is None else y.copy_(bias)
     for lines, results in zip(frames, y, strict=True):
         for line, weight, result in zip(lines, weights, results.split(outputs, 1), strict=True):
@@ -106,7 +110,7 @@ def _input_gradient(g: Tensor, taps: Tensor, frames: int, stride: int) -> Tensor
         weights = taps.flip(2).transpose(1, 2).flatten(1, 2)
         dx = _products(_by_group(g.transpose(1, 2), count - 1, groups), weights, None, frames, 1)
         return dx.unflatten(2, (groups, channels)).transpose(1, 2)
-    found = g.new_zeros(len(g), groups, frames, channels)
+    found = _gemm.memory(g, len(g), groups, frames, channels).zero_()
     for lines, row in zip(found, g, strict=True):
         for line, part, weight in zip(lines, row.split(outputs, 1), taps, strict=True):
             for tap in range(0, count, stride):  # the rows of this many taps do not overlap
@@ -137,7 +141,7 @@ class _Convolution(Function):
         ctx.save_for_backward(x if of_weight else None, weight if of_x else None)
         ctx.frames, ctx.taps = x.shape[2], weight.shape[2]
         ctx.stride, ctx.padding, ctx.groups = stride, padding, groups
-        return _native(x, weight, bias, stride, padding, groups)
+        return _gemm.owned(_native(x, weight, bias, stride, padding, groups))
 
     @staticmethod
     @once_differentiable

@@ -64,7 +64,7 @@ class _Lines:
     def zeros(self, like: Tensor) -> Tensor:
         """Returns memory for all phases; the last row of the last matrix may reach behind the last line."""
         lines = self.stride[0] * self.batch * self.count * self.line
-        return like.new_zeros(lines + self.kernel[1] * self.channels)
+        return _gemm.memory(like, lines + self.kernel[1] * self.channels).zero_()
 
     def pairs(self, memory: Tensor, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields the views of a phase and of x (batch, channels, frames, frequencies) that hold the same elements, both
@@ -122,10 +122,8 @@ def _products(lines: _Lines, memory: Tensor, weight: Tensor, bias: Tensor | None
         else:
             _gemm.add_product(y, a, b)
     assert y is not None
-    size = lines.batch, len(weight), *lines.out
-    found = torch.empty(size, dtype=y.dtype, device=y.device, memory_format=torch.channels_last)
-    found.permute(0, 2, 3, 1).copy_(lines.outputs(y))
-    return found
+    found = _gemm.memory(y, lines.batch, *lines.out, len(weight))
+    return found.copy_(lines.outputs(y)).permute(0, 3, 1, 2)
 
 
 def _native(
@@ -170,7 +168,7 @@ class _Convolution(Function):
         ctx.lines, ctx.relu = _lines(x, weight, stride, padding), relu
         memory = _filled(ctx.lines, x, relu)
         ctx.save_for_backward(memory, weight)
-        return _products(ctx.lines, memory, weight, bias)
+        return _gemm.owned(_products(ctx.lines, memory, weight, bias))
 
     @staticmethod
     @once_differentiable
@@ -178,7 +176,7 @@ class _Convolution(Function):
         memory, weight = ctx.saved_tensors
         lines = ctx.lines
         outputs, channels, height, width = weight.shape
-        g = grad.new_zeros(lines.rows, outputs)
+        g = _gemm.memory(grad, lines.rows, outputs).zero_()
         lines.outputs(g).copy_(grad.permute(0, 2, 3, 1))
         dx = dw = db = None
         if ctx.needs_input_grad[0]:
@@ -189,7 +187,7 @@ class _Convolution(Function):
                     count = min(step, width - tap)
                     b = taps[i, tap : tap + count].transpose(0, 1).reshape(outputs, -1)
                     _gemm.add_product(lines.matrix(found, i, tap, count), g, b)
-            dx = grad.new_zeros(lines.batch, *lines.size, channels).permute(0, 3, 1, 2)
+            dx = _gemm.memory(grad, lines.batch, *lines.size, channels).zero_().permute(0, 3, 1, 2)
             values = lines.pairs(memory, dx)
             for (gradients, of_x), (a, _) in zip(lines.pairs(found, dx), values, strict=True):
                 if ctx.relu:

@@ -15,25 +15,24 @@ from fastasr.ops._dispatch import KernelFamily, direct, triton_launchers
 FAMILY = KernelFamily("folded_norm", (), (triton_launchers("_folded_norm"),))
 
 
-def folded(conv: Any, norm: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Returns the taps (C, 1, K) and the bias (C,) of ``norm(conv(u))``, computed in float32 or better and rounded once
-    to ``dtype``."""
+def folded(conv: Any, norm: Any) -> tuple[Tensor, Tensor]:
+    """Returns the taps (C, 1, K) and the bias (C,) of ``norm(conv(u))`` in float32 or better. In 16 bits they would err
+    alike in every frame, and the norm's gradients would be rounded."""
     weight, bias = conv.weight, conv.bias
     mean, variance = norm.running_mean, norm.running_var
     tensors = weight, bias, mean, variance, norm.weight, norm.bias
     given = [t for t in tensors if t is not None]
+    wide = torch.promote_types(weight.dtype, torch.float32)
     differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in given)
     if direct(*given) and not differentiated and all(map(Tensor.is_contiguous, given)):
         kernels = FAMILY.kernels(*given)
         if kernels is not None:
             launchers: Any = kernels.forward
             try:
-                found: tuple[Tensor, Tensor] = launchers.folded(*tensors, norm.eps, dtype)
+                found: tuple[Tensor, Tensor] = launchers.folded(*tensors, norm.eps)
                 return found
             except Unlaunchable as error:
                 FAMILY.give_up(error, *given)
-    wide = torch.promote_types(weight.dtype, torch.float32)
     scale = norm.weight.to(wide) * torch.rsqrt(variance.to(wide) + norm.eps)
     shift = -mean.to(wide) if bias is None else bias.to(wide) - mean
-    taps, offset = weight * scale[:, None, None], torch.addcmul(norm.bias.to(wide), shift, scale)
-    return taps.to(dtype), offset.to(dtype)
+    return weight * scale[:, None, None], torch.addcmul(norm.bias.to(wide), shift, scale)

@@ -68,6 +68,21 @@ def add_product(c: Tensor, a: Tensor, b: Tensor, chain: int = 0) -> None:
     torch.ops.fastasr_cpu.gemm_add.default(c, a, b, chain)
 
 
+def memory(like: Tensor, *sizes: int) -> Tensor:
+    """Returns uninitialised float32 of these sizes on the CPU, from memory that was freed, as fresh memory costs page
+    faults."""
+    n = math.prod(sizes)
+    found: Tensor = torch.ops.fastasr_cpu.pooled_floats.default(like, n)
+    return found.view(sizes)
+
+
+def owned(view: Tensor) -> Tensor:
+    """Returns the memory of a view as a tensor that is none: a node of autograd whose result is a view would not let
+    others change it in place."""
+    found = view.new_empty(0)
+    return found.set_(view.untyped_storage(), view.storage_offset(), view.size(), view.stride())
+
+
 # Operands have two or more dimensions: forward(x, w, b) = x wᵀ + b, input_grad(g, w) = g w, weight_grad(g, x) = gᵀ x
 # with g (M, N), x (M, K).
 def _native(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -32,7 +32,7 @@ from fastasr.ops._dispatch import Kernels
 from fastasr.ops._layout import dense_channels
 from fastasr.ops._op import Arguments, Needs, Op, Saved, op
 from fastasr.ops._register import cast
-from fastasr.ops._runtime import operand
+from fastasr.ops._runtime import COMPUTE, operand
 
 
 # --------------------------------------------------------------------------- parts
@@ -56,12 +56,12 @@ def _check(op: Op, a: Arguments) -> None:
 
 
 def _autocast(op: Op, dtype: torch.dtype, a: Arguments) -> Arguments:
-    """Follows the convolution's rule, but the output is float32 where the scale is; the kernels widen a narrower h."""
+    """Follows the convolution's rule, but the output is float32 where the scale is; the kernels widen a narrower h, and
+    they read weights and biases unrounded."""
     if a.chunk_scale is not None:
         dtype = torch.promote_types(dtype, a.chunk_scale.dtype)
     h = a.h if torch.promote_types(a.h.dtype, dtype) is dtype else cast(dtype, a.h)[0]
-    weight, bias, causal_weight, causal_bias = cast(dtype, a.weight, a.bias, a.causal_weight, a.causal_bias)
-    return a._replace(h=h, weight=weight, bias=bias, causal_weight=causal_weight, causal_bias=causal_bias)
+    return a._replace(h=h)
 
 
 def _fast(
@@ -82,7 +82,8 @@ def _fast(
     delay: int,
     gate: str,
 ) -> tuple[Tensor, Tensor]:
-    if (chunk_size != -1 and causal_weight is None) or not (h.is_contiguous() or h.stride(-1) == 1):
+    dense = h.is_contiguous() or h.stride(-1) == 1
+    if (chunk_size != -1 and causal_weight is None) or weight.dtype not in COMPUTE or not dense:
         raise NotImplementedError
     return kernels.forward(
         h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache, starts, chunk_size,
@@ -90,18 +91,34 @@ def _fast(
     )  # fmt: skip
 
 
+def _operands(kernels: Kernels, a: Arguments | Saved, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
+    """Returns the tensors as the kernels read them: those for CPUs take one dtype, and weights and biases in float32 or
+    better."""
+    work, wide = None, None
+    if kernels.backend == "cpu":
+        work, wide = dtype, torch.promote_types(dtype, torch.float32)
+    return (
+        operand(a.h, work, dense_channels),
+        *(operand(t, wide) for t in (a.weight, a.bias, a.causal_weight, a.causal_bias)),
+        operand(a.chunk_scale, work),
+        operand(a.padding_mask, None),
+        operand(a.cache, work),
+        operand(a.starts, None),
+    )
+
+
+def _launch(op: Op, kernels: Kernels, a: Arguments, dtype: torch.dtype, keep: bool) -> tuple[Tensor, Tensor]:
+    options = a.chunk_size, ACTIVATIONS[a.activation], a.return_cache, a.delay, GATES[a.gate]
+    return kernels.forward(*_operands(kernels, a, dtype), *options)
+
+
 def _gradients(
     op: Op, kernels: Kernels, grads: Sequence[Tensor], s: Saved, needs: Needs
 ) -> Sequence[Tensor | None]:
-    dtype = op.written.result_dtypes(s)[0] if kernels.backend == "cpu" else None
-    parameters = s.weight, s.bias, s.causal_weight, s.causal_bias, s.chunk_scale
+    dtype = op.written.result_dtypes(s)[0]
     found = kernels.backward(
-        operand(grads[0], dtype, dense_channels),
-        operand(s.h, dtype, dense_channels),
-        *(operand(t, dtype) for t in parameters),
-        operand(s.padding_mask, None),
-        operand(s.cache, dtype),
-        operand(s.starts, None),
+        operand(grads[0], dtype if kernels.backend == "cpu" else None, dense_channels),
+        *_operands(kernels, s, dtype),
         s.chunk_size,
         ACTIVATIONS[s.activation],
         s.delay,
@@ -186,10 +203,10 @@ _PARAMETERS = "weight bias causal_weight causal_bias chunk_scale"
 # --------------------------------------------------------------------------- the op
 @op(
     "cpu triton",
-    one_dtype="h weight bias causal_weight causal_bias",
     autocast=_autocast,
     strides={"h": "channels", "grad": "channels"},
     check=_check,
+    launch=_launch,
     backward=f"grad h {_PARAMETERS} padding_mask cache starts chunk_size activation delay gate",
     gradients=_gradients,
     fast=_fast,
@@ -223,7 +240,8 @@ def gated_depthwise_conv(
         h: (T, B, 2C), both halves of a gated projection; float32, bfloat16, float16 or float64. Its channels are read
             where they lie if they are contiguous, whatever the other strides.
         weight: (C, 1, K) or (C, K): the taps of the plain convolution, padded with zeros to the same length; in
-            chunk-causal form, where K is odd, those of the convolution within each chunk.
+            chunk-causal form, where K is odd, those of the convolution within each chunk. Weights and biases may have
+            another dtype than h: kernels read them unrounded, under autocast too.
         bias: (C,), of that convolution.
         causal_weight: (C, 1, (K + 1) / 2) or (C, (K + 1) / 2): the taps on this frame and those before it, whatever
             their chunk. Together with chunk_scale it selects the chunk-causal form.
@@ -250,6 +268,9 @@ def gated_depthwise_conv(
             frame itself because of delay; an argument of the chunk-causal form is given without the others; starts are
             given with a cache.
     """
+    others = bias, causal_weight, causal_bias
+    weight = weight.to(h.dtype)
+    bias, causal_weight, causal_bias = (t if t is None else t.to(h.dtype) for t in others)
     x, s = h.chunk(2, dim=-1)
     u = (x * (torch.sigmoid(s) if gate == "sigmoid" else F.silu(s))).permute(1, 2, 0)  # [B, C, T]
     if padding_mask is not None:

@@ -57,7 +57,7 @@ def launch(device: str) -> None:
     importlib.import_module("fastasr.kernels._casts").Casts([(cast, weight, state)], forced).run()
     conv = torch.nn.Conv1d(70, 70, 9, groups=70, device=device).requires_grad_(False)
     norm = torch.nn.BatchNorm1d(70, device=device).requires_grad_(False)
-    _folded_norm.folded(conv, norm, torch.float32)
+    _folded_norm.folded(conv, norm)
     begins, lengths = (torch.tensor(n, dtype=torch.int64, device=device) for n in ([0, 4], [3, 5]))
     leaves = [uniform(9, 1, 70).requires_grad_(), uniform(2).requires_grad_()]
     (tables,) = _row.tables(leaves[0], begins, begins + lengths, 10, (1,))

@@ -42,16 +42,27 @@ WHOLE = {
             "seamless m4t",
             "lasr",
             "fun-asr-nano",
+            "moonshine",
         ),
         (False, False),
     ),  # transformers reads on the host whether the mask hides anything
     **dict.fromkeys(
-        ("gigaam", "nemo transformer", "granite speech", "granite speech plus", "granite speech 5"),
+        (
+            "gigaam",
+            "gigaam, rotary",
+            "nemo transformer",
+            "granite speech",
+            "granite speech plus",
+            "granite speech 5",
+        ),
         (True, True),
     ),
     "whisper": (True, True),
     "openai whisper": (True, True),
     "whisper's copies": (True, True),
+    **dict.fromkeys(("glm-asr", "moonshine streaming"), (True, True)),
+    # Their lengths make the row of recordings.
+    **dict.fromkeys(("qwen3-asr", "qwen2.5-omni", "qwen3-omni"), (False, False)),
     **dict.fromkeys(("seamless m4t v2", "wavlm", "wavlm large", "gemma 3n", "gemma 4"), (True, True)),
     **({"zipvoice": (True, True)} if families.CHECKOUT else {}),
 }

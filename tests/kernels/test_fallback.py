@@ -142,9 +142,9 @@ def test_a_folded_norm_that_cannot_be_launched(gpu):
     gpu.errors[_folded_norm.folded_kernel] = OutOfResources(300_000, 101_376, "shared memory")
     conv, norm = torch.nn.Conv1d(4, 4, 3, groups=4), torch.nn.BatchNorm1d(4).eval()
     with torch.no_grad():
-        found = folded(conv, norm, torch.float32)
+        found = folded(conv, norm)
         with fastasr.backend("eager"):
-            expected = folded(conv, norm, torch.float32)
+            expected = folded(conv, norm)
     assert all(map(torch.equal, found, expected))
     assert "shared memory" in explain_choice("folded_norm", "cpu", torch.float32)[1]
 

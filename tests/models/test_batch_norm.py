@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """BatchNorm in training with its activation does what torch's module and the activation do, in values, gradients and
-running statistics."""
+running statistics; in eval mode it is part of the convolution before it."""
 
 import copy
 
 import pytest
 import torch
-from steps import close
+from steps import as_near, close
 
 from fastasr import ops
 from fastasr.models.common.activations import batch_norm_activated
@@ -94,3 +94,32 @@ def test_another_activation_follows_the_op():
     close(norm.running_var, other.running_var, 1e-12)
     norm.num_batches_tracked = None
     assert not is_batch_norm(norm)
+
+
+@pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "16 bits"])
+def test_eval_mode_is_as_exact_as_torch(autocast):
+    """The convolution's taps with the norm in them are not rounded to 16 bits, nor are their gradients. Frames have
+    one gradient, as a loss gives them similar ones: errors that all frames share add up in the sums over frames."""
+    channels, dtype = 128, torch.bfloat16
+    conv = torch.nn.Conv1d(channels, channels, 9, padding=4, groups=channels)
+    norm, act = torch.nn.BatchNorm1d(channels).eval(), torch.nn.SiLU()
+    for t in (norm.weight, norm.running_var):
+        torch.nn.init.uniform_(t, 0.5, 2.0)
+    torch.nn.init.normal_(norm.running_mean)
+    modules = torch.nn.ModuleList([conv, norm]).to(torch.float32 if autocast else dtype)
+    h = torch.randn(2, 150, 2 * channels).to(dtype)
+    grad = torch.randn(channels).expand(2, 150, channels).to(dtype)
+
+    def theirs(h, conv, norm):
+        return act(norm(conv(torch.nn.functional.glu(h, -1).transpose(1, 2)))).transpose(1, 2)
+
+    def sums(run, modules, h):
+        y = run(h, *modules)
+        return y.double().sum((0, 1)), *torch.autograd.grad(y, [*modules.parameters()], grad.to(y.dtype))
+
+    exact = sums(theirs, copy.deepcopy(modules).double(), h.double())
+    with torch.autocast("cpu", dtype, enabled=autocast):
+        expected = sums(theirs, modules, h)
+        found = sums(lambda h, *modules: convolved(h, *modules, act), modules, h)
+    for tensors in zip(found, expected, exact, strict=True):
+        as_near(*tensors, 1.1)

@@ -109,6 +109,19 @@ def test_the_mask_is_not_waited_for(as_on_gpu):
     assert masks.seen(valid) is by
 
 
+def test_a_mask_of_a_window():
+    """The window and hidden keys say what the mask does, or the mask stays."""
+    offsets = torch.arange(9) - torch.arange(9)[:, None]
+    within = (offsets >= -3) & (offsets <= 1)
+    mask = (within & (torch.arange(9) < torch.tensor([9, 6])[:, None, None])).unsqueeze(1)
+    by = masks.seen(mask.clone(), window=(3, 1))
+    hidden = masks.of_kernel(mask, by)
+    assert (hidden.pop("context"), hidden.pop("chunk_size")) == ((3, 1), 1)
+    assert hidden["key_padding_mask"].sum(1).tolist() == [0, 3]
+    assert masks.seen(mask.clone(), window=(3, 2)).context == {}
+    assert masks.seen(mask.clone()).context == {}
+
+
 def test_gradients_of_rows_without_keys_in_16_bits():
     """Products of 16 bits stand for the gradient of a softmax, which upstream computes in float32."""
     seeded(0)

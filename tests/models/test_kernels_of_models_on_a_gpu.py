@@ -48,7 +48,7 @@ def test_folded_norm():
     conv, norm = torch.nn.Conv1d(512, 512, 9, groups=512), torch.nn.BatchNorm1d(512)
     norm.running_mean.normal_()
     norm.running_var.uniform_(0.01, 4.0)
-    exact = _folded_norm.folded(copy.deepcopy(conv).double(), copy.deepcopy(norm).double(), torch.float64)
-    found = _folded_norm.folded(conv.cuda(), norm.cuda(), torch.float32)
+    exact = _folded_norm.folded(copy.deepcopy(conv).double(), copy.deepcopy(norm).double())
+    found = _folded_norm.folded(conv.cuda(), norm.cuda())
     for a, b in zip(found, exact, strict=True):
         assert off(a, b) <= 2e-6 * (1.0 + b.abs().max().item())

@@ -11,7 +11,7 @@ from steps import cotangent, moved, numbers, seeded
 
 from fastasr.models import mega
 from fastasr.models.mega import decoder as decoder_file
-from fastasr.models.mega.positional_bias import relative
+from fastasr.models.mega.positional_bias import matrix, relative
 
 
 def decoder(seed=0, **arguments):
@@ -242,6 +242,14 @@ def test_the_rotary_bias_depends_on_the_offset_alone():
     expected = torch.stack([torch.stack([rotated(a, m) @ rotated(b, n) for n in range(9)]) for m in range(9)])
     torch.testing.assert_close(bias(9), expected)
     torch.testing.assert_close(relative(bias, 9), torch.cat([expected[:, 0].flip(0), expected[0, 1:]]))
+
+
+def test_the_gradient_of_a_bias_in_16_bits_is_added_up_in_float32():
+    bias = mega.RelativePositionBias(120).bfloat16()
+    grad = torch.randn(120, 1).expand(120, 120).bfloat16()
+    parameters = [m.relative_position_bias for m in (bias, copy.deepcopy(bias).double())]
+    found, exact = (torch.autograd.grad(matrix(p), p, grad.to(p.dtype))[0] for p in parameters)
+    assert (found - exact).norm() < 2.0**-8 * exact.norm()
 
 
 def test_a_long_rotary_bias_in_float32():

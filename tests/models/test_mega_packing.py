@@ -93,6 +93,16 @@ def test_declined_with_a_reason(reason, change):
     assert decoding.step(decoder, labels_of(), states) is None
 
 
+def test_a_layer_in_the_place_of_embed():
+    """It has no weight, as a wrapper of a user's."""
+    decoder, labels = ours(), labels_of()
+    expected, _ = decoder.inference(labels, decoder.init_state())
+    decoder.embed = torch.nn.Sequential(decoder.embed)
+    found, _ = decoder.inference(labels, decoder.init_state())
+    torch.testing.assert_close(found, expected)
+    assert decoding.why_not(decoder) == "embed is not a plain Embedding"
+
+
 def test_reasons_do_not_outlive_their_cause():
     decoder = ours()
     linear = decoder.mega_blocks[0][0].proj_v

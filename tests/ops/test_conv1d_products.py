@@ -104,6 +104,15 @@ def test_a_change_of_what_the_backward_pass_reads_is_found():
         y.sum().backward()
 
 
+@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[5]])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_the_result_can_be_changed_in_place(shape, batch):
+    given, options = operands(shape, batch=batch), shape[3:]
+    found = torch.autograd.grad(_conv1d.convolution(*given, *options).mul_(2.0).sum(), given)
+    right = torch.autograd.grad(_conv1d.convolution(*given, *options).mul(2.0).sum(), given)
+    torch.testing.assert_close(found, right)
+
+
 @pytest.mark.parametrize("policy", ["native", "torch"])
 def test_a_convolution_runs_what_is_faster(monkeypatch, policy):
     monkeypatch.setenv("FASTASR_GEMM", policy)

@@ -73,6 +73,7 @@ HOOKED = (
         "conv, norm or activation has hooks or is no plain one",
     ),
     ("gemma 3n", "conformer.0.attention.attn", "relative_position_embedding", REL_ATTENTION),
+    ("voxtral realtime", "layers.1", "final_layer_norm", "a norm has hooks or is no plain one"),
 )
 
 
@@ -157,6 +158,17 @@ def with_other_keys(family, path):
 
 def other_keys_of_firered():
     return with_other_keys("fireredasr", "layer_stack.0.mhsa")
+
+
+def other_keys_of_rotary_gigaam():
+    ours, theirs, _ = copies("gigaam, rotary")
+    x, keys = torch.randn(2, 3, 21, WIDTH)
+
+    def run(model):
+        turned = model.pos_enc(x)[1]
+        return model.layers[0].self_attn(x, keys, keys, turned)
+
+    return beside(ours, theirs, run, "layers.0.self_attn.forward", REL_ATTENTION)
 
 
 def other_keys_of_gigaam():
@@ -286,7 +298,20 @@ def hooked_convolution_of_nemo():
     )
 
 
+def frames_before_those_of_a_call():
+    ours, theirs, _ = copies("voxtral realtime")
+    x = torch.linspace(-1, 1, 20 * WIDTH).sin().view(1, 20, WIDTH)
+
+    def run(model):
+        found = model(inputs_embeds=x[:, :12], use_cache=True)
+        return model(inputs_embeds=x[:, 12:], cache=found.cache)[0]
+
+    reason = "the call has frames before its own, or keys of another sequence"
+    return beside(ours, theirs, run, "layers.0.self_attn.forward", reason)
+
+
 OTHERS = (
+    frames_before_those_of_a_call,
     hooked_convolution_of_nemo,
     weights_of_wav2vec2,
     a_query_without_keys,
@@ -295,6 +320,7 @@ OTHERS = (
     other_keys_of_nemo,
     other_keys_of_firered,
     other_keys_of_gigaam,
+    other_keys_of_rotary_gigaam,
     cache_of_a_hooked_convolution,
     mask_of_nemo_transformer,
     pairs_of_phi4,

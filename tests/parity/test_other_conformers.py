@@ -27,14 +27,19 @@ REPLACED = {
         "ConformerFeedForward",
         "StridingSubsampling",
     },
-    "gigaam, rotary": {"ConformerConvolution", "ConformerFeedForward", "StridingSubsampling"},
+    "gigaam, rotary": {
+        "RotaryPositionMultiHeadAttention",
+        "ConformerConvolution",
+        "ConformerFeedForward",
+        "StridingSubsampling",
+    },
     "phi-4": {
         f"Phi4MultimodalAudio{part}"
         for part in ("NemoConvSubsampling", "Attention", "ConvModule", "MLP", "Model")
     },
-    "fun-asr-nano": {"FunAsrNanoFSMN", "FunAsrNanoMLP"},
+    "fun-asr-nano": {"FunAsrNanoAttention", "FunAsrNanoFSMN", "FunAsrNanoMLP"},
     "funasr": {"MultiHeadedAttentionSANM", "PositionwiseFeedForward"},
-    "lasr": {"LasrEncoderFeedForward", "LasrEncoderConvolutionModule"},
+    "lasr": {"LasrEncoderAttention", "LasrEncoderFeedForward", "LasrEncoderConvolutionModule"},
     **{
         family: {f"{name}Conformer{part}" for part in ("Attention", "ConvModule", "FeedForward")}
         for family, name in (
@@ -95,6 +100,13 @@ REPLACED = {
     "torchaudio wav2vec2": {*_OF_TORCHAUDIO, "SelfAttention"},
     "torchaudio wav2vec2 large": {*_OF_TORCHAUDIO, "SelfAttention"},
     "torchaudio wavlm": {*_OF_TORCHAUDIO, "WavLMSelfAttention", "Transformer"},
+    "qwen3-asr": {"Qwen3ASRAudioAttention", "Qwen3ASRAudioEncoderLayer"},
+    "qwen2.5-omni": {"Qwen2_5OmniAudioAttention", "Qwen2_5OmniAudioEncoderLayer"},
+    "qwen3-omni": {"Qwen3OmniMoeAudioAttention", "Qwen3OmniMoeAudioEncoderLayer"},
+    "glm-asr": {"GlmAsrAttention", "GlmAsrMLP"},
+    "moonshine": {"MoonshineAttention", "MoonshineEncoderMLP"},
+    "moonshine streaming": {"MoonshineStreamingEncoderAttention", "MoonshineStreamingEncoderMLP"},
+    "voxtral realtime": {f"VoxtralRealtime{part}" for part in ("Attention", "MLP", "EncoderLayer")},
     "gemma 4": {
         "Gemma4ClippableLinear",
         "Gemma4AudioAttention",
@@ -194,6 +206,39 @@ OTHERWISE["torchaudio wavlm"] = {
     ),
 }
 CAPPED = {"attention_logit_cap": 0.5}
+OTHERWISE["qwen3-asr"] = {
+    "a recording": families.qwen_audio("Qwen3ASR", lengths=(300,)),
+    "a frame": families.qwen_audio("Qwen3ASR", lengths=(100, 1)),
+    "other activations": families.qwen_audio("Qwen3ASR", activation_function="relu"),
+}
+OTHERWISE["qwen2.5-omni"] = {"a chunk": families.qwen_audio("Qwen2_5OmniAudio", lengths=(200,))}
+OTHERWISE["glm-asr"] = {
+    "a frame": families.glmasr(frames=1),
+    "dropout": families.glmasr(attention_dropout=0.1),
+    "other activations": families.glmasr(hidden_act="gelu_new"),
+}
+OTHERWISE["moonshine"] = {
+    "no mask": families.moonshine(masked=False),
+    "a recording": families.moonshine((9000,)),
+    "a recording without frames": families.moonshine((9000, 0)),
+    "dropout": families.moonshine(attention_dropout=0.1),
+    "wider heads for torch": families.moonshine(pad_head_dim_to_multiple_of=6),
+    "all of a head turns": families.moonshine(rope_parameters={"rope_type": "default", "rope_theta": 1e4}),
+}
+OTHERWISE["moonshine streaming"] = {
+    "no mask": families.moonshine_streaming(masked=False),
+    "short recordings": families.moonshine_streaming((5600, 1920)),
+    "similar lengths": families.moonshine_streaming((16000, 15400)),
+    "a recording without frames": families.moonshine_streaming((8000, 0)),
+    "dropout": families.moonshine_streaming(attention_dropout=0.1),
+}
+OTHERWISE["voxtral realtime"] = {
+    "less than a window": families.voxtral_realtime(frames=16),
+    "a frame": families.voxtral_realtime(frames=2),
+    "lengths": families.voxtral_realtime(lengths=(30, 11)),
+    "padding before": families.voxtral_realtime(lengths=(30, 11), left=True),
+    "dropout": families.voxtral_realtime(attention_dropout=0.1),
+}
 OTHERWISE["gemma 4"] = {
     "infinite bounds": families.gemma4(bounds={}),
     "bounds that cross": families.gemma4(bounds=families.GEMMA_BOUNDS | {"output_min": 0.2}),
@@ -222,6 +267,7 @@ OTHERWISE["fireredasr"] = {
     "no dropout": families.firered(dropout=0.0),
 }
 OTHERWISE["gigaam"] = {"a recording": families.gigaam("rel_pos", (61,))}  # without masks of pairs
+OTHERWISE["gigaam, rotary"] = {"a recording": families.gigaam("rotary", (61,))}
 OTHERWISE["phi-4"] = {
     "an odd length": families.phi4_audio(frames=61, lengths=(61, 40)),
     "no mask": families.phi4_audio(masked=False),
@@ -232,7 +278,9 @@ OTHERWISE["phi-4"] = {
     "a near bias, one tap": families.phi4_audio(bias_max_distance=4, kernel_size=1),
     "dropout": families.phi4_audio(num_blocks=2, dropout_rate=0.1),
 }
-OTHERWISE["fun-asr-nano"] = {"dropout": lambda: families.fun_asr_nano(hidden_dropout=0.2)}
+OTHERWISE["fun-asr-nano"] = {
+    "dropout": lambda: families.fun_asr_nano(hidden_dropout=0.2, attention_dropout=0.1)
+}
 OTHERWISE["funasr"] = {
     "a recording": families.funasr((40,)),
     "a frame": families.funasr((1,)),
@@ -260,8 +308,8 @@ OTHERWISE["nemo transformer"] = {
 }
 ALL = [*REPLACED, *(f"{family}: {name}" for family, made in OTHERWISE.items() for name in made)]
 TOLERANCE = 1e-10
-# Upstream computes the attention of these, or its softmax, in float32 whatever the dtype: 4 cannot run in float64.
-SINGLE = ("gemma 4", "gemma 3n", "openai whisper")
+# Upstream computes attention, its softmax or norms of these in float32 whatever the dtype: 4 cannot run in float64.
+SINGLE = ("gemma 4", "gemma 3n", "voxtral realtime", "openai whisper")
 CASTS = ("openai whisper",)  # its parameters stay float32, and its layers cast them to the dtype of the input
 
 
@@ -431,8 +479,17 @@ IMPLEMENTATIONS = {
         "whisper",
         "wav2vec2",
         "wav2vec2: no mask",
+        "qwen3-asr",
+        "lasr",
+        "fun-asr-nano",
+        "glm-asr",
+        "moonshine",
+        "moonshine streaming: similar lengths",
+        "voxtral realtime",
+        "voxtral realtime: less than a window",
     ),
-    "flex_attention": ("w2v-bert", "wav2vec2"),  # with a tensor as the mask upstream's crashes on a CPU
+    # with a tensor as the mask upstream's crashes on a CPU
+    "flex_attention": ("w2v-bert", "wav2vec2", "glm-asr", "moonshine", "voxtral realtime"),
 }
 
 

@@ -388,7 +388,7 @@ def changes(module):
         yield identity
     if kind is nn.Sequential:
         yield longer
-    if kind in ACTIVATIONS or kind.__name__ in ("Swish", "SiLUActivation"):
+    if kind in ACTIVATIONS or kind.__name__ in ("Swish", "SiLUActivation", "GELUActivation"):
         yield from (identity, another_activation)
 
 

@@ -9,7 +9,7 @@ import torch
 import fastasr
 from fastasr.ops import _reduced_weights
 from fastasr.swap import weights
-from fastasr.swap.rules.recorded import PADDED
+from fastasr.swap.rules.recorded import IN_A_ROW, PADDED
 
 NO_LENGTHS = "it takes no lengths, so its frames see padding"
 PACKED = {"layers.0": None, "layers.1": None}
@@ -30,9 +30,13 @@ OPTIONS = {
     "whisper": ({"": NO_LENGTHS}, ()),
     "openai whisper": ({"": NO_LENGTHS}, ()),
     "audio flamingo 3": ({"": PADDED}, ()),
-    "wav2vec2": ({"": PADDED}, ()),
-    "wav2vec2 large": ({"": PADDED}, ()),
-    "omniasr": ({"": PADDED}, ()),
+    "wav2vec2": (PACKED, ()),
+    "wav2vec2 large": (PACKED, ()),
+    "omniasr": (PACKED, ()),
+    **dict.fromkeys(("qwen3-asr", "qwen2.5-omni", "qwen3-omni"), ({"": IN_A_ROW}, ())),
+    "glm-asr": ({"": NO_LENGTHS}, ()),
+    **dict.fromkeys(("moonshine", "moonshine streaming"), ({"": PADDED}, ())),
+    "voxtral realtime": ({}, ()),
     "gemma 3n": ({"": PADDED}, ()),
     "gemma 4": ({"": PADDED}, ()),
     "phi-4": ({"": "its attention does not hide padding, but adds 1 to scores"}, ()),
@@ -40,7 +44,7 @@ OPTIONS = {
     "nemo transformer": ({"": PADDED}, POSITIONS),
     "fireredasr": ({"layer_stack.0": None, "layer_stack.1": None}, POSITIONS),
     "gigaam": (PACKED, POSITIONS),
-    "gigaam, rotary": (dict.fromkeys(PACKED, "its attention is not swapped"), ()),
+    "gigaam, rotary": (PACKED, ()),
     **({"zipvoice": ({"": PADDED}, ())} if families.CHECKOUT else {}),
 }
 

@@ -12,6 +12,8 @@ from steps import seeded
 import fastasr
 
 CHUNKS = {"speech_encoder_chunk_size": 21, "speech_encoder_left_chunk_num": 128}
+KINDS = torch.bool, torch.uint8  # of masks
+STILL = {"layers": 2, "hidden_dropout": 0.0, "activation_dropout": 0.0}
 # Family -> its model, without dropout, and whether it can train here: batch norms read other frames without padding
 LAYERS = {
     "w2v-bert": (families.w2v_bert(conformer_conv_dropout=0.0), True),
@@ -21,8 +23,13 @@ LAYERS = {
     ),
     "seamless m4t": (families.FAMILIES["seamless m4t"], False),
     "seamless m4t v2": (families.seamless_v2(speech_encoder_dropout=0.0, **CHUNKS), True),
+    "wav2vec2": (families.wav2vec2("Wav2Vec2", **STILL), True),
+    "wav2vec2, eager": (families.wav2vec2("Wav2Vec2", implementation="eager", **STILL), True),
+    "wav2vec2 large": (families.wav2vec2("Hubert", norms=("StableLayerNorm",), **STILL), True),
+    "omniasr": (families.omniasr(hidden_dropout=0.0, activation_dropout=0.0), True),
     "fireredasr": (families.firered(dropout=0.0), True),
     "gigaam": (families.gigaam("rel_pos"), False),
+    "gigaam, rotary": (families.gigaam("rotary"), False),
     "nemo conformer": (lambda: families.conformer("nemo")(dropout=0.0), False),
     "nemo conformer, layer norm": (
         lambda: families.conformer("nemo")(dropout=0.0, conv_norm_type="layer_norm"),
@@ -32,7 +39,7 @@ LAYERS = {
 
 
 def layers(model):
-    return next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == 2)
+    return [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == 2][-1]
 
 
 def make(name):
@@ -49,8 +56,9 @@ def make(name):
     )
     y = run(model)[0]
     hook.remove()
-    masks = [t for t in seen[0] if isinstance(t, torch.Tensor) and t.dtype in (torch.bool, torch.uint8)]
-    mask = masks[-1].flatten(1)  # of the convolution
+    masks = [t for t in seen[0] if isinstance(t, torch.Tensor) and (t.dtype in KINDS or t.dim() == 4)]
+    mask = masks[-1]  # of the convolution, or of the attention if there is none
+    mask = mask[:, 0, 0].eq(mask.max()) if mask.dim() == 4 else mask.flatten(1)
     first = mask[:, :1].bool()  # Some masks are True at padding: the first frame is none.
     valid = mask.bool() == first
     assert not valid.all()
@@ -105,7 +113,7 @@ def test_frames_that_exist(name):
         assert torch.equal(run(ours), run(theirs))
 
 
-@pytest.mark.parametrize("name", ["gigaam", "nemo conformer", "seamless m4t"])
+@pytest.mark.parametrize("name", ["gigaam", "gigaam, rotary", "nemo conformer", "seamless m4t"])
 def test_a_training_step_with_batch_norm(name):
     _, ours, run, valid = make(name)
     fastasr.accelerate(ours.train(), ragged=True)
@@ -127,7 +135,9 @@ class _Other(torch.nn.Linear):
 
 
 @pytest.mark.parametrize("change", ["hook", "adapter", "taps"])
-@pytest.mark.parametrize("name", ["w2v-bert", "seamless m4t", "fireredasr", "gigaam", "nemo conformer"])
+@pytest.mark.parametrize(
+    "name", ["w2v-bert", "seamless m4t", "fireredasr", "gigaam", "nemo conformer", "wav2vec2"]
+)
 def test_changed_parts(name, change):
     """A change of any part after the swap holds: the layer calls the part, or runs on padding."""
     theirs, start, run, valid = make(name)

@@ -51,7 +51,6 @@ struct GatedDepthwiseConvForward {
       fastasr::check(right, op, "h is not (T, B, 2*C)");
     }
     check_dense_channels(h, op, "h");
-    check_dtype(weight, dtype, op, "weight");
     {
       const Sizes shape = weight.sizes();
       bool right = false;
@@ -66,18 +65,15 @@ struct GatedDepthwiseConvForward {
     }
     check_contiguous(weight, op, "weight");
     if (bias) {
-      check_dtype(*bias, dtype, op, "bias");
       fastasr::check(has_sizes(*bias, {C}), op, "bias is not (C)");
       check_contiguous(*bias, op, "bias");
     }
     if (causal_weight) {
-      check_dtype(*causal_weight, dtype, op, "causal_weight");
       fastasr::check(has_sizes(*causal_weight, {C, 1, K / 2 + 1}) || has_sizes(*causal_weight, {C, K / 2 + 1}), op,
                      "causal_weight is not (C, 1, K//2+1) or (C, K//2+1)");
       check_contiguous(*causal_weight, op, "causal_weight");
     }
     if (causal_bias) {
-      check_dtype(*causal_bias, dtype, op, "causal_bias");
       fastasr::check(has_sizes(*causal_bias, {C}), op, "causal_bias is not (C)");
       check_contiguous(*causal_bias, op, "causal_bias");
     }
@@ -92,7 +88,6 @@ struct GatedDepthwiseConvForward {
       check_contiguous(*padding_mask, op, "padding_mask");
     }
     if (cache) {
-      check_dtype(*cache, dtype, op, "cache");
       fastasr::check(has_sizes(*cache, {B, C, K / 2 + delay}), op, "cache is not (B, C, K//2+delay)");
       check_contiguous(*cache, op, "cache");
     }
@@ -157,7 +152,6 @@ struct GatedDepthwiseConvBackward {
       fastasr::check(right, op, "h is not (T, B, 2*C)");
     }
     check_dense_channels(h, op, "h");
-    check_dtype(weight, dtype, op, "weight");
     {
       const Sizes shape = weight.sizes();
       bool right = false;
@@ -172,18 +166,15 @@ struct GatedDepthwiseConvBackward {
     }
     check_contiguous(weight, op, "weight");
     if (bias) {
-      check_dtype(*bias, dtype, op, "bias");
       fastasr::check(has_sizes(*bias, {C}), op, "bias is not (C)");
       check_contiguous(*bias, op, "bias");
     }
     if (causal_weight) {
-      check_dtype(*causal_weight, dtype, op, "causal_weight");
       fastasr::check(has_sizes(*causal_weight, {C, 1, K / 2 + 1}) || has_sizes(*causal_weight, {C, K / 2 + 1}), op,
                      "causal_weight is not (C, 1, K//2+1) or (C, K//2+1)");
       check_contiguous(*causal_weight, op, "causal_weight");
     }
     if (causal_bias) {
-      check_dtype(*causal_bias, dtype, op, "causal_bias");
       fastasr::check(has_sizes(*causal_bias, {C}), op, "causal_bias is not (C)");
       check_contiguous(*causal_bias, op, "causal_bias");
     }
@@ -198,7 +189,6 @@ struct GatedDepthwiseConvBackward {
       check_contiguous(*padding_mask, op, "padding_mask");
     }
     if (cache) {
-      check_dtype(*cache, dtype, op, "cache");
       fastasr::check(has_sizes(*cache, {B, C, K / 2 + delay}), op, "cache is not (B, C, K//2+delay)");
       check_contiguous(*cache, op, "cache");
     }

@@ -22,14 +22,15 @@ enum class Gate : int { sigmoid, silu };
 template <typename T>
 struct GatedDepthwiseConv {
   const T* h;
-  int64_t h_time, h_batch;                             // strides; channels are contiguous
-  const T *weight, *bias;                              // (C, K), (C) or null
-  const T *causal_weight, *causal_bias, *chunk_scale;  // (C, P + 1) or null: plain; (C) or null; (2, C, K)
-  const bool* mask;                                    // (B, T) or null; true: padding
-  const T* cache;                                      // (B, C, P) or null
-  int64_t frames, batch, channels, taps;               // T, B, C, K
-  int64_t past;                                        // P
-  int64_t chunk;                                       // S, 1 <= S <= max(T, 1)
+  int64_t h_time, h_batch;                         // strides; channels are contiguous
+  const compute_t<T>*weight, *bias;                // (C, K), (C) or null
+  const compute_t<T>*causal_weight, *causal_bias;  // (C, P + 1) or null: plain; (C) or null
+  const T* chunk_scale;                            // (2, C, K) or null: plain
+  const bool* mask;                                // (B, T) or null; true: padding
+  const T* cache;                                  // (B, C, P) or null
+  int64_t frames, batch, channels, taps;           // T, B, C, K
+  int64_t past;                                    // P
+  int64_t chunk;                                   // S, 1 <= S <= max(T, 1)
   GatedActivation activation;
   Gate gate = Gate::sigmoid;
   // Recordings in every sequence, which do not see each other: frames [starts[r], starts[r + 1]). Null: one of all
@@ -64,8 +65,8 @@ struct GatedDepthwiseConvBackward {
   void (*run)(const GatedDepthwiseConv<T>& conv, const T* grad, int64_t grad_time, int64_t grad_batch, T* dh, T* dcache,
               compute_t<T>* parts, int64_t groups, int64_t begin, int64_t end);
   // Adds parts into the gradients (those of absent tensors are null).
-  void (*reduce)(const GatedDepthwiseConv<T>& conv, const compute_t<T>* parts, int64_t groups, T* dweight, T* dbias,
-                 T* dcausal_weight, T* dcausal_bias, T* dchunk_scale);
+  void (*reduce)(const GatedDepthwiseConv<T>& conv, const compute_t<T>* parts, int64_t groups, compute_t<T>* dweight,
+                 compute_t<T>* dbias, compute_t<T>* dcausal_weight, compute_t<T>* dcausal_bias, T* dchunk_scale);
 };
 
 }  // namespace fastasr::cpu

@@ -267,9 +267,9 @@ void backward(const GatedDepthwiseConv<T>& conv, const T* grad, int64_t grad_tim
 }
 
 // Computes out[channel][column] = sum over groups of parts[group][row + column][channel], in order, in double.
-template <typename T>
+template <typename T, typename Out>
 void add_groups(const GatedDepthwiseConv<T>& conv, const compute_t<T>* parts, int64_t groups, int64_t row,
-                int64_t columns, T* out) {
+                int64_t columns, Out* out) {
   if (out == nullptr) return;
   for (int64_t k = 0; k < columns; k++)
     for (int64_t c = 0; c < conv.channels; c++) {
@@ -281,8 +281,8 @@ void add_groups(const GatedDepthwiseConv<T>& conv, const compute_t<T>* parts, in
 }
 
 template <typename T>
-void reduce(const GatedDepthwiseConv<T>& conv, const compute_t<T>* parts, int64_t groups, T* dweight, T* dbias,
-            T* dcausal_weight, T* dcausal_bias, T* dchunk_scale) {
+void reduce(const GatedDepthwiseConv<T>& conv, const compute_t<T>* parts, int64_t groups, compute_t<T>* dweight,
+            compute_t<T>* dbias, compute_t<T>* dcausal_weight, compute_t<T>* dcausal_bias, T* dchunk_scale) {
   const int64_t K = conv.taps, P = conv.past;
   add_groups(conv, parts, groups, 0, 1, dbias);
   add_groups(conv, parts, groups, 1, K, dweight);

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention with relative positions among recordings that lie one after the other."""
+"""Attention among recordings that lie one after the other, with relative positions or without."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ def of_recordings(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    positions: Tensor,
+    positions: Tensor | None,
     bias_u: Tensor | None,
     bias_v: Tensor | None,
     dropout: float,
@@ -25,12 +25,12 @@ def of_recordings(
 ) -> Tensor:
     """Returns y (N, H, d) of queries, keys and values (N, H, d): each recording sees itself. The positions (2T − 1, H,
     d) are those of T frames, as many as the longest recording has or more, or those of the op's ``pos_span``."""
-    half = len(positions) // 2
-    reach = half if isinstance(packing, Row) else max(packing.lengths) - 1
+    whole = (-1, -1) if positions is None else (len(positions) // 2, len(positions) // 2)
+    reach = whole[0] if isinstance(packing, Row) else max(packing.lengths) - 1
 
     def one(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, **recordings: Any) -> Tensor:
         drops: Any = attention_dropout.of_kernel(dropout, q.device)
-        given = {"key_padding_mask": hidden, "pos_span": span or (half, half), **recordings, **drops}
+        given = {"key_padding_mask": hidden, "pos_span": span or whole, **recordings, **drops}
         return ops.rel_attention(q, k, v, positions, bias_u, bias_v, **given)
 
     if isinstance(packing, Packing) and not _dispatch.served("rel_attention", q):

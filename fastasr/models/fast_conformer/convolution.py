@@ -21,7 +21,6 @@ from fastasr.models.common.ragged import Packing
 from fastasr.models.common.row import Row
 from fastasr.models.fast_conformer.masks import is_readable, seen
 from fastasr.ops import _folded_norm
-from fastasr.ops._register import autocast_dtype
 
 
 class FastConformerConvolution(torch.nn.Module):
@@ -111,8 +110,7 @@ def convolved(
         folded = not by_frame and not norm.training
         weight, bias = weight_and_bias(conv)
         if folded:
-            cast = None if weight.dtype is torch.float64 else autocast_dtype(h)
-            weight, bias = _folded_norm.folded(conv, norm, cast or weight.dtype)
+            weight, bias = _folded_norm.folded(conv, norm)
         fused = folded and activations.fused_name(activation) == "silu"
         h = h.transpose(0, 1)
         options: Any = {"delay": delay, "activation": "silu" if fused else "identity"}

@@ -128,10 +128,12 @@ def pairs(mask: Tensor) -> Tensor:
     return mask[:, None, :, None] & mask[:, None, None, :] if mask.dim() == 2 else mask
 
 
-def seen(mask: Tensor, hides: bool = False, left: int | None = None) -> Seen:
+def seen(
+    mask: Tensor, hides: bool = False, left: int | None = None, window: tuple[int, int] | None = None
+) -> Seen:
     """Returns the Seen of ``mask``, bool (B, 1, T, K), True where a query sees a key, or bool (B, T), True at valid
     frames. With ``hides`` the mask is NeMo's: (B, T, T), True where a key is hidden. ``left``: it may stand for chunks
-    and as many earlier ones as fit into ``left`` frames.
+    and as many earlier ones as fit into ``left`` frames. ``window``: it may stand for this context of every query.
 
     The answer stays with the tensor: a mask of a long recording is large, and an encoder gives it to every layer. On
     the CPU it holds for this content of the mask; on a GPU writes that torch does not count pass unnoticed. A recorded
@@ -143,7 +145,7 @@ def seen(mask: Tensor, hides: bool = False, left: int | None = None) -> Seen:
     if recorded is not None:
         version = recorded, None if mask.is_inference() else mask._version
         return _kept.on(mask, "_fastasr_seen", version, lambda: _seen_by_any_values(mask, hides))
-    return _kept.on(mask, "_fastasr_seen", _kept.content(mask), lambda: _seen_now(mask, hides, left))
+    return _kept.on(mask, "_fastasr_seen", _kept.content(mask), lambda: _seen_now(mask, hides, left, window))
 
 
 def _seen_by_any_values(mask: Tensor, hides: bool) -> Seen:
@@ -155,7 +157,7 @@ def _seen_by_any_values(mask: Tensor, hides: bool) -> Seen:
     return Seen(~by_query.any(1), ~by_query.any(2), False, {})
 
 
-def _seen_now(mask: Tensor, hides: bool, left: int | None) -> Seen:
+def _seen_now(mask: Tensor, hides: bool, left: int | None, window: tuple[int, int] | None) -> Seen:
     """Returns what holds for the mask's values."""
     if mask.dim() == 2:
         rows, keys, by_length = mask, mask, True
@@ -167,19 +169,24 @@ def _seen_now(mask: Tensor, hides: bool, left: int | None) -> Seen:
         counts = torch.stack([torch.count_nonzero(m) for m in by_query]) if len(mask) else rows.sum(1)
         by_length = torch.equal(counts, rows.sum(1) * keys.sum(1))
     empty = ~rows
-    context = {} if by_length or left is None else _chunks(by_query, keys, left)
+    context = {} if by_length else _context(by_query, keys, left, window)
     # This waits for the answer of a GPU.
     are_some = (mask.dim() == 2 and on_gpu(mask.device)) or bool(empty.any())
     return Seen(~keys, empty if are_some else None, by_length, context)
 
 
-def _chunks(by_query: Tensor, seen_keys: Tensor, left: int) -> dict:
-    """Returns the context that with hidden keys makes the mask (B, T, T), or {}: the first query sees its chunk."""
+def _context(
+    by_query: Tensor, seen_keys: Tensor, left: int | None, window: tuple[int, int] | None
+) -> dict[str, Any]:
+    """Returns the context that with hidden keys makes the mask (B, T, T), or {}: the given window, or chunks, the first
+    of which the first query sees."""
     frames, keys = by_query.shape[1:]
-    chunk = int(by_query[:, 0].any(0).sum())
-    if frames != keys or not chunk:
+    chunk = 0 if left is None else int(by_query[:, 0].any(0).sum())
+    context: dict[str, Any] = {} if window is None else {"context": window, "chunk_size": 1}
+    if chunk and left is not None:
+        context = {"context": (left // chunk * chunk, 0), "chunk_size": chunk}
+    if frames != keys or not context:
         return {}
-    context: dict[str, Any] = {"context": (left // chunk * chunk, 0), "chunk_size": chunk}
     expected = seen_keys[:, None] & ~outside_context(by_query, **context)
     return context if torch.equal(by_query, expected) else {}
 

@@ -113,7 +113,7 @@ class MEGADecoder(torch.nn.Module):
     @property
     def device(self) -> torch.device:
         """The device on which states and labels are made: the one given to ``set_device``, or the parameters'."""
-        return self.embed.weight.device if self._device is None else self._device
+        return next(self.parameters()).device if self._device is None else self._device
 
     def set_device(self, device: str | torch.device) -> None:
         """Makes states and labels on ``device`` until the parameters move to another device."""
@@ -204,7 +204,7 @@ class MEGADecoder(torch.nn.Module):
         rows = 1 if self.phantom_first_step else 0
         batch = max(batch_size, 1)
         average = (self.output_size, self.mega_ema_num_heads)
-        like: Any = {"dtype": self.embed.weight.dtype, "device": self.device}
+        like: Any = {"dtype": next(self.parameters()).dtype, "device": self.device}
         return [
             {
                 "ema_state": torch.zeros((batch, *average) if batch_size > 0 else average, **like),
@@ -264,7 +264,7 @@ class MEGADecoder(torch.nn.Module):
 
 # These run on instances of ESPnet's class too.
 def _device(decoder: MEGADecoder) -> torch.device:
-    device = decoder.embed.weight.device
+    device = next(decoder.parameters()).device  # a user's layer in place of embed may have no weight
     return (
         decoder.device if device.type == "meta" else device
     )  # offloaded parameters are elsewhere between calls

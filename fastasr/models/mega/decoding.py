@@ -158,6 +158,8 @@ def _why_not_now(decoder: "MEGADecoder", labels: Tensor | None) -> str:
         return "gradients are on"
     if is_transformed():
         return f"the call is under {transform()}"
+    if type(decoder.embed) is not torch.nn.Embedding:  # a user's layer in its place may have no weight
+        return "embed is not a plain Embedding"
     weight = decoder.embed.weight
     if weight.device.type not in ("cpu", "cuda"):
         return f"no kernel for {weight.device.type} tensors"

@@ -149,7 +149,7 @@ def _bias(module: MEGA, queries: int, keys: int) -> Tensor:
     """Returns the bias of the last ``queries`` of ``keys`` positions, (queries, keys)."""
     if not positional_bias.is_plain(module.rel_pos_bias, module):
         return module.rel_pos_bias(keys)[keys - queries :]
-    return positional_bias.relative(module.rel_pos_bias, keys).unfold(0, keys, 1)[:queries].flip(0)
+    return positional_bias.matrix(positional_bias.relative(module.rel_pos_bias, keys), queries)
 
 
 # --------------------------------------------------------------------------- one kernel

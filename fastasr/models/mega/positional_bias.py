@@ -20,10 +20,12 @@ from fastasr._tables import kept
 from fastasr.models.common.plain import is_plain_named
 
 
-def _matrix(values: Tensor) -> Tensor:
-    """Expands values by offset, (2L-1,), to the matrix (L, L) whose row i holds the offsets -i .. L-1-i."""
+def matrix(values: Tensor, rows: int | None = None) -> Tensor:
+    """Expands values by offset, (2L-1,), to the matrix (L, L) whose row i holds the offsets -i .. L-1-i, or to its last
+    ``rows``."""
     length = (values.shape[0] + 1) // 2
-    return values.unfold(0, length, 1).flip(0)
+    wide = torch.promote_types(values.dtype, torch.float32)  # in which the gradient adds up its rows
+    return values.to(wide).unfold(0, length, 1)[:rows].flip(0).to(values.dtype)
 
 
 class RelativePositionBias(torch.nn.Module):
@@ -43,7 +45,7 @@ class RelativePositionBias(torch.nn.Module):
 
     def forward(self, length: int) -> Tensor:
         """Returns the bias of ``length`` positions, (length, length)."""
-        return _matrix(relative(self, length))
+        return matrix(relative(self, length))
 
 
 class RotaryRelativePositionBias(torch.nn.Module):
@@ -83,7 +85,7 @@ class RotaryRelativePositionBias(torch.nn.Module):
 
     def forward(self, length: int) -> Tensor:
         """Returns the bias of ``length`` positions, (length, length)."""
-        return _matrix(relative(self, length))
+        return matrix(relative(self, length))
 
 
 def is_plain(bias: torch.nn.Module, owner: torch.nn.Module) -> bool:

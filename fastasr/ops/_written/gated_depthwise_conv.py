@@ -32,7 +32,7 @@ from fastasr.ops._runtime import (
     operand,
     promoted,
 )
-from fastasr.ops.gated_depthwise_conv import _autocast, _check, _fast, _gradients
+from fastasr.ops.gated_depthwise_conv import _autocast, _check, _fast, _gradients, _launch
 from fastasr.ops.gated_depthwise_conv import gated_depthwise_conv as formula
 
 op = OPS["gated_depthwise_conv"]
@@ -153,7 +153,8 @@ def gated_depthwise_conv(
         h: (T, B, 2C), both halves of a gated projection; float32, bfloat16, float16 or float64. Its channels are read
             where they lie if they are contiguous, whatever the other strides.
         weight: (C, 1, K) or (C, K): the taps of the plain convolution, padded with zeros to the same length; in
-            chunk-causal form, where K is odd, those of the convolution within each chunk.
+            chunk-causal form, where K is odd, those of the convolution within each chunk. Weights and biases may have
+            another dtype than h: kernels read them unrounded, under autocast too.
         bias: (C,), of that convolution.
         causal_weight: (C, 1, (K + 1) / 2) or (C, (K + 1) / 2): the taps on this frame and those before it, whatever
             their chunk. Together with chunk_scale it selects the chunk-causal form.
@@ -269,7 +270,7 @@ def gated_depthwise_conv(
             op, Arguments(h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache,
             starts, chunk_size, activation, return_cache, delay, gate),
         )  # fmt: skip
-    kernels = family.kernels(h, chunk_scale, cache)
+    kernels = family.kernels(h, weight, bias, causal_weight, causal_bias, chunk_scale, cache)
     if kernels is None:
         return laid_out(
             op, formula(h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask=padding_mask,
@@ -282,7 +283,7 @@ def gated_depthwise_conv(
             op, cast_dtype, make(Arguments, (h, weight, bias, causal_weight, causal_bias, chunk_scale,
             padding_mask, cache, starts, chunk_size, activation, return_cache, delay, gate,)),
         )  # fmt: skip
-        kernels = family.kernels(h, chunk_scale, cache)
+        kernels = family.kernels(h, weight, bias, causal_weight, causal_bias, chunk_scale, cache)
         if kernels is None:
             return formula(
                 h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask=padding_mask,
@@ -308,7 +309,7 @@ def gated_depthwise_conv(
             chunk_size, activation, return_cache, delay, gate,
         )  # fmt: skip
     except Unlaunchable as error:
-        family.give_up(error, h, chunk_scale, cache)
+        family.give_up(error, h, weight, bias, causal_weight, causal_bias, chunk_scale, cache)
         return formula(
             h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask=padding_mask, cache=cache,
             starts=starts, chunk_size=chunk_size, activation=activation, return_cache=return_cache,
@@ -440,14 +441,6 @@ def check(
             op.wrong_shape("starts", starts, f"{listed('N')}, N >= 1")
         if starts.device != h.device:
             op.wrong_device("starts", starts, "h", h)
-    if weight.dtype is not h.dtype and autocast_dtype(h) is None:
-        op.wrong_dtype("weight", weight, "h", h)
-    if bias is not None and bias.dtype is not h.dtype and autocast_dtype(h) is None:
-        op.wrong_dtype("bias", bias, "h", h)
-    if causal_weight is not None and causal_weight.dtype is not h.dtype and autocast_dtype(h) is None:
-        op.wrong_dtype("causal_weight", causal_weight, "h", h)
-    if causal_bias is not None and causal_bias.dtype is not h.dtype and autocast_dtype(h) is None:
-        op.wrong_dtype("causal_bias", causal_bias, "h", h)
     _check(
         op, make(Arguments, (h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask, cache,
         starts, chunk_size, activation, return_cache, delay, gate,)),
@@ -459,7 +452,7 @@ def traced(
     activation, return_cache, delay, gate,
 ):  # fmt: skip
     """Serves torch.compile, torch.export and subclasses of tensors by the registered operator."""
-    if not served("gated_depthwise_conv", h, chunk_scale, cache):
+    if not served("gated_depthwise_conv", h, weight, bias, causal_weight, causal_bias, chunk_scale, cache):
         return formula(
             h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask=padding_mask, cache=cache,
             starts=starts, chunk_size=chunk_size, activation=activation, return_cache=return_cache,
@@ -479,12 +472,9 @@ def run_kernels(
     """Calls kernels with tensors as they read them, and gives the results the declared dtypes."""
     y_dtype = promoted(h, chunk_scale)
     new_cache_dtype = promoted(h, cache)
-    dtype = y_dtype if kernels.backend == "cpu" else None
-    y, new_cache = kernels.forward(
-        operand(h, dtype, dense_channels), operand(weight, dtype), operand(bias, dtype),
-        operand(causal_weight, dtype), operand(causal_bias, dtype), operand(chunk_scale, dtype),
-        operand(padding_mask, None), operand(cache, dtype), operand(starts, None), chunk_size,
-        ACTIVATION_CODES[activation], return_cache, delay, GATE_CODES[gate],
+    y, new_cache = _launch(
+        op, kernels, make(Arguments, (h, weight, bias, causal_weight, causal_bias, chunk_scale, padding_mask,
+        cache, starts, chunk_size, activation, return_cache, delay, gate,)), y_dtype, False,
     )  # fmt: skip
     if y.dtype is not y_dtype:
         y = y.to(y_dtype)
@@ -632,7 +622,7 @@ op.serve(
         apply=apply,
         differentiate=differentiate,
         results=("y", "new_cache"),
-        deciding=("h", "chunk_scale", "cache"),
+        deciding=("h", "weight", "bias", "causal_weight", "causal_bias", "chunk_scale", "cache"),
         differentiable=("h", "weight", "bias", "causal_weight", "causal_bias", "chunk_scale", "cache"),
         graded={"y": "", "new_cache": "return_cache"},
         saves=(

@@ -17,17 +17,19 @@ from fastasr.models.common.plain import is_plain, runs
 from fastasr.models.common.ragged import Packing
 from fastasr.models.common.row import Row
 from fastasr.models.fast_conformer.attention import STANDARD
-from fastasr.models.fast_conformer.masks import seen
-from fastasr.swap.forwards import fireredasr, nemo, transformers_conformer
+from fastasr.models.fast_conformer.masks import read, seen
+from fastasr.swap.forwards import fireredasr, nemo, transformers_conformer, whisper
 from fastasr.swap.forwards.common import share_of_dropout
 from fastasr.swap.rule import Upstream, upstream_forward
 
 _ATTENTIONS = (
     fireredasr.firered_attention,
     nemo.gigaam_attention,
+    nemo.gigaam_rotary_attention,
     nemo.nemo_attention,
     transformers_conformer.relative_key_attention,
     transformers_conformer.wav2vec2_attention,
+    whisper.whisper_attention,
 )
 _CONVOLUTIONS = (
     fireredasr.firered_convolution,
@@ -50,6 +52,8 @@ def why_changed(layer: Upstream) -> str | None:
     attends, convolves = _parts(layer)
     if not any(runs(attends, forward) for forward in _ATTENTIONS):
         return "its attention is not swapped"
+    if convolves is None:
+        return None
     if not any(runs(convolves, forward) for forward in _CONVOLUTIONS):
         return "its convolution module is not swapped"
     table = getattr(attends, "distance_embedding", None)
@@ -150,6 +154,24 @@ def seamless_layer(
     return _packed(self, call, hidden_states, valid, mask, (attention_mask, mask))
 
 
+def wav2vec2_layer(
+    self: Upstream, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+) -> Tensor:
+    """Serves the layers of wav2vec 2.0 and its copies: hidden states (B, T, width), attention mask (B or 1, 1, T, T) as
+    its implementation takes it, or None."""
+
+    def call(x: Tensor, attends: Packing | Tensor | None, convolves: Packing | None) -> Tensor:
+        return upstream_forward(self, x, attention_mask=attends, **kwargs)
+
+    valid, implementation = None, self.attention.config._attn_implementation
+    if implementation in STANDARD:
+        pairs = read(attention_mask, implementation, *hidden_states.shape[:2])
+        by = None if pairs is None else seen(pairs)
+        if by is not None and by.by_length and by.empty_rows is None:
+            valid = ~by.hidden_keys
+    return _packed(self, call, hidden_states, valid, attention_mask, (attention_mask, None))
+
+
 def _packed(
     layer: Upstream,
     call: Callable[..., Any],
@@ -187,7 +209,9 @@ def _obstacle(layer: Upstream) -> str | None:
     return why_not(layer)
 
 
-def _parts(layer: Upstream) -> tuple[Upstream, Upstream]:
-    """Returns the layer's attention and its convolution module."""
+def _parts(layer: Upstream) -> tuple[Upstream, Upstream | None]:
+    """Returns the layer's attention and its convolution module, which those of wav2vec 2.0 lack."""
+    if hasattr(layer, "attention"):
+        return layer.attention, None
     found = (getattr(layer, "self_attn", None), getattr(layer, "conv_module", None))
     return found[0] or layer.mhsa, found[1] or layer.conv

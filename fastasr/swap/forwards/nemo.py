@@ -2,6 +2,7 @@
 """Modules of NeMo's Conformer, FastConformer and TransformerEncoder, and of GigaAM's Conformer, which has their
 formulas."""
 
+import sys
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from fastasr import _left, ops
 from fastasr.models.common import activations, plumbing
+from fastasr.models.common.attention_of_recordings import of_recordings
 from fastasr.models.common.plain import is_plain_named
 from fastasr.models.common.ragged import Packing
 from fastasr.models.common.row import Row
@@ -35,6 +37,7 @@ from fastasr.swap.forwards.common import (
     is_mask,
     is_one_table,
     packed_attention,
+    projections,
 )
 from fastasr.swap.rule import Upstream
 
@@ -84,6 +87,40 @@ def gigaam_attention(
         _left.note(self, OTHER)
         return type(self).forward(self, query, key, value, pos_emb, mask)
     return attention(self, query, pos_emb, *hidden_pairs(mask))
+
+
+def gigaam_rotary_attention(
+    self: Upstream,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pos_emb: list[Tensor],
+    mask: Packing | Tensor | None = None,
+) -> Tensor:
+    """Serves GigaAM's RotaryPositionMultiHeadAttention, whose positions turn the inputs of the queries' and the keys'
+    projections by head: the same arguments with cosines and sines (T, 1, 1, d) -> (B, T, width)."""
+    batch, frames = query.shape[:2]
+    packing = mask if isinstance(mask, Packing) else None
+    pairs = None if isinstance(mask, Packing) else mask
+    if not (query is key is value and is_mask(pairs, batch, frames, frames)):
+        _left.note(self, OTHER)
+        return type(self).forward(self, query, key, value, pos_emb, mask)
+    if packing is not None:
+        frame = torch.arange(frames, dtype=torch.int64, device=query.device)
+        pos_emb = [t[frame - packing.starts[packing.recording]] for t in pos_emb]
+    heads = self.h, self.d_k
+    by_frame = query.transpose(0, 1).unflatten(-1, heads)
+    rotated, _ = sys.modules[type(self).__module__].apply_rotary_pos_emb(by_frame, by_frame, *pos_emb)
+    q, k = projections(rotated.flatten(2).transpose(0, 1), heads, self.linear_q, self.linear_k)
+    (v,) = projections(value, heads, self.linear_v)
+    if packing is not None:
+        y = of_recordings(packing, q[0], k[0], v[0], None, None, None, 0.0)[None]
+    else:
+        hidden, empty_rows = hidden_pairs(pairs)
+        y = ops.rel_attention(q, k, v, **hidden)
+        if empty_rows is not None:
+            y = y.masked_fill(empty_rows[:, :, None, None], 0.0)
+    return plumbing.linear(self.linear_out, y.flatten(2))
 
 
 def nemo_local_attention(

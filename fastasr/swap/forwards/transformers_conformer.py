@@ -9,6 +9,7 @@ from torch import Tensor
 from fastasr import _left
 from fastasr._recording import recording
 from fastasr.models.common import activations, plumbing
+from fastasr.models.common.attention_dropout import dropout_of
 from fastasr.models.common.attention_of_recordings import of_recordings
 from fastasr.models.common.plain import is_plain, is_watched
 from fastasr.models.common.ragged import Packing
@@ -104,9 +105,19 @@ def fastspeech2_attention(
     return attention(self, hidden_states, pos_emb, hidden | dropout), None
 
 
-def hidden_keys(module: Upstream, x: Tensor, mask: Tensor | None, fits: bool) -> dict[str, Any] | None:
+def hidden_keys(
+    module: Upstream,
+    x: Tensor,
+    mask: Tensor | None,
+    fits: bool,
+    share: float | None = None,
+    zeros: bool = False,
+    window: tuple[int, int] | None = None,
+) -> dict[str, Any] | None:
     """Returns the arguments of ``ops.rel_attention`` for the keys that ``mask`` hides, and for dropout; None where
-    upstream's code serves the call. ``fits``: whether the positions are served."""
+    upstream's code serves the call. ``fits``: whether the positions are served. ``share``: of the weights that are
+    dropped, the module's own dropout unless given. ``zeros``: whether upstream's "sdpa" gives 0 where a query sees no
+    key, as the op does. ``window``: as of ``masks.seen``."""
     (batch, frames), config = x.shape[:2], module.config
     implementation = config._attn_implementation
     if implementation == "eager" and is_watched(module):
@@ -116,10 +127,11 @@ def hidden_keys(module: Upstream, x: Tensor, mask: Tensor | None, fits: bool) ->
     if pairs is None and (mask is not None or not fits or implementation not in STANDARD):
         _left.note(module, masks.unread(implementation in STANDARD, implementation))
         return None
-    by = None if pairs is None else seen(pairs, left=_before_chunks(config, frames))
+    by = None if pairs is None else seen(pairs, left=_before_chunks(config, frames), window=window)
     # A recorded call reads no values: there such a query gives 0. No valid frame depends on it.
     unseen = by is not None and by.empty_rows is not None and recording() is None
-    dropout = drops(module, x, not unseen, "a query sees no key")
+    reason = "a query sees no key" if unseen and not (zeros and implementation == "sdpa") else None
+    dropout = dropout_of(module, share_of_dropout(module) if share is None else share, x.device, reason)
     if dropout is None:
         return None
     hidden = masks.of_kernel(pairs, by)

@@ -8,9 +8,11 @@ from torch import Tensor
 
 from fastasr import _left, ops
 from fastasr.models.common import activations, plumbing
+from fastasr.models.common.attention_of_recordings import of_recordings
+from fastasr.models.common.ragged import Packing
 from fastasr.models.fast_conformer.masks import WANTED
 from fastasr.ops import _dropout
-from fastasr.swap.forwards.common import projections
+from fastasr.swap.forwards.common import projections, share_of_dropout
 from fastasr.swap.forwards.transformers_conformer import hidden_keys
 from fastasr.swap.rule import Upstream
 
@@ -22,23 +24,33 @@ def whisper_attention(
     self: Upstream, hidden_states: Tensor, *others: Any, **kwargs: Any
 ) -> tuple[Tensor, Any]:
     """Serves the encoders of transformers' Whisper and wav2vec 2.0: hidden states (B, T, width), attention mask
-    (``masks.read``) by name -> ((B, T, width), None). The order of other arguments differs from class to class."""
-    if kwargs.get("output_attentions"):
+    (``masks.read``, or a ``Packing``) by name -> ((B, T, width), None). The order of other arguments differs from class
+    to class."""
+    mask = kwargs.get("attention_mask")
+    packing = mask if isinstance(mask, Packing) else None
+    if packing is None and kwargs.get("output_attentions"):
         _left.note(self, WANTED)
         return type(self).forward(self, hidden_states, *others, **kwargs)
-    fits = not others and all(kwargs.get(name) is None for name in _NOT_SERVED)
-    hidden = hidden_keys(self, hidden_states, kwargs.get("attention_mask"), fits)
+    hidden: dict[str, Any] | None = {}
+    if packing is None:
+        fits = not others and all(kwargs.get(name) is None for name in _NOT_SERVED)
+        hidden = hidden_keys(self, hidden_states, mask, fits)
     if hidden is None:
         return type(self).forward(self, hidden_states, *others, **kwargs)
     # Whisper multiplies its queries by the scale before the product, wav2vec 2.0 the product.
-    return attention(self, hidden_states, hidden), None
+    return attention(self, hidden_states, hidden, packing), None
 
 
-def attention(module: Upstream, x: Tensor, hidden: dict[str, Any]) -> Tensor:
-    """Returns the attention of modules with the names of Whisper's to x (B, T, width). ``hidden``: the kernel's
-    arguments for hidden keys and dropout."""
+def attention(module: Upstream, x: Tensor, hidden: dict[str, Any], packing: Packing | None = None) -> Tensor:
+    """Returns the attention of modules with the names of Whisper's to x (B, T, width), or to packed frames. ``hidden``:
+    the kernel's arguments for hidden keys and dropout."""
     q, k, v = projections(x, (module.num_heads, -1), module.q_proj, module.k_proj, module.v_proj)
-    return plumbing.linear(module.out_proj, ops.rel_attention(q, k, v, **hidden).flatten(2))
+    if packing is None:
+        y = ops.rel_attention(q, k, v, **hidden)
+    else:
+        share: Any = share_of_dropout(module)
+        y = of_recordings(packing, q[0], k[0], v[0], None, None, None, share).unsqueeze(0)
+    return plumbing.linear(module.out_proj, y.flatten(2))
 
 
 def whisper_layer(

@@ -16,6 +16,10 @@ def _attention_structure(module: Upstream) -> str | None:
     return check_parts(module, _LINEARS, shapes)
 
 
+def _rotary_structure(module: Upstream) -> str | None:
+    return "flash_attn is on" if module.flash_attn else check_parts(module, _LINEARS[:-1])
+
+
 RULES = (
     attention_rule(
         name="gigaam.rel_position_attention",
@@ -23,6 +27,13 @@ RULES = (
         forward=models.gigaam_attention,
         structure=_attention_structure,
         known={"7bd2cd9da5881a3520137ec8": _GIGAAM},
+    ),
+    attention_rule(
+        name="gigaam.rotary_attention",
+        class_name="RotaryPositionMultiHeadAttention",
+        forward=models.gigaam_rotary_attention,
+        structure=_rotary_structure,
+        known={"7775f2878ae9b8b705845f9f": _GIGAAM},
     ),
     convolution_rule(
         name="gigaam.convolution",

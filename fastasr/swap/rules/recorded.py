@@ -55,6 +55,7 @@ _RAGGED = {"EBranchformerEncoder": espnet_branchformer.RAGGED}
 
 PADDED = "fastasr has no code that leaves padding out of this encoder"
 _TAKES_NO_LENGTHS = "it takes no lengths, so its frames see padding"
+IN_A_ROW = "its recordings lie one behind the other already, so its layers see no padding"
 
 # Class -> the frameworks that have one of this name, and why it runs on padding ("": the class or its layers know)
 CLASSES = {
@@ -62,21 +63,27 @@ CLASSES = {
     "Conformer": ("torchaudio's", PADDED),
     "AudioEncoder": ("openai-whisper's", _TAKES_NO_LENGTHS),
     "AudioFlamingo3Encoder": ("transformers'", PADDED),
-    "Data2VecAudioEncoder": ("transformers'", PADDED),
+    "Data2VecAudioEncoder": ("transformers'", ""),
     "EBranchformerEncoder": ("ESPnet's, and fastasr's own", ""),
     "FastConformerEncoder": ("fastasr's own", ""),
     "FastSpeech2ConformerEncoder": ("transformers'", PADDED),
     "FunAsrNanoEncoder": ("transformers'", PADDED),
     "Gemma3nAudioEncoder": ("transformers'", PADDED),
     "Gemma4AudioModel": ("transformers'", PADDED),
+    "GlmAsrEncoder": ("transformers'", _TAKES_NO_LENGTHS),
     "GraniteSpeech5Encoder": ("transformers'", PADDED),
     "GraniteSpeechCTCEncoder": ("transformers'", _TAKES_NO_LENGTHS),
     "GraniteSpeechPlusCTCEncoder": ("transformers'", _TAKES_NO_LENGTHS),
     "LasrEncoder": ("transformers'", PADDED),
     "MossTranscribeDiarizeAudioModel": ("transformers'", _TAKES_NO_LENGTHS),
-    "OmniASRAudioModel": ("transformers'", PADDED),
+    "OmniASRAudioModel": ("transformers'", ""),
     "Qwen2AudioEncoder": ("transformers'", PADDED),
-    "SEWEncoder": ("transformers'", PADDED),
+    "SEWEncoder": ("transformers'", ""),
+    "MoonshineEncoder": ("transformers'", PADDED),
+    "MoonshineStreamingEncoder": ("transformers'", PADDED),
+    "Qwen2_5OmniAudioEncoder": ("transformers'", IN_A_ROW),
+    "Qwen3ASREncoder": ("transformers'", IN_A_ROW),
+    "Qwen3OmniMoeAudioEncoder": ("transformers'", IN_A_ROW),
     "SeamlessM4TConformerEncoder": ("transformers'", ""),
     "SeamlessM4Tv2ConformerEncoder": ("transformers'", ""),
     "TTSZipformer": ("ZipVoice's", PADDED),
@@ -87,7 +94,7 @@ CLASSES = {
     "Wav2Vec2ConformerEncoder": ("transformers'", PADDED),
     "WhisperEncoder": ("transformers'", _TAKES_NO_LENGTHS),
     **{
-        f"{name}Encoder{norms}": ("transformers'", PADDED)
+        f"{name}Encoder{norms}": ("transformers'", "")
         for name in ("Hubert", "UniSpeech", "UniSpeechSat", "Wav2Vec2")
         for norms in ("", "StableLayerNorm")
     },

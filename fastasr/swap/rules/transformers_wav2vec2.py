@@ -2,8 +2,9 @@
 """Rules for the encoders of transformers' wav2vec 2.0, HuBERT, UniSpeech, UniSpeech-SAT, data2vec-audio, SEW and
 OmniASR, which have one code: Whisper's attention and Wav2Vec2Conformer's feed-forward."""
 
+from fastasr.swap.forwards import layers
 from fastasr.swap.rule import Known
-from fastasr.swap.rules.conformer import FROM_5_18
+from fastasr.swap.rules.conformer import FROM_5_18, layer_rule
 from fastasr.swap.rules.transformers_conformer import WAV2VEC2_FEED_FORWARD
 from fastasr.swap.rules.transformers_whisper import ATTENTION
 
@@ -20,11 +21,36 @@ _PRINTS = {
     "OmniASR": ("e0756dcf5cce431945258eb2", "1dbdb91268d85e79a8497295", _SINCE_5_24),
 }
 
-RULES = tuple(
-    rule.like(f"transformers.{name}{part}", f"{name}{part}", {value: known})
-    for name, (attention, feed_forward, known) in _PRINTS.items()
-    for rule, part, value in (
-        (ATTENTION, "Attention", attention),
-        (WAV2VEC2_FEED_FORWARD, "FeedForward", feed_forward),
-    )
+_LAYERS = {
+    "Wav2Vec2EncoderLayer": "e7ebd70b9976cf3c7a5fca8e",
+    "Wav2Vec2EncoderLayerStableLayerNorm": "aa68cac51378dfdfe5c3486e",
+    "HubertEncoderLayer": "43a53f33c6aa1b552f59a360",
+    "HubertEncoderLayerStableLayerNorm": "ca6b7cf926b01e0e39ed6358",
+    "UniSpeechEncoderLayer": "aece3dbac09e0a220ccb68fe",
+    "UniSpeechEncoderLayerStableLayerNorm": "6bc161dd395b84399c6b6ac2",
+    "UniSpeechSatEncoderLayer": "741468f338b6d8a362d8e057",
+    "UniSpeechSatEncoderLayerStableLayerNorm": "ddca1465b14474441b0cd553",
+    "Data2VecAudioEncoderLayer": "6e4690786796d112524f7793",
+    "SEWEncoderLayer": "b13b86cfc45350798ebc2e43",
+    "OmniASREncoderLayer": "442180aadaa118b002025e40",
+}
+
+RULES = (
+    *(
+        rule.like(f"transformers.{name}{part}", f"{name}{part}", {value: known})
+        for name, (attention, feed_forward, known) in _PRINTS.items()
+        for rule, part, value in (
+            (ATTENTION, "Attention", attention),
+            (WAV2VEC2_FEED_FORWARD, "FeedForward", feed_forward),
+        )
+    ),
+    *(
+        layer_rule(
+            f"transformers.{name}",
+            name,
+            layers.wav2vec2_layer,
+            {value: _SINCE_5_24 if name.startswith("OmniASR") else FROM_5_18},
+        )
+        for name, value in _LAYERS.items()
+    ),
 )

@@ -69,6 +69,13 @@ def _causal(
     }
 
 
+def _wide_parameters(make: Make, form: Callable[..., dict], *shape: int, **options: Any) -> dict:
+    """Makes a call whose weights and biases are float32, as under autocast and behind a norm in them."""
+    wide = form(Make(dtype=torch.float32, device=make.device, seed=3), *shape)
+    names = "weight", "bias", "causal_weight", "causal_bias"
+    return form(make, *shape, **options) | {name: wide[name] for name in names if name in wide}
+
+
 def _stream(
     make: Make, frames: int, batch: int, channels: int, taps: int, chunk: int = -1, **options: Any
 ) -> dict:
@@ -158,6 +165,11 @@ TABLE = OpTable(
             padding_mask=None,
         ),
         plain("SiLU", (14, 2, 12, 9), activation="silu", thorough=True),
+        Sample(
+            "parameters in float32, SiLU",
+            lambda m: _wide_parameters(m, _plain, 20, 2, 40, 9, activation="silu"),
+        ),
+        Sample("parameters in float32, chunks", lambda m: _wide_parameters(m, _causal, 24, 3, 12, 5, 4)),
         past("gate of SiLU", (13, 2, 12, 3, 1), activation="silu", gate="silu", thorough=True),
         plain("gate of SiLU, identity", (70, 3, 40, 3), activation="identity", gate="silu"),
         stream("gate of SiLU, chunks", (24, 3, 12, 5, 4), gate="silu"),

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""transformers' speech encoders of plain layers, beside their decoders: windows reach the op as numbers, caches get
+upstream's keys, and a decoder and ``generate`` give what they gave. ``test_other_conformers.py`` has values and
+gradients of the encoders alone."""
+
+import copy
+
+import families
+import pytest
+import torch
+from steps import close, moved, seeded
+
+import fastasr
+from fastasr import ops
+
+transformers = pytest.importorskip("transformers")
+
+
+@pytest.mark.parametrize(
+    ("made", "context"),
+    [
+        (families.voxtral_realtime(), {(8, 0)}),
+        (families.voxtral_realtime(frames=14), {(-1, 0)}),
+        (families.voxtral_realtime(lengths=(30, 11)), {(8, 0)}),
+        (families.moonshine_streaming(), {(5, 2), (4, 0)}),
+    ],
+    ids=["a window", "less than a window", "lengths", "windows of the layers"],
+)
+def test_windows_are_numbers(made, context, monkeypatch):
+    """A mask of all pairs of frames would be read for every pair."""
+    calls, attention = [], ops.rel_attention
+
+    def noted(*args, **kwargs):
+        calls.append(kwargs)
+        return attention(*args, **kwargs)
+
+    monkeypatch.setattr(ops, "rel_attention", noted)
+    seeded("windows")
+    model, run = made()
+    fastasr.accelerate(model)
+    with torch.no_grad():
+        run(model)
+    assert {kwargs["context"] for kwargs in calls} == context
+    assert not any("attn_mask" in kwargs for kwargs in calls)
+
+
+def test_a_row_without_a_kernel():
+    """On the eager backend, too, no scores between recordings are formed."""
+    model, run = families.make("qwen3-asr")
+    expected = run(model)[0]
+    fastasr.accelerate(model)
+    shapes, softmax = [], torch.softmax
+    with fastasr.backend("eager"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "softmax", lambda x, *args: shapes.append(x.shape[-1]) or softmax(x, *args))
+        close(run(model)[0], expected, 1e-5)
+    assert max(shapes) == 26
+
+
+def pair(model):
+    theirs = moved(model, 0.1).eval()
+    ours = copy.deepcopy(theirs)
+    return ours, theirs, fastasr.accelerate(ours)
+
+
+def test_a_stream_of_voxtral():
+    """Chunks with upstream's cache, which gets the keys and values of the first from our attention."""
+    seeded("stream")
+    ours, theirs, _ = pair(families.voxtral_realtime()()[0])
+    x = torch.randn(2, 8, 60)
+    kept = []
+    for model in (ours, theirs):
+        cache = paddings = None
+        found = []
+        with torch.no_grad():
+            for chunk in x.split(20, 2):
+                y = model(chunk, cache=cache, padding_cache=paddings, use_cache=True, use_padding_cache=True)
+                cache, paddings = y.cache, y.padding_cache
+                found.append(y.last_hidden_state)
+        layers = [t for layer in cache.layers for t in (layer.keys, layer.values)]
+        kept.append([torch.cat(found, 1), *layers])
+    for a, b in zip(*kept, strict=True):
+        close(a, b, 1e-5)
+
+
+MOONSHINE = {"pad_token_id": 0, "decoder_start_token_id": 1, "eos_token_id": 19, "bos_token_id": 1}
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_moonshine_with_its_decoder(implementation):
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "vocab_size": 20} | MOONSHINE
+    counts = "num_hidden_layers", "num_attention_heads"
+    sizes |= {f"{part}_{count}": 2 for part in ("encoder", "decoder") for count in counts}
+    config = transformers.MoonshineConfig(**sizes, attn_implementation=implementation)
+    seeded("moonshine")
+    ours, theirs, report = pair(transformers.MoonshineForConditionalGeneration(config))
+    reasons = {row.path: row.reason for row in report.skipped if row.class_name == "MoonshineAttention"}
+    assert reasons == {f"model.decoder.layers.{i}.self_attn": "is causal: the decoder's" for i in range(2)}
+    inputs = {"input_values": torch.randn(2, 16000)}
+    inputs["attention_mask"] = (torch.arange(16000) < torch.tensor([[16000], [9000]])).long()
+    labels = torch.randint(2, 19, (2, 5))
+    outputs = []
+    for model in (ours, theirs):
+        with torch.no_grad():
+            y = model(**inputs, decoder_input_ids=labels, output_attentions=True)
+            tokens = model.generate(**inputs, max_new_tokens=8)
+        attentions = [
+            *(y.encoder_attentions or ()),
+            *(y.decoder_attentions or ()),
+            *(y.cross_attentions or ()),
+        ]
+        outputs.append([tokens.double(), y.logits, *attentions])
+    for a, b in zip(*outputs, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            close(a, b, 1e-5)
