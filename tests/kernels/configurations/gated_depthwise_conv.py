@@ -68,9 +68,17 @@ def configurations():
             name = f"gated_depthwise_conv {kernel.replace('_', ' ')}, SiLU, {dtype}"
             function = getattr(conv, f"{kernel}_kernel")
             yield Configuration(name, function, types, constants, divisible)
+    mixed = types | {"WEIGHT": "fp32", "BIAS": "fp32"}  # under autocast, and with a norm in the taps
+    plain = block_c | absent | conv.convolving(31, 1500, False)
+    for kernel, constants in (
+        ("forward", plain | {"ACTIVATION": 1}),
+        ("output_gradient", plain | {"R": None, "V": None, "ACTIVATION": 1}),
+        ("input_gradient", plain | {"GATE": 0, "TILED": True}),
+    ):
+        name = f"gated_depthwise_conv {kernel.replace('_', ' ')}, bf16, parameters fp32"
+        yield Configuration(name, getattr(conv, f"{kernel}_kernel"), mixed, constants, divisible)
     types, table = {"STARTS": "i64", "OUT": "i32"}, _recordings.TABLE
     yield Configuration("gated_depthwise_conv groups", _recordings.groups_kernel, types, table)
-    types = dict.fromkeys(("W", "B", "MEAN", "VARIANCE", "NORM_W", "NORM_B"), "fp32")
-    types |= {"OUT_W": "bf16", "OUT_B": "bf16"}
-    name = "gated_depthwise_conv folded norm, bf16"
+    types = dict.fromkeys(("W", "B", "MEAN", "VARIANCE", "NORM_W", "NORM_B", "OUT_W", "OUT_B"), "fp32")
+    name = "gated_depthwise_conv folded norm"
     yield Configuration(name, _folded_norm.folded_kernel, types, _folded_norm.TILE, ("channels",), ("eps",))
