@@ -53,10 +53,8 @@ def sew_positions(self: Upstream, hidden_states: Tensor) -> Tensor:
 
 def positions(self: Upstream, hidden_states: Tensor) -> Tensor:
     """Serves those of wav2vec 2.0: (B, T, width) -> (B, T, width)."""
-    x, norm = (
-        hidden_states.transpose(1, 2),
-        getattr(self, "batch_norm", None),
-    )  # one model of HuBERT's has a norm
+    x = hidden_states.transpose(1, 2)
+    norm = getattr(self, "batch_norm", None)  # one model of HuBERT's has it
     return sew_positions(self, x if norm is None else norm(x)).transpose(1, 2)
 
 
