@@ -113,7 +113,7 @@ class MEGADecoder(torch.nn.Module):
     @property
     def device(self) -> torch.device:
         """The device on which states and labels are made: the one given to ``set_device``, or the parameters'."""
-        return next(self.parameters()).device if self._device is None else self._device
+        return _parameter(self).device if self._device is None else self._device
 
     def set_device(self, device: str | torch.device) -> None:
         """Makes states and labels on ``device`` until the parameters move to another device."""
@@ -204,7 +204,7 @@ class MEGADecoder(torch.nn.Module):
         rows = 1 if self.phantom_first_step else 0
         batch = max(batch_size, 1)
         average = (self.output_size, self.mega_ema_num_heads)
-        like: Any = {"dtype": next(self.parameters()).dtype, "device": self.device}
+        like: Any = {"dtype": _parameter(self).dtype, "device": self.device}
         return [
             {
                 "ema_state": torch.zeros((batch, *average) if batch_size > 0 else average, **like),
@@ -263,8 +263,14 @@ class MEGADecoder(torch.nn.Module):
 
 
 # These run on instances of ESPnet's class too.
+def _parameter(decoder: MEGADecoder) -> Tensor:
+    """Returns the embedding's weight, which DataParallel's replicas have, who list no parameters; or any if a user's
+    layer in its place has none."""
+    return decoder.embed.weight if hasattr(decoder.embed, "weight") else next(decoder.parameters())
+
+
 def _device(decoder: MEGADecoder) -> torch.device:
-    device = next(decoder.parameters()).device  # a user's layer in place of embed may have no weight
+    device = _parameter(decoder).device
     return (
         decoder.device if device.type == "meta" else device
     )  # offloaded parameters are elsewhere between calls
