@@ -99,13 +99,7 @@ def is_faster(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, paddi
     if frames * weight.numel() < _gemm.SMALL:
         return False
     key = "conv1d", frames.bit_length(), len(weight), weight[0].numel(), groups, torch.get_num_threads()
-    operands = x, weight, bias, stride, padding, groups
-    with torch.no_grad():
-        if _gemm.is_torch(key) is None:
-            _native(
-                *operands
-            )  # A run into fresh memory, which may be the only one that is timed, takes far longer.
-        return not _gemm.is_torch(key, *operands)
+    return _gemm.beats_torch(key, x, weight, bias, stride, padding, groups)
 
 
 def _input_gradient(g: Tensor, taps: Tensor, frames: int, stride: int) -> Tensor:

@@ -156,13 +156,7 @@ def is_faster(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padd
     if lines.rows * weight.numel() < _gemm.SMALL:
         return False
     key = ("conv2d", lines.rows.bit_length(), len(weight), weight[0].numel(), torch.get_num_threads())
-    operands = x, weight, bias, stride, padding, True
-    with torch.no_grad():
-        if _gemm.is_torch(key) is None:
-            _native(
-                *operands
-            )  # A run into fresh memory, which may be the only one that is timed, takes far longer.
-        return not _gemm.is_torch(key, *operands)
+    return _gemm.beats_torch(key, x, weight, bias, stride, padding, True)
 
 
 class _Convolution(Function):
