@@ -20,6 +20,7 @@ from fastasr.models.fast_conformer.attention import STANDARD
 from fastasr.ops import _dispatch
 from fastasr.swap.forwards.common import is_part, may_read, projections
 from fastasr.swap.forwards.transformers_conformer import hidden_keys
+from fastasr.swap.forwards.whisper import with_feed_forward
 from fastasr.swap.rule import Upstream, upstream_class
 
 
@@ -49,12 +50,7 @@ def row_layer(self: Upstream, hidden_states: Tensor, cu_seqlens: Tensor, **kwarg
     """Serves a layer around ``row_attention``, the same arguments -> ((N, width),)."""
     normed = self.self_attn_layer_norm(hidden_states)
     x = hidden_states + self.self_attn(hidden_states=normed, cu_seqlens=cu_seqlens, **kwargs)
-    hidden = activations.activated(self.fc1, self.activation_fn, self.final_layer_norm(x))
-    x = x + plumbing.linear(self.fc2, hidden)
-    if x.dtype == torch.float16:
-        limit = torch.finfo(x.dtype).max - 1000
-        x = x.clamp(-limit, limit)
-    return (x,)
+    return (with_feed_forward(self, x),)
 
 
 # --------------------------------------------------------------------------- batches

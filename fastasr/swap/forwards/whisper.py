@@ -59,16 +59,21 @@ def whisper_layer(
     """Serves the layers of Whisper's encoder: hidden states (B, T, width), attention mask as the attention takes it ->
     (B, T, width)."""
     between, behind = (self.activation_dropout, self.dropout) if self.training else (0.0, 0.0)
-
-    def added(y: Tensor, residual: Tensor) -> Tensor:
-        return _dropout.dropout(y, behind, residual) if behind else residual + y
-
     y = self.self_attn_layer_norm(hidden_states)
     y, _ = self.self_attn(hidden_states=y, attention_mask=attention_mask, **kwargs)
-    x = added(y, hidden_states)
-    y = activations.dropped(self.fc1, self.activation_fn, between, self.final_layer_norm(x))
-    x = added(plumbing.linear(self.fc2, y), x)
+    return with_feed_forward(self, _added(y, hidden_states, behind), between, behind)
+
+
+def with_feed_forward(module: Upstream, x: Tensor, between: float = 0.0, behind: float = 0.0) -> Tensor:
+    """Returns x (..., width) plus the feed-forward of a layer with Whisper's names, which drops these shares, within
+    bounds in float16."""
+    y = activations.dropped(module.fc1, module.activation_fn, between, module.final_layer_norm(x))
+    x = _added(plumbing.linear(module.fc2, y), x, behind)
     if x.dtype == torch.float16:
         bound = torch.finfo(torch.float16).max - 1000
         x = x.clamp(-bound, bound)
     return x
+
+
+def _added(y: Tensor, residual: Tensor, share: float) -> Tensor:
+    return _dropout.dropout(y, share, residual) if share else residual + y
