@@ -363,6 +363,20 @@ def e_branchformer(**options):
     return model, lambda model: [model(x, lengths)[0]]
 
 
+PLAIN_ATTENTION = {"attention_layer_type": "selfattn", "pos_enc_layer_type": "abs_pos"}  # as OWSM's
+
+
+def espnet_transformer(lengths=(27, 20, 11), **options):
+    def made():
+        module = pytest.importorskip("espnet2.asr.encoder.transformer_encoder")
+        sizes = {"output_size": WIDTH, "attention_heads": HEADS, "linear_units": HIDDEN, "num_blocks": 2}
+        x = torch.randn(len(lengths), max(lengths), 20, generator=numbers(1))
+        model = module.TransformerEncoder(20, **sizes | {"input_layer": "linear"} | options)
+        return model, lambda model: [model(x, torch.tensor(lengths))[0]]
+
+    return made
+
+
 class FrontEnds(torch.nn.Module):
     """Each of ESPnet's front ends on the same features."""
 
@@ -772,6 +786,8 @@ FAMILIES = {
     "zipformer, causal": causal_zipformer,
     "zipformer recogniser": zipformer_recogniser,
     "e-branchformer": e_branchformer,
+    "owsm": lambda: e_branchformer(**PLAIN_ATTENTION),
+    "espnet transformer": espnet_transformer(),
     "espnet front ends": espnet_front_ends,
     "emformer": emformer,
     "emformer stream": lambda: emformer(streams=True),

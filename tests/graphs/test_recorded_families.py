@@ -28,6 +28,8 @@ WHOLE = {
     "torchaudio conformer": (False, False),  # these read lengths on the host
     "espnet conformer": (False, False),
     "e-branchformer": (False, False),
+    "owsm": (False, False),
+    "espnet transformer": (False, False),
     "fireredasr": (False, False),
     "phi-4": (False, False),  # reads its mask on the host
     **dict.fromkeys(

@@ -3,6 +3,7 @@
 ``fastasr.why`` names the reason. ``tests/swap/test_ways_back.py`` has those of all other models."""
 
 import copy
+import logging
 
 import families
 import pytest
@@ -16,6 +17,7 @@ import fastasr
 
 WATCHED = "the attention has hooks, which may read its weights"
 REL_ATTENTION = "an input, a mask or positions that rel_attention does not take"
+OTHER_KEYS = "the call has frames before its own, or keys of another sequence"
 WEIGHTS_DROPOUT = "the dropout of attention weights has hooks"
 # family, the block that leaves, the part of it that has a hook, the reason
 HOOKED = (
@@ -171,6 +173,13 @@ def other_keys_of_rotary_gigaam():
     return beside(ours, theirs, run, "layers.0.self_attn.forward", REL_ATTENTION)
 
 
+def other_keys_of_espnet():
+    ours, theirs, _ = copies("espnet transformer")
+    x, keys = torch.randn(2, 3, 21, WIDTH)
+    run = lambda model: model.encoders[0].self_attn(x, keys, keys, None)  # noqa: E731
+    return beside(ours, theirs, run, "encoders.0.self_attn.forward", OTHER_KEYS, level=logging.INFO)
+
+
 def other_keys_of_gigaam():
     return with_other_keys("gigaam", "layers.0.self_attn")
 
@@ -306,8 +315,7 @@ def frames_before_those_of_a_call():
         found = model(inputs_embeds=x[:, :12], use_cache=True)
         return model(inputs_embeds=x[:, 12:], cache=found.cache)[0]
 
-    reason = "the call has frames before its own, or keys of another sequence"
-    return beside(ours, theirs, run, "layers.0.self_attn.forward", reason)
+    return beside(ours, theirs, run, "layers.0.self_attn.forward", OTHER_KEYS)
 
 
 OTHERS = (
@@ -319,6 +327,7 @@ OTHERS = (
     weights_of_fastspeech2,
     other_keys_of_nemo,
     other_keys_of_firered,
+    other_keys_of_espnet,
     other_keys_of_gigaam,
     other_keys_of_rotary_gigaam,
     cache_of_a_hooked_convolution,

@@ -33,6 +33,14 @@ REPLACED = {
         "ConformerFeedForward",
         "StridingSubsampling",
     },
+    "owsm": {
+        "ConvolutionalGatingMLP",
+        "ConvolutionalSpatialGatingUnit",
+        "EBranchformerEncoderLayer",
+        "MultiHeadedAttention",
+        "PositionwiseFeedForward",
+    },
+    "espnet transformer": {"MultiHeadedAttention", "PositionwiseFeedForward"},
     "phi-4": {
         f"Phi4MultimodalAudio{part}"
         for part in ("NemoConvSubsampling", "Attention", "ConvModule", "MLP", "Model")
@@ -268,6 +276,17 @@ OTHERWISE["fireredasr"] = {
 }
 OTHERWISE["gigaam"] = {"a recording": families.gigaam("rel_pos", (61,))}  # without masks of pairs
 OTHERWISE["gigaam, rotary"] = {"a recording": families.gigaam("rotary", (61,))}
+OTHERWISE["owsm"] = {
+    "norms": lambda: families.e_branchformer(**families.PLAIN_ATTENTION, qk_norm=True),
+    "dropout": lambda: families.e_branchformer(**families.PLAIN_ATTENTION, attention_dropout_rate=0.2),
+}
+OTHERWISE["espnet transformer"] = {
+    "a frame": families.espnet_transformer((1,)),
+    "a recording without frames": families.espnet_transformer((9, 0)),
+    "dropout": families.espnet_transformer(attention_dropout_rate=0.2),
+    "norms behind": families.espnet_transformer(normalize_before=False, concat_after=True),
+    "layers left out": families.espnet_transformer(layer_drop_rate=0.5),
+}
 OTHERWISE["phi-4"] = {
     "an odd length": families.phi4_audio(frames=61, lengths=(61, 40)),
     "no mask": families.phi4_audio(masked=False),

@@ -42,6 +42,8 @@ OPTIONS = {
     "phi-4": ({"": "its attention does not hide padding, but adds 1 to scores"}, ()),
     "funasr": ({}, ()),
     "nemo transformer": ({"": PADDED}, POSITIONS),
+    "owsm": ({"": "layer 0: its attention has no relative positions"}, ()),
+    "espnet transformer": ({"": PADDED}, ()),
     "fireredasr": ({"layer_stack.0": None, "layer_stack.1": None}, POSITIONS),
     "gigaam": (PACKED, POSITIONS),
     "gigaam, rotary": (PACKED, ()),

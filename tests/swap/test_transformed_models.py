@@ -20,10 +20,11 @@ from upstream_precision import computing_in
 import fastasr
 
 READ_BY_UPSTREAM = {  # Upstream's own code reads values of tensors, or deep copies them.
-    "e-branchformer", "espnet conformer", "fireredasr", "funasr", "mega", "mega rotary", "parakeet rnn-t",
+    "e-branchformer", "espnet conformer", "espnet transformer", "fireredasr", "funasr", "mega", "mega rotary",
+    "parakeet rnn-t",
     "parakeet tdt", "phi-4", "seamless m4t", "torchaudio conformer", "w2v-bert", "wav2vec2", "wav2vec2 large",
     "wav2vec2's copies", "zipformer", "zipformer recogniser", "zipformer, ragged",
-    "qwen2.5-omni", "qwen3-asr", "qwen3-omni",
+    "owsm", "qwen2.5-omni", "qwen3-asr", "qwen3-omni",
 }  # fmt: skip
 # float32 through a whole model; a tangent that is lost is off by its own size
 TOLERANCE = 1e-3

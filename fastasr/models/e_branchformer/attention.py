@@ -50,8 +50,8 @@ class RelPositionMultiHeadedAttention(torch.nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, pos_emb: Tensor, mask: Row | Tensor | None
     ) -> Tensor:
         batch, frames = query.shape[:2]
-        q, k, v = (y.view(batch, -1, self.h, self.d_k) for y in _projections(self, query, key, value))
-        q, k = _normed(self, "q_norm", q), _normed(self, "k_norm", k)
+        q, k, v = (y.view(batch, -1, self.h, self.d_k) for y in projections(self, query, key, value))
+        q, k = normed(self, "q_norm", q), normed(self, "k_norm", k)
         p = plumbing.linear(self.linear_pos, pos_emb).view(pos_emb.shape[0], -1, self.h, self.d_k)
         if isinstance(mask, Row):
             dropped: Any = plumbing.dropped_share(self.dropout)
@@ -70,23 +70,21 @@ class RelPositionMultiHeadedAttention(torch.nn.Module):
         if dropout is None:
             out = _with_weights(self, q, k, v, p, hidden)
         else:
-            masks = _masks(hidden, batch, frames)
+            hides = masks(hidden, batch, frames)
             out = ops.rel_attention(
-                q, k, v, p.squeeze(0), self.pos_bias_u, self.pos_bias_v, **masks, **dropout
+                q, k, v, p.squeeze(0), self.pos_bias_u, self.pos_bias_v, **hides, **dropout
             )
         return plumbing.linear(self.linear_out, out.reshape(batch, frames, self.h * self.d_k))
 
 
-def _projections(
-    module: RelPositionMultiHeadedAttention, query: Tensor, key: Tensor, value: Tensor
-) -> Sequence[Tensor]:
+def projections(module: Any, query: Tensor, key: Tensor, value: Tensor) -> Sequence[Tensor]:
     layers = module.linear_q, module.linear_k, module.linear_v
     if query is key and key is value:
         return plumbing.linears(layers, query)
     return [plumbing.linear(layer, x) for layer, x in zip(layers, (query, key, value), strict=True)]
 
 
-def _normed(module: RelPositionMultiHeadedAttention, name: str, x: Tensor) -> Tensor:
+def normed(module: Any, name: str, x: Tensor) -> Tensor:
     """Returns x (B, T, H, d) after ESPnet's norm of queries or keys, which our class does not have."""
     norm = getattr(module, name, None)
     return x if norm is None or is_plain(norm, torch.nn.Identity) else norm(x.transpose(1, 2)).transpose(1, 2)
@@ -112,7 +110,7 @@ def _with_weights(
     return torch.matmul(plumbing.dropout(module.dropout, weights), v.transpose(1, 2)).transpose(1, 2)
 
 
-def _masks(hidden: Tensor | None, batch: int, frames: int) -> dict[str, Any]:
+def masks(hidden: Tensor | None, batch: int, frames: int) -> dict[str, Any]:
     """Returns the op's mask arguments for ``hidden`` (B or 1, 1 or T, T), True at keys that are not seen, or None."""
     if hidden is None:
         return {}

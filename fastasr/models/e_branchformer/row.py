@@ -42,6 +42,8 @@ def why_not(encoder: Any) -> str | None:
 def _why_not_layer(layer: Any) -> str | None:
     if not normed_stream.has_code_of(layer, EBranchformerLayer):
         return "it is not swapped"
+    if not hasattr(layer.attn, "linear_pos"):
+        return "its attention has no relative positions"
     if not runs(layer.attn, RelPositionMultiHeadedAttention.forward):
         return "its attention is not swapped"
     if layer.attn.zero_triu:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 WANTED = "attention weights are asked for"
 WATCHED = "the attention has hooks, which may read its weights"
 OTHER = "an input, a mask or positions that rel_attention does not take"
+OTHER_KEYS = "the call has frames before its own, or keys of another sequence"
 
 
 class Seen(NamedTuple):

@@ -1,14 +1,53 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Modules of ESPnet's and torchaudio's Conformers. Padding is not masked."""
+"""ESPnet's attention without positions, and modules of ESPnet's and torchaudio's Conformers, which do not mask
+padding."""
+
+import logging
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastasr import _left
+from fastasr import _left, ops
+from fastasr.models.common import plumbing
+from fastasr.models.common.attention_dropout import dropout_of
 from fastasr.models.common.plain import is_plain
+from fastasr.models.e_branchformer.attention import masks, normed, projections
 from fastasr.models.fast_conformer.convolution import gated_convolution
+from fastasr.models.fast_conformer.masks import OTHER, OTHER_KEYS
 from fastasr.swap.forwards.common import channels_first, dropped, in_sequence, in_sequential
 from fastasr.swap.rule import Upstream
+
+
+def espnet_attention(
+    self: Upstream, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, expand_kv: bool = False
+) -> Tensor:
+    """Serves ESPnet's attention without positions: query, which is key and value, (B, T, width), mask (B or 1, 1 or T,
+    T), 0 at hidden keys, or None -> (B, T, width). A decoder's cross-attention, and its steps with a cache, run
+    upstream's code."""
+    dropout = None
+    if query is not key or key is not value:
+        _left.note(self, OTHER_KEYS, level=logging.INFO)  # A decoder asks for it.
+    else:
+        dropout = _dropout_of_weights(self, query, mask, expand_kv)
+    if dropout is None:
+        y: Tensor = type(self).forward(self, query, key, value, mask, expand_kv)
+        return y
+    batch, frames = query.shape[:2]
+    q, k, v = (t.unflatten(-1, (self.h, self.d_k)) for t in projections(self, query, key, value))
+    q, k = normed(self, "q_norm", q), normed(self, "k_norm", k)
+    hidden = masks(None if mask is None else mask.eq(0), batch, frames)
+    return plumbing.linear(self.linear_out, ops.rel_attention(q, k, v, **hidden, **dropout).flatten(2))
+
+
+def _dropout_of_weights(
+    module: Upstream, x: Tensor, mask: Tensor | None, expand_kv: bool
+) -> dict[str, Any] | None:
+    fits, share = not (expand_kv or module.use_flash_attn), plumbing.dropped_share(module.dropout)
+    if module.use_sdpa:
+        fits = fits and (mask is None or mask.dtype == torch.bool)  # It adds other masks to the scores.
+        share = module.dropout_rate if module.training else 0.0
+    return dropout_of(module, share, x.device, None if fits else OTHER)
 
 
 def espnet_convolution(self: Upstream, x: Tensor) -> Tensor:

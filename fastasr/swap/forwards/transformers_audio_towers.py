@@ -68,7 +68,7 @@ def rotary_attention(
     others = more or any(kwargs.get(name) is not None for name in ("past_key_values", "key_value_states"))
     y = None
     if position_embeddings is None or others or not _is_new(self, kwargs.get("cache")):
-        _left.note(self, "the call has frames before its own, or keys of another sequence")
+        _left.note(self, masks.OTHER_KEYS)
     else:
         y, _ = _attended(self, hidden_states, attention_mask, position_embeddings, **kwargs)
     if y is None:

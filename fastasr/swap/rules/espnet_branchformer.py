@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rules for ESPnet's E-Branchformer encoder (espnet2/asr/encoder/e_branchformer_encoder.py).
 
-ESPnet's Conformer and Branchformer use the same classes for attention, feed-forward and cgMLP, so these rules recognise
-them there as well.
+ESPnet's Conformer, Branchformer and Transformer use the same classes for attention, feed-forward and cgMLP, so these
+rules recognise them there as well.
 """
 
+from dataclasses import replace
 from typing import Any
 
 from fastasr.graphs.module import OnRow
@@ -16,6 +17,7 @@ from fastasr.swap.rule import (
     Ragged,
     Rule,
     Upstream,
+    check_ints,
     check_parts,
     holds,
     own_forward,
@@ -41,15 +43,17 @@ _FRONTS = {  # the end of the name of ESPnet's Conv2dSubsampling
 }
 
 _CONVOLUTIONS = ("pointwise_conv1", "depthwise_conv", "norm", "activation", "pointwise_conv2")
-_ATTENTION_LINEARS = ("linear_q", "linear_k", "linear_v", "linear_out", "linear_pos")
+_ATTENTION = ("linear_q", "linear_k", "linear_v", "linear_out", "dropout", "q_norm", "k_norm")
+
+
+def _plain_attention_structure(module: Upstream) -> str | None:
+    return check_ints(module, ("h", "d_k")) or check_parts(module, _ATTENTION)
 
 
 def _attention_structure(module: Upstream) -> str | None:
-    heads, width = module.h, module.d_k
-    if not (isinstance(heads, int) and isinstance(width, int)):
-        return f"h and d_k are {heads!r} and {width!r}, expected ints"
-    biases = dict.fromkeys(("pos_bias_u", "pos_bias_v"), (heads, width))
-    reason = check_parts(module, (*_ATTENTION_LINEARS, "dropout", "q_norm", "k_norm"), biases)
+    reason = check_ints(module, ("h", "d_k"))
+    biases = dict.fromkeys(("pos_bias_u", "pos_bias_v"), (module.h, module.d_k))
+    reason = reason or check_parts(module, (*_ATTENTION, "linear_pos"), biases)
     if reason is None and not isinstance(module.zero_triu, bool):
         return f"zero_triu is {module.zero_triu!r}, expected a bool"
     return reason
@@ -81,6 +85,15 @@ ATTENTION = Rule(
     known={"ea6c9473802a263c615bac55": _ESPNET},
     caches={"attn": None},
     note="the weights are not kept in attn; in training the kernel draws their dropout itself, see upstream_draws",
+)
+
+PLAIN_ATTENTION = replace(
+    ATTENTION,
+    name="espnet.attention",
+    class_name="MultiHeadedAttention",
+    forward=espnet.espnet_attention,
+    structure=_plain_attention_structure,
+    known={"fab753438155fad4412bd29b": _ESPNET},
 )
 
 GATE = Rule(
@@ -160,4 +173,4 @@ SUBSAMPLINGS = tuple(
     if end != "8"
 )
 
-RULES = (*SUBSAMPLINGS, LAYER, ATTENTION, GATING_MLP, GATE, CONVOLUTION, FEED_FORWARD)
+RULES = (*SUBSAMPLINGS, LAYER, ATTENTION, PLAIN_ATTENTION, GATING_MLP, GATE, CONVOLUTION, FEED_FORWARD)

@@ -88,7 +88,7 @@ CLASSES = {
     "SeamlessM4Tv2ConformerEncoder": ("transformers'", ""),
     "TTSZipformer": ("ZipVoice's", PADDED),
     "TTSZipformerTwoStream": ("ZipVoice's", PADDED),
-    "TransformerEncoder": ("NeMo's", PADDED),
+    "TransformerEncoder": ("NeMo's, ESPnet's and SpeechBrain's", PADDED),
     "VoxtralEncoder": ("transformers'", _TAKES_NO_LENGTHS),
     "Wav2Vec2BertEncoder": ("transformers'", ""),
     "Wav2Vec2ConformerEncoder": ("transformers'", PADDED),
