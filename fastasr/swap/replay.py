@@ -157,7 +157,8 @@ def _replay(
 
     def fresh(value: Any) -> Any:
         value = value.detach()
-        return value.clone().requires_grad_() if training and value.is_floating_point() else value
+        wanted = training and value.is_floating_point() and not _hides_keys(value)
+        return value.clone().requires_grad_() if wanted else value
 
     args, kwargs = mapped(fresh, (args, kwargs))
     with torch.set_grad_enabled(training):
@@ -167,6 +168,12 @@ def _replay(
         gradients = _gradients(module, outputs, (args, kwargs), draw, roundings) if training else []
     # The values are copies, because an output may share restored memory: an input changed in place, or a buffer.
     return Outcome([(name, t.detach().clone()) for name, t in values], gradients)
+
+
+def _hides_keys(value: Tensor) -> bool:
+    """Says whether this is a mask that upstream adds to scores (B, H, T, K). It stands for a bool, which has no
+    gradient; in bfloat16 torchaudio's -10000 is -9984."""
+    return value.dim() == 4 and bool(((value == 0) | (value <= -9984)).all())
 
 
 def mapped(function: Callable[[Tensor], Any], value: Any) -> Any:

@@ -42,6 +42,20 @@ def test_verified_and_restored(name):
         assert all(map(torch.equal, run(model), expected))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "make", [families.wav2vec2("Wav2Vec2", implementation="eager"), families.torchaudio_wav2vec2()]
+)
+def test_a_mask_that_is_added_has_no_gradient(make, dtype):
+    """The attention reads the mask as a bool, and verification runs it, not upstream's code in its place."""
+    with ambient.ambient(dtype):
+        model, run = make()
+    report = fastasr.accelerate(model.to(dtype), verify=run)
+    assert report.ok, str(report)
+    assert "attention" in str([row.class_name for row in report.replaced]).lower()
+    assert not fastasr.why(model).to_dict()
+
+
 NOT_IN_HALF_PRECISION = {
     "speechbrain conformer",
     "emformer stream",
