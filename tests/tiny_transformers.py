@@ -35,6 +35,7 @@ def transformers_encoder(folder, class_name, config_name, sizes, implementation=
 
 # Names of the sizes: Whisper's and those of its copies that have other ones
 _OF_WHISPER = "d_model", "encoder_layers", "encoder_attention_heads", "encoder_ffn_dim"
+_RATES = "dropout", "activation_dropout"
 _OF_COPIES = "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"
 WHISPERS = {
     "whisper": ("WhisperEncoder", "WhisperConfig", _OF_WHISPER),
@@ -53,7 +54,7 @@ def whisper(*folders, layers=1, frames=24, lengths=None, **options):
     """Encoders of Whisper and its copies. ``lengths``: those of the recordings, which Audio Flamingo 3 alone takes."""
 
     def made():
-        rates = dict.fromkeys(("dropout", "activation_dropout"), 0.1)
+        rates = dict.fromkeys(_RATES, 0.1)
         more = {"num_mel_bins": 5, "max_source_positions": frames // 2} | rates | options
         encoders = []
         for folder in folders:
@@ -68,6 +69,24 @@ def whisper(*folders, layers=1, frames=24, lengths=None, **options):
         if len(encoders) == 1:
             return encoders[0], lambda model: [model(x, **given).last_hidden_state]
         return Encoders(encoders), lambda model: [model(x, **given)]
+
+    return made
+
+
+def speech2text(lengths=(43, 30, 9), masked=True, **options):
+    """Speech2Text's encoder, which has no other attention than "eager" and halves the frames twice."""
+
+    def made():
+        sizes = dict(zip(_OF_WHISPER, (WIDTH, 2, HEADS, HIDDEN), strict=True))
+        sizes |= {"input_feat_per_channel": 8, "conv_channels": 12} | dict.fromkeys(_RATES, 0.1)
+        names = "speech_to_text", "Speech2TextEncoder", "Speech2TextConfig"
+        model = transformers_encoder(
+            *names, sizes, **{"implementation": "eager", "encoder_layerdrop": 0.0} | options
+        )
+        x = torch.randn(len(lengths), max(lengths), 8, generator=numbers(1))
+        mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None] if masked else None
+        given = {} if mask is None else {"attention_mask": mask.long()}
+        return model, lambda model: [model(x, **given).last_hidden_state]
 
     return made
 

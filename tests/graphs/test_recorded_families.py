@@ -40,6 +40,7 @@ WHOLE = {
             "wav2vec2 large",
             "wav2vec2's copies",
             "audio flamingo 3",
+            "speech2text",
             "omniasr",
             "seamless m4t",
             "lasr",

@@ -84,6 +84,7 @@ REPLACED = {
         for part in ("Attention", layer)
     },
     "audio flamingo 3": {"AudioFlamingo3Attention", "AudioFlamingo3EncoderLayer"},
+    "speech2text": {"Speech2TextAttention", "Speech2TextEncoderLayer"},
     "openai whisper": {"ResidualAttentionBlock"},
     **{
         family: {f"{name}{part}" for name in names for part in ("Attention", "FeedForward", _POSITIONS)}
@@ -168,6 +169,14 @@ OTHERWISE["whisper"] = {
     "dropout": families.whisper("whisper", layers=2, attention_dropout=0.1),
     "layers left out": families.whisper("whisper", layers=3, encoder_layerdrop=0.5),
     "other activations": families.whisper("whisper", activation_function="gelu_new"),
+}
+OTHERWISE["speech2text"] = {
+    "a frame": families.speech2text((1,)),
+    "no mask": families.speech2text(masked=False),
+    "a recording without frames": families.speech2text((24, 0)),
+    "dropout": families.speech2text(attention_dropout=0.1),
+    "layers left out": families.speech2text(encoder_layers=3, encoder_layerdrop=0.5),
+    "other activations": families.speech2text(activation_function="gelu_new"),
 }
 OTHERWISE["openai whisper"] = {
     "a frame": families.openai_whisper(frames=2),
@@ -496,6 +505,8 @@ IMPLEMENTATIONS = {
         "granite speech 5",
         "audio flamingo 3",
         "whisper",
+        "speech2text",
+        "speech2text: no mask",
         "wav2vec2",
         "wav2vec2: no mask",
         "qwen3-asr",

@@ -30,6 +30,7 @@ OPTIONS = {
     "whisper": ({"": NO_LENGTHS}, ()),
     "openai whisper": ({"": NO_LENGTHS}, ()),
     "audio flamingo 3": ({"": PADDED}, ()),
+    "speech2text": ({"": PADDED}, ()),
     "wav2vec2": (PACKED, ()),
     "wav2vec2 large": (PACKED, ()),
     "omniasr": (PACKED, ()),

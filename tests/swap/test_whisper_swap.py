@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole models of transformers around Whisper's and wav2vec 2.0's encoders: the decoder's attention stays upstream's,
-``generate`` gives the same tokens, and outputs are what was asked for."""
+"""Whole models of transformers around Whisper's, Speech2Text's and wav2vec 2.0's encoders: the decoder's attention
+stays upstream's, ``generate`` gives the same tokens, and outputs are what was asked for."""
 
 import copy
 
@@ -22,25 +22,34 @@ def copies(model):
     return theirs, ours, fastasr.accelerate(ours)
 
 
+SIZES = {"d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 32}
+SIZES |= {"decoder_ffn_dim": 32, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "vocab_size": 23}
+SIZES |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+
+
 def whisper(**options):
     seeded("whisper")
-    sizes = {"d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 32}
-    sizes |= {"decoder_ffn_dim": 32, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
-    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
-    config = transformers.WhisperConfig(
-        vocab_size=23, num_mel_bins=5, max_source_positions=12, max_target_positions=20,
-        **sizes, **tokens, **options,
-    )  # fmt: skip
+    frames = {"num_mel_bins": 5, "max_source_positions": 12, "max_target_positions": 20}
+    config = transformers.WhisperConfig(**SIZES, **frames, **options)
     return copies(transformers.WhisperForConditionalGeneration(config))
+
+
+def speech2text():
+    seeded("speech2text")
+    config = transformers.Speech2TextConfig(**SIZES, input_feat_per_channel=24, conv_channels=12)
+    return copies(transformers.Speech2TextForConditionalGeneration(config))
 
 
 def features():
     return torch.randn(2, 5, 24, generator=numbers(1)).double()
 
 
-def test_generate():
-    theirs, ours, report = whisper()
-    found = {row.path: row.reason for row in report.skipped if row.class_name == "WhisperAttention"}
+@pytest.mark.parametrize(
+    ("make", "name"), [(whisper, "WhisperAttention"), (speech2text, "Speech2TextAttention")]
+)
+def test_generate(make, name):
+    theirs, ours, report = make()
+    found = {row.path: row.reason for row in report.skipped if row.class_name == name}
     parts = [f"model.decoder.layers.{n}.{part}" for n in (0, 1) for part in ("self_attn", "encoder_attn")]
     assert found == dict.fromkeys(parts, "is part of a decoder")
     with torch.no_grad():

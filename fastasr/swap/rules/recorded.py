@@ -84,6 +84,7 @@ CLASSES = {
     "Qwen2_5OmniAudioEncoder": ("transformers'", IN_A_ROW),
     "Qwen3ASREncoder": ("transformers'", IN_A_ROW),
     "Qwen3OmniMoeAudioEncoder": ("transformers'", IN_A_ROW),
+    "Speech2TextEncoder": ("transformers'", PADDED),
     "SeamlessM4TConformerEncoder": ("transformers'", ""),
     "SeamlessM4Tv2ConformerEncoder": ("transformers'", ""),
     "TTSZipformer": ("ZipVoice's", PADDED),

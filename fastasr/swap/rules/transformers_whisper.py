@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules for the encoders of transformers' Whisper, Qwen2-Audio, Voxtral, Audio Flamingo 3 and MOSS-Transcribe-Diarize,
-which have one code."""
+"""Rules for the encoders of transformers' Whisper, Qwen2-Audio, Voxtral, Audio Flamingo 3, MOSS-Transcribe-Diarize and
+Speech2Text, which have one code."""
 
 from fastasr.swap.forwards import whisper as models
 from fastasr.swap.rule import Known, Upstream, check_parts, check_rates, holds
@@ -53,12 +53,14 @@ _ATTENTIONS = {
     "VoxtralAttention": {"3ee284177e5dc98fd398dadc": FROM_5_18},
     "AudioFlamingo3Attention": {"91ca2006ef7ead19670161c4": _BEFORE, "ccb9a5e325219fb2c9abba45": _SINCE},
     "MossTranscribeDiarizeAudioAttention": {"5a894d1a69bd99b36d87143e": _FROM_5_20},
+    "Speech2TextAttention": {"a05d3cdaad7ca31caa1dc921": _SINCE},
 }
 _LAYERS = {
     "Qwen2AudioEncoderLayer": {"d028dfee4ccfc1be4df94deb": FROM_5_18},
     "VoxtralEncoderLayer": {"65bfc49212d674e6fd33a484": FROM_5_18},
     "AudioFlamingo3EncoderLayer": {"f5e1a95603b2a2e3768c02b3": FROM_5_18},
     "MossTranscribeDiarizeAudioLayer": {"a787d32699a55ec51cbc1552": _FROM_5_20},
+    "Speech2TextEncoderLayer": {"6737c9f70144dc995e00a2bd": _SINCE},
 }
 
 RULES = (
