@@ -276,3 +276,35 @@ def voxtral_realtime(frames=60, lengths=None, left=False, **options):
         return model, lambda model: [model(x, attention_mask=mask).last_hidden_state]
 
     return made
+
+
+def nemotron_encoder(
+    kind="Nemotron3_5TranscribeAsr",
+    folder="nemotron3_5_transcribe",
+    lengths=(80, 51, 20),
+    masked=True,
+    **options,
+):
+    """The encoder of Nemotron 3.5 Transcribe or of Nemotron 3 Diarization."""
+
+    def made():
+        names = folder, f"{kind}AudioModel", f"{kind}AudioConfig"
+        model = transformers_encoder(*names, _PLAIN_LAYERS | {"num_mel_bins": 8}, **options)
+        x = torch.randn(len(lengths), max(lengths), 8, generator=numbers(1))
+        mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long() if masked else None
+        return model, lambda model: [model(x, attention_mask=mask).last_hidden_state]
+
+    return made
+
+
+def mimi(samples=180, **options):
+    """Mimi's encoder of waveforms, which takes no lengths."""
+
+    def made():
+        sizes = _PLAIN_LAYERS | {"num_filters": 4, "upsampling_ratios": [3, 2], "sliding_window": 9}
+        sizes |= {"num_key_value_heads": HEADS, "layer_scale_initial_scale": 1.0}
+        model = transformers_encoder("mimi", "MimiEncoderModel", "MimiEncoderConfig", sizes, **options)
+        x = torch.randn(2, 1, samples, generator=numbers(1))
+        return model, lambda model: [model(x).latents]
+
+    return made

@@ -46,6 +46,9 @@ WHOLE = {
             "lasr",
             "fun-asr-nano",
             "moonshine",
+            "nemotron transcribe",
+            "nemotron diarization",
+            "mimi",
         ),
         (False, False),
     ),  # transformers reads on the host whether the mask hides anything

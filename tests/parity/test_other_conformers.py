@@ -116,6 +116,9 @@ REPLACED = {
     "moonshine": {"MoonshineAttention", "MoonshineEncoderMLP"},
     "moonshine streaming": {"MoonshineStreamingEncoderAttention", "MoonshineStreamingEncoderMLP"},
     "voxtral realtime": {f"VoxtralRealtime{part}" for part in ("Attention", "MLP", "EncoderLayer")},
+    "nemotron transcribe": {"Nemotron3_5TranscribeAttention", "Nemotron3_5TranscribeMLP"},
+    "nemotron diarization": {"Nemotron3DiarizationAttention", "Nemotron3DiarizationMLP"},
+    "mimi": {"MimiAttention", "MimiMLP"},
     "gemma 4": {
         "Gemma4ClippableLinear",
         "Gemma4AudioAttention",
@@ -255,6 +258,21 @@ OTHERWISE["voxtral realtime"] = {
     "lengths": families.voxtral_realtime(lengths=(30, 11)),
     "padding before": families.voxtral_realtime(lengths=(30, 11), left=True),
     "dropout": families.voxtral_realtime(attention_dropout=0.1),
+}
+OTHERWISE["nemotron transcribe"] = {
+    "a frame": families.nemotron_encoder(lengths=(3,)),
+    "no mask": families.nemotron_encoder(masked=False),
+    "a recording without frames": families.nemotron_encoder(lengths=(40, 0)),
+    "dropout": families.nemotron_encoder(attention_dropout=0.1),
+    "all of a head turns": families.nemotron_encoder(
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4}
+    ),
+}
+OTHERWISE["mimi"] = {
+    "less than a window": families.mimi(samples=48),
+    "a frame": families.mimi(samples=5),
+    "dropout": families.mimi(attention_dropout=0.1),
+    "wider heads": families.mimi(head_dim=12, attention_bias=True),
 }
 OTHERWISE["gemma 4"] = {
     "infinite bounds": families.gemma4(bounds={}),
@@ -517,9 +535,21 @@ IMPLEMENTATIONS = {
         "moonshine streaming: similar lengths",
         "voxtral realtime",
         "voxtral realtime: less than a window",
+        "nemotron transcribe",
+        "nemotron diarization",
+        "mimi",
+        "mimi: less than a window",
     ),
     # with a tensor as the mask upstream's crashes on a CPU
-    "flex_attention": ("w2v-bert", "wav2vec2", "glm-asr", "moonshine", "voxtral realtime"),
+    "flex_attention": (
+        "w2v-bert",
+        "wav2vec2",
+        "glm-asr",
+        "moonshine",
+        "voxtral realtime",
+        "nemotron transcribe",
+        "mimi",
+    ),
 }
 
 

@@ -23,8 +23,10 @@ transformers = pytest.importorskip("transformers")
         (families.voxtral_realtime(frames=14), {(-1, 0)}),
         (families.voxtral_realtime(lengths=(30, 11)), {(8, 0)}),
         (families.moonshine_streaming(), {(5, 2), (4, 0)}),
+        (families.mimi(), {(8, 0)}),
+        (families.mimi(samples=48), {(-1, 0)}),
     ],
-    ids=["a window", "less than a window", "lengths", "windows of the layers"],
+    ids=["a window", "less than a window", "lengths", "windows of the layers", "mimi", "less of mimi"],
 )
 def test_windows_are_numbers(made, context, monkeypatch):
     """A mask of all pairs of frames would be read for every pair."""
@@ -62,24 +64,48 @@ def pair(model):
     return ours, theirs, fastasr.accelerate(ours)
 
 
-def test_a_stream_of_voxtral():
+STREAMS = {
+    "voxtral realtime": ((2, 8, 60), {"use_cache": True, "use_padding_cache": True}),
+    "mimi": ((2, 1, 180), {"use_streaming": True}),
+}
+
+
+@pytest.mark.parametrize("family", STREAMS)
+def test_a_stream(family):
     """Chunks with upstream's cache, which gets the keys and values of the first from our attention."""
     seeded("stream")
-    ours, theirs, _ = pair(families.voxtral_realtime()()[0])
-    x = torch.randn(2, 8, 60)
+    ours, theirs, _ = pair(families.FAMILIES[family]()[0])
+    shape, options = STREAMS[family]
+    x = torch.randn(shape)
     kept = []
     for model in (ours, theirs):
         cache = paddings = None
         found = []
         with torch.no_grad():
-            for chunk in x.split(20, 2):
-                y = model(chunk, cache=cache, padding_cache=paddings, use_cache=True, use_padding_cache=True)
+            for chunk in x.split(shape[2] // 3, 2):
+                y = model(chunk, cache=cache, padding_cache=paddings, **options)
                 cache, paddings = y.cache, y.padding_cache
-                found.append(y.last_hidden_state)
+                found.append(y[0])
         layers = [t for layer in cache.layers for t in (layer.keys, layer.values)]
-        kept.append([torch.cat(found, 1), *layers])
+        kept.append([*found, *layers])
     for a, b in zip(*kept, strict=True):
         close(a, b, 1e-5)
+
+
+@pytest.mark.parametrize("served", [True, False])
+def test_mimi_by_position(served):
+    """Its mask comes before its positions. Upstream adds a mask of numbers to the scores."""
+    ours, theirs, _ = pair(families.make("mimi")[0])
+    x, mask = torch.randn(2, 12, families.WIDTH), torch.ones(1, 1, 12, 12, dtype=torch.bool).tril()
+    given = mask if served else mask.float()
+    found = []
+    for model in (ours, theirs):
+        transformer = model.encoder_transformer
+        turned = transformer.rotary_emb(x, torch.arange(12)[None])
+        with torch.no_grad():
+            found.append(transformer.layers[0].self_attn(x, given, None, turned)[0])
+    close(*found, 1e-5)
+    assert bool(fastasr.why(ours).to_dict()) != served
 
 
 MOONSHINE = {"pad_token_id": 0, "decoder_start_token_id": 1, "eos_token_id": 19, "bos_token_id": 1}

@@ -38,6 +38,8 @@ OPTIONS = {
     "glm-asr": ({"": NO_LENGTHS}, ()),
     **dict.fromkeys(("moonshine", "moonshine streaming"), ({"": PADDED}, ())),
     "voxtral realtime": ({}, ()),
+    "mimi": ({"encoder_transformer": NO_LENGTHS}, ("block.3.conv",)),  # torch's convolution of one tap
+    **dict.fromkeys(("nemotron transcribe", "nemotron diarization"), ({"": PADDED}, ())),
     "gemma 3n": ({"": PADDED}, ()),
     "gemma 4": ({"": PADDED}, ()),
     "phi-4": ({"": "its attention does not hide padding, but adds 1 to scores"}, ()),

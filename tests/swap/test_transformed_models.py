@@ -21,7 +21,7 @@ import fastasr
 
 READ_BY_UPSTREAM = {  # Upstream's own code reads values of tensors, or deep copies them.
     "e-branchformer", "espnet conformer", "espnet transformer", "fireredasr", "funasr", "mega", "mega rotary",
-    "parakeet rnn-t",
+    "mimi", "parakeet rnn-t",
     "parakeet tdt", "phi-4", "seamless m4t", "torchaudio conformer", "w2v-bert", "wav2vec2", "wav2vec2 large",
     "wav2vec2's copies", "zipformer", "zipformer recogniser", "zipformer, ragged",
     "owsm", "qwen2.5-omni", "qwen3-asr", "qwen3-omni",

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Modules of transformers' speech encoders whose layers are a Transformer's: the audio towers of Qwen3-ASR and Qwen
-Omni, GLM-ASR, Moonshine, its streaming encoder, and Voxtral Realtime; and the attention of LASR and Fun-ASR-Nano.
+Omni, GLM-ASR, Moonshine, its streaming encoder, Voxtral Realtime, Nemotron 3.5 Transcribe, Nemotron 3 Diarization and
+Mimi; and the attention of LASR and Fun-ASR-Nano.
 
 A layer: x ← x + attention(norm x); x ← x + W2 act(W1 norm x). Attention has no positions, or upstream's own function
 rotates queries and keys before the op.
@@ -62,18 +63,30 @@ def rotary_attention(
     *more: Any,
     **kwargs: Any,
 ) -> tuple[Tensor, Any]:
-    """Serves GLM-ASR, LASR, Moonshine's encoder and Voxtral Realtime's: hidden states (B, T, width), cosines and sines
-    (B or 1, T, dimensions that are rotated), attention mask (``masks.read``) -> ((B, T, width), None). A cache gets the
-    keys and values. Upstream's code serves a call whose cache has frames already, and Moonshine's decoder."""
-    others = more or any(kwargs.get(name) is not None for name in ("past_key_values", "key_value_states"))
-    y = None
-    if position_embeddings is None or others or not _is_new(self, kwargs.get("cache")):
-        _left.note(self, masks.OTHER_KEYS)
-    else:
-        y, _ = _attended(self, hidden_states, attention_mask, position_embeddings, **kwargs)
+    """Serves GLM-ASR, LASR, Nemotron's encoders, Moonshine's and Voxtral Realtime's: hidden states (B, T, width),
+    cosines and sines (B or 1, T, dimensions that are rotated), attention mask (``masks.read``) -> ((B, T, width),
+    None). A cache gets the keys and values. Upstream's code serves a call whose cache has frames already, and
+    Moonshine's decoder."""
+    y = _rotary(self, hidden_states, position_embeddings, attention_mask, bool(more), **kwargs)
     if y is None:
         upstream = type(self).forward
         return upstream(self, hidden_states, position_embeddings, attention_mask, *more, **kwargs)
+    return y, None
+
+
+def mimi_attention(
+    self: Upstream,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    cache: Any = None,
+    position_embeddings: tuple[Tensor, Tensor] | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Any]:
+    """Serves Mimi, whose arguments have another order, as above."""
+    y = _rotary(self, hidden_states, position_embeddings, attention_mask, cache=cache, **kwargs)
+    if y is None:
+        upstream = type(self).forward
+        return upstream(self, hidden_states, attention_mask, cache, position_embeddings, **kwargs)
     return y, None
 
 
@@ -102,6 +115,21 @@ def fun_asr_attention(
     return y, None
 
 
+def _rotary(
+    module: Upstream,
+    x: Tensor,
+    positions: tuple[Tensor, Tensor] | None,
+    mask: Tensor | None,
+    others: bool = False,
+    **kwargs: Any,
+) -> Tensor | None:
+    others = others or any(kwargs.get(name) is not None for name in ("past_key_values", "key_value_states"))
+    if positions is None or others or not _is_new(module, kwargs.get("cache")):
+        _left.note(module, masks.OTHER_KEYS)
+        return None
+    return _attended(module, x, mask, positions, **kwargs)[0]
+
+
 def _is_new(module: Upstream, cache: Any) -> bool:
     """Says whether the module's keys would be the first in transformers' cache, or there is none."""
     return cache is None or (
@@ -127,6 +155,8 @@ def _attended(
     if mask is None and module.is_causal and module.config._attn_implementation == "sdpa":
         hidden["context"] = (-1, 0)  # upstream leaves the mask out where torch's kernel makes it
     q, k, v = projections(x, (-1, module.head_dim), module.q_proj, module.k_proj, module.v_proj)
+    if hasattr(module, "q_norm"):
+        q, k = module.q_norm(q), module.k_norm(k)
     if positions is not None:
         rotated = sys.modules[upstream_class(module).__module__].apply_rotary_pos_emb
         q, k = rotated(q, k, *positions, unsqueeze_dim=2)
@@ -150,8 +180,8 @@ def _window(module: Upstream) -> tuple[int, int] | None:
 
 # --------------------------------------------------------------------------- feed-forward, layers
 def mlp(self: Upstream, hidden_states: Tensor) -> Tensor:
-    """Serves GLM-ASR and the encoders of Moonshine and Moonshine Streaming: hidden states (..., width) -> same
-    shape."""
+    """Serves GLM-ASR, Nemotron's encoders, Mimi, and the encoders of Moonshine and Moonshine Streaming: hidden states
+    (..., width) -> same shape."""
     activation = self.act_fn if hasattr(self, "act_fn") else self.activation_fn
     return plumbing.linear(self.fc2, activations.activated(self.fc1, activation, hidden_states))
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rules for transformers' speech encoders whose layers are a Transformer's, without their decoders."""
 
+import math
 from collections.abc import Callable
 
 from fastasr.swap.forwards import transformers_audio_towers as models
@@ -14,7 +15,7 @@ _LINEARS = ("q_proj", "k_proj", "v_proj")
 
 
 def _attention_structure(module: Upstream, *last: str) -> str | None:
-    if module.scaling != module.head_dim**-0.5:
+    if not math.isclose(module.scaling, module.head_dim**-0.5):  # Mimi's is 1 / math.sqrt
         return f"scaling is {module.scaling}, expected 1 / √{module.head_dim}"
     if module.num_key_value_groups != 1:
         return f"num_key_value_groups is {module.num_key_value_groups}, expected 1"
@@ -57,6 +58,10 @@ def _row_rules(name: str, attention: str, layer: str) -> tuple[Rule, ...]:
 # --------------------------------------------------------------------------- batches
 def _moonshine_structure(module: Upstream) -> str | None:
     return "is causal: the decoder's" if module.is_causal else _attention_structure(module)
+
+
+def _normed_structure(module: Upstream) -> str | None:
+    return _attention_structure(module, "o_proj", "q_norm", "k_norm")
 
 
 def _fun_asr_structure(module: Upstream) -> str | None:
@@ -139,5 +144,13 @@ RULES = (
         "937cf49baf9eaca8b28a078b",
         forward=models.windowed_attention,
     ),
+    _attention(
+        "nemotron_transcribe", "Nemotron3_5TranscribeAttention", "caf9315ae64c0ce71e9849cf", _normed_structure
+    ),
+    _mlp("nemotron_transcribe", "Nemotron3_5TranscribeMLP", "activation_fn", "1d68bf71bb4784156633c9f7"),
+    _attention("nemotron_diarization", "Nemotron3DiarizationAttention", "5872927f2dfe5df760853623"),
+    _mlp("nemotron_diarization", "Nemotron3DiarizationMLP", "activation_fn", "31de22ba310d239531f6de51"),
+    _attention("mimi", "MimiAttention", "c9becfacd9b93e9ab64abb22", forward=models.mimi_attention),
+    _mlp("mimi", "MimiMLP", "activation_fn", "8d05a9460e3325329ca89283"),
     _mlp("moonshine_streaming", "MoonshineStreamingEncoderMLP", "activation_fn", "23cfcc2a258bd67e10355e5c"),
 )
