@@ -132,6 +132,24 @@ def speechbrain_conformer(dropout=0.1, **options):
     return module.ConformerEncoder(2, WIDTH, HIDDEN, HEADS, TAPS, dropout=dropout, **options)
 
 
+def speechbrain_transformer(lengths=(21, 13, 5), masked=True, **options):
+    def made():
+        module = pytest.importorskip("speechbrain.lobes.models.transformer.Transformer")
+        sizes = {"normalize_before": True, "dropout": 0.1}
+        model = module.TransformerEncoder(3, HEADS, HIDDEN, d_model=WIDTH, **sizes | options)
+        x = torch.randn(len(lengths), max(lengths), WIDTH, generator=numbers(1))
+        hidden = torch.arange(max(lengths)) >= torch.tensor(lengths)[:, None] if masked else None
+        return model, lambda model: [model(x, src_key_padding_mask=hidden)[0]]
+
+    return made
+
+
+def torchaudio_padded(lengths=(21, 13, 5), **options):
+    model = torchaudio_conformer(**options)
+    x = torch.randn(len(lengths), max(lengths), WIDTH, generator=numbers(1))
+    return model, lambda model: [model(x, torch.tensor(lengths))[0]]
+
+
 def call(name, net, x, lengths):
     if name in ("torchaudio", "espnet"):
         return net(x, lengths)[0]
@@ -780,6 +798,7 @@ FAMILIES = {
     "nemo striding": nemo_striding,
     "nemo transformer": nemo_transformer(),
     "nemo transformer, causal": nemo_transformer(attn_mode="causal", qk_norm=True, qkv_bias=True),
+    "speechbrain transformer": speechbrain_transformer(),
     "nemo joint": nemo_joint(),
     "fireredasr": firered(),
     "funasr": funasr(),

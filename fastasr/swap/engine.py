@@ -391,7 +391,7 @@ def _plan(
         fits = decision.apply or decision.unknown_source
         if rule is not None and fits and binding.bound_forward(module) is None:
             if rule.companion and rule not in companions:
-                decision = Decision(rule, False, "no module of this model is of a known family")
+                decision = Decision(rule, False, "no other module of this model is of a family with it")
             elif only is not None and not only(path, module):
                 decision = Decision(rule, False, "not selected by only=")
             elif exclude is not None and exclude(path, module):
@@ -473,11 +473,12 @@ def _full_name(function: Any) -> str:
 
 
 def _recognise(rule: Rule, module: nn.Module) -> Decision:
+    note = f"; {rule.note}" if rule.note else ""
     if rule.known is None:
         forward = upstream_class(module).forward
         if not forward.__module__.startswith("torch.nn."):
             return Decision(rule, False, f"{rule.class_name}.forward was replaced by {forward.__qualname__}")
-        return Decision(rule, True, "torch's own class")
+        return Decision(rule, True, f"torch's own class{note}")
     owner = upstream_class(module)
     try:
         value = fingerprint(rule.functions(module), owner)
@@ -486,7 +487,6 @@ def _recognise(rule: Rule, module: nn.Module) -> Decision:
     known = rule.known.get(value)
     if known is not None:
         reason = known.condition(module) if known.condition is not None else None
-        note = f"; {rule.note}" if rule.note else ""
         return Decision(rule, reason is None, reason or f"same source as {known.origin}{note}", known=known)
     if owner.__name__ != rule.class_name:
         changed = ", ".join(_overridden(owner, rule.class_name)) or "something its forward uses"

@@ -24,6 +24,7 @@ WHOLE = {
     "nemo conformer": (True, True),
     "nemo local": (True, True),
     "speechbrain conformer": (True, True),
+    "speechbrain transformer": (True, True),
     "fastspeech2 conformer": (True, True),
     "torchaudio conformer": (False, False),  # these read lengths on the host
     "espnet conformer": (False, False),

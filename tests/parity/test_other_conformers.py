@@ -20,6 +20,8 @@ _OF_TORCHAUDIO = {"ConvLayerBlock", "ConvolutionalPositionalEmbedding", "FeedFor
 REPLACED = {
     "nemo transformer": {"MultiHeadAttention", "FeedForward"},
     "nemo transformer, causal": {"MultiHeadAttention", "FeedForward"},
+    "torchaudio conformer": {"MultiheadAttention", "_ConvolutionModule", "_FeedForwardModule"},
+    "speechbrain transformer": {"MultiheadAttention", "PositionalwiseFeedForward"},
     "fireredasr": {"RelPosMultiHeadAttention", "ConformerConvolution", "ConformerFeedForward"},
     "gigaam": {
         "RelPositionMultiHeadAttention",
@@ -303,6 +305,18 @@ OTHERWISE["fireredasr"] = {
 }
 OTHERWISE["gigaam"] = {"a recording": families.gigaam("rel_pos", (61,))}  # without masks of pairs
 OTHERWISE["gigaam, rotary"] = {"a recording": families.gigaam("rotary", (61,))}
+OTHERWISE["torchaudio conformer"] = {
+    "two frames": lambda: families.torchaudio_padded((2,)),  # for the batch norm
+    "a recording without frames": lambda: families.torchaudio_padded((9, 0)),
+    "convolution first": lambda: families.torchaudio_padded(convolution_first=True),
+    "no dropout": lambda: families.torchaudio_padded(dropout=0.0),
+}
+OTHERWISE["speechbrain transformer"] = {
+    "a frame": families.speechbrain_transformer((1,)),
+    "no mask": families.speechbrain_transformer(masked=False),
+    "norms behind": families.speechbrain_transformer(normalize_before=False),
+    "no dropout": families.speechbrain_transformer(dropout=0.0),
+}
 OTHERWISE["owsm"] = {
     "norms": lambda: families.e_branchformer(**families.PLAIN_ATTENTION, qk_norm=True),
     "dropout": lambda: families.e_branchformer(**families.PLAIN_ATTENTION, attention_dropout_rate=0.2),

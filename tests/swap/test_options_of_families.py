@@ -45,6 +45,7 @@ OPTIONS = {
     "phi-4": ({"": "its attention does not hide padding, but adds 1 to scores"}, ()),
     "funasr": ({}, ()),
     "nemo transformer": ({"": PADDED}, POSITIONS),
+    "speechbrain transformer": ({"": PADDED}, ()),
     "owsm": ({"": "layer 0: its attention has no relative positions"}, ()),
     "espnet transformer": ({"": PADDED}, ()),
     "fireredasr": ({"layer_stack.0": None, "layer_stack.1": None}, POSITIONS),
@@ -54,12 +55,12 @@ OPTIONS = {
 }
 
 
-# Families of other options -> the layers that stay in float32: torch's attention reads the weight of its last layer.
+# Families of other options -> the layers that stay in float32
 IN_INT8 = {
     **{name: parts for name, (_, parts) in OPTIONS.items()},
     **dict.fromkeys(("zipformer", "e-branchformer", "emformer", "emformer rnn-t", "mega"), ()),
     **dict.fromkeys(("torchaudio wav2vec2", "torchaudio wav2vec2 large", "torchaudio wavlm"), ()),
-    **{f"{name} conformer": (*POSITIONS, "self_attn.out_proj") for name in families.MODELS},
+    **{f"{name} conformer": POSITIONS for name in families.MODELS},
 }
 
 

@@ -6,13 +6,14 @@ An attention runs upstream's code if the op cannot serve a call: if weights are 
 dropout is drawn as upstream draws it, or each sequence has its own position embeddings.
 """
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastasr import ops
+from fastasr import _left, ops
 from fastasr._recording import has_values, recording
 from fastasr.models.common import activations, plumbing
 from fastasr.models.common.attention_dropout import as_upstream, dropout_of
@@ -22,7 +23,7 @@ from fastasr.models.common.ragged import Packing
 from fastasr.models.common.row import Row
 from fastasr.models.fast_conformer import masks
 from fastasr.models.fast_conformer.attention import first_rows, projected
-from fastasr.models.fast_conformer.masks import OTHER, seen
+from fastasr.models.fast_conformer.masks import OTHER, OTHER_KEYS, seen
 from fastasr.ops._relative_positions import relative_shift
 from fastasr.swap.rule import Upstream
 
@@ -37,6 +38,14 @@ def is_part(part: torch.nn.Module, owner: Upstream) -> bool:
 def drops(module: Upstream, x: Tensor, fits: bool = True, reason: str = OTHER) -> dict[str, Any] | None:
     """Does as ``dropout_of`` for the module's own dropout, with ``reason`` unless the call ``fits``."""
     return dropout_of(module, share_of_dropout(module), x.device, None if fits else reason)
+
+
+def has_other_keys(module: Upstream, query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Says whether the keys are not the queries, as in a decoder, whose calls stay upstream's. It notes so."""
+    others = query is not key or key is not value
+    if others:
+        _left.note(module, OTHER_KEYS, level=logging.INFO)
+    return others
 
 
 def share_of_dropout(module: Upstream) -> float | None:

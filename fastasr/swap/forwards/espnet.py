@@ -2,7 +2,6 @@
 """ESPnet's attention without positions, and modules of ESPnet's and torchaudio's Conformers, which do not mask
 padding."""
 
-import logging
 from typing import Any
 
 import torch
@@ -14,8 +13,8 @@ from fastasr.models.common.attention_dropout import dropout_of
 from fastasr.models.common.plain import is_plain
 from fastasr.models.e_branchformer.attention import masks, normed, projections
 from fastasr.models.fast_conformer.convolution import gated_convolution
-from fastasr.models.fast_conformer.masks import OTHER, OTHER_KEYS
-from fastasr.swap.forwards.common import channels_first, dropped, in_sequence, in_sequential
+from fastasr.models.fast_conformer.masks import OTHER
+from fastasr.swap.forwards.common import channels_first, dropped, has_other_keys, in_sequence, in_sequential
 from fastasr.swap.rule import Upstream
 
 
@@ -25,11 +24,8 @@ def espnet_attention(
     """Serves ESPnet's attention without positions: query, which is key and value, (B, T, width), mask (B or 1, 1 or T,
     T), 0 at hidden keys, or None -> (B, T, width). A decoder's cross-attention, and its steps with a cache, run
     upstream's code."""
-    dropout = None
-    if query is not key or key is not value:
-        _left.note(self, OTHER_KEYS, level=logging.INFO)  # A decoder asks for it.
-    else:
-        dropout = _dropout_of_weights(self, query, mask, expand_kv)
+    others = has_other_keys(self, query, key, value)
+    dropout = None if others else _dropout_of_weights(self, query, mask, expand_kv)
     if dropout is None:
         y: Tensor = type(self).forward(self, query, key, value, mask, expand_kv)
         return y

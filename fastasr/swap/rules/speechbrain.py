@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules for SpeechBrain's Conformer (speechbrain/lobes/models/transformer/Conformer.py)."""
+"""Rules for SpeechBrain's Conformer and Transformer (speechbrain/lobes/models/transformer)."""
+
+from dataclasses import replace
 
 from torch import nn
 
 from fastasr.swap.forwards import speechbrain as models
-from fastasr.swap.rule import Known, Upstream, check_parts, check_sequence, unread_child
+from fastasr.swap.forwards import torch_attention
+from fastasr.swap.rule import Known, Upstream, check_parts, check_sequence, holds, unread_child
 from fastasr.swap.rules.conformer import attention_rule, feed_forward_rule, norm_convolution_rule
 
 _SPEECHBRAIN = Known("speechbrain 1.1.2")
@@ -47,6 +50,15 @@ ATTENTION = attention_rule(
     note="the weights are not returned; in training the kernel draws their dropout itself, see upstream_draws",
 )
 
+PLAIN_ATTENTION = replace(
+    ATTENTION,
+    name="speechbrain.attention",
+    class_name="MultiheadAttention",
+    forward=torch_attention.speechbrain_attention,
+    structure=holds("att"),
+    known={"7b79db780ac16915152a74ca": _SPEECHBRAIN},
+)
+
 CONVOLUTION = norm_convolution_rule(
     name="speechbrain.convolution",
     class_name="ConvolutionModule",
@@ -63,4 +75,4 @@ FEED_FORWARD = feed_forward_rule(
     known={"4d170277bea5bfc5641e7f74": _SPEECHBRAIN},
 )
 
-RULES = (ATTENTION, CONVOLUTION, FEED_FORWARD)
+RULES = (ATTENTION, PLAIN_ATTENTION, CONVOLUTION, FEED_FORWARD)

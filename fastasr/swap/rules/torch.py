@@ -4,7 +4,15 @@
 import torch
 
 from fastasr.models.common.linear import Linear
-from fastasr.swap.rule import Rule, Upstream, check_children, check_parameters, upstream_class
+from fastasr.swap.forwards import torch_attention
+from fastasr.swap.rule import (
+    Rule,
+    Upstream,
+    check_child_names,
+    check_children,
+    check_parameters,
+    upstream_class,
+)
 
 
 def _linear_structure(module: Upstream) -> str | None:
@@ -25,6 +33,30 @@ LINEAR = Rule(
     kernels=("linear",),
     structure=_linear_structure,
     companion=True,
+)
+
+
+def _attention_structure(module: Upstream) -> str | None:
+    if upstream_class(module) is not torch.nn.MultiheadAttention:
+        return "is a subclass of torch.nn.MultiheadAttention"
+    width = module.embed_dim
+    shapes: dict[str, tuple[int, ...]] = {"in_proj_weight": (3 * width, width), "in_proj_bias": (3 * width,)}
+    unset = [f"{name}_proj_weight" for name in "qkv"]
+    reason = torch_attention.why_not(module) or check_child_names(module, ("out_proj",))
+    return reason or check_parameters(
+        module, shapes | dict.fromkeys(unset, ()), optional=("in_proj_bias", *unset)
+    )
+
+
+# For the families that list it: others call it for its weights, or read its parameters.
+ATTENTION = Rule(
+    name="torch.multihead_attention",
+    class_name="MultiheadAttention",
+    forward=torch_attention.multihead_attention,
+    kernels=("linear", "rel_attention"),
+    structure=_attention_structure,
+    companion=True,
+    note="in training the kernel draws the dropout of the weights itself, see upstream_draws",
 )
 
 RULES = (LINEAR,)

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules for torchaudio's Conformer (torchaudio/models/conformer.py). Its attention is torch's own."""
+"""Rules for torchaudio's Conformer (torchaudio/models/conformer.py), whose attention is torch's own."""
 
 import torch
 
 from fastasr.swap.forwards import espnet as models
 from fastasr.swap.rule import Known, Upstream, check_parts, check_sequence
 from fastasr.swap.rules.conformer import convolution_rule, feed_forward_rule
+from fastasr.swap.rules.torch import ATTENTION
 
 _TORCHAUDIO = Known("torchaudio 2.11")
 _NN = torch.nn
@@ -50,4 +51,4 @@ FEED_FORWARD = feed_forward_rule(
     known={"3dcdc142e81cadddd1921a11": _TORCHAUDIO},
 )
 
-RULES = (CONVOLUTION, FEED_FORWARD)
+RULES = (CONVOLUTION, FEED_FORWARD, ATTENTION)
