@@ -91,6 +91,22 @@ def speech2text(lengths=(43, 30, 9), masked=True, **options):
     return made
 
 
+def speecht5(lengths=(21, 13, 5), masked=True, **options):
+    """SpeechT5's encoder behind its front end. Recordings of more than 8 frames have clamped positions."""
+
+    def made():
+        sizes = {"hidden_size": WIDTH, "encoder_layers": 2, "encoder_attention_heads": HEADS}
+        sizes |= {"encoder_ffn_dim": HIDDEN, "encoder_max_relative_position": 8, "encoder_layerdrop": 0.0}
+        sizes |= {"num_conv_pos_embedding_groups": 2, "attention_dropout": 0.0}
+        names = "speecht5", "SpeechT5Encoder", "SpeechT5Config"
+        model = transformers_encoder(*names, sizes, **{"implementation": "eager"} | options)
+        x = torch.randn(len(lengths), max(lengths), WIDTH, generator=numbers(1))
+        mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None] if masked else None
+        return model, lambda model: [model(x, attention_mask=mask).last_hidden_state]
+
+    return made
+
+
 _WAV2VEC2 = {
     "hidden_size": WIDTH,
     "num_attention_heads": HEADS,

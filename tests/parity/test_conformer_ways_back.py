@@ -262,6 +262,23 @@ def of_the_attention(family, path, reason, **given):
     return beside(ours, theirs, run, f"{path}.forward", reason)
 
 
+def weights_of_speecht5():
+    reason = "attention weights are asked for"
+    return of_the_attention("speecht5", "layers.0.attention", reason, output_attentions=True)
+
+
+def bias_of_pairs_of_speecht5():
+    """It is not of offsets."""
+    bias = torch.linspace(-1, 1, 81 * WIDTH // 2).sin().view(9, 9, -1)
+    return of_the_attention("speecht5", "layers.0.attention", REL_ATTENTION, position_bias=bias)
+
+
+def training_of_speecht5():
+    ours, theirs, run = copies("speecht5")
+    reason = "the table of positions has gradients"
+    return beside(ours, theirs, run, "layers.0.attention.forward", reason, gradients=True, level=logging.INFO)
+
+
 def weights_of_whisper():
     reason = "attention weights are asked for"
     return of_the_attention("whisper", "layers.0.self_attn", reason, output_attentions=True)
@@ -337,6 +354,9 @@ OTHERS = (
     mask_of_gemma4,
     bias_of_pairs_of_wavlm,
     weights_of_whisper,
+    weights_of_speecht5,
+    bias_of_pairs_of_speecht5,
+    training_of_speecht5,
     other_keys_of_wav2vec2,
     mask_of_openai_whisper,
     bias_of_pairs_of_torchaudio,

@@ -87,6 +87,7 @@ REPLACED = {
     },
     "audio flamingo 3": {"AudioFlamingo3Attention", "AudioFlamingo3EncoderLayer"},
     "speech2text": {"Speech2TextAttention", "Speech2TextEncoderLayer"},
+    "speecht5": {"SpeechT5Attention", "SpeechT5FeedForward"},
     "openai whisper": {"ResidualAttentionBlock"},
     **{
         family: {f"{name}{part}" for name in names for part in ("Attention", "FeedForward", _POSITIONS)}
@@ -182,6 +183,15 @@ OTHERWISE["speech2text"] = {
     "dropout": families.speech2text(attention_dropout=0.1),
     "layers left out": families.speech2text(encoder_layers=3, encoder_layerdrop=0.5),
     "other activations": families.speech2text(activation_function="gelu_new"),
+}
+OTHERWISE["speecht5"] = {
+    "a frame": families.speecht5((1,)),
+    "no mask": families.speecht5(masked=False),
+    "a recording without frames": families.speecht5((9, 0)),
+    "a long recording": families.speecht5((90, 74)),
+    "dropout": families.speecht5(attention_dropout=0.1),
+    "layers left out": families.speecht5(encoder_layers=4, encoder_layerdrop=0.5),
+    "other activations": families.speecht5(hidden_act="gelu_new"),
 }
 OTHERWISE["openai whisper"] = {
     "a frame": families.openai_whisper(frames=2),

@@ -31,6 +31,7 @@ OPTIONS = {
     "openai whisper": ({"": NO_LENGTHS}, ()),
     "audio flamingo 3": ({"": PADDED}, ()),
     "speech2text": ({"": PADDED}, ()),
+    "speecht5": ({}, ()),
     "wav2vec2": (PACKED, ()),
     "wav2vec2 large": (PACKED, ()),
     "omniasr": (PACKED, ()),

@@ -24,7 +24,7 @@ READ_BY_UPSTREAM = {  # Upstream's own code reads values of tensors, or deep cop
     "mimi", "parakeet rnn-t",
     "parakeet tdt", "phi-4", "seamless m4t", "torchaudio conformer", "w2v-bert", "wav2vec2", "wav2vec2 large",
     "wav2vec2's copies", "zipformer", "zipformer recogniser", "zipformer, ragged",
-    "owsm", "qwen2.5-omni", "qwen3-asr", "qwen3-omni",
+    "owsm", "qwen2.5-omni", "qwen3-asr", "qwen3-omni", "speecht5",
 }  # fmt: skip
 # float32 through a whole model; a tangent that is lost is off by its own size
 TOLERANCE = 1e-3

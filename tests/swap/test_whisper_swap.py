@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole models of transformers around Whisper's, Speech2Text's and wav2vec 2.0's encoders: the decoder's attention
-stays upstream's, ``generate`` gives the same tokens, and outputs are what was asked for."""
+"""Whole models of transformers around the encoders of Whisper, Speech2Text, SpeechT5 and wav2vec 2.0: the decoder's
+attention stays upstream's, ``generate`` gives the same tokens, and outputs are what was asked for."""
 
 import copy
 
@@ -62,6 +62,36 @@ def test_generate(make, name):
     assert tokens[0].shape[1] > 8
     assert torch.equal(*tokens)
     assert not fastasr.why(ours).to_dict()
+
+
+def test_speecht5():
+    """Its decoder has the encoder's feed-forward. In training the table of positions learns from upstream's code."""
+    seeded("speecht5")
+    sizes = {"hidden_size": 16, "vocab_size": 23, "encoder_max_relative_position": 4, "mask_time_prob": 0.0}
+    for part in ("encoder", "decoder"):
+        sizes |= {f"{part}_layers": 2, f"{part}_attention_heads": 2, f"{part}_ffn_dim": 32}
+    sizes |= {"conv_dim": (4, 6), "conv_kernel": (4, 2), "conv_stride": (2, 2), "num_conv_pos_embeddings": 4}
+    sizes |= {"num_conv_pos_embedding_groups": 2, "feat_extract_norm": "layer", "max_speech_positions": 60}
+    theirs, ours, report = copies(transformers.SpeechT5ForSpeechToText(transformers.SpeechT5Config(**sizes)))
+    skipped = [row.reason for row in report.skipped if row.class_name == "SpeechT5Attention"]
+    assert skipped == ["is part of a decoder"] * 4
+    assert sum(row.class_name == "SpeechT5FeedForward" for row in report.replaced) == 4
+    inputs = {"input_values": torch.randn(2, 160, generator=numbers(2)).double()}
+    inputs["attention_mask"] = (torch.arange(160) < torch.tensor([[160], [90]])).long()
+    with torch.no_grad():
+        states = [model.speecht5.encoder(**inputs).last_hidden_state for model in (ours, theirs)]
+        close(*states, 1e-10)
+        tokens = [model.generate(**inputs, max_new_tokens=9, min_new_tokens=9) for model in (ours, theirs)]
+        assert torch.equal(*tokens)
+        assert not fastasr.why(ours).to_dict()
+        given = {"decoder_input_ids": torch.tensor([[1, 5], [1, 7]]), "output_attentions": True}
+        found, expected = (model(**inputs, **given).encoder_attentions for model in (ours, theirs))
+    for a, b in zip(found, expected, strict=True):
+        close(a, b, 1e-10)
+    labels = torch.tensor([[5, 6], [7, 2]])
+    run = lambda model: [model(**inputs, labels=labels).loss]  # noqa: E731
+    with fastasr.upstream_draws():
+        same(*(outcome(model, run, True) for model in (ours, theirs)), 1e-10, share=1.0)
 
 
 def wav2vec2(**options):

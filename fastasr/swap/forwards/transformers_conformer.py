@@ -118,8 +118,8 @@ def hidden_keys(
     upstream's code serves the call. ``fits``: whether the positions are served. ``share``: of the weights that are
     dropped, the module's own dropout unless given. ``zeros``: whether upstream's "sdpa" gives 0 where a query sees no
     key, as the op does. ``window``: as of ``masks.seen``."""
-    (batch, frames), config = x.shape[:2], module.config
-    implementation = config._attn_implementation
+    (batch, frames), config = x.shape[:2], getattr(module, "config", None)
+    implementation = getattr(config, "_attn_implementation", "eager")  # SpeechT5's alone
     if implementation == "eager" and is_watched(module):
         _left.note(module, WATCHED)
         return None
