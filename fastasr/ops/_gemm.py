@@ -38,7 +38,7 @@ from fastasr.ops._dispatch import why_not_cpu
 _log = logging.getLogger("fastasr")
 _MARGIN = 0.97
 _MARGIN_UNDER_LOAD = 0.9
-_REVISION = 9  # It rises with fastasr's product, measurement and file; choices of others are not read.
+_REVISION = 10  # It rises with fastasr's product, measurement and file; choices of others are not read.
 _PAIRS = 8  # At most this many pairs of rounds are timed, and after the first only while all take less than _SHORT_S.
 _SHORT_S = 0.05  # A measurement under load may take twice as long.
 _BUDGET_S = 0.5
@@ -296,7 +296,7 @@ def _timed(product: str, operation: str, operands: tuple) -> float:
 def _measure(operation: str, operands: tuple, own: str) -> tuple[str, bool]:
     """Returns the product to take, torch's or ``own``, and whether others kept the machine busy meanwhile."""
     load = processor.Load(torch.get_num_threads())
-    # The first run packs and allocates. It is all that a product gets which takes longer than the budget.
+    # The first run packs and allocates. It is all that torch's product gets if it takes longer than the budget.
     first = [_timed(product, operation, operands) for product in ("torch", own)]
     load.look()
     theirs: list[float] = []
@@ -312,7 +312,9 @@ def _measure(operation: str, operands: tuple, own: str) -> tuple[str, bool]:
             (theirs if product == "torch" else ours).append(_timed(product, operation, operands))
             load.look()
     if once := not theirs:
-        theirs, ours = first[:1], first[1:]
+        # torch writes every large result to fresh memory, whose page faults take time; fastasr does so only at first.
+        theirs, ours = first[:1], [_timed(own, operation, operands)]
+        load.look()
     busy = load.is_high(theirs, ours)
     margin = _MARGIN_UNDER_LOAD if busy or once else _MARGIN
     # Other processes disturb the shortest times least. The median of rounds shows if only one was lucky.
@@ -375,12 +377,8 @@ def is_torch(key: tuple, *operands: Any) -> bool | None:
 
 
 def beats_torch(key: tuple, *operands: Any) -> bool:
-    """Says whether fastasr's product serves such calls, chosen now if it has not been. Its first run writes to fresh
-    memory, which takes far longer, and of a long product it may be the only one that is timed: so it runs once before.
-    """
+    """Says whether fastasr's product serves such calls of a layer, chosen now if it has not been."""
     with torch.no_grad():
-        if is_torch(key) is None:
-            _PRODUCTS["native"][key[0]](*operands)
         return not is_torch(key, *operands)
 
 
