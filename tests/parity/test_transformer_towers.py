@@ -12,6 +12,7 @@ from steps import close, moved, seeded
 
 import fastasr
 from fastasr import ops
+from fastasr.ops import _gemm
 
 transformers = pytest.importorskip("transformers")
 
@@ -54,6 +55,28 @@ def test_a_row_without_a_kernel():
         patch.setattr(torch, "softmax", lambda x, *args: shapes.append(x.shape[-1]) or softmax(x, *args))
         close(run(model)[0], expected, 1e-5)
     assert max(shapes) == 26
+
+
+@pytest.mark.skipif(bool(_gemm.why_not()), reason=str(_gemm.why_not()))
+@pytest.mark.parametrize("name", ["Qwen3ASR", "Qwen3OmniMoeAudio"])
+def test_the_front_end_is_products(name, monkeypatch):
+    monkeypatch.setenv("FASTASR_GEMM", "native")
+    monkeypatch.setattr(_gemm, "_choices", {})
+    monkeypatch.setattr(_gemm, "SMALL", 0)
+    seeded("front end")
+    model, run = families.qwen_audio(name, downsample_hidden_size=24)()
+    model.pooling = torch.nn.Conv2d(24, 24, 3)
+    ours, theirs, report = pair(model)
+    (left,) = (row for row in report.skipped if row.class_name == "Conv2d")
+    assert (left.path, left.reason) == ("pooling", "is no convolution of an audio tower's front end")
+    grad, found = torch.randn(run(theirs)[0].shape), []
+    for one in (theirs, ours):
+        y = run(one)[0]
+        parameters = [p for name, p in one.named_parameters() if name.startswith("conv")]
+        found.append([y, *torch.autograd.grad(y, parameters, grad)])
+        monkeypatch.setattr(torch.nn.functional, "conv2d", None)  # torch computes none of ours
+    for a, b in zip(*found, strict=True):
+        close(a, b, 1e-5)
 
 
 def pair(model):
