@@ -65,17 +65,20 @@ REPLACED = {
     "wavlm large": {
         f"WavLM{part}" for part in ("Attention", "FeedForward", "EncoderStableLayerNorm", _POSITIONS)
     },
-    "whisper": {"WhisperAttention", "WhisperEncoderLayer"},
+    "whisper": {"WhisperAttention", "WhisperEncoderLayer", "Conv1d"},
     "whisper's copies": {
-        f"{name}{part}"
-        for name, layer in (
-            ("Qwen2Audio", "EncoderLayer"),
-            ("Voxtral", "EncoderLayer"),
-            ("MossTranscribeDiarizeAudio", "Layer"),
-        )
-        for part in ("Attention", layer)
+        "Conv1d",
+        *(
+            f"{name}{part}"
+            for name, layer in (
+                ("Qwen2Audio", "EncoderLayer"),
+                ("Voxtral", "EncoderLayer"),
+                ("MossTranscribeDiarizeAudio", "Layer"),
+            )
+            for part in ("Attention", layer)
+        ),
     },
-    "audio flamingo 3": {"AudioFlamingo3Attention", "AudioFlamingo3EncoderLayer"},
+    "audio flamingo 3": {"AudioFlamingo3Attention", "AudioFlamingo3EncoderLayer", "Conv1d"},
     "openai whisper": {"ResidualAttentionBlock"},
     **{
         family: {f"{name}{part}" for name in names for part in ("Attention", "FeedForward", _POSITIONS)}
@@ -101,10 +104,10 @@ REPLACED = {
     "torchaudio wav2vec2 large": {*_OF_TORCHAUDIO, "SelfAttention"},
     "torchaudio wavlm": {*_OF_TORCHAUDIO, "WavLMSelfAttention", "Transformer"},
     "qwen3-asr": {"Qwen3ASRAudioAttention", "Qwen3ASRAudioEncoderLayer", "Conv2d"},
-    "qwen2.5-omni": {"Qwen2_5OmniAudioAttention", "Qwen2_5OmniAudioEncoderLayer"},
+    "qwen2.5-omni": {"Qwen2_5OmniAudioAttention", "Qwen2_5OmniAudioEncoderLayer", "Conv1d"},
     "qwen3-omni": {"Qwen3OmniMoeAudioAttention", "Qwen3OmniMoeAudioEncoderLayer", "Conv2d"},
-    "glm-asr": {"GlmAsrAttention", "GlmAsrMLP"},
-    "moonshine": {"MoonshineAttention", "MoonshineEncoderMLP"},
+    "glm-asr": {"GlmAsrAttention", "GlmAsrMLP", "Conv1d"},
+    "moonshine": {"MoonshineAttention", "MoonshineEncoderMLP", "Conv1d"},
     "moonshine streaming": {"MoonshineStreamingEncoderAttention", "MoonshineStreamingEncoderMLP"},
     "voxtral realtime": {f"VoxtralRealtime{part}" for part in ("Attention", "MLP", "EncoderLayer")},
     "gemma 4": {

@@ -68,7 +68,7 @@ def test_the_front_end_is_products(name, monkeypatch):
     model.pooling = torch.nn.Conv2d(24, 24, 3)
     ours, theirs, report = pair(model)
     (left,) = (row for row in report.skipped if row.class_name == "Conv2d")
-    assert (left.path, left.reason) == ("pooling", "is no convolution of an audio tower's front end")
+    assert (left.path, left.reason) == ("pooling", "is no convolution of a front end that fastasr knows")
     grad, found = torch.randn(run(theirs)[0].shape), []
     for one in (theirs, ours):
         y = run(one)[0]

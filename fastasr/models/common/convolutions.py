@@ -68,19 +68,24 @@ def _convolution(relu: bool, conv: Any, x: Tensor) -> Tensor:
 def over_time(conv: torch.nn.Module, x: Tensor) -> Tensor:
     """Returns ``conv(x)`` for a convolution of x (B, channels, T), with channels last in memory if it is ours."""
     if plumbing.is_conv1d(conv):
-        padding: Any = conv.padding[0]
-        operands = (
-            x,
-            conv.weight,
-            conv.bias,
-            conv.stride[0],
-            padding,
-        )  # weight norm computes a weight at each reading
-        if _conv1d.serves(*operands, conv.groups) and _conv1d.is_faster(*operands, conv.groups):
-            return _conv1d.convolution(*operands, conv.groups)
-        return F.conv1d(*operands, groups=conv.groups)
+        return conv1d(conv, x)
     y: Tensor = conv(x)
     return y
+
+
+# What is bound to convolutions that upstream's code calls
+def conv1d(self: Any, input: Tensor) -> Tensor:
+    """(B, channels, T) -> (B, channels', T'), with channels last in memory if it is ours."""
+    weight, bias = self.weight, self.bias  # weight norm computes a weight at each reading
+    operands = input, weight, bias, self.stride[0], self.padding[0]
+    if _conv1d.serves(*operands, self.groups) and _conv1d.is_faster(*operands, self.groups):
+        return _conv1d.convolution(*operands, self.groups)
+    return F.conv1d(*operands, groups=self.groups)
+
+
+def conv2d(self: Any, input: Tensor) -> Tensor:
+    """(B, channels, T, F) -> (B, channels', T', F'), in the same way."""
+    return _convolution(False, self, input)
 
 
 def frames(x: Tensor) -> Tensor:

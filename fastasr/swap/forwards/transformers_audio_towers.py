@@ -15,7 +15,6 @@ from torch import Tensor
 from fastasr import _left, ops
 from fastasr.models.common import activations, plumbing
 from fastasr.models.common.attention_dropout import dropout_of
-from fastasr.models.common.convolutions import convolved
 from fastasr.models.fast_conformer import masks
 from fastasr.models.fast_conformer.attention import STANDARD
 from fastasr.ops import _dispatch
@@ -52,12 +51,6 @@ def row_layer(self: Upstream, hidden_states: Tensor, cu_seqlens: Tensor, **kwarg
     normed = self.self_attn_layer_norm(hidden_states)
     x = hidden_states + self.self_attn(hidden_states=normed, cu_seqlens=cu_seqlens, **kwargs)
     return (with_feed_forward(self, x),)
-
-
-def convolution(self: Upstream, input: Tensor) -> Tensor:
-    """Serves the convolutions before those layers: maps (B, channels, mel bins, T) -> (B, channels', mel bins', T'),
-    with channels last in memory if they are products."""
-    return convolved((self,), input)
 
 
 # --------------------------------------------------------------------------- batches

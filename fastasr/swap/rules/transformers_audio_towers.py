@@ -3,10 +3,10 @@
 
 from collections.abc import Callable
 
-from fastasr.models.common import plumbing
 from fastasr.swap.forwards import transformers_audio_towers as models
 from fastasr.swap.rule import Known, Rule, Upstream, check_parts, holds
 from fastasr.swap.rules.conformer import attention_rule, feed_forward_rule
+from fastasr.swap.rules.torch import convolution_rule
 from fastasr.swap.rules.transformers_conformer import NOTE
 from fastasr.swap.rules.transformers_parakeet import ACTIVATIONS, CAPTURING
 
@@ -55,23 +55,16 @@ def _row_rules(name: str, attention: str, layer: str) -> tuple[Rule, ...]:
     )
 
 
-def _front_end_structure(module: Upstream) -> str | None:
-    # Vision towers and vocoders of the same models have other convolutions, whose callers may need channels first.
-    if (module.kernel_size, module.stride, module.padding) != ((3, 3), (2, 2), (1, 1)):
-        return "is no convolution of an audio tower's front end"
-    return (
-        None
-        if plumbing.is_dense_conv2d(module)
-        else "is no plain torch.nn.Conv2d in one group without dilation"
-    )
-
-
-_FRONT_END = Rule(
-    name="transformers.qwen_audio_convolution",
-    class_name="Conv2d",
-    forward=models.convolution,
-    structure=_front_end_structure,
-    companion=True,
+# --------------------------------------------------------------------------- front ends
+_FRONT_ENDS = (
+    convolution_rule("transformers.qwen_audio_convolution", ((3, 3), (2, 2), (1, 1))),
+    convolution_rule(
+        "transformers.audio_convolution",
+        ((3,), (2,), (1,)),  # Qwen2.5-Omni, GLM-ASR
+        ((127,), (64,), (0,)),  # Moonshine, as the next ones
+        ((7,), (3,), (0,)),
+        ((3,), (2,), (0,)),
+    ),
 )
 
 
@@ -141,7 +134,7 @@ VOXTRAL_REALTIME = (
 
 RULES = (
     *(rule for name, prints in _ROWS.items() for rule in _row_rules(name, *prints)),
-    _FRONT_END,
+    *_FRONT_ENDS,
     _attention("glmasr", "GlmAsrAttention", "1a3ff53cc0947666600f413c"),
     _mlp("glmasr", "GlmAsrMLP", "act_fn", "39c928dd7d2e46151a8d18f9"),
     _attention("moonshine", "MoonshineAttention", "bd382e5b4d70c3fb7d112b30", _moonshine_structure),
