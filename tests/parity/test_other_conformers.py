@@ -39,7 +39,7 @@ REPLACED = {
     },
     "fun-asr-nano": {"FunAsrNanoAttention", "FunAsrNanoFSMN", "FunAsrNanoMLP"},
     "funasr": {"MultiHeadedAttentionSANM", "PositionwiseFeedForward"},
-    "lasr": {"LasrEncoderAttention", "LasrEncoderFeedForward", "LasrEncoderConvolutionModule"},
+    "lasr": {"Conv1d", "LasrEncoderAttention", "LasrEncoderFeedForward", "LasrEncoderConvolutionModule"},
     **{
         family: {f"{name}Conformer{part}" for part in ("Attention", "ConvModule", "FeedForward")}
         for family, name in (
@@ -108,8 +108,12 @@ REPLACED = {
     "qwen3-omni": {"Qwen3OmniMoeAudioAttention", "Qwen3OmniMoeAudioEncoderLayer", "Conv2d"},
     "glm-asr": {"GlmAsrAttention", "GlmAsrMLP", "Conv1d"},
     "moonshine": {"MoonshineAttention", "MoonshineEncoderMLP", "Conv1d"},
-    "moonshine streaming": {"MoonshineStreamingEncoderAttention", "MoonshineStreamingEncoderMLP"},
-    "voxtral realtime": {f"VoxtralRealtime{part}" for part in ("Attention", "MLP", "EncoderLayer")},
+    "moonshine streaming": {
+        f"MoonshineStreaming{part}" for part in ("EncoderAttention", "EncoderMLP", "CausalConv1d")
+    },
+    "voxtral realtime": {
+        f"VoxtralRealtime{part}" for part in ("Attention", "MLP", "EncoderLayer", "CausalConv1d")
+    },
     "gemma 4": {
         "Gemma4ClippableLinear",
         "Gemma4AudioAttention",

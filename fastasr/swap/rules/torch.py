@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The rules for torch's own classes. They apply to a model in which a rule of a framework matched a module."""
 
+from collections.abc import Callable
+
 import torch
 
 from fastasr.models.common import convolutions, plumbing
@@ -29,28 +31,26 @@ LINEAR = Rule(
 )
 
 
-def convolution_rule(name: str, *sizes: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]) -> Rule:
-    """Returns the rule for convolutions in one group of these kernels, strides and paddings, which the forward of a
-    front end calls. Their results may have channels last in memory: other convolutions are left, because vocoders and
-    vision towers of the same models may need channels first."""
-    over_time = len(sizes[0][0]) == 1
-    kind = torch.nn.Conv1d if over_time else torch.nn.Conv2d
-
+def _convolution(kind: type[torch.nn.Module], is_plain: Callable, forward: Callable) -> Rule:
     def structure(module: Upstream) -> str | None:
-        if (module.kernel_size, module.stride, module.padding) not in sizes:
-            return "is no convolution of a front end that fastasr knows"
-        plain = plumbing.is_conv1d(module) if over_time else plumbing.is_dense_conv2d(module)
-        if not plain or module.groups > 1 or upstream_class(module) is not kind:
+        if upstream_class(module) is not kind or not is_plain(module) or module.groups > 1:
             return f"is no plain torch.nn.{kind.__name__} in one group without dilation"
+        overlap = module.kernel_size > module.stride or max(module.padding) > 0  # patches of images do not
+        if min(module.stride) == 1 or not overlap:
+            return "does not shorten its input as a front end does"
         return None
 
+    name = kind.__name__
     return Rule(
-        name=name,
-        class_name=kind.__name__,
-        forward=convolutions.conv1d if over_time else convolutions.conv2d,
-        structure=structure,
-        companion=True,
+        name=f"torch.{name.lower()}", class_name=name, forward=forward, structure=structure, companion=True
     )
 
+
+# For families whose forwards call the convolutions of a front end, and take maps with channels last in memory. Vocoders
+# and vision towers of the same models, which may not, have other convolutions.
+CONVOLUTIONS = (
+    _convolution(torch.nn.Conv1d, plumbing.is_conv1d, convolutions.conv1d),
+    _convolution(torch.nn.Conv2d, plumbing.is_dense_conv2d, convolutions.conv2d),
+)
 
 RULES = (LINEAR,)

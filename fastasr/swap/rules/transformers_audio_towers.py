@@ -6,7 +6,7 @@ from collections.abc import Callable
 from fastasr.swap.forwards import transformers_audio_towers as models
 from fastasr.swap.rule import Known, Rule, Upstream, check_parts, holds
 from fastasr.swap.rules.conformer import attention_rule, feed_forward_rule
-from fastasr.swap.rules.torch import convolution_rule
+from fastasr.swap.rules.torch import CONVOLUTIONS
 from fastasr.swap.rules.transformers_conformer import NOTE
 from fastasr.swap.rules.transformers_parakeet import ACTIVATIONS, CAPTURING
 
@@ -55,19 +55,6 @@ def _row_rules(name: str, attention: str, layer: str) -> tuple[Rule, ...]:
     )
 
 
-# --------------------------------------------------------------------------- front ends
-_FRONT_ENDS = (
-    convolution_rule("transformers.qwen_audio_convolution", ((3, 3), (2, 2), (1, 1))),
-    convolution_rule(
-        "transformers.audio_convolution",
-        ((3,), (2,), (1,)),  # Qwen2.5-Omni, GLM-ASR
-        ((127,), (64,), (0,)),  # Moonshine, as the next ones
-        ((7,), (3,), (0,)),
-        ((3,), (2,), (0,)),
-    ),
-)
-
-
 # --------------------------------------------------------------------------- batches
 def _moonshine_structure(module: Upstream) -> str | None:
     return "is causal: the decoder's" if module.is_causal else _attention_structure(module)
@@ -107,8 +94,29 @@ def _attention(
     )
 
 
+def _causal_structure(module: Upstream) -> str | None:
+    plain = (module.dilation, module.groups, module.padding) == ((1,), 1, (0,))
+    return None if plain else "has groups, dilation or padding of its own"
+
+
+def _causal(name: str, class_name: str, code: str, forward: Callable) -> Rule:
+    return Rule(
+        name=f"transformers.{name}_convolution",
+        class_name=class_name,
+        forward=forward,
+        structure=_causal_structure,
+        known={code: _READ},
+    )
+
+
 _VOXTRAL_NORM = "VoxtralRealtimeRMSNorm", {"e1a6b40fea5c2a1a0a564867"}
 VOXTRAL_REALTIME = (
+    _causal(
+        "voxtral_realtime",
+        "VoxtralRealtimeCausalConv1d",
+        "ff0388341fd76f61a1d3b2b5",
+        models.voxtral_realtime_convolution,
+    ),
     _attention("voxtral_realtime", "VoxtralRealtimeAttention", "458333df16ba3bba65a7f61e"),
     Rule(
         name="transformers.voxtral_realtime_feed_forward",
@@ -134,7 +142,6 @@ VOXTRAL_REALTIME = (
 
 RULES = (
     *(rule for name, prints in _ROWS.items() for rule in _row_rules(name, *prints)),
-    *_FRONT_ENDS,
     _attention("glmasr", "GlmAsrAttention", "1a3ff53cc0947666600f413c"),
     _mlp("glmasr", "GlmAsrMLP", "act_fn", "39c928dd7d2e46151a8d18f9"),
     _attention("moonshine", "MoonshineAttention", "bd382e5b4d70c3fb7d112b30", _moonshine_structure),
@@ -154,5 +161,12 @@ RULES = (
         "937cf49baf9eaca8b28a078b",
         forward=models.windowed_attention,
     ),
+    _causal(
+        "moonshine_streaming",
+        "MoonshineStreamingCausalConv1d",
+        "9ac26086d8ae11ed81be89fb",
+        models.moonshine_streaming_convolution,
+    ),
     _mlp("moonshine_streaming", "MoonshineStreamingEncoderMLP", "activation_fn", "23cfcc2a258bd67e10355e5c"),
+    *CONVOLUTIONS,
 )
