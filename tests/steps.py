@@ -59,6 +59,16 @@ def moved(model, scale, seed=None):
     return model
 
 
+def set_batch_count(model, count):
+    """Sets the batch count, and the modules' names, as icefall's train.py does. Returns the model."""
+    for name, module in model.named_modules():
+        if hasattr(module, "batch_count"):
+            module.batch_count = count
+        if hasattr(module, "name"):
+            module.name = name
+    return model
+
+
 def close(actual, expected, tolerance=2e-5, what="", least=1e-12):
     """Asserts that the largest difference is at most ``tolerance`` times the largest magnitude, or times ``least``."""
     assert actual.shape == expected.shape, what

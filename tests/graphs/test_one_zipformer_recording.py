@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 from recorded import lengths_on_a_row, on_rows, packed_frames, without_padding
-from steps import close, cotangent, moved, numbers, same_gradients, seeded
+from steps import close, cotangent, moved, numbers, same_gradients, seeded, set_batch_count
 
 import fastasr
 from fastasr.models.common import ragged
@@ -52,17 +52,9 @@ recorded = partial(on_rows, **ROOM, after=1)
 ROUNDED = 1e-6  # numbers of the host are float32 on the device
 
 
-def far(model, batch_count):
-    """Returns the model this far in its schedules."""
-    for module in model.modules():
-        if hasattr(module, "batch_count"):
-            module.batch_count = batch_count
-    return model
-
-
 def prepared(model, batch_count=20000.0):
     """Returns the model in float64, this far in its schedules and without random memory checks."""
-    for module in far(model, batch_count).modules():
+    for module in set_batch_count(model, batch_count).modules():
         if hasattr(module, "mem_cutoff"):
             module.mem_cutoff = lambda _: False
         if hasattr(module, "encoder_pos"):  # a row draws for the longest recording that it has room for
@@ -206,7 +198,7 @@ def test_the_first_batches_run_on_an_unrecorded_row():
     assert "skipped at random in the first batches" in kind.reason
     assert not graphs.graphs
     for each in (ours, theirs):
-        far(each, 4000.0)
+        set_batch_count(each, 4000.0)
     same_steps(ours, theirs, 4)
     assert (kind.reason, kind.recorded, kind.seen, kind.replayed) == (None, 1, 12, 4)
 

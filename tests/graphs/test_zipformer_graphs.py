@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 from recorded import graphed, reasons
+from steps import set_batch_count
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from fastasr.models.zipformer import Zipformer
@@ -23,9 +24,7 @@ SIZES = {
 
 
 def at(model, batch):
-    for m in model.modules():
-        if hasattr(m, "batch_count"):
-            m.batch_count = batch
+    for m in set_batch_count(model, batch).modules():
         if hasattr(m, "mem_cutoff"):
             m.mem_cutoff = lambda _: False
     return model

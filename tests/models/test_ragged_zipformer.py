@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 from ragged_cases import each_of
-from steps import as_on_cpu, close, moved, numbers, same_gradients, seeded
+from steps import as_on_cpu, close, moved, numbers, same_gradients, seeded, set_batch_count
 
 import fastasr
 from fastasr.models.common.ragged import Packing
@@ -43,10 +43,7 @@ causal_or_not = pytest.mark.parametrize("causal", [False, True])
 def encoder(causal=False, **options):
     seeded(0)
     chunks = {"causal": True, "chunk_size": (8,), "left_context_frames": (32,)} if causal else {}
-    model = Zipformer(**SIZES, **chunks, **options)
-    for module in model.modules():
-        if hasattr(module, "batch_count"):
-            module.batch_count = 20000.0
+    model = set_batch_count(Zipformer(**SIZES, **chunks, **options), 20000.0)
     return moved(model, 0.03).eval()
 
 

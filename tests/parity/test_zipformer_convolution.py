@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from steps import close, cotangent, same, step
+from steps import close, cotangent, same, set_batch_count, step
 from tiny_encoders import by_itself, swapped
 from torch.testing import assert_close
 
@@ -152,9 +152,7 @@ def test_with_gradients(convolved, taps, time, chunk_size, training, always):
     upstream = _module(taps=taps, causal=chunk_size is not None)
     if upstream.causal:
         torch.nn.init.normal_(upstream.depthwise_conv.chunkwise_conv_scale, std=0.3)
-    for module in upstream.modules():
-        if hasattr(module, "batch_count"):
-            module.batch_count = 20000.0
+    for module in set_batch_count(upstream, 20000.0).modules():
         if always and hasattr(module, "prob"):
             module._modules.pop("prob", None)  # a schedule
             module.prob = module.min_prob = module.max_prob = 1.0

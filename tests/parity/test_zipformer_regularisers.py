@@ -5,11 +5,10 @@ import random
 
 import pytest
 import torch
-from steps import draws, moved, numbers, seeded
+from steps import draws, moved, numbers, seeded, set_batch_count
 
 pytest.importorskip("zipformer", reason="upstream's package is not installed")
 
-import tiny_encoders as tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from zipformer.modules import scaling as theirs
@@ -113,7 +112,7 @@ def test_balancer(options, shift, scale, channel_dim):
         if "schedule" in arguments.values():
             arguments["min_abs"] = module.ScheduledFloat((0.0, 2.0), (100.0, 1.0))
         balancer = module.Balancer(6, channel_dim, **arguments)
-        return tiny.set_batch_count(balancer, 50.0)
+        return set_batch_count(balancer, 50.0)
 
     for seed in range(3):
         found, state = _gradient(build(ours), x, grad, seed)
@@ -180,7 +179,7 @@ def test_whiten_with_schedules():
     def build(module):
         limit = module.ScheduledFloat((0.0, 4.0), (20000.0, 8.0), default=4.0)
         scale = module.ScheduledFloat((0.0, 0.1), (20000.0, 0.2), default=0.1)
-        return tiny.set_batch_count(module.Whiten(1, limit, 1.0, scale), 10.0)
+        return set_batch_count(module.Whiten(1, limit, 1.0, scale), 10.0)
 
     mine, upstream = build(ours), build(theirs)
     for seed in range(3):

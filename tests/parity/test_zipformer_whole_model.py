@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from steps import close, draws, moved, same_tree, seeded
+from steps import close, draws, moved, same_tree, seeded, set_batch_count
 from upstream_precision import computing_in
 
 pytest.importorskip("zipformer", reason="upstream's package is not installed")
@@ -13,7 +13,6 @@ pytest.importorskip("zipformer", reason="upstream's package is not installed")
 import atdataset
 import numpy
 import tiny_asr
-import tiny_encoders as tiny
 from zipformer.modules import attention_decoder as their_attention
 from zipformer.modules import model as theirs
 from zipformer.modules.label_smoothing import LabelSmoothingLoss
@@ -39,7 +38,7 @@ def _twins(config, count=20000.0):
     their_model = moved(theirs.AsrModel(**config), 0.05, 3)
     our_model = recogniser.AsrModel(**config)
     our_model.load_state_dict(their_model.state_dict(), strict=True)
-    return [tiny.set_batch_count(m, count).train() for m in (our_model, their_model)]
+    return [set_batch_count(m, count).train() for m in (our_model, their_model)]
 
 
 @pytest.mark.parametrize("config", tiny_asr.CONFIGS.values(), ids=tiny_asr.CONFIGS)
