@@ -2,6 +2,7 @@
 """A training step of a module with its random draws, its kernels, and the comparison of two modules' steps."""
 
 import contextlib
+import copy
 import functools
 import random
 from collections import Counter
@@ -9,6 +10,7 @@ from collections import Counter
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import fastasr
 from fastasr.testing import seeds
 
 
@@ -67,6 +69,13 @@ def set_batch_count(model, count):
         if hasattr(module, "name"):
             module.name = name
     return model
+
+
+def swapped(model, **options):
+    """Returns a copy of the model, swapped."""
+    copied = copy.deepcopy(model)
+    fastasr.accelerate(copied, **options)
+    return copied
 
 
 def close(actual, expected, tolerance=2e-5, what="", least=1e-12):
@@ -128,6 +137,12 @@ def same(found, expected, tolerance, share=0.0):
         assert (found[name] is None) == (value is None), name
         if value is not None:
             close(found[name], value, tolerance, name, 1e-12 if name == "y" else max(1e-12, share * largest))
+
+
+def relative(found, exact):
+    """Returns the error's norm, relative to that of the exact values."""
+    exact = exact.double()
+    return ((found.double() - exact).norm() / exact.norm()).item()
 
 
 def same_gradients(found, expected, tolerance=1e-10):

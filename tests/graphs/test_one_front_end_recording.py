@@ -7,6 +7,7 @@ import random
 from functools import partial
 
 import pytest
+import tiny_zipformer
 import torch
 from recorded import lengths_on_a_row, on_rows
 from steps import close, cotangent, numbers, same_gradients, seeded
@@ -29,8 +30,6 @@ def front_end(kind="ours", batch_count=20000.0):
     if kind == "ours":
         return prepared(Conv2dSubsampling(*SIZES, dropout=0.5), batch_count)
     modules = pytest.importorskip("zipformer.modules.subsampling")
-    import tiny_zipformer
-
     with tiny_zipformer.plain_swoosh():
         return prepared(modules.Conv2dSubsampling(*SIZES, dropout=0.5), batch_count)
 
@@ -121,8 +120,6 @@ class Model(torch.nn.Module):
         cls = Zipformer
         if kind == "swapped":
             cls = pytest.importorskip("zipformer.modules.zipformer").Zipformer
-        import tiny_zipformer
-
         widths = {"encoder_dim": (12, 48), "encoder_unmasked_dim": (12, 32)}
         with tiny_zipformer.plain_swoosh():
             self.encoder = prepared(cls(**tiny_zipformer.TINY | widths))
@@ -259,12 +256,9 @@ def test_under_autocast(train):
         results = []
         for each, outputs in ((ours, on_the_row), (theirs, reference)):
             seeded(seed)
+            outputs = alone if each is theirs and not train else outputs
             with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(train):
-                if train:
-                    results.append(torch.cat(list(outputs(each, x.float(), lengths))).float())
-                else:
-                    outputs = alone if each is theirs else outputs
-                    results.append(torch.cat(list(outputs(each, x.float(), lengths))).float())
+                results.append(torch.cat(list(outputs(each, x.float(), lengths))).float())
         close(*results, 0.05)
     assert len(graphs.graphs) == 1
 

@@ -2,8 +2,6 @@
 """Conformers of ESPnet, NeMo, SpeechBrain, torchaudio and transformers: each swapped module has upstream's values,
 gradients and draws, in training and in eval, and a whole model has upstream's outputs."""
 
-import copy
-
 import pytest
 import torch
 from families import (
@@ -16,7 +14,7 @@ from families import (
     torchaudio_conformer,
     wav2vec2_conformer,
 )
-from steps import close, moved, same_step, seeded
+from steps import close, moved, same_step, seeded, swapped
 
 import fastasr
 from fastasr.swap import binding
@@ -49,9 +47,7 @@ def modules(net, name):
 
 def pair(name, training, **options):
     theirs = model(name, **options).train(training)
-    ours = copy.deepcopy(theirs)
-    fastasr.accelerate(ours)
-    return ours, theirs
+    return swapped(theirs), theirs
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])

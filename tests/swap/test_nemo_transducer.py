@@ -8,7 +8,7 @@ import random
 import nemo_encoder
 import pytest
 import torch
-from steps import close, moved, numbers, seeded
+from steps import close, moved, numbers, seeded, swapped
 
 import fastasr
 
@@ -146,8 +146,7 @@ def test_given_logits(made, kind, dtype):
 @pytest.mark.parametrize("keep", [False, True])
 def test_word_error_rate(made, keep):
     theirs, _ = made("rnnt")
-    ours = copy.deepcopy(theirs)
-    fastasr.accelerate(ours)
+    ours = swapped(theirs)
     call = batch() | {"compute_wer": True, "keep_hypotheses": keep}
     found, expected = (joint.train()(**call) for joint in (ours, theirs))
     close(found[0].detach(), expected[0].detach())
@@ -209,8 +208,7 @@ def test_fastemit(made):
 def test_dropout(made):
     """The kernel draws dropout itself; inside upstream_draws it is upstream's."""
     theirs, _ = made(dropout=0.5)
-    ours = copy.deepcopy(theirs)
-    fastasr.accelerate(ours)
+    ours = swapped(theirs)
     results = []
     for joint in (ours, theirs):
         with fastasr.upstream_draws():
@@ -248,8 +246,7 @@ def test_what_is_declined(made):
 @pytest.mark.parametrize("kind", LOSSES)
 def test_a_head_that_lost_its_bias(made, kind):
     theirs, _ = made(kind)
-    ours = copy.deepcopy(theirs)
-    fastasr.accelerate(ours)
+    ours = swapped(theirs)
     for joint in (ours, theirs):
         joint.joint_net[-1].bias = None
     (found, ours_grads), (expected, their_grads) = of(ours, batch()), of(theirs, batch())

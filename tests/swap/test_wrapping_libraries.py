@@ -9,7 +9,7 @@ import families
 import pytest
 import torch
 from families import FAMILIES
-from steps import close, seeded
+from steps import close, seeded, swapped
 
 import fastasr
 from fastasr.swap import binding
@@ -75,8 +75,7 @@ def test_parameters_that_are_offloaded(name, after):
 @pytest.mark.parametrize("keep", [False, True], ids=["taken off", "kept"])
 def test_a_wrapper_for_mixed_precision_comes_off(keep):
     theirs, run = families.make("parakeet")
-    ours = copy.deepcopy(theirs)
-    fastasr.accelerate(ours)
+    ours = swapped(theirs)
     bound = binding.bound_forward(ours)
     device = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
     model = device.prepare_model(ours)
