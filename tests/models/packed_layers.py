@@ -4,7 +4,7 @@
 import contextlib
 
 import torch
-from steps import seeded
+from steps import moved, seeded
 
 import fastasr
 from fastasr.models.zipformer import ZipformerEncoderLayer
@@ -30,13 +30,8 @@ def zipformer_layer(dim=20, kernel=7, causal=False, **changes):
         "value_head_dim": 5,
         "feedforward_dim": 24,
     }
-    layer = ZipformerEncoderLayer(
-        dim, pos_dim=8, cnn_module_kernel=kernel, causal=causal, **{**sizes, **changes}
-    ).eval()
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return layer
+    sizes |= {"pos_dim": 8, "cnn_module_kernel": kernel, "causal": causal, **changes}
+    return moved(ZipformerEncoderLayer(dim, **sizes), 0.1).eval()
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ import copy
 import pytest
 import torch
 from packed_layers import assert_near, check_declined, other_threads
-from steps import seeded
+from steps import moved, seeded
 
 import fastasr
 from fastasr.models import emformer
@@ -24,11 +24,7 @@ SIZES = {
 
 def _layer(dim=24, heads=3, ffn=70, **options):
     seeded(3)
-    layer = emformer.EmformerLayer(dim, heads, ffn, **(SIZES["memory"] | options)).eval()
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return layer
+    return moved(emformer.EmformerLayer(dim, heads, ffn, **(SIZES["memory"] | options)), 0.1).eval()
 
 
 def _segment(layer, streams=2, right=2, past=9, lengths=None):
