@@ -4,6 +4,7 @@ padding. In training a row with room for as many recordings as the batch has dra
 
 import copy
 import random
+import sys
 from functools import partial
 
 import pytest
@@ -169,8 +170,6 @@ def test_training_steps_that_no_row_holds():
 
 def test_every_decision(monkeypatch):
     """Layers are skipped, attention is constant and scores are penalised in some steps of one recording."""
-    import sys
-
     attention = sys.modules["fastasr.models.zipformer.attention"]
     monkeypatch.setattr(attention, "PENALISED_CALLS", 0.5)
     monkeypatch.setattr(attention, "SCORE_LIMIT", 0.1)
@@ -362,8 +361,6 @@ def test_chunks_as_of_each_recording_alone(window, way, train, monkeypatch):
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu), "cpu"])
 def test_without_decisions_as_in_float64_on_a_cpu(kind, train, device, monkeypatch):
-    import sys
-
     monkeypatch.setattr(sys.modules["fastasr.models.zipformer.attention"], "PENALISED_CALLS", 0.0)
     model = still(encoder(kind, 60000.0)).train(train)
     theirs = without_padding(copy.deepcopy(model))

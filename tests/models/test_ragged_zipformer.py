@@ -3,6 +3,7 @@
 
 import copy
 import random
+import sys
 
 import pytest
 import torch
@@ -220,8 +221,6 @@ def test_on_a_gpu(causal, monkeypatch):
 
 
 def test_long_recordings_without_weights_in_memory(monkeypatch):
-    import sys
-
     layers = sys.modules["fastasr.models.zipformer.layer"]
     monkeypatch.setattr(layers, "MOST_WEIGHT_BYTES", 0)
     monkeypatch.setattr(layers, "MOST_WEIGHT_BYTES_WITH_GRADIENTS", 0)

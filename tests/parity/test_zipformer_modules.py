@@ -12,7 +12,7 @@ pytest.importorskip("zipformer", reason="upstream's package is not installed")
 from zipformer.modules import scaling, subsampling, zipformer
 
 from fastasr import models
-from fastasr.models.zipformer import convnext
+from fastasr.models.zipformer import convnext, limit_param_value
 
 
 def _twins(name, arguments, options):
@@ -76,8 +76,6 @@ def test_defaults_of_our_constructors():
 
 
 def test_limits_that_exclude_every_value():
-    from fastasr.models.zipformer import limit_param_value
-
     with pytest.raises(ValueError, match="min must not exceed max"):
         limit_param_value(torch.ones(2), 1.0, 0.0, prob=1.0)
 
