@@ -15,10 +15,7 @@ SIZES = [(7, 16), (300, 48), (1, 32), (2100, 32)]  # frames and channels
 ON, OFF = torch.ones(1), torch.zeros(1)
 
 
-@pytest.fixture(autouse=True)
-def _triton():
-    with backend("triton"):
-        yield
+pytestmark = pytest.mark.usefixtures("by_triton")
 
 
 def table(rows):
