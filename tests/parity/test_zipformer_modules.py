@@ -86,8 +86,8 @@ def test_linear_is_torch_linear():
     same_step(ours, theirs, torch.randn(7, 3, 12), tolerance=3e-6)
 
 
-def _convnext(channels=8):
-    upstream = subsampling.ConvNeXt(channels)
+def _convnext():
+    upstream = subsampling.ConvNeXt(8)
     with torch.no_grad():
         # upstream starts it at a hundredth, which would hide its errors
         upstream.pointwise_conv2.weight.mul_(50)

@@ -152,10 +152,6 @@ def test_balancer_on_constant_channels():
     torch.testing.assert_close(found, expected)
 
 
-def _whitens(groups, limit, prob=1.0, grad_scale=0.1):
-    return [module.Whiten(groups, limit, prob, grad_scale) for module in (ours, theirs)]
-
-
 @pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize("limit", [1.0, 2.0, 50.0])
 @pytest.mark.parametrize("shape", [(40, 2, 12), (5, 2, 12)], ids=str)
@@ -163,7 +159,7 @@ def test_whiten(groups, limit, shape):
     generator = numbers(0)
     x = torch.randn(shape, generator=generator) + 2 * torch.randn(*shape[:2], 1, generator=generator) + 1.0
     grad = torch.randn(shape, generator=generator)
-    mine, upstream = _whitens(groups, limit, prob=(0.3, 1.0))
+    mine, upstream = (module.Whiten(groups, limit, (0.3, 1.0), 0.1) for module in (ours, theirs))
     for seed in range(4):
         found, state = _gradient(mine, x, grad, seed)
         expected, expected_state = _gradient(upstream, x, grad, seed)

@@ -39,17 +39,13 @@ def _odd():
     return zipformers.odd()
 
 
-def _wrapper(model, chunk_size, left, dtype=torch.float64):
+@torch.no_grad()
+def _reference(model, chunk_size, left, chunks):
+    """Returns outputs in float64 of a batch of streams, and their states."""
     encoder = copy.copy(model.encoder)
     encoder.chunk_size, encoder.left_context_frames = (chunk_size,), (left,)
-    return copy.deepcopy(StreamingEncoderWrapper(encoder, model.encoder_embed)).to(dtype)
-
-
-@torch.no_grad()
-def _reference(model, chunk_size, left, chunks, states=None):
-    """Returns outputs in float64 of a batch of streams, and their states."""
-    wrapper = _wrapper(model, chunk_size, left)
-    states = wrapper.get_init_states(len(chunks[0])) if states is None else states
+    wrapper = copy.deepcopy(StreamingEncoderWrapper(encoder, model.encoder_embed)).double()
+    states = wrapper.get_init_states(len(chunks[0]))
     states = [state.double() if state.is_floating_point() else state for state in states]
     outputs = []
     for x in chunks:
