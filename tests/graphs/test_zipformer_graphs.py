@@ -171,11 +171,9 @@ def test_inference():
     assert not reasons(graphs)
 
 
-def front_end(batch, train=True):
+def front_end(batch):
     torch.manual_seed(0)
-    return at(Conv2dSubsampling(80, 24, dropout=ScheduledFloat((0.0, 0.3), (20000.0, 0.1))), batch).train(
-        train
-    )
+    return at(Conv2dSubsampling(80, 24, dropout=ScheduledFloat((0.0, 0.3), (20000.0, 0.1))), batch).train()
 
 
 @pytest.mark.parametrize("batch", [100, 5000, 20000])

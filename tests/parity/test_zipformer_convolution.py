@@ -117,7 +117,6 @@ def test_autocast(causal):
     ours = swapped(upstream)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         expected, actual = upstream(x, mask), ours(x, mask)
-    assert actual.dtype == expected.dtype
     assert_close(actual, expected, rtol=0.05, atol=0.05)
 
 
@@ -200,7 +199,6 @@ def test_streaming(convolved, chunk_size, taps):
                 del convolved[:]
                 y, cache = ours.streaming_forward(x[part], cache, mask[:, part])
                 assert taps == 1 or convolved == []
-                assert cache.shape == theirs.shape
                 assert_close(y, expected, rtol=1e-5, atol=1e-5)
                 assert_close(cache, theirs, rtol=2e-6, atol=2e-6)
 

@@ -109,7 +109,6 @@ def test_convnext_inference(shape, layout, monkeypatch):
     with torch.inference_mode():
         expected = upstream(x)
         actual = swapped(upstream)(x)
-    assert actual.shape == expected.shape
     assert_close(actual, expected, rtol=1e-5, atol=2e-6)
 
 
@@ -139,7 +138,6 @@ def test_convnext_bf16_and_autocast():
     with torch.no_grad():
         with torch.autocast("cpu", torch.bfloat16):
             expected, actual = upstream(x), ours(x)
-        assert actual.dtype == expected.dtype
         assert_close(actual, expected, rtol=0.05, atol=0.05)
         expected, actual = upstream.bfloat16()(x.bfloat16()), ours.bfloat16()(x.bfloat16())
         assert actual.dtype == torch.bfloat16

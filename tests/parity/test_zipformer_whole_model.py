@@ -33,12 +33,12 @@ def _upstreams_losses(monkeypatch):
     monkeypatch.setattr(theirs, "time_warp", _time_warp)
 
 
-def _twins(config, count=20000.0):
+def _twins(config):
     seeded(0)
     their_model = moved(theirs.AsrModel(**config), 0.05, 3)
     our_model = recogniser.AsrModel(**config)
     our_model.load_state_dict(their_model.state_dict(), strict=True)
-    return [set_batch_count(m, count).train() for m in (our_model, their_model)]
+    return [set_batch_count(m, 20000.0).train() for m in (our_model, their_model)]
 
 
 @pytest.mark.parametrize("config", tiny_asr.CONFIGS.values(), ids=tiny_asr.CONFIGS)
@@ -119,7 +119,6 @@ def test_a_training_step(config, arguments):
     (our_losses, our_gradients, our_draws), (their_losses, their_gradients, their_draws) = results
     assert our_draws == their_draws
     for loss, expected in zip(our_losses, their_losses, strict=True):
-        assert loss.shape == expected.shape
         torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
     assert our_gradients.keys() == their_gradients.keys()
     floor = 1e-7 * float(torch.stack([g.norm() for g in their_gradients.values()]).norm())
