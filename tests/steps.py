@@ -79,7 +79,12 @@ def swapped(model, **options):
 
 
 def close(actual, expected, tolerance=2e-5, what="", least=1e-12):
-    """Asserts that the largest difference is at most ``tolerance`` times the largest magnitude, or times ``least``."""
+    """Asserts that the largest difference is at most ``tolerance`` times the largest magnitude, or times ``least``: of
+    tensors, or of each of several."""
+    if not isinstance(expected, torch.Tensor):
+        for one, other in zip(actual, expected, strict=True):
+            close(one, other, tolerance, what, least)
+        return
     assert actual.shape == expected.shape, what
     assert actual.dtype == expected.dtype, what
     if expected.numel():

@@ -59,8 +59,7 @@ def test_modules(name, training):
     assert {type(m).__name__ for m in swapped.values()} == MODELS[name][1]
     for path, module in swapped.items():
         same_step(module, theirs.get_submodule(path), x, tolerance=1e-10, share=1.0)
-        for a, b in zip(module.buffers(), theirs.get_submodule(path).buffers(), strict=True):
-            close(a, b, 1e-10, path)
+        close(module.buffers(), theirs.get_submodule(path).buffers(), 1e-10, path)
 
 
 class Chunks(torch.nn.Module):
