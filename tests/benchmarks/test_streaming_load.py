@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from steps import numbers, relative
+from steps import numbers, one_thread, relative
 
 from fastasr.asr.decoding.chunks import RIGHT_CONTEXT
 from fastasr.benchmarks.models import streaming_peers
@@ -104,10 +104,8 @@ def test_percentiles():
 def peers():
     pytest.importorskip("zipformer", exc_type=ImportError)
     pytest.importorskip("onnxruntime")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield streaming_peers.make(size="tiny", chunk=8, most=3)
-    torch.set_num_threads(threads)
+    with one_thread():
+        yield streaming_peers.make(size="tiny", chunk=8, most=3)
 
 
 def test_implementations_agree(peers):

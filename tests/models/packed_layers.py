@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the tests of layers that stream by one native call share."""
 
-import contextlib
-
 import torch
 from steps import moved, seeded
 
@@ -32,16 +30,6 @@ def zipformer_layer(dim=20, kernel=7, causal=False, **changes):
     }
     sizes |= {"pos_dim": 8, "cnn_module_kernel": kernel, "causal": causal, **changes}
     return moved(ZipformerEncoderLayer(dim, **sizes), 0.1).eval()
-
-
-@contextlib.contextmanager
-def other_threads():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2 if threads == 1 else 1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def check_declined(layer, chunk, declined, run, hooked, trained, others):

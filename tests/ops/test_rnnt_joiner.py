@@ -7,6 +7,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
+from largest import Largest
 
 from fastasr import ops
 from fastasr.ops import _dispatch, _joiner_rows
@@ -171,20 +172,10 @@ def test_logits_are_neither_made_nor_kept():
 
     assert held(True) > rows * 512 * 4
     assert held(False) <= rows * 16 + sum(t.numel() * t.element_size() for t in (*tensors, *indices))
-    largest = []
-
-    class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            out = function(*args, **(kwargs or {}))
-            largest.extend(
-                t.numel() for t in (out if isinstance(out, tuple | list) else (out,)) if hasattr(t, "numel")
-            )
-            return out
-
     outputs = ops.rnnt_joiner(*tensors, *indices, **OPTIONS, keep_logits=False)
-    with Sizes():
+    with Largest() as largest:
         torch.autograd.grad([o.exp().sum() for o in outputs], tensors)
-    assert max(largest) <= _joiner_rows.CHUNK_ROWS * 512
+    assert largest.elements <= _joiner_rows.CHUNK_ROWS * 512
 
 
 @settings(max_examples=60, deadline=None)
