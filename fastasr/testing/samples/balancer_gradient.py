@@ -64,8 +64,8 @@ def few_visible(call: dict) -> dict:
     """Shows a frame in 35, which is behind those that a kernel looks at first. Padding is NaN in x."""
     x, dim = call["x"], call.get("channel_dim", -1)
     shape = x.select(dim, 0).shape
-    mask = (torch.arange(math.prod(shape)) % 35 != 33).view(shape)
-    return call | {"x": x.masked_fill(mask.unsqueeze(dim).to(x.device), math.nan), "padding_mask": mask}
+    mask = (torch.arange(math.prod(shape), device=x.device) % 35 != 33).view(shape)
+    return call | {"x": x.masked_fill(mask.unsqueeze(dim), math.nan), "padding_mask": mask}
 
 
 def _in_tensors(call: dict, act: float | None) -> dict:
