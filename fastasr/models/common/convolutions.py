@@ -7,19 +7,27 @@ On a CPU in float32, convolutions of many channels are matrix products with chan
 less time than torch's convolution.
 """
 
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils import parametrizations
 
 from fastasr import ops
+from fastasr._recording import is_traced
 from fastasr._transforms import is_transformed
 from fastasr.models.common import plumbing
 from fastasr.models.common.linear import Linear
 from fastasr.models.common.plain import is_plain
-from fastasr.ops import _conv1d, _conv2d, _reduced_weights
+from fastasr.ops import _conv1d, _conv2d, _kept, _reduced_weights
+
+# convolution -> a record of the parameters of its weight norm, and the weight
+_NORMED: weakref.WeakKeyDictionary[torch.nn.Module, tuple[_kept.Originals, Tensor]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def are_plain(layers: Iterable[torch.nn.Module]) -> bool:
@@ -73,11 +81,33 @@ def over_time(conv: torch.nn.Module, x: Tensor) -> Tensor:
     return y
 
 
+def release(conv: torch.nn.Module) -> None:
+    """Frees the weight that is kept for ``conv``."""
+    _NORMED.pop(conv, None)
+
+
+def _weight(conv: Any) -> Tensor:
+    """Returns ``conv.weight``. torch's weight norm computes it at each reading: for 128 taps of 1,024 channels, as in
+    wav2vec 2.0, this takes as long as the convolution of two seconds. Without gradients it is kept on a CPU."""
+    found = getattr(conv, "parametrizations", {})
+    if torch.is_grad_enabled() or "weight" not in found or is_traced() or is_transformed():
+        weight: Tensor = conv.weight
+        return weight
+    normed = found["weight"]
+    parts = list(normed.parameters())
+    norms = len(normed) == 1 and isinstance(normed[0], parametrizations._WeightNorm)
+    if not norms or not _kept.are_counted(parts) or not all(t.is_cpu for t in parts):
+        return conv.weight
+    kept = _NORMED.get(conv)
+    if kept is None or not kept[0].unchanged(parts):
+        kept = _NORMED[conv] = _kept.Originals(parts), conv.weight
+    return kept[1]
+
+
 # What is bound to convolutions that upstream's code calls
 def conv1d(self: Any, input: Tensor) -> Tensor:
     """(B, channels, T) -> (B, channels', T'), with channels last in memory if it is ours."""
-    weight, bias = self.weight, self.bias  # weight norm computes a weight at each reading
-    operands = input, weight, bias, self.stride[0], self.padding[0]
+    operands = input, _weight(self), self.bias, self.stride[0], self.padding[0]
     if _conv1d.serves(*operands, self.groups) and _conv1d.is_faster(*operands, self.groups):
         return _conv1d.convolution(*operands, self.groups)
     return F.conv1d(*operands, groups=self.groups)
