@@ -3,15 +3,17 @@
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 class Largest(TorchDispatchMode):
-    """Records the most elements of a tensor that an operation returns."""
+    """Records the most elements, and the most bytes, of a tensor that an operation returns."""
 
-    elements = 0
+    elements = nbytes = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        if isinstance(out, torch.Tensor):
-            self.elements = max(self.elements, out.numel())
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor):
+                self.elements, self.nbytes = max(self.elements, t.numel()), max(self.nbytes, t.nbytes)
         return out

@@ -2,6 +2,7 @@
 """A training step of a module with its random draws, its kernels, and the comparison of two modules' steps."""
 
 import contextlib
+import copy
 import functools
 import random
 from collections import Counter
@@ -9,6 +10,7 @@ from collections import Counter
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import fastasr
 from fastasr.testing import seeds
 
 
@@ -59,8 +61,30 @@ def moved(model, scale, seed=None):
     return model
 
 
+def set_batch_count(model, count):
+    """Sets the batch count, and the modules' names, as icefall's train.py does. Returns the model."""
+    for name, module in model.named_modules():
+        if hasattr(module, "batch_count"):
+            module.batch_count = count
+        if hasattr(module, "name"):
+            module.name = name
+    return model
+
+
+def swapped(model, **options):
+    """Returns a copy of the model, swapped."""
+    copied = copy.deepcopy(model)
+    fastasr.accelerate(copied, **options)
+    return copied
+
+
 def close(actual, expected, tolerance=2e-5, what="", least=1e-12):
-    """Asserts that the largest difference is at most ``tolerance`` times the largest magnitude, or times ``least``."""
+    """Asserts that the largest difference is at most ``tolerance`` times the largest magnitude, or times ``least``: of
+    tensors, or of each of several."""
+    if not isinstance(expected, torch.Tensor):
+        for one, other in zip(actual, expected, strict=True):
+            close(one, other, tolerance, what, least)
+        return
     assert actual.shape == expected.shape, what
     assert actual.dtype == expected.dtype, what
     if expected.numel():
@@ -118,6 +142,12 @@ def same(found, expected, tolerance, share=0.0):
         assert (found[name] is None) == (value is None), name
         if value is not None:
             close(found[name], value, tolerance, name, 1e-12 if name == "y" else max(1e-12, share * largest))
+
+
+def relative(found, exact):
+    """Returns the error's norm, relative to that of the exact values."""
+    exact = exact.double()
+    return ((found.double() - exact).norm() / exact.norm()).item()
 
 
 def same_gradients(found, expected, tolerance=1e-10):

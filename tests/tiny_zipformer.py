@@ -5,7 +5,7 @@ import importlib.util
 import sys
 
 import torch
-from steps import draws, numbers, seeded
+from steps import draws, numbers, seeded, set_batch_count
 from upstream_precision import computing_in
 
 from fastasr.benchmarks.upstream import MEDIUM, activations
@@ -52,13 +52,6 @@ class Encoder(torch.nn.Module):
         mask = make_pad_mask(x_lens)
         out, lens = self.encoder(x.permute(1, 0, 2), x_lens, mask)
         return out.permute(1, 0, 2), lens
-
-
-def set_batch_count(model, count):
-    for module in model.modules():
-        if hasattr(module, "batch_count"):
-            module.batch_count = count
-    return model
 
 
 def tiny(batch_count=20000.0, seed=0):

@@ -37,17 +37,27 @@ Tensor linear_few_rows(const Tensor& x, const Tensor& weight, const Optional& bi
 
 namespace {
 
-// Describes the product of (M, K) and (K, N), of any strides, plus a bias (N) or none. Sums run in chains of at most
-// `chain` terms, or of as many as are fastest if it is 0.
+// Returns where rows (maps, lines, rows, ...) lie.
+cpu::Lines lines_of(const Tensor& t) { return {t.size(2), t.stride(1), t.size(1), t.stride(0)}; }
+
+// Describes the product of (M, K) and (K, N), of any strides, plus a bias (N) or none. In float32, a may be (maps,
+// lines, rows, parts of K, terms), the terms next to each other. Sums run in chains of at most `chain` terms, or of as
+// many as are fastest if it is 0.
 template <typename T>
 cpu::Gemm<T> described(const Tensor& a, const Tensor& b, const Optional& bias, int64_t chain, const char* op) {
-  for (const Tensor* t : {&a, &b})
-    check(t->dim() == 2 && dtype_of(*t) == dtype_of(a), op, "a and b are matrices of one dtype");
-  check(a.size(1) == b.size(0) && a.size(1) > 0, op, "the inner sizes differ or are 0");
+  const bool lines = a.dim() == 5;
+  const int64_t last = a.dim() - 1;
+  check((last == 1 || lines) && b.dim() == 2 && dtype_of(a) == dtype_of(b), op, "a and b are matrices of one dtype");
   cpu::Gemm<T> g{};
-  g.a = data<T>(a), g.a_row = a.stride(0), g.a_depth = a.stride(1);
+  g.a = data<T>(a), g.a_row = a.stride(lines ? 2 : 0), g.a_depth = a.stride(last);
   g.b = data<T>(b), g.b_depth = b.stride(0), g.b_column = b.stride(1);
-  g.m = a.size(0), g.n = g.c_row = b.size(1), g.k = a.size(1);
+  g.n = g.c_row = b.size(1), g.k = b.size(0);
+  if (lines) {
+    check(sizeof(T) == 4 && g.a_depth == 1, op, "rows in lines are float32, their terms next to each other");
+    g.a_lines = lines_of(a), g.parts = a.size(3), g.part_step = a.stride(3);
+  }
+  check(g.parts * a.size(last) == g.k && g.k > 0, op, "the inner sizes differ or are 0");
+  g.m = a.numel() / g.k;
   check(chain >= 0, op, "chain");
   const int64_t each = 4 / static_cast<int64_t>(sizeof(T));
   if (chain) g.chain = std::clamp<int64_t>(chain / each, 1, cpu::kGemmChain);
@@ -109,19 +119,40 @@ Tensor gemm(const Tensor& a, const Tensor& b, const Optional& bias, int64_t chai
   return c;
 }
 
-// Adds a b to c, in float32, whose rows are contiguous.
+// Adds a b to c, in float32, whose rows are contiguous. It may be (maps, lines, rows, N); no two rows overlap.
 void gemm_add(Tensor c, const Tensor& a, const Tensor& b, int64_t chain) {
   with_factors(a, "gemm_add", [&]<typename T>() {
     cpu::Gemm<T> g = described<T>(a, b, {}, chain, "gemm_add");
-    const bool fits = c.dim() == 2 && c.size(0) == g.m && c.size(1) == g.n && (g.n == 1 || c.stride(1) == 1);
+    const int64_t last = c.dim() - 1;
+    const bool fits =
+        (last == 1 || last == 3) && c.numel() == g.m * g.n && c.size(last) == g.n && (g.n == 1 || c.stride(last) == 1);
     check(fits && dtype_of(c) == ScalarType::Float, "gemm_add", "c");
-    g.c = mutable_data<float>(c), g.c_row = c.stride(0), g.add = true;
+    g.c = mutable_data<float>(c), g.c_row = c.stride(last - 1), g.add = true;
+    if (last == 3) g.c_lines = lines_of(c);
     multiply<T>(g);
   });
 }
 
+// Returns aᵀ b, summed over the rows of a (maps, lines, rows, M) and b (maps * lines * rows, N) in float32. The
+// elements of a row of a lie next to each other.
+Tensor gemm_of_rows(const Tensor& a, const Tensor& b) {
+  const char* op = "gemm_of_rows";
+  check(a.dim() == 4 && b.dim() == 2 && a.size(3) > 0 && a.numel() == b.size(0) * a.size(3), op, "sizes");
+  check(b.size(0) > 0 && a.stride(3) == 1, op, "rows of a");
+  for (const Tensor* t : {&a, &b}) check(dtype_of(*t) == ScalarType::Float, op, "dtypes");
+  const Tensor c = new_pooled(a, {a.size(3), b.size(1)}, true);
+  cpu::Gemm<float> g{};
+  g.a = data<float>(a), g.a_row = 1, g.a_depth = a.stride(2), g.depth_lines = lines_of(a);
+  g.b = data<float>(b), g.b_depth = b.stride(0), g.b_column = b.stride(1);
+  g.m = a.size(3), g.n = g.c_row = b.size(1), g.k = b.size(0);
+  g.c = mutable_data<float>(c);
+  multiply<float>(g);
+  return c;
+}
+
 }  // namespace
 
-FASTASR_OPERATORS(FASTASR_TYPED(gemm), FASTASR_TYPED(gemm_add), FASTASR_TYPED(linear_few_rows))
+FASTASR_OPERATORS(FASTASR_TYPED(gemm), FASTASR_TYPED(gemm_add), FASTASR_TYPED(gemm_of_rows),
+                  FASTASR_TYPED(linear_few_rows))
 
 }  // namespace fastasr::bindings::gemm

@@ -241,6 +241,17 @@ void expect_like(const std::tuple<A&...>& got, const std::tuple<B&...>& exact, d
   }(std::index_sequence_for<A...>());
 }
 
+// Compares a Case<T>(given..., rounding), whose run(step) computes outputs() by pieces of `step`, with the same in
+// double, and to the bit with itself in other pieces.
+template <template <typename> typename Case, typename T, typename... A>
+void like_double_in_any_pieces(int64_t step, double units, const A&... given) {
+  Case<T> k{given..., rounded<T>}, other{given..., rounded<T>};
+  Case<double> exact{given..., rounded<T>};
+  k.run(step), other.run(1), exact.run(1);
+  expect_like<T>(k.outputs(), exact.outputs(), units);
+  CHECK(same_outputs(k.outputs(), other.outputs()), "the pieces of work show");
+}
+
 // Runs f(0), ..., f(n - 1) in n threads.
 template <typename F>
 void on_threads(int64_t n, const F& f) {

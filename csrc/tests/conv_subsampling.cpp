@@ -43,11 +43,7 @@ struct Case {
 template <typename T>
 void values(const SubsamplingSizes& s, bool masked) {
   INFO(Type<T>::name, " B=", s.batch, " T=", s.frames, " F=", s.bins, " C=", s.channels, " left ", s.left);
-  Case<T> k{s, masked, rounded<T>}, other{s, masked, rounded<T>};
-  Case<double> exact{s, masked, rounded<T>};
-  k.run(3), other.run(1), exact.run(1);
-  expect_like<T>(k.outputs(), exact.outputs(), 20);
-  CHECK(same_outputs(k.outputs(), other.outputs()), "the pieces of work show");
+  like_double_in_any_pieces<Case, T>(3, 20, s, masked);
 }
 
 }  // namespace

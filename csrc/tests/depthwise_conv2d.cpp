@@ -41,11 +41,7 @@ template <typename T>
 void values(const DepthwiseSizes& s) {
   INFO(Type<T>::name, " B=", s.batch, " T=", s.frames, " F=", s.width, " C=", s.channels, " taps ", s.taps_t, "x",
        s.taps_f, " pads ", s.pad_t, ", ", s.pad_f);
-  Case<T> k{s, rounded<T>}, other{s, rounded<T>};
-  Case<double> exact{s, rounded<T>};
-  k.run(3), other.run(1), exact.run(1);
-  expect_like<T>(k.outputs(), exact.outputs(), 20);
-  CHECK(same_outputs(k.outputs(), other.outputs()), "the pieces of work show");
+  like_double_in_any_pieces<Case, T>(3, 20, s);
 }
 
 }  // namespace

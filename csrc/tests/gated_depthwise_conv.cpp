@@ -82,11 +82,7 @@ struct Case {
 template <typename T>
 void values(const Shape& s) {
   INFO(Type<T>::name, " T=", s.frames, " B=", s.batch, " C=", s.channels, " K=", s.taps, " chunk=", s.chunk);
-  Case<T> k{s, rounded<T>}, other{s, rounded<T>};
-  Case<double> exact{s, rounded<T>};
-  k.run(3), other.run(1), exact.run(1);
-  expect_like<T>(k.outputs(), exact.outputs(), 20);
-  CHECK(same_outputs(k.outputs(), other.outputs()), "the pieces of work show");
+  like_double_in_any_pieces<Case, T>(3, 20, s);
 }
 
 }  // namespace

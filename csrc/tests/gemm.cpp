@@ -162,6 +162,55 @@ void no_few_rows() {
   CHECK(kernel.groups(Problem<float>(3, 7, 20, 0, 1, false).g) == 0, "few columns");
 }
 
+// Rows of `width` elements in lines of `line` rows; nobody reads what is between them.
+struct Lined {
+  cpu::Lines lines;
+  int64_t step;  // from one row to the next
+  Lined(int64_t line, int64_t width)
+      : lines{line, line * (width + 2) + 3, 3, 3 * line * (width + 2) + 20}, step(width + 2) {}
+  int64_t size(int64_t rows, int64_t width) const { return lines.at(rows - 1, step) + width; }
+};
+
+// Rows of A or C that lie in lines, and rows of A in parts, give the bits of the same rows without.
+void lines(int64_t line, int64_t n, int64_t k, int64_t parts) {
+  INFO("lines of ", line, ", ", n, "x", k, " in ", parts, " parts");
+  const int64_t m = 6 * line;
+  Problem<float> plain(m, n, k, 0, 1, true), lined(m, n, k, 0, 1, true);
+  plain.g.parts = parts, plain.g.part_step = k / parts;
+  plain.run(int64_t{1} << 40);
+  check_values(plain, true, std::min(k, cpu::kGemmChain) + parts * (k / cpu::kGemmChain + 1) + 1);
+
+  const Lined of_a(line, k + parts), of_c(line, n);
+  Buffer<float> a(of_a.size(m, k + parts), 2), c(of_c.size(m, n), 2);
+  for (int64_t i = 0; i < m; i++)
+    for (int64_t l = 0; l < k; l++)  // parts are an element apart
+      a[of_a.lines.at(i, of_a.step) + l + l / (k / parts)] = plain.a[i * plain.la.row + l];
+  cpu::Gemm<float>& g = lined.g;
+  g.a = a, g.a_row = of_a.step, g.a_lines = of_a.lines, g.parts = parts, g.part_step = k / parts + 1;
+  lined.run(3);
+  CHECK(plain.c.equals(lined.c), "rows of A");
+  g.c = c, g.c_row = of_c.step, g.c_lines = of_c.lines;
+  lined.run(5);
+  for (int64_t i = 0; i < m; i++)
+    CHECK(!std::memcmp(plain.c + i * (n + 7), c + of_c.lines.at(i, of_c.step), 4 * n), "row ", i, " of C");
+  for (int64_t i = 0; i < of_c.size(m, n); i++)
+    if (i % of_c.lines.next_map % of_c.lines.next_line % of_c.step >= n) CHECK(c.unset(i), "wrote between rows");
+}
+
+// So do terms of A whose rows lie next to each other.
+void depth_in_lines(int64_t line, int64_t m, int64_t n) {
+  INFO("terms in lines of ", line, ", ", m, "x", n);
+  const int64_t k = 6 * line;
+  Problem<float> plain(m, n, k, 1, 0, false), lined(m, n, k, 1, 0, false);
+  plain.run(int64_t{1} << 40);
+  const Lined of_a(line, m);
+  Buffer<float> a(of_a.size(k, m), 2);
+  for (int64_t l = 0; l < k; l++) std::copy_n(plain.a + l * plain.la.column, m, a + of_a.lines.at(l, of_a.step));
+  lined.g.a = a, lined.g.a_depth = of_a.step, lined.g.depth_lines = of_a.lines;
+  lined.run(3);
+  CHECK(plain.c.equals(lined.c), "other bits");
+}
+
 template <typename T>
 void all_values() {
   for (const int64_t m : {1, 5, 6, 13, 14, 29})
@@ -185,6 +234,9 @@ TEST_CASE("gemm") {
   addends<float>(29, 65, 401), addends<float>(530, 40, 20), addends<bfloat16>(29, 65, 40);
   values<float>(530, 9, 401, 0, 1), values<float>(520, 2, 1021, 0, 0);  // the second one's rows are 4 KiB apart
   for (const int64_t m : {513, 518, 672}) in_place(m, 40, 210);
+  for (const int64_t line : {1, 5, 13, 31, 100})
+    for (const int64_t parts : {1, 3}) lines(line, 40, 30, parts), lines(line, 33, 603, parts);
+  for (const int64_t line : {1, 7, 40, 100}) depth_in_lines(line, 37, 40), depth_in_lines(line, 6, 15);
 }
 
 }  // namespace fastasr::test

@@ -14,7 +14,7 @@ from types import ModuleType
 
 from torch import Tensor, nn
 
-from fastasr.rnnt import _arguments, lengths
+from fastasr.rnnt import lengths, losses
 
 __all__ = ["RNNTLoss", "install", "rnnt_loss", "uninstall"]
 
@@ -39,16 +39,13 @@ def rnnt_loss(
     ``in_place`` is ours: the backward pass writes the gradient over the logits and takes no memory of their size.
     """
     op = "compat.torchaudio.rnnt_loss"
-    _arguments.choice(op, "reduction", reduction, _arguments.REDUCTIONS)
     loss = lengths.rnnt_losses(
         *(op, logits, targets, logit_lengths, target_lengths, blank),
         clamp=clamp,
         fused_log_softmax=fused_log_softmax,
         in_place=in_place,
     )
-    if reduction == "none":
-        return loss
-    return loss.mean() if reduction == "mean" else loss.sum()
+    return losses.reduced(op, loss, reduction, zero_infinity=False)
 
 
 class RNNTLoss(nn.Module):

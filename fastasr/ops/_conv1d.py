@@ -57,16 +57,21 @@ def _taps(weight: Tensor, groups: int) -> Tensor:
 def _products(frames: Tensor, weights: Tensor, bias: Tensor | None, length: int, stride: int) -> Tensor:
     """Returns (B, length, outputs) for ``weights`` (G, taps * C / G, outputs / G)."""
     (batch, groups, _, channels), (_, terms, outputs) = frames.shape, weights.shape
-    taps, chain = terms // channels, max(_SHORTEST, math.isqrt(terms))
-    if batch * groups == 1:
-        a = _rows(frames[0, 0], length, stride, 0, taps)
-        return _gemm.product(a, weights[0], bias, chain).unsqueeze(0)
-    y = _gemm.memory(frames, batch, length, groups * outputs)
+    chain, strides = max(_SHORTEST, math.isqrt(terms)), (0, frames.stride(0), stride * channels, 0, 1)
+    # The rows of all recordings lie in lines, see csrc/cpu/gemm/gemm.h. A single line may be packed.
+    seen = [
+        _rows(line[0], length, stride, 0, terms // channels)
+        if batch == 1
+        else line.as_strided((1, batch, length, 1, terms), strides, line.storage_offset())
+        for line in frames.unbind(1)
+    ]
+    if groups == 1:
+        return _gemm.product(seen[0], weights[0], bias, chain).view(batch, length, outputs)
+    y = _gemm.memory(frames, batch * length, groups * outputs)
     y.zero_() if bias is None else y.copy_(bias)
-    for lines, results in zip(frames, y, strict=True):
-        for line, weight, result in zip(lines, weights, results.split(outputs, 1), strict=True):
-            _gemm.add_product(result, _rows(line, length, stride, 0, taps), weight, chain)
-    return y
+    for a, weight, result in zip(seen, weights, y.split(outputs, 1), strict=True):
+        _gemm.add_product(result, a, weight, chain)
+    return y.view(batch, length, -1)
 
 
 def _native(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, groups: int) -> Tensor:

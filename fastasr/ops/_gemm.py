@@ -38,7 +38,7 @@ from fastasr.ops._dispatch import why_not_cpu
 _log = logging.getLogger("fastasr")
 _MARGIN = 0.97
 _MARGIN_UNDER_LOAD = 0.9
-_REVISION = 9  # It rises with fastasr's product, measurement and file; choices of others are not read.
+_REVISION = 10  # It rises with fastasr's product, measurement and file; choices of others are not read.
 _PAIRS = 8  # At most this many pairs of rounds are timed, and after the first only while all take less than _SHORT_S.
 _SHORT_S = 0.05  # A measurement under load may take twice as long.
 _BUDGET_S = 0.5
@@ -58,14 +58,22 @@ why_not = partial(why_not_cpu, "gemm")  # says why there is nothing to choose fr
 # --------------------------------------------------------------------------- the two products
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None, chain: int = 0) -> Tensor:
     """Returns a b + bias for matrices of any strides, in float32 or bfloat16, from fastasr's own product. Its sums run
-    in chains of at most ``chain`` terms, or if it is 0 of as many as are fastest."""
+    in chains of at most ``chain`` terms, or if it is 0 of as many as are fastest. In float32 a may be (maps, lines,
+    rows, parts of a row, terms) of any strides but the last one's, which is 1."""
     y: Tensor = torch.ops.fastasr_cpu.gemm.default(a, b, bias, chain)
     return y
 
 
 def add_product(c: Tensor, a: Tensor, b: Tensor, chain: int = 0) -> None:
-    """Adds the same to c in float32, whose rows are contiguous."""
+    """Adds the same to c in float32, whose rows are contiguous. c may be (maps, lines, rows, columns)."""
     torch.ops.fastasr_cpu.gemm_add.default(c, a, b, chain)
+
+
+def product_of_rows(a: Tensor, b: Tensor) -> Tensor:
+    """Returns aᵀ b, summed over the rows of a (maps, lines, rows, M) and b (maps * lines * rows, N), in float32. The
+    last stride of a is 1."""
+    y: Tensor = torch.ops.fastasr_cpu.gemm_of_rows.default(a, b)
+    return y
 
 
 def memory(like: Tensor, *sizes: int) -> Tensor:
@@ -296,7 +304,7 @@ def _timed(product: str, operation: str, operands: tuple) -> float:
 def _measure(operation: str, operands: tuple, own: str) -> tuple[str, bool]:
     """Returns the product to take, torch's or ``own``, and whether others kept the machine busy meanwhile."""
     load = processor.Load(torch.get_num_threads())
-    # The first run packs and allocates. It is all that a product gets which takes longer than the budget.
+    # The first run packs and allocates. It is all that torch's product gets if it takes longer than the budget.
     first = [_timed(product, operation, operands) for product in ("torch", own)]
     load.look()
     theirs: list[float] = []
@@ -312,7 +320,9 @@ def _measure(operation: str, operands: tuple, own: str) -> tuple[str, bool]:
             (theirs if product == "torch" else ours).append(_timed(product, operation, operands))
             load.look()
     if once := not theirs:
-        theirs, ours = first[:1], first[1:]
+        # torch writes every large result to fresh memory, whose page faults take time; fastasr does so only at first.
+        theirs, ours = first[:1], [_timed(own, operation, operands)]
+        load.look()
     busy = load.is_high(theirs, ours)
     margin = _MARGIN_UNDER_LOAD if busy or once else _MARGIN
     # Other processes disturb the shortest times least. The median of rounds shows if only one was lucky.
@@ -375,12 +385,8 @@ def is_torch(key: tuple, *operands: Any) -> bool | None:
 
 
 def beats_torch(key: tuple, *operands: Any) -> bool:
-    """Says whether fastasr's product serves such calls, chosen now if it has not been. Its first run writes to fresh
-    memory, which takes far longer, and of a long product it may be the only one that is timed: so it runs once before.
-    """
+    """Says whether fastasr's product serves such calls of a layer, chosen now if it has not been."""
     with torch.no_grad():
-        if is_torch(key) is None:
-            _PRODUCTS["native"][key[0]](*operands)
         return not is_torch(key, *operands)
 
 

@@ -7,6 +7,7 @@ Kept are:
   encoder (``models/fast_conformer/positions.py``);
 - the packed weights of a layer's native call (``models/common/packed_layers.py``: Zipformer's layers, Emformer's), and
   of a decoder's step (``models/mega/decoding.py``; on a GPU its coefficients);
+- the weight of a convolution under weight norm (``models/common/convolutions.py``);
 - the weights of a greedy search (``models/transducer/predictors.py``);
 - an engine's copy of a whole encoder (``asr/streaming/encoder.py``);
 - weights in fewer bits (``ops/_reduced_weights.py``);

@@ -30,6 +30,11 @@ def _make(sample: Sample, dtype: torch.dtype, device: str, seed: int = 0) -> dic
     return sample.arguments(Make(dtype, device, seed))
 
 
+def _maker(sample: Sample, device: str) -> Callable[[torch.dtype, int], dict]:
+    """Returns a function of the dtype and the draw."""
+    return lambda dtype, draw: _make(sample, dtype, device, draw)
+
+
 def _call(f: Callable[..., Tensor], arguments: dict) -> Tensor:
     seed_torch(seeded("call"))  # an op that draws (dropout) draws the same numbers in every call
     return flat(f(**arguments))
@@ -97,11 +102,7 @@ def _all_agree(agree: Callable, found: tuple, expected: tuple, note: str = "") -
 # --------------------------------------------------------------------------- numerics
 def parity(table: OpTable, sample: Sample, dtype: torch.dtype, device: str) -> None:
     """Compares values and gradients with the float64 definition; the error must not exceed eager's."""
-
-    def arguments(dtype: torch.dtype, draw: int) -> dict:
-        return _make(sample, dtype, device, draw)
-
-    as_near_as_eager(table, arguments, dtype, sample.draws, sample.exact)
+    as_near_as_eager(table, _maker(sample, device), dtype, sample.draws, sample.exact)
 
 
 def as_near_as_eager(
@@ -331,25 +332,25 @@ def _of_tensor(f: Callable[[Tensor], Tensor], name: str, t: Tensor) -> Tensor:
 
 def strides(table: OpTable, sample: Sample, dtype: torch.dtype, device: str) -> None:
     """Transposed, sliced, reordered and unaligned arguments and gradients give the same results as contiguous ones."""
-
-    def make(dtype: torch.dtype, draw: int) -> dict:
-        return _make(sample, dtype, device, draw)
-
     layouts = (_transposed, _sliced, _offset, _reversed_order)
     changes: dict[str, Layout] = {f.__name__: partial(_of_tensor, f) for f in layouts}
-    _agree(table, make, dtype, sample.draws, changes | {"rows of wider ones": _rows_of_wider_ones})
+    _agree(
+        table,
+        _maker(sample, device),
+        dtype,
+        sample.draws,
+        changes | {"rows of wider ones": _rows_of_wider_ones},
+    )
 
 
 def expanded(table: OpTable, sample: Sample, dtype: torch.dtype, device: str) -> None:
     """One row expanded to many works, and so do expanded gradients, whose strides are 0 in all dimensions, as after
     ``.sum()``, or in all but the last.
     """
+    make = _maker(sample, device)
 
     def one_row(name: str, t: Tensor) -> Tensor:
         return t[:1].expand_as(t) if name in table.rows and t.dim() > 1 else t
-
-    def make(dtype: torch.dtype, draw: int) -> dict:
-        return _make(sample, dtype, device, draw)
 
     def rows_alike(dtype: torch.dtype, draw: int) -> dict:
         return with_tensors(make(dtype, draw), lambda name, t: one_row(name, t).contiguous())

@@ -28,7 +28,7 @@ def table_of(symbols):
     return SymbolTable.from_str("".join(f"{s} {i}\n" for i, s in enumerate(["<blk>", *symbols])))
 
 
-def hugging_face(texts, size=400):
+def hugging_face(texts):
     tokenizers = pytest.importorskip("tokenizers")
     made = tokenizers.Tokenizer(tokenizers.models.BPE())
     made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
@@ -38,7 +38,7 @@ def hugging_face(texts, size=400):
     made.train_from_iterator(
         texts,
         tokenizers.trainers.BpeTrainer(
-            vocab_size=size, show_progress=False, special_tokens=special, initial_alphabet=alphabet
+            vocab_size=400, show_progress=False, special_tokens=special, initial_alphabet=alphabet
         ),
     )
     table = SymbolTable.from_str("".join(f"{s} {i}\n" for s, i in made.get_vocab().items()))

@@ -10,12 +10,28 @@ import pytest
 import torch
 
 from fastasr import ops
-from fastasr.benchmarks import upstream
+from fastasr.benchmarks import dispatch, models, rows, runner, upstream
+from fastasr.benchmarks import ops as op_cases
 from fastasr.benchmarks.case import Settings, measure
+from fastasr.benchmarks.device import whole_models
 from fastasr.benchmarks.encoders import ENCODERS, Encoder
 from fastasr.benchmarks.harness import Timing, in_fresh_process
-from fastasr.benchmarks.models import fast_conformer, ragged, streaming_engine, transducer_generate
-from fastasr.benchmarks.models.unit import first, swapped
+from fastasr.benchmarks.markdown import HEADLINES
+from fastasr.benchmarks.models import (
+    encoders,
+    fast_conformer,
+    nemotron_streaming,
+    pruned_transducer,
+    ragged,
+    recipe_step,
+    rnnt_loss,
+    streaming_engine,
+    tdt_loss,
+    transcribe,
+    transducer_generate,
+)
+from fastasr.benchmarks.models.unit import first, product_flops, swapped
+from fastasr.benchmarks.studies import transducer_memory
 from fastasr.testing.samples import linear
 from fastasr.testing.speed import BACKWARD, BOTH, FORWARD, Case, Cost, Unavailable, simple, upstream_member
 
@@ -39,8 +55,6 @@ def tiny(implementations: dict, **more) -> Case:
 
 
 def test_every_op_has_cases():
-    from fastasr.benchmarks import ops as op_cases
-
     missing = [name for name in ops.NAMES if name not in op_cases.names()]
     assert not missing, f"no case of {missing[0]}: write CASES in fastasr/testing/samples/{missing[0]}.py"
     assert set(op_cases.names()) == set(ops.NAMES)
@@ -48,8 +62,6 @@ def test_every_op_has_cases():
 
 @pytest.mark.parametrize("name", ops.NAMES)
 def test_dispatch_has_a_call_of_every_op(name):
-    from fastasr.benchmarks import dispatch
-
     call = dispatch.tiny(name)
     with torch.no_grad():
         for function in call.functions.values():
@@ -57,8 +69,6 @@ def test_dispatch_has_a_call_of_every_op(name):
 
 
 def test_every_case_costs_something_in_each_of_its_passes():
-    from fastasr.benchmarks import ops as op_cases
-
     for case in op_cases.cases():
         for pass_ in case.passes:
             cost = case.costs(4)[pass_]
@@ -105,10 +115,6 @@ def test_linear_measures_one_gradient_at_a_time():
 
 
 def test_names_stand_for_suites():
-    from fastasr.benchmarks import ops as op_cases
-    from fastasr.benchmarks import runner
-    from fastasr.benchmarks.device import whole_models
-
     assert runner.select(()) == [name for name in runner.known_names() if name not in whole_models.MODELS]
     assert runner.select((), on_gpu=True)[-3:] == list(whole_models.MODELS)
     assert runner.select(("ops",)) == op_cases.names()
@@ -118,9 +124,6 @@ def test_names_stand_for_suites():
 
 
 def test_headlines_are_cases_of_models(tmp_path, monkeypatch):
-    from fastasr.benchmarks import models, runner
-    from fastasr.benchmarks.markdown import HEADLINES
-
     name, shape, case = HEADLINES[-1]
     units = [(case, shape, FORWARD), (case, shape, BOTH), (case, "another shape", FORWARD)]
     module = types.SimpleNamespace(measured=[], QUICK={})
@@ -140,9 +143,6 @@ def test_headlines_are_cases_of_models(tmp_path, monkeypatch):
 
 
 def test_a_run_is_resumed(tmp_path, monkeypatch):
-    from fastasr.benchmarks import ops as op_cases
-    from fastasr.benchmarks import runner
-
     monkeypatch.setattr(op_cases, "cases", lambda: [tiny({"eager": torch.abs, "fastasr": torch.abs})])
     monkeypatch.setattr(op_cases, "names", lambda: ["doubled"])
     options = runner.Options(
@@ -159,8 +159,6 @@ def test_a_run_is_resumed(tmp_path, monkeypatch):
 
 
 def test_a_benchmark_that_fails_does_not_end_the_run(tmp_path, monkeypatch):
-    from fastasr.benchmarks import dispatch, runner
-
     def broken(**_):
         raise RuntimeError("the machine is on fire")
 
@@ -170,8 +168,6 @@ def test_a_benchmark_that_fails_does_not_end_the_run(tmp_path, monkeypatch):
 
 
 def test_dispatch_rows(tmp_path):
-    from fastasr.benchmarks import dispatch
-
     settings = Settings.quick(reps=1, sample_seconds=0.0)
     units = list(dispatch.measure(settings=settings, only=lambda op: op == "bypass"))
     assert [unit[0].pass_ for unit in units] == list(dispatch.PASSES)
@@ -279,8 +275,6 @@ def test_lengths_of_ragged_batches():
 
 
 def test_published_encoders():
-    from fastasr.benchmarks.models import encoders
-
     pytest.importorskip("transformers")
     said = []
     sizes = {"names": ("no package", "lasr"), "shapes": ((1, 2, 1),)}
@@ -293,8 +287,6 @@ def test_published_encoders():
 
 
 def test_a_compile_that_fails_is_in_the_table(monkeypatch):
-    from fastasr.benchmarks.models import encoders
-
     def failing(*inputs, **named):
         raise RuntimeError("graph break\nlong story")
 
@@ -336,8 +328,6 @@ def test_a_step_of_every_published_encoder(name):
 
 
 def test_nemotron_streaming(monkeypatch):
-    from fastasr.benchmarks.models import nemotron_streaming
-
     monkeypatch.setattr(nemotron_streaming, "product_limit", lambda flops: (0.0, "as fast as can be"))
     with peer():
         units = list(nemotron_streaming.measure(**nemotron_streaming.QUICK, settings=QUICK, reps=2))
@@ -358,8 +348,6 @@ def test_nemotron_streaming(monkeypatch):
 def test_a_step_of_the_recipe():
     """It also measures the peak of one implementation, in its own process."""
     pytest.importorskip("kaldialign", reason="the recipe needs the extra fastasr[asr]")
-    from fastasr.benchmarks.models import recipe_step
-
     calls = {"size": "tiny", "durations": (5.0,), "inner_compile": False, "settings": QUICK}
     with peer():
         units = list(recipe_step.measure(**calls, reps=1))
@@ -374,16 +362,12 @@ def test_a_step_of_the_recipe():
 @pytest.mark.long
 def test_the_peak_memory_of_the_recipe(tmp_path):
     pytest.importorskip("kaldialign", reason="the recipe needs the extra fastasr[asr]")
-    from fastasr.benchmarks.models import recipe_step
-
     torch.save(recipe_step._made_up(), tmp_path / "speech.pt")
     assert in_fresh_process(recipe_step.__name__, "fastasr", "tiny", 5.0, tmp_path) > 0
 
 
 def test_transcribing():
     pytest.importorskip("onnxruntime")
-    from fastasr.benchmarks.models import transcribe
-
     calls = {"size": "tiny", "seconds": 1, "chunks": (16,), "inner_compile": False, "settings": QUICK}
     with peer():
         units = list(transcribe.measure(**calls, reps=1))
@@ -398,10 +382,6 @@ def test_transcribing():
 
 
 def test_the_loss_of_a_pruned_transducer(tmp_path):
-    from fastasr.benchmarks import rows
-    from fastasr.benchmarks.models import pruned_transducer
-    from fastasr.benchmarks.studies import transducer_memory
-
     table = tmp_path / "rows.jsonl"
     with peer():
         units = list(pruned_transducer.measure(cases=pruned_transducer.TINY, settings=QUICK, reps=2))
@@ -418,8 +398,6 @@ def test_the_loss_of_a_pruned_transducer(tmp_path):
 
 
 def test_both_losses_of_a_pruned_transducer_are_one_number():
-    from fastasr.benchmarks.models import pruned_transducer
-
     problem = pruned_transducer._Problem(2, 12, 4, 3, 16, 20)
     with peer():
         expected = problem.upstream(upstream.module("fast_rnnt"), True)
@@ -429,8 +407,6 @@ def test_both_losses_of_a_pruned_transducer_are_one_number():
 
 def test_the_loss_of_a_transducer_with_durations():
     pytest.importorskip("transformers")
-    from fastasr.benchmarks.models import tdt_loss
-
     (unit,) = tdt_loss.measure(cases=tdt_loss.TINY, settings=QUICK, reps=2)
     assert [row.implementation for row in unit] == ["upstream", "fastasr"]
     problem = tdt_loss.Problem(*tdt_loss.TINY[tdt_loss.CASE][0])
@@ -441,9 +417,6 @@ def test_the_loss_of_a_transducer_with_durations():
 def test_the_memory_of_a_transducer_with_durations(tmp_path):
     pytest.importorskip("matplotlib")
     pytest.importorskip("transformers")
-    from fastasr.benchmarks.models import tdt_loss
-    from fastasr.benchmarks.studies import transducer_memory
-
     cases = {tdt_loss.MEMORY: ((1, 12, 4, 16, 20), (1, 12, 8, 16, 20), (1, 12, 8, 16, 40))}
     units = tdt_loss.measure(cases=cases, settings=QUICK)
     # a process that has run other tests may need no new memory for these
@@ -462,8 +435,6 @@ def test_the_memory_of_a_transducer_with_durations(tmp_path):
 
 
 def test_the_exact_loss_of_a_transducer():
-    from fastasr.benchmarks.models import rnnt_loss
-
     problem = rnnt_loss.Problem(*rnnt_loss.TINY[rnnt_loss.LOGITS][0])
     logits = problem.logits()
     torch.testing.assert_close(problem.fused(), problem.fused(logits), rtol=1e-5, atol=1e-5)
@@ -475,8 +446,6 @@ def test_the_exact_loss_of_a_transducer():
 
 
 def test_a_convolution_in_groups_counts_its_own_products():
-    from fastasr.benchmarks.models.unit import product_flops
-
     conv = torch.nn.Conv2d(6, 6, (3, 5), padding=(1, 2), groups=6)
     x = torch.randn(2, 6, 7, 9, requires_grad=True)
     forward = 2 * (2 * 6 * 7 * 9) * 15

@@ -7,6 +7,9 @@ from importlib.util import find_spec
 import pytest
 import torch
 
+from fastasr.asr.recipe import checkpoints, recogniser, sizes, speech
+from fastasr.asr.recipe.speech import RATE, Utterance
+from fastasr.asr.recipe.units import Units
 from fastasr.benchmarks import upstream
 from fastasr.benchmarks.markdown import marks
 from fastasr.benchmarks.studies import int8_peers
@@ -68,9 +71,6 @@ def test_the_table_of_runs():
 
 def _tiny_run(folder):
     """Writes a run whose random weights say letters when something sounds and blank in silence."""
-    from fastasr.asr.recipe import checkpoints, sizes, speech
-    from fastasr.asr.recipe.units import Units
-
     units = Units.learn("char", ["abcdefghij klmnopqrs"])
     arguments = sizes.config("tiny", len(units), speech.BINS)
     torch.manual_seed(7)
@@ -91,8 +91,6 @@ def _tiny_run(folder):
 
 def _tones(seconds):
     """Returns samples of tones of a tenth of a second, each of its own pitch and loudness."""
-    from fastasr.asr.recipe.speech import RATE
-
     length = RATE // 10
     count, time = round(10 * seconds), torch.arange(length) / RATE
     pitches, levels = 100 + 3000 * torch.rand(count, 1), 0.5 * 10 ** (-4 * torch.rand(count, 1))
@@ -105,9 +103,6 @@ def test_peers_read_a_tiny_run(tmp_path):
     for package in ("onnxruntime", "kaldi_native_fbank", "kaldialign"):
         pytest.importorskip(package)
     pytest.importorskip("zipformer.modules.model", exc_type=ImportError)
-    from fastasr.asr.recipe import recogniser
-    from fastasr.asr.recipe.speech import Utterance
-
     run = tmp_path / "tiny"
     _tiny_run(run)
     utterances, loaded = [], recogniser.load(run)

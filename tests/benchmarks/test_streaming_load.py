@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from steps import numbers
+from steps import numbers, one_thread, relative
 
 from fastasr.asr.decoding.chunks import RIGHT_CONTEXT
 from fastasr.benchmarks.models import streaming_peers
@@ -104,10 +104,8 @@ def test_percentiles():
 def peers():
     pytest.importorskip("zipformer", exc_type=ImportError)
     pytest.importorskip("onnxruntime")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield streaming_peers.make(size="tiny", chunk=8, most=3)
-    torch.set_num_threads(threads)
+    with one_thread():
+        yield streaming_peers.make(size="tiny", chunk=8, most=3)
 
 
 def test_implementations_agree(peers):
@@ -129,8 +127,9 @@ def test_implementations_agree(peers):
         assert 0 < (y - x).norm() < 0.1 * x.norm()
     for name, got in outputs.items():
         for y, x in zip(got, expected, strict=True):
-            error = ((y - x).norm() / x.norm()).item()
-            assert error < (1e-5 if name in (streaming_peers.SCRIPTED, "engine fp32") else 0.02), name
+            assert relative(y, x) < (1e-5 if name in (streaming_peers.SCRIPTED, "engine fp32") else 0.02), (
+                name
+            )
 
 
 def test_unknown_implementation():

@@ -15,9 +15,12 @@ from typer.testing import CliRunner
 
 import fastasr
 from fastasr import cli, ops, testing
+from fastasr.benchmarks import ops as op_cases
+from fastasr.benchmarks import runner
 from fastasr.cli import env
 from fastasr.cli.app import app
 from fastasr.ops import _dispatch, _gemm
+from fastasr.testing import checks
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -188,8 +191,6 @@ def test_check_fails_with_one(run, monkeypatch):
 
 
 def test_check_runs_the_real_checks(run, monkeypatch):
-    from fastasr.testing import checks
-
     monkeypatch.setattr(checks, "CHECKS", checks.CHECKS[:2])
     result = run("check", "bypass", "--json")
     assert result.exit_code == 0, result.stderr
@@ -197,8 +198,6 @@ def test_check_runs_the_real_checks(run, monkeypatch):
 
 
 def test_check_knows_every_op_of_the_readme(run, monkeypatch):
-    from fastasr.testing import checks
-
     families = (ROOT / "README.md").read_text(encoding="utf-8").split("<!-- ops:start -->")[1]
     listed = re.findall(r"\[`(\w+)`\]\(docs/ops", families.split("<!-- ops:end -->")[0])
     assert set(listed) == set(ops.NAMES)
@@ -356,8 +355,6 @@ def test_bench_at_a_shape(run, tmp_path):
 
 
 def test_a_quick_run_measures_every_op_in_one_small_call():
-    from fastasr.benchmarks import runner
-
     options = runner.Options(quick=True)
     assert options.select() == ops_with_cases()
     for name in ops_with_cases():
@@ -367,8 +364,6 @@ def test_a_quick_run_measures_every_op_in_one_small_call():
 
 
 def ops_with_cases() -> list[str]:
-    from fastasr.benchmarks import ops as op_cases
-
     return op_cases.names()
 
 

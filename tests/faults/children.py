@@ -17,7 +17,7 @@ PATIENCE_S = 60
 MEMORY = 1 << 30  # bytes, above what a child has at its start
 
 
-def kill(draw, work, *arguments, longest=0.1):
+def kill(draw, work, *arguments):
     """Starts ``work(ready, *arguments)`` and kills it at a random moment after it has called ``ready()``."""
     here, there = CONTEXT.Pipe(duplex=False)
     child = CONTEXT.Process(target=_work, args=(there, work, arguments))
@@ -25,7 +25,7 @@ def kill(draw, work, *arguments, longest=0.1):
     there.close()
     assert here.poll(PATIENCE_S)
     here.recv()  # EOFError: it has failed
-    time.sleep(draw.uniform(0, longest))
+    time.sleep(draw.uniform(0, 0.1))
     child.kill()
     child.join()
     assert child.exitcode == -signal.SIGKILL

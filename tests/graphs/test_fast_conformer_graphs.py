@@ -9,6 +9,8 @@ import torch
 from recorded import graphed, reasons
 from recorded_encoder import encoder
 
+from fastasr.models.fast_conformer import attention, positions
+
 
 def batch(frames, lengths, seed=1):
     x = torch.randn(len(lengths), frames, 80, generator=torch.Generator().manual_seed(seed))
@@ -31,8 +33,6 @@ def step(model, x, mask, seed):
 
 def poison(graphs):
     """Makes everything useless that a replay must not read: the buffers, and what Python keeps for other calls."""
-    from fastasr.models.fast_conformer import attention, positions
-
     for graph in graphs.graphs.values():
         for t in graph.tensors:
             t.detach().fill_(float("nan") if t.is_floating_point() else True)

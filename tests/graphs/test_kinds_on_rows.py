@@ -4,7 +4,6 @@ give without padding, in values, gradients and statistics."""
 
 import copy
 import logging
-import math
 
 import pytest
 import recorded
@@ -13,7 +12,7 @@ import test_one_recording as fast_conformer
 import test_one_zipformer_recording as zipformer
 import torch
 from recorded import on_rows, same_steps, without_padding
-from steps import close, numbers, seeded
+from steps import close, seeded
 
 import fastasr
 from fastasr.graphs import module as graphs_of
@@ -50,11 +49,8 @@ def factor(kind):
 
 
 def batch(kind, lengths, frames=None, seed=1):
-    """Returns features (B, T, bins) with NaN behind each recording's end, and lengths."""
-    module, lengths = KINDS[kind][0], torch.tensor(lengths)
-    bins = module.BINS if kind != "nemo" else fast_conformer.NEMO_BINS
-    x = torch.randn(len(lengths), frames or int(lengths.max()), bins, generator=numbers(seed)).double()
-    return x.masked_fill((torch.arange(x.shape[1]) >= lengths[:, None])[..., None], math.nan), lengths
+    bins = KINDS[kind][0].BINS if kind != "nemo" else fast_conformer.NEMO_BINS
+    return e_branchformer.batch(lengths, frames, seed, bins)
 
 
 def padded_step(kind, model, x, lengths):
@@ -249,8 +245,7 @@ def test_on_a_gpu(kind, train):
         x = x.nan_to_num().float().cuda()
         found = padded_step(kind, model, x, lengths.cuda() if seed % 2 else lengths)
         expected = expected_of(kind, theirs, x, lengths)
-        for a, b in zip(found[0], expected[0], strict=True):
-            close(a, b, 1e-4)
+        close(found[0], expected[0], 1e-4)
         for name, g in found[1].items():
             close(g, expected[1][name], 2e-3, name, least=1e-3)
     (kind_of_call,) = fastasr.graph_state(model)[""]

@@ -44,10 +44,10 @@ def encoder(kind="ours", **options):
     return moved(cls(BINS, **{**sizes, **still, **options}), 0.1).double()
 
 
-def batch(lengths, frames=None, seed=1):
+def batch(lengths, frames=None, seed=1, bins=BINS):
     """Returns features with NaN behind each recording's end, and lengths."""
     lengths = torch.tensor(lengths)
-    x = torch.randn(len(lengths), frames or int(lengths.max()), BINS, generator=numbers(seed)).double()
+    x = torch.randn(len(lengths), frames or int(lengths.max()), bins, generator=numbers(seed)).double()
     return x.masked_fill((torch.arange(x.shape[1]) >= lengths[:, None])[..., None], math.nan), lengths
 
 

@@ -7,8 +7,9 @@ import random
 from functools import partial
 
 import pytest
+import tiny_zipformer
 import torch
-from recorded import lengths_on_a_row, on_rows
+from recorded import lengths_on_a_row, on_rows, packed_frames
 from steps import close, cotangent, numbers, same_gradients, seeded
 from test_one_zipformer_recording import of_whitening, prepared
 
@@ -29,8 +30,6 @@ def front_end(kind="ours", batch_count=20000.0):
     if kind == "ours":
         return prepared(Conv2dSubsampling(*SIZES, dropout=0.5), batch_count)
     modules = pytest.importorskip("zipformer.modules.subsampling")
-    import tiny_zipformer
-
     with tiny_zipformer.plain_swoosh():
         return prepared(modules.Conv2dSubsampling(*SIZES, dropout=0.5), batch_count)
 
@@ -41,14 +40,6 @@ def batch(lengths, frames=None, seed=1):
     x = torch.randn(len(lengths), frames, BINS, generator=numbers(seed)).double() * 3
     lengths = torch.tensor(lengths)
     return x.masked_fill((torch.arange(frames) >= lengths[:, None])[..., None], torch.nan), lengths
-
-
-def packed(x, lengths):
-    """Returns the features as PackedFrames with NaN in the frames behind the last recording."""
-    rows = fastasr.packed(x, lengths).frames
-    return fastasr.PackedFrames(
-        torch.cat([rows, rows.new_full((FRAMES - len(rows), BINS), torch.nan)]), lengths
-    )
 
 
 def drawn(count, recordings=None):
@@ -105,7 +96,7 @@ def test_packed_frames(kind, way):
     with torch.no_grad():
         for seed, lengths in enumerate(drawn(12)):
             x, lengths = batch(lengths, seed=seed)
-            found, after = ours(packed(x, lengths), lengths)
+            found, after = ours(packed_frames(x, lengths, FRAMES), lengths)
             assert torch.equal(after, behind(lengths))
             assert torch.equal(found.lengths, after)
             assert found.frames.shape == (FRAMES // 2, SIZES[1])
@@ -121,8 +112,6 @@ class Model(torch.nn.Module):
         cls = Zipformer
         if kind == "swapped":
             cls = pytest.importorskip("zipformer.modules.zipformer").Zipformer
-        import tiny_zipformer
-
         widths = {"encoder_dim": (12, 48), "encoder_unmasked_dim": (12, 32)}
         with tiny_zipformer.plain_swoosh():
             self.encoder = prepared(cls(**tiny_zipformer.TINY | widths))
@@ -153,7 +142,7 @@ def test_no_padding_from_features_to_hidden_states(kind, way):
     with torch.no_grad():
         for seed, lengths in enumerate(drawn(8)):
             x, lengths = batch(lengths, seed=seed)
-            found, after = model(packed(x, lengths), lengths)
+            found, after = model(packed_frames(x, lengths, FRAMES), lengths)
             assert torch.equal(after, (behind(lengths) + 1) // 2)
             same_as_alone(found.unpacked(LONGEST), theirs.alone(x, lengths))
     if way == "recorded":
@@ -218,7 +207,7 @@ def on_the_row(model, x, lengths):
 
 
 def on_packed_frames(model, x, lengths):
-    y = model(packed(x, lengths), lengths)[0].unpacked(LONGEST)
+    y = model(packed_frames(x, lengths, FRAMES), lengths)[0].unpacked(LONGEST)
     return [one[:n] for one, n in zip(y, behind(lengths).tolist(), strict=True)]
 
 
@@ -259,12 +248,9 @@ def test_under_autocast(train):
         results = []
         for each, outputs in ((ours, on_the_row), (theirs, reference)):
             seeded(seed)
+            outputs = alone if each is theirs and not train else outputs
             with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(train):
-                if train:
-                    results.append(torch.cat(list(outputs(each, x.float(), lengths))).float())
-                else:
-                    outputs = alone if each is theirs else outputs
-                    results.append(torch.cat(list(outputs(each, x.float(), lengths))).float())
+                results.append(torch.cat(list(outputs(each, x.float(), lengths))).float())
         close(*results, 0.05)
     assert len(graphs.graphs) == 1
 
@@ -334,7 +320,7 @@ def test_what_no_row_can_hold(what):
     with torch.no_grad():
         assert torch.equal(model(x, lengths)[0], theirs(x, lengths)[0])
         with pytest.raises(ValueError, match=f"the call has PackedFrames, but {NO_ROW[what]}"):
-            model(packed(x, lengths), lengths)
+            model(packed_frames(x, lengths, FRAMES), lengths)
 
 
 def test_regularisers_that_are_not_swapped():

@@ -4,12 +4,13 @@ padding. In training a row with room for as many recordings as the batch has dra
 
 import copy
 import random
+import sys
 from functools import partial
 
 import pytest
 import torch
 from recorded import lengths_on_a_row, on_rows, packed_frames, without_padding
-from steps import close, cotangent, moved, numbers, same_gradients, seeded
+from steps import close, cotangent, moved, numbers, same_gradients, seeded, set_batch_count
 
 import fastasr
 from fastasr.models.common import ragged
@@ -52,17 +53,9 @@ recorded = partial(on_rows, **ROOM, after=1)
 ROUNDED = 1e-6  # numbers of the host are float32 on the device
 
 
-def far(model, batch_count):
-    """Returns the model this far in its schedules."""
-    for module in model.modules():
-        if hasattr(module, "batch_count"):
-            module.batch_count = batch_count
-    return model
-
-
 def prepared(model, batch_count=20000.0):
     """Returns the model in float64, this far in its schedules and without random memory checks."""
-    for module in far(model, batch_count).modules():
+    for module in set_batch_count(model, batch_count).modules():
         if hasattr(module, "mem_cutoff"):
             module.mem_cutoff = lambda _: False
         if hasattr(module, "encoder_pos"):  # a row draws for the longest recording that it has room for
@@ -177,8 +170,6 @@ def test_training_steps_that_no_row_holds():
 
 def test_every_decision(monkeypatch):
     """Layers are skipped, attention is constant and scores are penalised in some steps of one recording."""
-    import sys
-
     attention = sys.modules["fastasr.models.zipformer.attention"]
     monkeypatch.setattr(attention, "PENALISED_CALLS", 0.5)
     monkeypatch.setattr(attention, "SCORE_LIMIT", 0.1)
@@ -206,7 +197,7 @@ def test_the_first_batches_run_on_an_unrecorded_row():
     assert "skipped at random in the first batches" in kind.reason
     assert not graphs.graphs
     for each in (ours, theirs):
-        far(each, 4000.0)
+        set_batch_count(each, 4000.0)
     same_steps(ours, theirs, 4)
     assert (kind.reason, kind.recorded, kind.seen, kind.replayed) == (None, 1, 12, 4)
 
@@ -370,8 +361,6 @@ def test_chunks_as_of_each_recording_alone(window, way, train, monkeypatch):
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu), "cpu"])
 def test_without_decisions_as_in_float64_on_a_cpu(kind, train, device, monkeypatch):
-    import sys
-
     monkeypatch.setattr(sys.modules["fastasr.models.zipformer.attention"], "PENALISED_CALLS", 0.0)
     model = still(encoder(kind, 60000.0)).train(train)
     theirs = without_padding(copy.deepcopy(model))

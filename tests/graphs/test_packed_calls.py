@@ -26,6 +26,7 @@ from tiny_parakeet import SIZES
 import fastasr
 from fastasr import PackedFrames
 from fastasr.models.fast_conformer import FastConformerCTC
+from fastasr.testing.tape import TapeRecorder
 
 
 def test_recordings_without_frames():
@@ -90,8 +91,6 @@ REFUSED = {
 
 
 def by_shape():
-    from fastasr.testing.tape import TapeRecorder
-
     model = encoder("swapped").eval()
     fastasr.accelerate(model, graphs=fastasr.Graphs(recorder=TapeRecorder, after=0))
     return model

@@ -7,9 +7,11 @@ import random
 import pytest
 import torch
 from recorded import graphed, reasons
+from steps import set_batch_count
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from fastasr.models.zipformer import Zipformer
+from fastasr.models.zipformer import Conv2dSubsampling, Zipformer, attention
+from fastasr.models.zipformer.balancer import Balancer
 from fastasr.models.zipformer.layer import ZipformerEncoderLayer
 from fastasr.models.zipformer.schedules import PiecewiseLinear, ScheduledFloat
 from fastasr.models.zipformer.whitening import Whiten
@@ -23,9 +25,7 @@ SIZES = {
 
 
 def at(model, batch):
-    for m in model.modules():
-        if hasattr(m, "batch_count"):
-            m.batch_count = batch
+    for m in set_batch_count(model, batch).modules():
         if hasattr(m, "mem_cutoff"):
             m.mem_cutoff = lambda _: False
     return model
@@ -108,8 +108,6 @@ def test_training_steps_make_the_same_decisions(batch):
 
 def test_every_decision_is_taken_both_ways():
     """With all shares at a half, each flag is on and off within a few steps."""
-    from fastasr.models.zipformer import attention
-    from fastasr.models.zipformer.balancer import Balancer
 
     def often(model):
         for m in model.modules():
@@ -173,13 +171,9 @@ def test_inference():
     assert not reasons(graphs)
 
 
-def front_end(batch, train=True):
-    from fastasr.models.zipformer import Conv2dSubsampling
-
+def front_end(batch):
     torch.manual_seed(0)
-    return at(Conv2dSubsampling(80, 24, dropout=ScheduledFloat((0.0, 0.3), (20000.0, 0.1))), batch).train(
-        train
-    )
+    return at(Conv2dSubsampling(80, 24, dropout=ScheduledFloat((0.0, 0.3), (20000.0, 0.1))), batch).train()
 
 
 @pytest.mark.parametrize("batch", [100, 5000, 20000])

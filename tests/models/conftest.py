@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
+import torch
 from ragged_cases import WAYS
 
 from fastasr.models.common import ragged
@@ -15,3 +16,9 @@ def one_call_or_copies(request, monkeypatch):
         monkeypatch.setattr(ragged.Packing, "on_gpu", True)
     if request.param.startswith("groups"):
         monkeypatch.setattr(ragged, "LACKING_ON_GPU", 8)
+
+
+@pytest.fixture
+def no_gradients():
+    with torch.no_grad():
+        yield

@@ -67,13 +67,7 @@ def block_by_block(decoder, labels, states):
 
 
 def same(got, expected, **tolerance):
-    out, states = got
-    torch.testing.assert_close(out, expected[0], **tolerance or TOLERANCE)
-    assert len(states) == len(expected[1])
-    for state, other in zip(states, expected[1], strict=True):
-        assert state.keys() == other.keys()
-        for name in state:
-            torch.testing.assert_close(state[name], other[name], **tolerance or TOLERANCE)
+    torch.testing.assert_close(got, expected, **tolerance or TOLERANCE)
 
 
 def bits(got, expected):

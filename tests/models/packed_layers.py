@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the tests of layers that stream by one native call share."""
 
-import contextlib
-
 import torch
-from steps import seeded
+from steps import moved, seeded
 
 import fastasr
 from fastasr.models.zipformer import ZipformerEncoderLayer
@@ -30,23 +28,8 @@ def zipformer_layer(dim=20, kernel=7, causal=False, **changes):
         "value_head_dim": 5,
         "feedforward_dim": 24,
     }
-    layer = ZipformerEncoderLayer(
-        dim, pos_dim=8, cnn_module_kernel=kernel, causal=causal, **{**sizes, **changes}
-    ).eval()
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return layer
-
-
-@contextlib.contextmanager
-def other_threads():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2 if threads == 1 else 1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+    sizes |= {"pos_dim": 8, "cnn_module_kernel": kernel, "causal": causal, **changes}
+    return moved(ZipformerEncoderLayer(dim, **sizes), 0.1).eval()
 
 
 def check_declined(layer, chunk, declined, run, hooked, trained, others):

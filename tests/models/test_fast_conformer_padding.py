@@ -65,7 +65,6 @@ def test_valid_frames_are_the_same_to_the_bit(training, head, means, monkeypatch
     assert not means
     assert not torch.equal(y, other)  # at padding
     assert other.isfinite().all()
-    assert len(found) == len(expected)
     for a, b in zip(found, expected, strict=True):
         assert torch.equal(a, b)
 
@@ -152,5 +151,4 @@ def test_second_derivatives_of_rows_without_keys():
         total = sum((t * cotangent(t, "second")).sum() for t in first)
         return [y.expand(2, 7, 2, 12).detach(), *first, *torch.autograd.grad(total, leaves)]
 
-    for found, expected in zip(second(attention.mean_of_values), second(masked), strict=True):
-        close(found, expected, 1e-12)
+    close(second(attention.mean_of_values), second(masked), 1e-12)

@@ -25,13 +25,10 @@ from mega_decoders import (
 from fastasr.models.mega import decoding
 from fastasr.ops import _dispatch, _gemm
 
-pytestmark = pytest.mark.skipif(bool(_dispatch.why_not_native()), reason=_dispatch.why_not_native())
-
-
-@pytest.fixture(autouse=True)
-def _no_gradients():
-    with torch.no_grad():
-        yield
+pytestmark = [
+    pytest.mark.skipif(bool(_dispatch.why_not_native()), reason=_dispatch.why_not_native()),
+    pytest.mark.usefixtures("no_gradients"),
+]
 
 
 # --------------------------------------------------------------------------- values

@@ -13,13 +13,10 @@ import fastasr
 from fastasr.models.mega import decoding
 from fastasr.ops import _dispatch
 
-pytestmark = pytest.mark.skipif(bool(_dispatch.why_not_native()), reason=_dispatch.why_not_native())
-
-
-@pytest.fixture(autouse=True)
-def _no_gradients():
-    with torch.no_grad():
-        yield
+pytestmark = [
+    pytest.mark.skipif(bool(_dispatch.why_not_native()), reason=_dispatch.why_not_native()),
+    pytest.mark.usefixtures("no_gradients"),
+]
 
 
 # --------------------------------------------------------------------------- the packed weights

@@ -22,11 +22,7 @@ from mega_decoders import (
 from fastasr.models.mega import decoding
 from fastasr.models.mega.graph_decoding import StaticStep
 
-
-@pytest.fixture(autouse=True)
-def _no_gradients():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 # --------------------------------------------------------------------------- buffers of fixed size

@@ -3,11 +3,12 @@
 
 import copy
 import random
+import sys
 
 import pytest
 import torch
 from ragged_cases import each_of
-from steps import as_on_cpu, close, moved, numbers, same_gradients, seeded
+from steps import as_on_cpu, close, moved, numbers, same_gradients, seeded, set_batch_count
 
 import fastasr
 from fastasr.models.common.ragged import Packing
@@ -43,10 +44,7 @@ causal_or_not = pytest.mark.parametrize("causal", [False, True])
 def encoder(causal=False, **options):
     seeded(0)
     chunks = {"causal": True, "chunk_size": (8,), "left_context_frames": (32,)} if causal else {}
-    model = Zipformer(**SIZES, **chunks, **options)
-    for module in model.modules():
-        if hasattr(module, "batch_count"):
-            module.batch_count = 20000.0
+    model = set_batch_count(Zipformer(**SIZES, **chunks, **options), 20000.0)
     return moved(model, 0.03).eval()
 
 
@@ -223,8 +221,6 @@ def test_on_a_gpu(causal, monkeypatch):
 
 
 def test_long_recordings_without_weights_in_memory(monkeypatch):
-    import sys
-
     layers = sys.modules["fastasr.models.zipformer.layer"]
     monkeypatch.setattr(layers, "MOST_WEIGHT_BYTES", 0)
     monkeypatch.setattr(layers, "MOST_WEIGHT_BYTES_WITH_GRADIENTS", 0)

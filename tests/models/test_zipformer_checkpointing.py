@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from steps import cotangent, numbers, seeded
+from steps import cotangent, numbers, seeded, set_batch_count
 
 from fastasr.models.zipformer import Balancer, Whiten, ZipformerEncoderLayer, checkpoint
 from fastasr.models.zipformer import layer as layer_module
@@ -18,10 +18,7 @@ def layer():
     seeded(0)
     module = ZipformerEncoderLayer(C, POS, 2, 4, 4, 4, 24, cnn_module_kernel=7).train()
     # a batch early in the schedules: many layers are skipped, and regularisers act often
-    for part in module.modules():
-        if hasattr(part, "batch_count"):
-            part.batch_count = 100.0
-    return module
+    return set_batch_count(module, 100.0)
 
 
 def _step(layer, forward, seed):

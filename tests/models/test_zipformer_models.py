@@ -10,6 +10,7 @@ from steps import close, moved, seeded
 
 from fastasr.models import zipformer as models
 from fastasr.models.common import convolutions
+from fastasr.models.common.verdicts import Settled
 from fastasr.models.zipformer.encoder import int_tuple
 from fastasr.ops import balancer_gradient, whitening_gradient
 
@@ -246,8 +247,6 @@ def test_regularisers_do_not_synchronise():
 
 def test_whiten_reads_a_late_verdict():
     """The next call reads what a CUDA backward pass leaves behind; copies keep it."""
-    from fastasr.models.common.verdicts import Settled
-
     whiten = models.Whiten(1, 5.0, (0.025, 0.25), 0.01)
     vars(whiten)["_verdict"] = Settled(True)
     copied = pickle.loads(pickle.dumps(copy.deepcopy(whiten)))

@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from steps import seeded
+from steps import relative, seeded
 
 import fastasr
 from fastasr.models.zipformer import self_attention
@@ -15,10 +15,6 @@ def _eager(weights, values):
     sources, batch, channels = values.shape
     values = values.reshape(sources, batch, heads, channels // heads).permute(2, 1, 0, 3)
     return (weights @ values).permute(2, 1, 0, 3).flatten(2)
-
-
-def _error(y, exact):
-    return ((y - exact).norm() / exact.norm()).item()
 
 
 @pytest.mark.parametrize(
@@ -35,7 +31,7 @@ def test_values(heads, batch, targets, sources, columns):
         assert self_attention._is_native(weights, values)
         y = weighted(weights, values)
         assert y.shape == exact.shape
-        ours, eager = ours + _error(y, exact), eager + _error(_eager(weights, values), exact)
+        ours, eager = ours + relative(y, exact), eager + relative(_eager(weights, values), exact)
     assert ours / draws <= 1.1 * eager / draws + 1e-8
     first = weighted(weights[:1], values[..., :columns])
     assert torch.equal(first, y[..., :columns])
@@ -67,7 +63,7 @@ def test_gradients(heads, batch, targets, sources, columns):
         for total, f in ((ours, weighted), (eager, _eager)):
             for i, (g, e) in enumerate(zip(gradients(f, torch.float32), exact, strict=True)):
                 assert g.shape == e.shape
-                total[i] += _error(g, e) / draws
+                total[i] += relative(g, e) / draws
     assert all(mine <= 1.1 * theirs + 1e-8 for mine, theirs in zip(ours, eager, strict=True))
 
 

@@ -4,6 +4,7 @@
 import copy
 import logging
 import random
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -228,8 +229,6 @@ def test_entropy_is_logged(caplog, monkeypatch):
 @torch.no_grad()
 def test_in_parallel():
     """Threads share a layer whose copies in fewer bits come and go."""
-    from concurrent.futures import ThreadPoolExecutor
-
     layer = zipformer_layer(dim=64, num_heads=4, feedforward_dim=128)
     call, weight = _call(layer, 40, 2), layer.feed_forward2.in_proj.weight
     exact = _by_submodules(layer, call)

@@ -113,20 +113,6 @@ def test_the_result_can_be_changed_in_place(shape, batch):
     torch.testing.assert_close(found, right)
 
 
-def test_the_first_run_is_not_timed(monkeypatch, tmp_path):
-    """It writes to fresh memory."""
-    monkeypatch.setenv("FASTASR_GEMM", "auto")
-    monkeypatch.setenv("FASTASR_CACHE", str(tmp_path))
-    _gemm.forget()
-    runs, measured, native = [], [], _conv1d._native
-    monkeypatch.setitem(_gemm._PRODUCTS["native"], "conv1d", lambda *given: runs.append(1) or native(*given))
-    monkeypatch.setattr(_gemm, "_measure", lambda *_: measured.append(len(runs)) or ("native", False))
-    given = [t.detach() for t in operands(SHAPES[1], frames=999)]
-    assert all(_conv1d.is_faster(*given, 2, 0, 1) for _ in range(3))
-    assert (measured, len(runs)) == ([1], 1)
-    _gemm.forget()
-
-
 @pytest.mark.parametrize("policy", ["native", "torch"])
 def test_a_convolution_runs_what_is_faster(monkeypatch, policy):
     monkeypatch.setenv("FASTASR_GEMM", policy)

@@ -2,6 +2,7 @@
 """Convolutions as matrix products: values and gradients against float64, the frames that they do not see, their bits,
 and the choice between them and torch's."""
 
+import copy
 import itertools
 
 import pytest
@@ -147,3 +148,21 @@ def test_a_front_end_runs_what_is_faster(monkeypatch, policy):
     with torch.autocast("cpu", torch.bfloat16):
         assert convolutions.in_sequence(conv, x).dtype is torch.bfloat16
     assert calls == []
+
+
+@pytest.mark.parametrize(("shape", "size"), itertools.product(SHAPES, SIZES))
+def test_maps_of_one_channel(monkeypatch, shape, size):
+    monkeypatch.setenv("FASTASR_GEMM", "native")
+    monkeypatch.setattr(_gemm, "_choices", {})
+    monkeypatch.setattr(_gemm, "SMALL", 0)
+    conv = torch.nn.Conv2d(1, 32, *shape, dtype=torch.float32)
+    x = torch.randn(size[0], 1, *size[1:], dtype=torch.float32, requires_grad=True)
+    right = copy.deepcopy(conv).double()
+    given = [x, conv.weight, conv.bias]
+    exact = results(lambda x, *_: right(x), [x.detach().double().requires_grad_(), right.weight, right.bias])
+    theirs = results(lambda x, *_: conv(x), given)
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", None)  # nothing but a product serves
+    ours = results(lambda x, *_: convolutions.convolved([conv], x), given)
+    assert ours[0].is_contiguous(memory_format=torch.channels_last) or 1 in ours[0].shape
+    for of, found, eager, float64 in zip(("y", "x", "weight", "bias"), ours, theirs, exact, strict=True):
+        assert error(found, float64) <= 1.1 * error(eager, float64) + 1e-7, of

@@ -9,6 +9,7 @@ import torch
 from fastasr import ops
 from fastasr.testing import Make, gradcheck, gradients, sized
 from fastasr.testing.declared import declared
+from fastasr.testing.refusals import given_sizes, match
 from fastasr.testing.speed import sizes_of
 from fastasr.testing.table import samples_of, table
 
@@ -221,8 +222,6 @@ def test_sizes_are_the_declared_ones(name):
 
 def _bound(op, arguments: dict) -> dict:
     """Returns the sizes that a call's tensors and options have, by their declared names."""
-    from fastasr.testing.refusals import given_sizes, match
-
     known = {a.name: arguments[a.name] for a in op.options if a.kind == "int" and a.name in arguments}
     if op.sizes:
         known |= given_sizes(op, op.op.written.Arguments(**arguments))

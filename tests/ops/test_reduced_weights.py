@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from steps import numbers
+from steps import numbers, relative
 
 from fastasr import ops
 from fastasr.ops import _dispatch, _gemm, _reduced_weights
@@ -70,10 +70,6 @@ def test_bf16_gains_where_its_products_are_faster():
             run()
             least[i] = min(least[i], time.thread_time() - began)
     assert _dispatch.native_build_info()["bf16_gains"] == (least[0] < 0.75 * least[1]), least
-
-
-def relative(got, truth):
-    return ((got.double() - truth).norm() / truth.norm()).item()
 
 
 @pytest.mark.parametrize("format", ["int8", "bf16"])

@@ -42,6 +42,12 @@ def ours(theirs, **arguments):
     return model.train(theirs.training)
 
 
+def pair(**arguments):
+    """Returns fastasr's decoder and ESPnet's, with the same parameters."""
+    theirs = upstream(**arguments)
+    return ours(theirs, **arguments), theirs
+
+
 def labels(batch=3, length=12):
     """Returns sequences that begin with blank, which is also the padding behind the shorter ones."""
     generator = numbers(2)

@@ -2,6 +2,7 @@
 """The Emformer computes what torchaudio's does: whole utterances, every step and state of a stream, gradients."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -33,15 +34,11 @@ def _pair(dropout: float = 0.0, **options):
     return ours, theirs
 
 
-def _input(batch: int, frames: int, right: int, dtype=torch.float32):
-    generator = numbers(batch + frames)
-    return torch.randn(batch, frames + right, WIDTH, generator=generator, dtype=dtype)
+def _input(batch: int, frames: int, right: int):
+    return torch.randn(batch, frames + right, WIDTH, generator=numbers(batch + frames))
 
 
-def _close(a, b, tolerance=2e-5):
-    assert a.shape == b.shape
-    assert a.dtype == b.dtype
-    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+_close = partial(torch.testing.assert_close, rtol=2e-5, atol=2e-5)
 
 
 class _Valid(torch.nn.Module):

@@ -2,12 +2,16 @@
 """MEGA against ESPnet's: values, gradients, random draws, streaming, batches, state dicts."""
 
 import copy
+import inspect
 
 import mega_models
 import pytest
 import torch
 from mega_models import DROPOUT, in_fp64, labels
 from steps import close, numbers, same_state, same_step, seeded
+
+from fastasr.models import mega
+from fastasr.models.mega.attention import causal
 
 pytest.importorskip("espnet2.asr_transducer.decoder.mega_decoder")
 
@@ -40,15 +44,13 @@ def variant(request):
 def test_values_and_gradients(variant):
     arguments, tolerance = variant
     with in_fp64():
-        theirs = mega_models.upstream(**arguments)
-        ours = mega_models.ours(theirs, **arguments)
+        ours, theirs = mega_models.pair(**arguments)
         same_step(ours, theirs, labels(), tolerance=tolerance, share=1.0)
 
 
 @pytest.mark.parametrize("arguments", [{}, {"rel_pos_bias_type": "rotary"}, {"chunk_size": 5}])
 def test_float32_to_rounding(arguments):
-    theirs = mega_models.upstream(**arguments)
-    ours = mega_models.ours(theirs, **arguments)
+    ours, theirs = mega_models.pair(**arguments)
     with in_fp64():
         exact = copy.deepcopy(theirs).double()(labels())
     expected, actual = theirs(labels()), ours(labels())
@@ -60,8 +62,7 @@ def test_float32_to_rounding(arguments):
 @pytest.mark.parametrize("chunk", [-1, 5])
 def test_lengths(batch, length, chunk):
     with in_fp64():
-        theirs = mega_models.upstream(chunk_size=chunk)
-        ours = mega_models.ours(theirs, chunk_size=chunk)
+        ours, theirs = mega_models.pair(chunk_size=chunk)
         close(ours(labels(batch, length)), theirs(labels(batch, length)), 1e-12)
 
 
@@ -71,8 +72,8 @@ def test_padding_inside_and_a_chunk_of_padding_alone():
     batch[1, 5:] = 0
     for chunk in (-1, 5):
         with in_fp64():
-            theirs = mega_models.upstream(chunk_size=chunk)
-            close(mega_models.ours(theirs, chunk_size=chunk)(batch), theirs(batch), 1e-12)
+            ours, theirs = mega_models.pair(chunk_size=chunk)
+            close(ours(batch), theirs(batch), 1e-12)
 
 
 @pytest.mark.parametrize("name", ["simple", "rotary", "chunks", "mish"])
@@ -89,8 +90,6 @@ def test_a_training_step_with_dropout(name, rate):
 def test_initialisation_draws_the_same(variant):
     from espnet2.asr_transducer.decoder.mega_decoder import MEGADecoder
 
-    from fastasr.models import mega
-
     arguments, _ = variant
     seeded(5)
     theirs = MEGADecoder(**{**mega_models.ARGUMENTS, **arguments})
@@ -102,8 +101,6 @@ def test_initialisation_draws_the_same(variant):
 
 
 def test_defaults_of_the_constructors():
-    import inspect
-
     from espnet2.asr_transducer.decoder import mega_decoder
     from espnet2.asr_transducer.decoder.blocks import mega as block
     from espnet2.asr_transducer.decoder.modules.mega import (
@@ -111,8 +108,6 @@ def test_defaults_of_the_constructors():
         multi_head_damped_ema,
         positional_bias,
     )
-
-    from fastasr.models import mega
 
     modules = (mega_decoder, block, feed_forward, multi_head_damped_ema, positional_bias)
     for name in mega.__all__:
@@ -131,7 +126,10 @@ STREAMED = {name: VARIANTS[name] for name in ("simple", "rotary", "chunks", "mis
 
 @pytest.fixture(params=STREAMED, ids=lambda name: name.replace(" ", "-"))
 def streamed(request):
-    return STREAMED[request.param]
+    """Yields upstream's decoder, its arguments and the tolerance, in float64 without gradients."""
+    arguments, tolerance = STREAMED[request.param]
+    with in_fp64(), torch.no_grad():
+        yield mega_models.upstream(**arguments).eval(), arguments, tolerance
 
 
 def hypothesis(model, sequence):
@@ -164,69 +162,58 @@ SEQUENCES = ([0, 4, 5, 6], [0], [0, 7, 8], [0, 9, 2, 1])
 
 
 def test_phantom_steps_equal_upstream(streamed):
-    arguments, tolerance = streamed
-    with in_fp64(), torch.no_grad():
-        theirs = mega_models.upstream(**arguments).eval()
-        ours = mega_models.ours(theirs, **arguments, phantom_first_step=True)
-        expected, actual = theirs.init_state(), ours.init_state()
-        sequence = labels()[0].tolist()
-        for t in range(1, len(sequence) + 1):
-            out, expected = theirs.score(sequence[:t], expected)
-            mine, actual = ours.score(sequence[:t], actual)
-            close(mine, out, tolerance)
-            for a, b in zip(actual, expected, strict=True):
-                assert a.keys() == b.keys()
-                for key in b:
-                    close(a[key], b[key], tolerance)
+    theirs, arguments, tolerance = streamed
+    ours = mega_models.ours(theirs, **arguments, phantom_first_step=True)
+    expected, actual = theirs.init_state(), ours.init_state()
+    sequence = labels()[0].tolist()
+    for t in range(1, len(sequence) + 1):
+        out, expected = theirs.score(sequence[:t], expected)
+        mine, actual = ours.score(sequence[:t], actual)
+        close(mine, out, tolerance)
+        for a, b in zip(actual, expected, strict=True):
+            assert a.keys() == b.keys()
+            for key in b:
+                close(a[key], b[key], tolerance)
 
 
 def test_phantom_batches_equal_upstream(streamed):
-    arguments, tolerance = streamed
-    with in_fp64(), torch.no_grad():
-        theirs = mega_models.upstream(**arguments).eval()
-        ours = mega_models.ours(theirs, **arguments, phantom_first_step=True)
-        close(search(ours, SEQUENCES)[0], search(theirs, SEQUENCES)[0], tolerance)
+    theirs, arguments, tolerance = streamed
+    ours = mega_models.ours(theirs, **arguments, phantom_first_step=True)
+    close(search(ours, SEQUENCES)[0], search(theirs, SEQUENCES)[0], tolerance)
 
 
 def test_our_steps_equal_training(streamed):
-    arguments, tolerance = streamed
-    with in_fp64(), torch.no_grad():
-        theirs = mega_models.upstream(**arguments).eval()
-        ours = mega_models.ours(theirs, **arguments)
-        sequence = labels()[0].tolist()
-        expected, states = theirs(torch.tensor([sequence]))[0], ours.init_state()
-        for t in range(len(sequence)):
-            out, states = ours.score(sequence[: t + 1], states)
-            close(out[0], expected[t], 10 * tolerance)
-        outs, hyps = search(ours, SEQUENCES)
-        for i, hyp in enumerate(hyps):
-            expected = theirs(torch.tensor([hyp.yseq[:-1]]))[0]
-            close(outs[:, i], expected[-len(outs) :], 10 * tolerance)
+    theirs, arguments, tolerance = streamed
+    ours = mega_models.ours(theirs, **arguments)
+    sequence = labels()[0].tolist()
+    expected, states = theirs(torch.tensor([sequence]))[0], ours.init_state()
+    for t in range(len(sequence)):
+        out, states = ours.score(sequence[: t + 1], states)
+        close(out[0], expected[t], 10 * tolerance)
+    outs, hyps = search(ours, SEQUENCES)
+    for i, hyp in enumerate(hyps):
+        expected = theirs(torch.tensor([hyp.yseq[:-1]]))[0]
+        close(outs[:, i], expected[-len(outs) :], 10 * tolerance)
 
 
 def test_our_pieces_equal_training(streamed):
-    arguments, tolerance = streamed
-    with in_fp64(), torch.no_grad():
-        theirs = mega_models.upstream(**arguments).eval()
-        ours = mega_models.ours(theirs, **arguments)
-        batch = labels(2, 12)
-        batch[1] = batch[0].flip(0)
-        expected = theirs(batch.clamp(min=1))
-        states, outs = ours.init_state(2), []
-        for piece in batch.clamp(min=1).split([3, 1, 0, 6, 2], dim=1):
-            out, states = ours.inference(piece, states)
-            outs.append(out)
-        close(torch.cat(outs, 1), expected, 10 * tolerance)
+    theirs, arguments, tolerance = streamed
+    ours = mega_models.ours(theirs, **arguments)
+    batch = labels(2, 12)
+    batch[1] = batch[0].flip(0)
+    expected = theirs(batch.clamp(min=1))
+    states, outs = ours.init_state(2), []
+    for piece in batch.clamp(min=1).split([3, 1, 0, 6, 2], dim=1):
+        out, states = ours.inference(piece, states)
+        outs.append(out)
+    close(torch.cat(outs, 1), expected, 10 * tolerance)
 
 
 # --------------------------------------------------------------------------- parts
 def test_a_block_alone():
     """The masks are given as tensors: causal, another, none, and padding."""
-    from fastasr.models.mega.attention import causal
-
     with in_fp64():
-        theirs = mega_models.upstream().mega_blocks[0][0]
-        ours = mega_models.ours(mega_models.upstream()).mega_blocks[0][0]
+        ours, theirs = (model.mega_blocks[0][0] for model in mega_models.pair())
         x = torch.randn(9, 3, 24)
         other = torch.rand(1, 9, 9, generator=numbers(0)) > 0.7
         other[..., 0] = False
@@ -242,8 +229,7 @@ def test_a_block_alone():
 
 def test_softmax_attention():
     with in_fp64():
-        theirs = mega_models.upstream().mega_blocks[0][0]
-        ours = mega_models.ours(mega_models.upstream()).mega_blocks[0][0]
+        ours, theirs = (model.mega_blocks[0][0] for model in mega_models.pair())
         key = torch.randn(2, 1, 6, 16)
         for query in (torch.randn(2, 1, 6, 16), torch.randn(2, 1, 1, 16)):
             close(ours.softmax_attention(query, key), theirs.softmax_attention(query, key), 1e-12)
@@ -251,8 +237,7 @@ def test_softmax_attention():
 
 def test_the_average_alone():
     with in_fp64():
-        theirs = mega_models.upstream().mega_blocks[0][0].multihead_damped_ema
-        ours = mega_models.ours(mega_models.upstream()).mega_blocks[0][0].multihead_damped_ema
+        ours, theirs = (model.mega_blocks[0][0].multihead_damped_ema for model in mega_models.pair())
         x = torch.randn(7, 2, 24)
         mask = torch.zeros(2, 1, 7, dtype=torch.bool)
         mask[1, :, 4:] = True
@@ -262,20 +247,17 @@ def test_the_average_alone():
         close(actual[0], expected[0], 1e-12)
         close(actual[1], expected[1], 1e-12)
         close(ours.compute_ema_kernel(9), theirs.compute_ema_kernel(9), 1e-12)
-        for a, b in zip(ours.get_ema_coefficients(), theirs.get_ema_coefficients(), strict=True):
-            close(a, b, 1e-12)
+        close(ours.get_ema_coefficients(), theirs.get_ema_coefficients(), 1e-12)
         one = torch.randn(2, 24, 1)
         states = one, state["ema_state"]
-        for a, b in zip(ours.ema_one_step(*states), theirs.ema_one_step(*states), strict=True):
-            close(a, b, 1e-12)
+        close(ours.ema_one_step(*states), theirs.ema_one_step(*states), 1e-12)
 
 
 @pytest.mark.parametrize("kind", ["simple", "rotary"])
 @pytest.mark.parametrize("length", [1, 2, 7, 40])
 def test_the_biases_alone(kind, length):
-    theirs = mega_models.upstream(rel_pos_bias_type=kind).mega_blocks[0][0].rel_pos_bias
-    ours = mega_models.ours(mega_models.upstream(rel_pos_bias_type=kind), rel_pos_bias_type=kind)
-    ours = ours.mega_blocks[0][0].rel_pos_bias
+    models = mega_models.pair(rel_pos_bias_type=kind)
+    ours, theirs = (model.mega_blocks[0][0].rel_pos_bias for model in models)
     same_step(ours, theirs, length, tolerance=2e-6, share=1.0)
     if kind == "rotary":
         x = torch.randn(length, 16)

@@ -8,7 +8,7 @@ import functools
 import families
 import pytest
 import torch
-from steps import close, moved, outcome, same, seeded
+from steps import close, moved, outcome, same, seeded, swapped
 from torch.utils.checkpoint import checkpoint
 
 import fastasr
@@ -49,7 +49,7 @@ REPLACED = {
     },
     "fun-asr-nano": {"FunAsrNanoAttention", "FunAsrNanoFSMN", "FunAsrNanoMLP"},
     "funasr": {"MultiHeadedAttentionSANM", "PositionwiseFeedForward"},
-    "lasr": {"LasrEncoderAttention", "LasrEncoderFeedForward", "LasrEncoderConvolutionModule"},
+    "lasr": {"Conv1d", "LasrEncoderAttention", "LasrEncoderFeedForward", "LasrEncoderConvolutionModule"},
     **{
         family: {f"{name}Conformer{part}" for part in ("Attention", "ConvModule", "FeedForward")}
         for family, name in (
@@ -75,18 +75,21 @@ REPLACED = {
     "wavlm large": {
         f"WavLM{part}" for part in ("Attention", "FeedForward", "EncoderStableLayerNorm", _POSITIONS)
     },
-    "whisper": {"WhisperAttention", "WhisperEncoderLayer"},
+    "whisper": {"WhisperAttention", "WhisperEncoderLayer", "Conv1d"},
     "whisper's copies": {
-        f"{name}{part}"
-        for name, layer in (
-            ("Qwen2Audio", "EncoderLayer"),
-            ("Voxtral", "EncoderLayer"),
-            ("MossTranscribeDiarizeAudio", "Layer"),
-        )
-        for part in ("Attention", layer)
+        "Conv1d",
+        *(
+            f"{name}{part}"
+            for name, layer in (
+                ("Qwen2Audio", "EncoderLayer"),
+                ("Voxtral", "EncoderLayer"),
+                ("MossTranscribeDiarizeAudio", "Layer"),
+            )
+            for part in ("Attention", layer)
+        ),
     },
-    "audio flamingo 3": {"AudioFlamingo3Attention", "AudioFlamingo3EncoderLayer"},
-    "speech2text": {"Speech2TextAttention", "Speech2TextEncoderLayer"},
+    "audio flamingo 3": {"AudioFlamingo3Attention", "AudioFlamingo3EncoderLayer", "Conv1d"},
+    "speech2text": {"Speech2TextAttention", "Speech2TextEncoderLayer", "Conv1d"},
     "speecht5": {"SpeechT5Attention", "SpeechT5FeedForward"},
     "openai whisper": {"ResidualAttentionBlock"},
     **{
@@ -112,16 +115,20 @@ REPLACED = {
     "torchaudio wav2vec2": {*_OF_TORCHAUDIO, "SelfAttention"},
     "torchaudio wav2vec2 large": {*_OF_TORCHAUDIO, "SelfAttention"},
     "torchaudio wavlm": {*_OF_TORCHAUDIO, "WavLMSelfAttention", "Transformer"},
-    "qwen3-asr": {"Qwen3ASRAudioAttention", "Qwen3ASRAudioEncoderLayer"},
-    "qwen2.5-omni": {"Qwen2_5OmniAudioAttention", "Qwen2_5OmniAudioEncoderLayer"},
-    "qwen3-omni": {"Qwen3OmniMoeAudioAttention", "Qwen3OmniMoeAudioEncoderLayer"},
-    "glm-asr": {"GlmAsrAttention", "GlmAsrMLP"},
-    "moonshine": {"MoonshineAttention", "MoonshineEncoderMLP"},
-    "moonshine streaming": {"MoonshineStreamingEncoderAttention", "MoonshineStreamingEncoderMLP"},
-    "voxtral realtime": {f"VoxtralRealtime{part}" for part in ("Attention", "MLP", "EncoderLayer")},
+    "qwen3-asr": {"Qwen3ASRAudioAttention", "Qwen3ASRAudioEncoderLayer", "Conv2d"},
+    "qwen2.5-omni": {"Qwen2_5OmniAudioAttention", "Qwen2_5OmniAudioEncoderLayer", "Conv1d"},
+    "qwen3-omni": {"Qwen3OmniMoeAudioAttention", "Qwen3OmniMoeAudioEncoderLayer", "Conv2d"},
+    "glm-asr": {"GlmAsrAttention", "GlmAsrMLP", "Conv1d"},
+    "moonshine": {"MoonshineAttention", "MoonshineEncoderMLP", "Conv1d"},
+    "moonshine streaming": {
+        f"MoonshineStreaming{part}" for part in ("EncoderAttention", "EncoderMLP", "CausalConv1d")
+    },
+    "voxtral realtime": {
+        f"VoxtralRealtime{part}" for part in ("Attention", "MLP", "EncoderLayer", "CausalConv1d")
+    },
     "nemotron transcribe": {"Nemotron3_5TranscribeAttention", "Nemotron3_5TranscribeMLP"},
     "nemotron diarization": {"Nemotron3DiarizationAttention", "Nemotron3DiarizationMLP"},
-    "mimi": {"MimiAttention", "MimiMLP"},
+    "mimi": {"MimiAttention", "MimiMLP", "Conv1d"},
     "gemma 4": {
         "Gemma4ClippableLinear",
         "Gemma4AudioAttention",
@@ -448,8 +455,7 @@ def test_phi4_under_reentrant_checkpointing():
     """Its layers share a bias, whose gradient comes back from each of them."""
     seeded(0)
     theirs, call = families.phi4_audio(num_blocks=3)()
-    ours = copy.deepcopy(moved(theirs, 0.05))
-    fastasr.accelerate(ours)
+    ours = swapped(moved(theirs, 0.05))
     for layer in ours.encoders:
         layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=True)
     same(*(outcome(model, call, True) for model in (ours, theirs)), 1e-4, share=1.0)

@@ -8,10 +8,12 @@ import copy
 import families
 import pytest
 import torch
+import torch.nn.functional as F
 from steps import close, moved, seeded
 
 import fastasr
 from fastasr import ops
+from fastasr.ops import _gemm
 
 transformers = pytest.importorskip("transformers")
 
@@ -139,3 +141,57 @@ def test_moonshine_with_its_decoder(implementation):
         assert (a is None) == (b is None)
         if a is not None:
             close(a, b, 1e-5)
+
+
+FRONT_ENDS = {
+    **{
+        f"seamless m4t {version}'s adapter": families.of_wav2vec2(
+            f"seamless_m4t{tail}",
+            f"SeamlessM4T{version}SpeechEncoder",
+            f"SeamlessM4T{version}Config",
+            **families.SEAMLESS,
+            add_adapter=True,
+            num_adapter_layers=1,
+            feature_projection_input_dim=families.WIDTH,
+        )
+        for version, tail in (("", ""), ("v2", "_v2"))
+    },
+    "qwen3-asr": families.qwen_audio("Qwen3ASR", downsample_hidden_size=24),
+    "qwen3-omni": families.qwen_audio("Qwen3OmniMoeAudio", downsample_hidden_size=24),
+    **{
+        name: families.FAMILIES[name]
+        for name in (
+            *("whisper", "qwen2.5-omni", "glm-asr", "moonshine", "moonshine streaming"),
+            *("voxtral realtime", "lasr"),
+        )
+    },
+}
+
+
+def counted(function, calls):
+    return lambda *args, **kwargs: calls.append(1) or function(*args, **kwargs)
+
+
+@pytest.mark.skipif(bool(_gemm.why_not()), reason=str(_gemm.why_not()))
+@pytest.mark.parametrize("name", FRONT_ENDS)
+def test_front_ends_are_products(name, monkeypatch):
+    monkeypatch.setenv("FASTASR_GEMM", "native")
+    monkeypatch.setattr(_gemm, "_choices", {})
+    monkeypatch.setattr(_gemm, "SMALL", 0)
+    seeded("front end")
+    model, run = FRONT_ENDS[name]()
+    model.vocoder = torch.nn.ModuleList([torch.nn.Conv2d(9, 9, 4), torch.nn.Conv1d(9, 9, 4)])
+    ours, theirs, report = pair(model)
+    left = {row.path: row.reason for row in report.skipped if row.path.startswith("vocoder.")}
+    assert set(left.values()) == {"does not shorten its input as a front end does"}
+    found, calls = [], []
+    for one in (theirs, ours):
+        y = run(one)[0]
+        torch.manual_seed(3)
+        weights = [p for path, p in one.named_parameters() if "conv" in path]
+        found.append([y, *torch.autograd.grad(y, weights, torch.randn(y.shape))])
+        for function in ("conv1d", "conv2d"):
+            monkeypatch.setattr(torch.nn.functional, function, counted(getattr(F, function), calls))
+    assert len(calls) == (name in ("whisper", "glm-asr", "qwen2.5-omni"))  # the first one has stride 1
+    for a, b in zip(*found, strict=True):
+        close(a, b, 1e-5)

@@ -7,9 +7,10 @@ import copy
 import families
 import pytest
 import torch
-from steps import moved, seeded
+from steps import moved, seeded, swapped
 
 import fastasr
+from fastasr.models.common import convolutions
 from fastasr.ops import _conv1d, _gemm
 
 pytestmark = pytest.mark.skipif(bool(_gemm.why_not()), reason=str(_gemm.why_not()))
@@ -53,9 +54,7 @@ def test_a_step(name, batch, frozen, monkeypatch):
             handle.remove()
 
     theirs = outcome(copy.deepcopy(model), call, torch.float32)
-    swapped = copy.deepcopy(model)
-    fastasr.accelerate(swapped)
-    ours = outcome(swapped, call, torch.float32)
+    ours = outcome(swapped(model), call, torch.float32)
     positions = 0 if name == "Data2VecAudio" else 1
     assert len(calls) == 3 * len(model.features) + positions
     exact = outcome(model, call, torch.float64)
@@ -79,3 +78,43 @@ def test_exported_with_a_free_length():
     )
     torch.testing.assert_close(made.module()(x), expected, rtol=1e-5, atol=1e-5)
     assert made.module()(x[:, :900]).shape[2] < expected.shape[2]
+
+
+def test_a_normed_weight_is_kept(monkeypatch):
+    """In inference, while its parameters stay."""
+    model, run = families.waveforms("Wav2Vec2", **SIZES)()
+    ours = swapped(moved(model, 0.05))
+    computed, norm = [], torch.nn.utils.parametrizations._WeightNorm.forward
+    monkeypatch.setattr(
+        torch.nn.utils.parametrizations._WeightNorm,
+        "forward",
+        lambda self, *parts: computed.append(1) or norm(self, *parts),
+    )
+
+    def times(context, change=lambda: None):
+        """Counts how often two calls after a change compute a weight."""
+        change()
+        computed.clear()
+        with context():
+            found = [run(ours)[-1] for _ in range(2)]
+        count = len(computed)
+        expected = run(model)[-1]
+        torch.testing.assert_close(found, [expected] * 2, rtol=1e-4, atol=1e-5)
+        return count
+
+    def scale():
+        for one in (ours, model):
+            for name, p in one.named_parameters():
+                if name.endswith("weight.original0"):
+                    p.data.mul_(1.5)
+
+    once = times(torch.inference_mode)
+    assert once
+    assert times(torch.inference_mode) == 0
+    assert times(torch.no_grad) == 0
+    assert times(torch.enable_grad) == 2 * once
+    assert times(torch.no_grad, scale) == once
+    assert times(torch.no_grad, lambda: fastasr.refresh(ours)) == once
+    kept = len(convolutions._NORMED)
+    fastasr.restore(ours)
+    assert len(convolutions._NORMED) == kept - once

@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from steps import close, cotangent, same, step
+from steps import close, cotangent, same, set_batch_count, step
 from tiny_encoders import by_itself, swapped
 from torch.testing import assert_close
 
@@ -117,7 +117,6 @@ def test_autocast(causal):
     ours = swapped(upstream)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         expected, actual = upstream(x, mask), ours(x, mask)
-    assert actual.dtype == expected.dtype
     assert_close(actual, expected, rtol=0.05, atol=0.05)
 
 
@@ -152,9 +151,7 @@ def test_with_gradients(convolved, taps, time, chunk_size, training, always):
     upstream = _module(taps=taps, causal=chunk_size is not None)
     if upstream.causal:
         torch.nn.init.normal_(upstream.depthwise_conv.chunkwise_conv_scale, std=0.3)
-    for module in upstream.modules():
-        if hasattr(module, "batch_count"):
-            module.batch_count = 20000.0
+    for module in set_batch_count(upstream, 20000.0).modules():
         if always and hasattr(module, "prob"):
             module._modules.pop("prob", None)  # a schedule
             module.prob = module.min_prob = module.max_prob = 1.0
@@ -202,7 +199,6 @@ def test_streaming(convolved, chunk_size, taps):
                 del convolved[:]
                 y, cache = ours.streaming_forward(x[part], cache, mask[:, part])
                 assert taps == 1 or convolved == []
-                assert cache.shape == theirs.shape
                 assert_close(y, expected, rtol=1e-5, atol=1e-5)
                 assert_close(cache, theirs, rtol=2e-6, atol=2e-6)
 

@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from steps import as_near, close, draws, moved, same_step, same_tree, seeded
+from steps import as_near, close, draws, moved, same_step, same_tree, seeded, set_batch_count
 from upstream_precision import computing_in
 
 pytest.importorskip("zipformer", reason="upstream's package is not installed")
@@ -71,14 +71,14 @@ def test_inference(config, lengths):
 @pytest.mark.parametrize("config", tiny.CONFIGS.values(), ids=tiny.CONFIGS)
 def test_training_step(config, scheduled):
     """Loss, every gradient and every draw agree, with dropout, skipped layers and all regularisers at work."""
-    models = [tiny.set_batch_count(m.double().train(), scheduled) for m in _twins(config)]
+    models = [set_batch_count(m.double().train(), scheduled) for m in _twins(config)]
     for seed in range(2):
         _same_steps(models, tiny.batch(dtype=torch.float64), seed, 1e-7)
 
 
 @pytest.mark.parametrize("config", tiny.CONFIGS.values(), ids=tiny.CONFIGS)
 def test_training_step_fp32(config):
-    models = [tiny.set_batch_count(m.train(), 2000.0) for m in _twins(config)]
+    models = [set_batch_count(m.train(), 2000.0) for m in _twins(config)]
     for seed in range(2):
         _same_steps(models, tiny.batch(), seed, 1e-3)
 
@@ -97,7 +97,7 @@ def test_front_end_and_encoder_train_together():
     our_encoder, their_encoder = _twins(tiny.SMALL)
     ours_then_theirs = [_Recogniser(our_embed, our_encoder), _Recogniser(their_embed, their_encoder)]
     for model in ours_then_theirs:
-        tiny.set_batch_count(model.double().train(), 500.0)
+        set_batch_count(model.double().train(), 500.0)
     x, lens, _ = tiny.batch((60, 52), channels=20, dtype=torch.float64)
     for seed in range(3):
         _same_steps(ours_then_theirs, (x.transpose(0, 1), lens), seed, 1e-7)
@@ -158,7 +158,7 @@ def test_front_end_streaming():
 def test_batch_count_reaches_the_same_schedules():
     our_encoder, their_encoder = _twins(tiny.SMALL)
     for model in (our_encoder, their_encoder):
-        tiny.set_batch_count(model.train(), 700.0)
+        set_batch_count(model.train(), 700.0)
 
     def rates(model):
         return {
@@ -174,7 +174,7 @@ def test_batch_count_reaches_the_same_schedules():
 
 def test_training_after_deepcopy():
     """Model averaging keeps a deep copy; schedules shared within a layer stay shared."""
-    model = copy.deepcopy(tiny.set_batch_count(_twins(tiny.SMALL)[0], 300.0)).train()
+    model = copy.deepcopy(set_batch_count(_twins(tiny.SMALL)[0], 300.0)).train()
     layer = model.encoders[0].layers[0]
     rate = layer.feed_forward1.out_proj.dropout_p
     assert rate is layer.feed_forward3.out_proj.dropout_p
@@ -227,5 +227,5 @@ def test_published_sizes(size, causal):
     with torch.inference_mode():
         y, expected = (m.eval()(*inputs)[0] for m in (our_encoder, their_encoder))
     close(y, expected, 2e-5)
-    models = [tiny.set_batch_count(m.train(), 2000.0) for m in (our_encoder, their_encoder)]
+    models = [set_batch_count(m.train(), 2000.0) for m in (our_encoder, their_encoder)]
     _same_steps(models, inputs, 1, 2e-3)

@@ -12,7 +12,7 @@ pytest.importorskip("zipformer", reason="upstream's package is not installed")
 from zipformer.modules import scaling, subsampling, zipformer
 
 from fastasr import models
-from fastasr.models.zipformer import convnext
+from fastasr.models.zipformer import convnext, limit_param_value
 
 
 def _twins(name, arguments, options):
@@ -76,8 +76,6 @@ def test_defaults_of_our_constructors():
 
 
 def test_limits_that_exclude_every_value():
-    from fastasr.models.zipformer import limit_param_value
-
     with pytest.raises(ValueError, match="min must not exceed max"):
         limit_param_value(torch.ones(2), 1.0, 0.0, prob=1.0)
 
@@ -88,8 +86,8 @@ def test_linear_is_torch_linear():
     same_step(ours, theirs, torch.randn(7, 3, 12), tolerance=3e-6)
 
 
-def _convnext(channels=8):
-    upstream = subsampling.ConvNeXt(channels)
+def _convnext():
+    upstream = subsampling.ConvNeXt(8)
     with torch.no_grad():
         # upstream starts it at a hundredth, which would hide its errors
         upstream.pointwise_conv2.weight.mul_(50)
@@ -111,7 +109,6 @@ def test_convnext_inference(shape, layout, monkeypatch):
     with torch.inference_mode():
         expected = upstream(x)
         actual = swapped(upstream)(x)
-    assert actual.shape == expected.shape
     assert_close(actual, expected, rtol=1e-5, atol=2e-6)
 
 
@@ -141,7 +138,6 @@ def test_convnext_bf16_and_autocast():
     with torch.no_grad():
         with torch.autocast("cpu", torch.bfloat16):
             expected, actual = upstream(x), ours(x)
-        assert actual.dtype == expected.dtype
         assert_close(actual, expected, rtol=0.05, atol=0.05)
         expected, actual = upstream.bfloat16()(x.bfloat16()), ours.bfloat16()(x.bfloat16())
         assert actual.dtype == torch.bfloat16

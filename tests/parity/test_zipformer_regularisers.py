@@ -5,11 +5,10 @@ import random
 
 import pytest
 import torch
-from steps import draws, moved, numbers, seeded
+from steps import draws, moved, numbers, seeded, set_batch_count
 
 pytest.importorskip("zipformer", reason="upstream's package is not installed")
 
-import tiny_encoders as tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from zipformer.modules import scaling as theirs
@@ -113,7 +112,7 @@ def test_balancer(options, shift, scale, channel_dim):
         if "schedule" in arguments.values():
             arguments["min_abs"] = module.ScheduledFloat((0.0, 2.0), (100.0, 1.0))
         balancer = module.Balancer(6, channel_dim, **arguments)
-        return tiny.set_batch_count(balancer, 50.0)
+        return set_batch_count(balancer, 50.0)
 
     for seed in range(3):
         found, state = _gradient(build(ours), x, grad, seed)
@@ -153,10 +152,6 @@ def test_balancer_on_constant_channels():
     torch.testing.assert_close(found, expected)
 
 
-def _whitens(groups, limit, prob=1.0, grad_scale=0.1):
-    return [module.Whiten(groups, limit, prob, grad_scale) for module in (ours, theirs)]
-
-
 @pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize("limit", [1.0, 2.0, 50.0])
 @pytest.mark.parametrize("shape", [(40, 2, 12), (5, 2, 12)], ids=str)
@@ -164,7 +159,7 @@ def test_whiten(groups, limit, shape):
     generator = numbers(0)
     x = torch.randn(shape, generator=generator) + 2 * torch.randn(*shape[:2], 1, generator=generator) + 1.0
     grad = torch.randn(shape, generator=generator)
-    mine, upstream = _whitens(groups, limit, prob=(0.3, 1.0))
+    mine, upstream = (module.Whiten(groups, limit, (0.3, 1.0), 0.1) for module in (ours, theirs))
     for seed in range(4):
         found, state = _gradient(mine, x, grad, seed)
         expected, expected_state = _gradient(upstream, x, grad, seed)
@@ -180,7 +175,7 @@ def test_whiten_with_schedules():
     def build(module):
         limit = module.ScheduledFloat((0.0, 4.0), (20000.0, 8.0), default=4.0)
         scale = module.ScheduledFloat((0.0, 0.1), (20000.0, 0.2), default=0.1)
-        return tiny.set_batch_count(module.Whiten(1, limit, 1.0, scale), 10.0)
+        return set_batch_count(module.Whiten(1, limit, 1.0, scale), 10.0)
 
     mine, upstream = build(ours), build(theirs)
     for seed in range(3):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from steps import seeded
 
+from fastasr import ops
 from fastasr.models.zipformer import attention
 
 zipformer = pytest.importorskip("zipformer.modules.zipformer")
@@ -84,8 +85,6 @@ def test_positions_of_each_sequence():
 @pytest.mark.parametrize("chunk", [1, 4, 16])
 def test_a_mask_of_chunks(chunk):
     """The window given by numbers is the mask that upstream's encoder makes."""
-    from fastasr import ops
-
     frames, left = 37, 2
     module = upstream()
     x, pos_emb = inputs(frames, 2)

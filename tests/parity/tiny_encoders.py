@@ -62,13 +62,3 @@ def swapped(module, **options):
 def by_itself(module):
     """Returns a copy of which only the module's own forward is replaced, and no part's."""
     return swapped(module, only=lambda path, _: path == "")
-
-
-def set_batch_count(model, count):
-    """Sets the batch count as icefall's train.py does."""
-    for name, module in model.named_modules():
-        if hasattr(module, "batch_count"):
-            module.batch_count = count
-        if hasattr(module, "name"):
-            module.name = name
-    return model

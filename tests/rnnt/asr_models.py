@@ -3,7 +3,7 @@
 
 from pathlib import Path
 
-from steps import moved, seeded
+from steps import moved, seeded, set_batch_count
 
 from fastasr.asr.audio import features, recordings
 
@@ -33,11 +33,7 @@ def model(**changes):
     from zipformer.modules.model import AsrModel
 
     seeded(0)
-    made = moved(AsrModel(**{**CONFIG, **changes}), 0.05)
-    for module in made.modules():
-        if hasattr(module, "batch_count"):
-            module.batch_count = 20000.0
-    return made
+    return set_batch_count(moved(AsrModel(**{**CONFIG, **changes}), 0.05), 20000.0)
 
 
 def batch(cache: Path):

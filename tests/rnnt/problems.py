@@ -30,7 +30,7 @@ class Problem:
         return torch.tensor([[0, 0, length, frames]] * batch) if self.boundary is None else self.boundary
 
 
-def random_problem(seed: int, *, ragged: bool = True, dtype=torch.float64, scale: float = 2.0) -> Problem:
+def random_problem(seed: int, *, ragged: bool = True, dtype=torch.float64) -> Problem:
     """Returns up to 4 sequences, 7 symbols, 14 frames, 9 classes; T_b >= S_b, as upstream needs for all types."""
     g = numbers(seed)
 
@@ -47,8 +47,8 @@ def random_problem(seed: int, *, ragged: bool = True, dtype=torch.float64, scale
             rows.append([0, 0, symbols, draw(symbols, frames)])
         boundary = torch.tensor(rows)
     return Problem(
-        torch.randn(batch, length + 1, classes, generator=g, dtype=dtype) * scale,
-        torch.randn(batch, frames, classes, generator=g, dtype=dtype) * scale,
+        2.0 * torch.randn(batch, length + 1, classes, generator=g, dtype=dtype),
+        2.0 * torch.randn(batch, frames, classes, generator=g, dtype=dtype),
         torch.randint(0, classes, (batch, length), generator=g),
         draw(0, classes - 1),
         boundary,

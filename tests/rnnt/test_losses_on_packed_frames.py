@@ -118,10 +118,10 @@ def alone(p, b):
     )
 
 
-def ranges_of(p, rnnt_type):
+def ranges_of(p):
     """Returns windows (B, T, 2) from the scores of no joiner in particular."""
     batch, length, frames = len(p.ends), p.symbols.shape[1], p.frames.shape[1]
-    px = torch.rand(batch, length, frames + (rnnt_type == "regular"))
+    px = torch.rand(batch, length, frames + 1)
     return rnnt.get_rnnt_prune_ranges(px, torch.rand(batch, length + 1, frames), p.boundary, 2)
 
 
@@ -275,7 +275,7 @@ def test_as_each_recording_alone(name):
 @pytest.mark.parametrize("name", WINDOWED)
 def test_in_windows(name, case):
     p, options = problem(*LENGTHS[case]), WINDOWED[name]
-    ranges = ranges_of(p, "regular")
+    ranges = ranges_of(p)
 
     def call(p):
         if name.startswith("pruned"):
@@ -296,7 +296,7 @@ def test_in_windows(name, case):
 
 def test_log_probabilities_in_windows():
     p = problem(*LENGTHS["ragged"])
-    ranges = ranges_of(p, "regular")
+    ranges = ranges_of(p)
     logits = torch.randn(*ranges.shape, CLASSES, dtype=torch.float64)
     rows = fastasr.packed(logits, p.lengths, 40)
     expected = rnnt.rnnt_loss_pruned(logits, p.symbols, ranges, BLANK, p.boundary, return_grad=True)

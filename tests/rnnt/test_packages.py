@@ -12,8 +12,8 @@ from fastasr import rnnt
 from fastasr.compat import nemo, torchaudio, transformers, warp_rnnt
 
 
-def problem(dtype=torch.float32, blank=6):
-    logits = torch.randn(3, 9, 5, 7, dtype=dtype, requires_grad=True)
+def problem(blank=6):
+    logits = torch.randn(3, 9, 5, 7, requires_grad=True)
     targets = torch.randint(0, 6, (3, 4), dtype=torch.int32) + (blank == 0)
     frames, symbols = (torch.tensor(n, dtype=torch.int32) for n in ([9, 6, 7], [4, 2, 3]))
     return logits, targets, frames, symbols

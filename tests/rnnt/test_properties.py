@@ -350,8 +350,7 @@ def test_rows_whose_classes_are_apart_in_memory(hat, dtype):
     assert not rows._kernels(apart)
     tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype.itemsize < 8 else {}
     found, expected = (rows.forward(x, symbols, p.blank, hat) for x in (logits, apart))
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, **tolerance)
+    torch.testing.assert_close(found, expected, **tolerance)
     gx, gy = (torch.randn_like(found[0]) for _ in range(2))
     found, expected = (rows.backward(gx, gy, x, symbols, expected[2], p.blank, hat) for x in (logits, apart))
     torch.testing.assert_close(found, expected, **(tolerance if dtype.itemsize > 2 else {}))

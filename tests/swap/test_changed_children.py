@@ -16,7 +16,7 @@ import families
 import pytest
 import torch
 from families import FAMILIES
-from steps import moved, seeded
+from steps import moved, seeded, swapped
 from torch import nn
 from torch.nn.modules import module as nn_module
 from torch.utils._pytree import tree_map
@@ -456,12 +456,12 @@ def compare(ours, theirs, tolerance=TOLERANCE, counted=True):
 def changed_both_ways(make, path, change, after, training, swap, **options):
     """Returns what differs between upstream's model and the swapped one, both changed at ``path``."""
     results = []
-    for swapped in (False, True):
+    for is_swapped in (False, True):
         model, run = make()
         seen = []
         model.train(training)
         seeded("change")
-        if swapped and after:
+        if is_swapped and after:
             fastasr.accelerate(model, **swap)
             outcome(model, run, training, seen)  # native layers and searches are kept from the first call on
             seeded("change")
@@ -470,10 +470,10 @@ def changed_both_ways(make, path, change, after, training, swap, **options):
             try:
                 undo = change(model, path, seen)
             except (RuntimeError, ValueError, AttributeError) as error:
-                if not swapped:
+                if not is_swapped:
                     return None  # the change does not fit this module
                 return f"cannot be changed: {error}"
-            if swapped and not after:
+            if is_swapped and not after:
                 fastasr.accelerate(model, **swap)
             results.append(outcome(model, run, training, seen))
         finally:
@@ -508,13 +508,12 @@ def check(name, count=None):
     """Asserts that all cases of a model, or ``count`` that are drawn by the run's seed, are as upstream."""
     model, run = families.make(name)
     options, swap = OPTIONS.get(name, {}), families.SWAP.get(name, {})
-    swapped = copy.deepcopy(model)
-    fastasr.accelerate(swapped, **swap)
+    ours = swapped(model, **swap)
     theirs = copy.deepcopy(model)  # ESPnet keeps the attention weights of the last call
     for training in modes(name):
         expected = outcome(theirs, run, training, [])
         assert not isinstance(expected[0], Exception), expected
-        problem = compare(outcome(swapped, run, training, []), expected, **options)
+        problem = compare(outcome(ours, run, training, []), expected, **options)
         assert not problem, f"without a change {problem}"
     cases = every_case(model, name)
     if count is not None and count < len(cases):

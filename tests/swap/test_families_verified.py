@@ -2,13 +2,11 @@
 """A model of every framework is verified when it is swapped, and undone it is what it was; under autocast it is as
 exact as upstream's."""
 
-import copy
-
 import ambient
 import families
 import pytest
 import torch
-from steps import seeded
+from steps import relative, seeded, swapped
 
 import fastasr
 from fastasr.testing import seeds
@@ -79,8 +77,7 @@ def test_verified_in_half_precision(name):
 def test_autocast(name):
     """The results have upstream's dtype and are as near to those in float32 as upstream's."""
     theirs, run = families.make(name)
-    ours = copy.deepcopy(theirs)
-    fastasr.accelerate(ours, **families.SWAP.get(name, {}))
+    ours = swapped(theirs, **families.SWAP.get(name, {}))
     results = []
     for model, enabled in ((theirs, False), (theirs, True), (ours, True)):
         seeded("call")
@@ -88,5 +85,5 @@ def test_autocast(name):
             results.append(run(model))
     for exact, expected, found in zip(*results, strict=True):
         assert found.dtype == expected.dtype
-        errors = [(y.float() - exact).norm() / exact.norm() for y in (found, expected)]
+        errors = [relative(y, exact) for y in (found, expected)]
         assert errors[0] <= 1.15 * errors[1] + 5e-4, errors

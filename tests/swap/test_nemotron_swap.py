@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from steps import moved, numbers, seeded
+from steps import moved, numbers, seeded, swapped
 from tiny_parakeet import SIZES
 
 pytest.importorskip("transformers.models.nemotron_asr_streaming")
@@ -45,9 +45,7 @@ def encoder(dtype=torch.float32, **options):
 def pair(dtype=torch.float32, **options):
     """Returns upstream's encoder and a swapped copy."""
     theirs = encoder(dtype, **options)
-    ours = copy.deepcopy(theirs)
-    fastasr.accelerate(ours)
-    return theirs, ours
+    return theirs, swapped(theirs)
 
 
 def batch(dtype=torch.float32):

@@ -29,11 +29,11 @@ def features():
     return torch.randn(2, 5, 24, generator=numbers(1))
 
 
-def searched(model, steps=10):
+def searched(model):
     """Returns the tokens of a greedy search with upstream's cache, and the logits of its last step."""
     inference = sys.modules["whisper.decoding"].PyTorchInference(model, initial_token_length=2)
     tokens, states = torch.tensor([[1, 5], [1, 7]]), model.encoder(features())
-    for _ in range(steps):
+    for _ in range(10):
         logits = inference.logits(tokens, states)[:, -1]
         tokens = torch.cat([tokens, logits.argmax(-1, keepdim=True)], 1)
     inference.cleanup_caching()

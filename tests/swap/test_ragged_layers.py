@@ -7,7 +7,7 @@ import copy
 import families
 import pytest
 import torch
-from steps import seeded
+from steps import seeded, swapped
 
 import fastasr
 
@@ -196,8 +196,7 @@ ON_PADDING = {
 def test_what_runs_on_padding(made):
     seeded(0)
     theirs, run = made()
-    ours = copy.deepcopy(theirs.eval())
-    fastasr.accelerate(ours, ragged=True)
+    ours = swapped(theirs.eval(), ragged=True)
     with torch.no_grad():
         torch.testing.assert_close(run(ours)[0], run(theirs)[0], rtol=1e-4, atol=1e-5)
 
@@ -205,8 +204,7 @@ def test_what_runs_on_padding(made):
 def test_upstream_draws_run_on_padding():
     seeded(0)
     theirs, run = families.FAMILIES["seamless m4t v2"]()
-    ours = copy.deepcopy(theirs)
-    fastasr.accelerate(ours, ragged=True)
+    ours = swapped(theirs, ragged=True)
     results = []
     with fastasr.upstream_draws():
         for model in (ours, theirs):

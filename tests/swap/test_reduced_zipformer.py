@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from steps import moved, numbers, seeded
+from steps import moved, numbers, relative, seeded
 
 from fastasr.models import zipformer
 from fastasr.ops import _dispatch
@@ -11,10 +11,6 @@ from fastasr.swap import weights
 from fastasr.swap.state import ModelState
 
 pytestmark = pytest.mark.skipif(bool(_dispatch.why_not_native()), reason="the native library is not built")
-
-
-def relative(got, truth):
-    return ((got - truth).norm() / truth.norm()).item()
 
 
 def test_every_product_of_a_zipformer():

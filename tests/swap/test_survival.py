@@ -8,7 +8,7 @@ import pickle
 import families
 import pytest
 import torch
-from steps import close, cotangent, numbers, same_gradients, seeded
+from steps import close, cotangent, numbers, same_gradients, seeded, swapped
 from tiny_zipformer import plain_swoosh, training_step
 from torch.utils.checkpoint import checkpoint
 
@@ -235,8 +235,7 @@ def test_moving_to_another_dtype_after_the_swap(model, inputs):
 def test_replicas_of_data_parallel(name):
     """A replica, whose parameters are plain tensors, computes with its own and hands their gradients back."""
     theirs, run = families.make(name)
-    ours = copy.deepcopy(theirs)
-    fastasr.accelerate(ours)
+    ours = swapped(theirs)
     results = []
     for model in (theirs, ours):
         replica = _replica(model)

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import torch
-from steps import moved, numbers, seeded
+from steps import moved, numbers, relative, seeded
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -49,10 +49,6 @@ def inputs():
 def hidden(model, inputs):
     with torch.no_grad():
         return model(**inputs).last_hidden_state
-
-
-def relative(got, truth):
-    return ((got - truth).norm() / truth.norm()).item()
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -2,13 +2,11 @@
 """What a swapped module computes does not depend on torch's default dtype and default device, nor on whether the
 backend that serves it is forced."""
 
-import copy
-
 import ambient
 import families
 import pytest
 import torch
-from steps import seeded
+from steps import seeded, swapped
 from tiny_zipformer import training_step
 
 import fastasr
@@ -50,8 +48,7 @@ def test_dtypes_without_kernels_on_a_forced_backend():
 @pytest.mark.parametrize("setting", [torch.bfloat16, torch.float64], ids=str)
 def test_training_draws_what_upstream_draws(setting, model, inputs):
     """Upstream draws in the default dtype."""
-    ours = copy.deepcopy(model)
-    fastasr.accelerate(ours)
+    ours = swapped(model)
     with ambient.ambient(setting):
         found, expected = (training_step(each, inputs, 3) for each in (ours, model))
     assert found[2] == expected[2]

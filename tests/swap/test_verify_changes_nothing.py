@@ -18,6 +18,7 @@ from steps import seeded
 from tiny_parakeet import SIZES
 
 import fastasr
+from fastasr.ops import _reduced_weights
 from fastasr.swap.state import ModelState
 
 pytest.importorskip("transformers", reason="upstream's package is not installed")
@@ -393,8 +394,6 @@ def test_inputs_that_the_model_changes_are_given_back():
 @pytest.mark.parametrize("last", [1, 2, 3])
 def test_an_interrupted_accelerate_is_undone(last):
     """It leaves neither swaps nor reduced weights, and keeps those that an earlier call made."""
-    from fastasr.ops import _reduced_weights
-
     seeded("interrupted")
     model, runs = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64)).eval(), []
     report = fastasr.accelerate(model, weights="int8").weights

@@ -3,7 +3,6 @@
 ``fastasr.why`` names the reason. ``tests/parity/test_conformer_ways_back.py`` has those of the Conformers."""
 
 import contextlib
-import copy
 import functools
 import logging
 
@@ -13,7 +12,7 @@ import pytest
 import tiny_emformer_rnnt
 import torch
 from leaving import Case, beside, check, unreached
-from steps import moved, numbers, seeded
+from steps import moved, numbers, seeded, swapped
 from test_parakeet_generate import batch, parakeet
 from tiny_parakeet import SIZES, STILL
 from tiny_recogniser import RECOGNISER, STREAMING
@@ -57,12 +56,6 @@ def cases(*names):
         return function
 
     return register
-
-
-def swapped(theirs, **options):
-    ours = copy.deepcopy(theirs)
-    fastasr.accelerate(ours, **options)
-    return ours
 
 
 def bfloat16():
@@ -515,15 +508,10 @@ def mega_decoder(what):
     if what == "states":
         states = [{name: torch.nn.Parameter(t, False) for name, t in state.items()} for state in states]
     reason, around, level = {
-        "autocast": ("autocast is on", bfloat16, logging.WARNING),
-        "eager": ("backend 'eager' is forced", eager, logging.INFO),
-        "gradients": ("gradients are on", torch.enable_grad, logging.INFO),
+        **DECLINED,
         "switch": ("packed_decoding is False", torch.no_grad, logging.INFO),
-        "hooks": ("has hooks", torch.no_grad, logging.WARNING),
-        "training": ("is in training mode", torch.no_grad, logging.WARNING),
         "relu": ("the activation is not swish", torch.no_grad, logging.WARNING),
         "states": ("states that the step does not read", torch.no_grad, logging.WARNING),
-        "transform": DECLINED["transform"],
     }[what]
     return beside(
         ours,
@@ -659,8 +647,7 @@ def _hook_of_all_modules():
 
 @cases()
 def hook_of_all_modules():
-    module = pytest.importorskip("torchaudio.models.emformer")
-    theirs = module.Emformer(12, 3, 20, 1, 4).eval()
+    theirs = emformer.Emformer(12, 3, 20, 1, 4).eval()
     ours = swapped(theirs, only=lambda path, _: path == "")
     call = torch.randn(2, 8, 12, generator=numbers(1)), torch.tensor([8, 8])
     reason = "hooks of all modules are registered"
@@ -670,8 +657,7 @@ def hook_of_all_modules():
 # --------------------------------------------------------------------------- Emformer's attention
 @cases("forward", "infer")
 def emformer_attention(method):
-    module = pytest.importorskip("torchaudio.models.emformer")
-    theirs = module.Emformer(12, 3, 20, 1, 4).eval()
+    theirs = emformer.Emformer(12, 3, 20, 1, 4).eval()
     ours = swapped(theirs)
     ours.emformer_layers[0].attention.register_forward_hook(lambda *_: None)
     call = torch.randn(2, 4, 12, generator=numbers(1)), torch.tensor([4, 4])

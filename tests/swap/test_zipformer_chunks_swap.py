@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from largest import Largest
-from steps import close, draws, moved, numbers, same_step, seeded
+from steps import close, draws, moved, numbers, same_step, seeded, swapped
 from tiny_zipformer import TINY, plain_swoosh, set_batch_count
 from upstream_precision import computing_in
 from zipformer.modules import zipformer
@@ -82,8 +82,7 @@ def test_inference(chunks, padding):
 def test_inference_in_float32():
     """Layers that have measured their products compute the second call in another way."""
     theirs = upstream()
-    ours = copy.deepcopy(theirs)
-    fastasr.accelerate(ours)
+    ours = swapped(theirs)
     expected = theirs(source(), LENGTHS, PADDING)[0]
     for _ in range(2):
         close(ours(source(), LENGTHS, PADDING)[0], expected, 1e-5)
@@ -112,8 +111,7 @@ def test_memory_and_gradients(monkeypatch, training):
 def test_training_steps(chunks):
     """Feature masks, dropped layers and regularisers are drawn as upstream draws them."""
     theirs = upstream(**chunks).double().train()
-    ours = copy.deepcopy(theirs)
-    fastasr.accelerate(ours)
+    ours = swapped(theirs)
     call = source(torch.float64), LENGTHS, PADDING
     for seed in range(4):
         with computing_in(torch.float64):
@@ -122,8 +120,7 @@ def test_training_steps(chunks):
 
 def test_training_step_in_float32():
     theirs = upstream().train()
-    ours = copy.deepcopy(theirs)
-    fastasr.accelerate(ours)
+    ours = swapped(theirs)
     same_step(ours, theirs, source(), LENGTHS, PADDING, tolerance=1e-3, seed=1, share=1.0)
 
 

@@ -11,14 +11,28 @@
 // are floats all the same. AMX's instruction adds the products of 16 rows, 16 columns and 32 terms. Operands are packed
 // into panels as wide as a tile of registers; the products then read nothing but panels. With many rows both operands
 // are packed once, beforehand; but rows of A whose terms lie next to each other are read where they lie: on a Zen 3
-// core packing them takes a tenth of the time of a product with 192 columns. With few rows B is most of the memory that
-// a product touches, and packing it costs a fifth of the time of a product of 376 rows: `strips` packs it part by part
-// into memory that stays in the second cache, and prefetches the next part. Sums run in chains of at most kGemmChain
-// terms, which are then added: longer chains of floats would be less exact than a BLAS. The bits of an element depend
-// on its row, its column and k alone, not on how the work is split.
+// core packing them takes a tenth of the time of a product with 192 columns. A tile over the end of a line of rows
+// reads copies. With few rows B is most of the memory that a product touches, and packing it costs a fifth of the time
+// of a product of 376 rows: `strips` packs it part by part into memory that stays in the second cache, and prefetches
+// the next part. Sums run in chains of at most kGemmChain terms, which are then added: longer chains of floats would be
+// less exact than a BLAS. The bits of an element depend on its row, its column and k alone, not on how the work is
+// split.
 namespace fastasr::cpu {
 
 inline constexpr int64_t kGemmChain = 192;
+
+// Rows that are `step` elements apart, or lie in lines of `line` rows, `next_line` apart, and these in maps of `lines`
+// lines, `next_map` apart, as what the outputs of a convolution see.
+struct Lines {
+  int64_t line = 0, next_line = 0, lines = 0, next_map = 0;  // 0: one line of all rows
+
+  int64_t at(int64_t i, int64_t step) const {
+    if (!line) return i * step;
+    return i / line / lines * next_map + i / line % lines * next_line + i % line * step;
+  }
+  // Says whether `count` rows from row i on lie in one line.
+  bool whole(int64_t i, int64_t count) const { return !line || i % line + count <= line; }
+};
 
 template <typename T>
 struct Gemm {
@@ -35,6 +49,10 @@ struct Gemm {
   int64_t onto_row = 0;
   bool swoosh_l = false;       // applies SwooshL to the result
   int64_t chain = kGemmChain;  // words of a chain, at most kGemmChain: fewer are more exact and slower
+  // Of float alone: where rows of A and C lie, and, if rows of A are one element apart, the terms of a row. If the
+  // terms lie next to each other, they may be in `parts` of k, part_step apart.
+  Lines a_lines{}, c_lines{}, depth_lines{};
+  int64_t parts = 1, part_step = 0;
 };
 
 template <typename T>

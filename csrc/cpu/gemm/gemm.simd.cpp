@@ -61,11 +61,12 @@ struct Words {
   }
 };
 
-// The chains of k terms, by words.
+// The chains of k terms, by words. None reaches over the end of a part.
 template <typename T>
 struct Chains {
   int64_t k, depth, count;
-  Chains(int64_t k_, int64_t longest) : k(k_), depth(Words<T>::count(k)), count((depth + longest - 1) / longest) {}
+  Chains(int64_t k_, int64_t longest, int64_t parts)
+      : k(k_), depth(Words<T>::count(k)), count((depth / parts + longest - 1) / longest * parts) {}
   int64_t begin(int64_t i) const { return depth / Words<T>::kUnit * i / count * Words<T>::kUnit; }
   int64_t words(int64_t i) const { return begin(i + 1) - begin(i); }
   int64_t first(int64_t i) const { return begin(i) * Words<T>::kEach; }
@@ -120,9 +121,10 @@ FASTASR_INLINE void gather(const bfloat16* __restrict in, int64_t along, float* 
   std::memcpy(out, words, sizeof words);
 }
 
-// Packs `width` rows of `depth` terms, one chain of an operand, to panels; `across` and `along` are its strides.
+// Packs `width` rows of `depth` terms, one chain of an operand or a part of it, to panels, which are `step` words
+// apart; `across` and `along` are its strides.
 template <int64_t kWidth, typename T>
-void pack_chain(const T* from, int64_t across, int64_t along, int64_t width, int64_t depth, float* out) {
+void pack_chain(const T* from, int64_t across, int64_t along, int64_t width, int64_t depth, float* out, int64_t step) {
   constexpr int64_t kEach = Words<T>::kEach;
   const int64_t words = Words<T>::count(depth), pairs = depth / kEach, panels = (width + kWidth - 1) / kWidth;
   // Packs panels of whole words, a few rows of the operand at a time where its rows run across the panels.
@@ -131,13 +133,13 @@ void pack_chain(const T* from, int64_t across, int64_t along, int64_t width, int
     p = width / kWidth, done = pairs;
     for (int64_t k = 0; k < pairs; k++)
       for (int64_t i = 0; i < p; i++)
-        gather<kWidth>(from + i * kWidth + k * kEach * along, along, out + (i * words + k) * kWidth);
+        gather<kWidth>(from + i * kWidth + k * kEach * along, along, out + (i * step + k) * kWidth);
   } else if (along == 1) {
     // whole panels apart: their width is a constant
     for (; (p + 1) * kWidth <= width; p++)
-      interleave<kWidth>(from + p * kWidth * across, across, pairs, kWidth, out + p * words * kWidth);
+      interleave<kWidth>(from + p * kWidth * across, across, pairs, kWidth, out + p * step * kWidth);
     for (; p < panels; p++)
-      interleave<kWidth>(from + p * kWidth * across, across, pairs, width - p * kWidth, out + p * words * kWidth);
+      interleave<kWidth>(from + p * kWidth * across, across, pairs, width - p * kWidth, out + p * step * kWidth);
     done = pairs;
   }
   // the rest: panels from p on, and the last word of those before, where it holds one term
@@ -148,7 +150,7 @@ void pack_chain(const T* from, int64_t across, int64_t along, int64_t width, int
         T terms[kEach] = {};
         for (int64_t e = 0; e < kEach && w < there && k * kEach + e < depth; e++)
           terms[e] = from[(q * kWidth + w) * across + (k * kEach + e) * along];
-        std::memcpy(out + (q * words + k) * kWidth + w, terms, sizeof terms);
+        std::memcpy(out + (q * step + k) * kWidth + w, terms, sizeof terms);
       }
   }
 }
@@ -188,17 +190,22 @@ void pack_rows(const T* from, int64_t across, int64_t along, int64_t width, int6
 
 // Packs panels [begin, end) of an operand of this width, all its chains.
 template <int64_t kWidth, bool kByRows, typename T>
-void pack(const T* in, int64_t across, int64_t along, int64_t width, const Chains<T>& chains, float* packed,
-          int64_t begin, int64_t end) {
+void pack(const T* in, int64_t across, int64_t along, const Lines& lines, int64_t width, const Chains<T>& chains,
+          float* packed, int64_t begin, int64_t end) {
   const int64_t panels = (width + kWidth - 1) / kWidth, i = begin * kWidth;
   for (int64_t chain = 0; chain < chains.count; chain++) {
-    const T* const from = in + chains.first(chain) * along + i * across;
-    const int64_t here = std::min(end * kWidth, width) - i;
-    float* const out = packed + chains.begin(chain) * kWidth * panels + i * chains.words(chain);
-    if constexpr (kByRows)
-      pack_rows<kWidth>(from, across, along, here, chains.terms(chain), out);
-    else
-      pack_chain<kWidth>(from, across, along, here, chains.terms(chain), out);
+    const int64_t here = std::min(end * kWidth, width) - i, terms = chains.terms(chain), words = chains.words(chain);
+    float* const out = packed + chains.begin(chain) * kWidth * panels + i * words;
+    const T* const from = in + i * across;
+    if constexpr (kByRows) {
+      pack_rows<kWidth>(from + chains.first(chain) * along, across, along, here, terms, out);
+      continue;
+    }
+    for (int64_t k = 0, run; k < terms; k += run) {
+      const int64_t at = chains.first(chain) + k;
+      run = lines.line ? std::min(terms - k, lines.line - at % lines.line) : terms;
+      pack_chain<kWidth>(from + lines.at(at, along), across, along, here, run, out + k * kWidth, words);
+    }
   }
 }
 
@@ -346,7 +353,8 @@ int64_t b_panels(const Gemm<T>& g) {
 // rows that are multiples of 4 KiB apart would share a set of the first cache. Strips read all of A for every panel.
 template <typename T>
 bool in_place(const Gemm<T>& g) {
-  return sizeof(T) == 4 && g.a_depth == 1 && g.a_row % 1024 && g.m > kStripRows;
+  const bool lines = g.a_lines.line || g.parts > 1;
+  return sizeof(T) == 4 && g.a_depth == 1 && (lines || (g.a_row % 1024 && g.m > kStripRows));
 }
 template <typename T>
 int64_t packed_a(const Gemm<T>& g) {
@@ -369,43 +377,77 @@ int64_t tasks(const Gemm<T>& g) {
 
 template <typename T>
 Chains<T> chains_of(const Gemm<T>& g) {
-  return {g.k, g.chain};
+  return {g.k, g.chain, g.parts};
 }
 
 template <typename T>
 void pack_a(const Gemm<T>& g, float* packed, int64_t begin, int64_t end) {
-  if (!in_place(g)) pack<kRows<T>, kInTiles<T>>(g.a, g.a_row, g.a_depth, g.m, chains_of(g), packed, begin, end);
+  if (in_place(g)) return;
+  pack<kRows<T>, kInTiles<T>>(g.a, g.a_row, g.a_depth, g.depth_lines, g.m, chains_of(g), packed, begin, end);
 }
 template <typename T>
 void pack_b(const Gemm<T>& g, float* packed, int64_t begin, int64_t end) {
-  pack<kColumns, false>(g.b, g.b_column, g.b_depth, g.n, chains_of(g), packed, begin, end);
+  pack<kColumns, false>(g.b, g.b_column, g.b_depth, Lines{}, g.n, chains_of(g), packed, begin, end);
 }
 
-// Multiplies panels [p0, p1) of A by panels [q0, q1) of B, whose parts of one chain begin at `b`; calls ahead() before
-// each tile. Without packed A the products read its rows.
+// The rows of a block of A that is read where it lies, for one chain. Copies serve tiles over the end of a line.
+class Rows {
+ public:
+  FASTASR_MEMBER void read(const Gemm<float>& g, int64_t first, int64_t words, int64_t p0, int64_t p1) {
+    const int64_t part = g.k / g.parts, begin = first / part * g.part_step + first % part;
+    for (int64_t p = p0; p < p1; p++) {
+      const int64_t i = p * kVectorRows;
+      const bool lies = i + kVectorRows <= g.m && g.a_lines.whole(i, kVectorRows) && g.a_row % 1024;
+      float* const copy = rows_ + (p - p0) * kVectorRows * kStep;
+      for (int64_t m = 0; m < kVectorRows && !lies; m++)  // the last row is repeated behind the end
+        std::copy_n(g.a + begin + g.a_lines.at(std::min(i + m, g.m - 1), g.a_row), words, copy + m * kStep);
+      const float* const at = lies ? g.a + begin + g.a_lines.at(i, g.a_row) : copy;
+      panels_[p - p0] = {at, lies ? g.a_row : kStep, at};
+      if (p > p0) panels_[p - p0 - 1].next = at;
+    }
+  }
+  const Panel& operator[](int64_t i) const { return panels_[i]; }
+
+ private:
+  static constexpr int64_t kStep = kGemmChain + kLanes;  // rows do not share a set of the first cache
+  Panel panels_[kBlockRows<float>];
+  alignas(64) float rows_[kBlockRows<float> * kVectorRows * kStep];
+};
+
+// Computes a tile whose rows of C lie in several lines.
+template <typename T>
+void scattered_tile(const Gemm<T>& g, Tiles<T>& tiles, const Panel& panel, const float* b, int64_t words,
+                    const Addends& addends, int64_t i, int64_t j, bool first, int64_t rows, int64_t columns) {
+  alignas(64) float part[kRows<T> * kColumns];
+  const auto row = [&](int64_t m) { return g.c + g.c_lines.at(i + m, g.c_row) + j; };
+  for (int64_t m = 0; m < rows && !first; m++) std::copy_n(row(m), columns, part + m * kColumns);
+  tiles.run(panel, b, words, addends, part, kColumns, first, rows, columns);
+  for (int64_t m = 0; m < rows; m++) std::copy_n(part + m * kColumns, columns, row(m));
+}
+
+// Multiplies panels [p0, p1) of A, a block at most, by panels [q0, q1) of B, whose parts of one chain begin at `b`;
+// calls ahead() before each tile. Without packed A the products read its rows.
 template <typename T, typename F>
 FASTASR_INLINE void one_chain(const Gemm<T>& g, const Chains<T>& chains, int64_t chain, const float* a, const float* b,
                               int64_t p0, int64_t p1, int64_t q0, int64_t q1, Tiles<T>& tiles, const F& ahead) {
-  const bool lies = in_place(g);
-  const int64_t n = chains.words(chain), whole = lies ? g.m / kRows<T> : p1;
-  const bool last = chain + 1 == chains.count, sets = chain == 0 && !g.add;
-  const float* ac = a + (lies ? 0 : chains.begin(chain) * kRows<T> * a_panels(g));
-  [[maybe_unused]] alignas(64) float edge[kVectorRows * kGemmChain];  // the last panel, if A has rows for a part of it
-  if constexpr (sizeof(T) == 4) {
-    if (lies) ac = g.a + chains.first(chain);
-    if (whole < p1) pack_chain<kVectorRows>(ac + whole * kVectorRows * g.a_row, g.a_row, 1, g.m % kVectorRows, n, edge);
-  }
+  const bool lies = in_place(g), last = chain + 1 == chains.count, sets = chain == 0 && !g.add;
+  const int64_t n = chains.words(chain);
+  [[maybe_unused]] Rows read;
+  if constexpr (sizeof(T) == 4)
+    if (lies) read.read(g, chains.first(chain), n, p0, p1);
+  const float* const ac = a + (lies ? 0 : chains.begin(chain) * kRows<T> * a_panels(g));
   for (int64_t q = q0; q < q1; q++, b += n * kColumns) {
     const int64_t j = q * kColumns, width = std::min(kColumns, g.n - j);
     for (int64_t p = p0; p < p1; p++) {
       ahead();
-      const int64_t i = p * kRows<T>;
-      Panel panel{p == whole ? edge : ac + p * n * kRows<T>, 0, nullptr};
-      if (lies && p < whole)
-        panel = {ac + i * g.a_row, g.a_row, ac + (p + 1 < std::min(p1, whole) ? i + kRows<T> : i) * g.a_row};
+      const int64_t i = p * kRows<T>, rows = std::min(kRows<T>, g.m - i);
+      const Panel panel = lies ? read[p - p0] : Panel{ac + p * n * kRows<T>, 0, nullptr};
       const Addends addends{last && g.bias ? g.bias + j : nullptr,
                             last && g.onto ? g.onto + i * g.onto_row + j : nullptr, g.onto_row};
-      tiles.run(panel, b, n, addends, g.c + i * g.c_row + j, g.c_row, sets, std::min(kRows<T>, g.m - i), width);
+      if (g.c_lines.whole(i, rows))
+        tiles.run(panel, b, n, addends, g.c + g.c_lines.at(i, g.c_row) + j, g.c_row, sets, rows, width);
+      else
+        scattered_tile(g, tiles, panel, b, n, addends, i, j, sets, rows, width);
     }
   }
 }
@@ -416,7 +458,7 @@ void activate(const Gemm<T>& g, int64_t i, int64_t last, int64_t j, int64_t coun
   if (!g.swoosh_l) return;
   const auto& kernel = kernels<SwooshKernels<float>>();
   for (; i < last; i++) {
-    float* const c = g.c + i * g.c_row + j;
+    float* const c = g.c + g.c_lines.at(i, g.c_row) + j;
     kernel.forward(c, nullptr, Mask::none, c, count, Swoosh::L);
   }
 }
@@ -481,7 +523,7 @@ template <typename T>
 int64_t strip_count(const Gemm<T>& g, int64_t threads) {
   const int64_t panels = b_panels(g), least = (panels + kStripColumns - 1) / kStripColumns;
   const int64_t count = (least + threads - 1) / threads * threads;  // Each thread gets as many.
-  return g.m <= kStripRows && 2 * count <= panels ? count : 0;
+  return g.m <= kStripRows && !in_place(g) && 2 * count <= panels ? count : 0;
 }
 
 // Packs a panel, multiplies all rows of A by it and prefetches the next one meanwhile. More of B at a time would leave
@@ -498,13 +540,16 @@ void strips(const Gemm<T>& g, const float* a, int64_t count, int64_t begin, int6
       const int64_t first = chains.first(chain), terms = chains.terms(chain);
       for (int64_t q = q0; q < q1; q++) {
         const T* from = g.b + first * g.b_depth + q * kColumns * g.b_column;
-        pack_chain<kColumns>(from, g.b_column, g.b_depth, std::min(kColumns, g.n - q * kColumns), terms, panel);
+        pack_chain<kColumns>(from, g.b_column, g.b_depth, std::min(kColumns, g.n - q * kColumns), terms, panel,
+                             chains.words(chain));
         Ahead<T> next = q + 1 < q1                       ? part_of_b(g, q + 1, first, terms)
                         : chain + 1 < chains.count       ? part_of_b(g, q0, first + terms, chains.terms(chain + 1))
                         : strip + 1 < end && q1 < panels ? part_of_b(g, q1, 0, chains.terms(0))
                                                          : part_of_b(g, q, 0, 0);
         const int64_t each = next.left() / rows + 1;
-        one_chain(g, chains, chain, a, panel, 0, rows, q, q + 1, tiles, [&] { next(each); });
+        for (int64_t p = 0; p < rows; p += kBlockRows<T>)
+          one_chain(g, chains, chain, a, panel, p, std::min(rows, p + kBlockRows<T>), q, q + 1, tiles,
+                    [&] { next(each); });
       }
     }
     activate(g, 0, g.m, q0 * kColumns, std::min(g.n, q1 * kColumns) - q0 * kColumns);

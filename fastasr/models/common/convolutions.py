@@ -7,19 +7,27 @@ On a CPU in float32, convolutions of many channels are matrix products with chan
 less time than torch's convolution.
 """
 
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils import parametrizations
 
 from fastasr import ops
+from fastasr._recording import is_traced
 from fastasr._transforms import is_transformed
 from fastasr.models.common import plumbing
 from fastasr.models.common.linear import Linear
 from fastasr.models.common.plain import is_plain
-from fastasr.ops import _conv1d, _conv2d, _reduced_weights
+from fastasr.ops import _conv1d, _conv2d, _kept, _reduced_weights
+
+# convolution -> a record of the parameters of its weight norm, and the weight
+_NORMED: weakref.WeakKeyDictionary[torch.nn.Module, tuple[_kept.Originals, Tensor]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def are_plain(layers: Iterable[torch.nn.Module]) -> bool:
@@ -52,33 +60,62 @@ def convolved(
 def _convolution(relu: bool, conv: Any, x: Tensor) -> Tensor:
     operands = x, conv.weight, conv.bias, conv.stride, conv.padding
     ours = x.dim() == 4 and _conv2d.serves(*operands)
-    if ours and conv.in_channels > 1 and _conv2d.is_faster(*operands):
-        return _conv2d.convolution(*operands, relu)
+    if ours and _conv2d.is_faster(*operands):
+        if conv.in_channels > 1:
+            return _conv2d.convolution(*operands, relu)
+        seen = _conv2d.seen(x.relu() if relu else x, conv.weight, conv.stride, conv.padding)
+        return ops.linear(seen, conv.weight.flatten(1), conv.bias).permute(0, 3, 1, 2)
     if ours and conv.in_channels == 1:
         # The next convolution wants channels last. Of one channel, contiguous(memory_format=...) would return x itself.
         x = x.to(memory_format=torch.channels_last)
     elif ours:
         x = x.contiguous()  # with channels last torch's sums are less exact
-    y: Tensor = conv(x.relu() if relu else x)
-    return y
+    return F.conv2d(x.relu() if relu else x, *operands[1:])
 
 
 def over_time(conv: torch.nn.Module, x: Tensor) -> Tensor:
     """Returns ``conv(x)`` for a convolution of x (B, channels, T), with channels last in memory if it is ours."""
     if plumbing.is_conv1d(conv):
-        padding: Any = conv.padding[0]
-        operands = (
-            x,
-            conv.weight,
-            conv.bias,
-            conv.stride[0],
-            padding,
-        )  # weight norm computes a weight at each reading
-        if _conv1d.serves(*operands, conv.groups) and _conv1d.is_faster(*operands, conv.groups):
-            return _conv1d.convolution(*operands, conv.groups)
-        return F.conv1d(*operands, groups=conv.groups)
+        return conv1d(conv, x)
     y: Tensor = conv(x)
     return y
+
+
+def release(conv: torch.nn.Module) -> None:
+    """Frees the weight that is kept for ``conv``."""
+    _NORMED.pop(conv, None)
+
+
+def _weight(conv: Any) -> Tensor:
+    """Returns ``conv.weight``. torch's weight norm computes it at each reading: for 128 taps of 1,024 channels, as in
+    wav2vec 2.0, this takes as long as the convolution of two seconds. Without gradients it is kept on a CPU."""
+    found = getattr(conv, "parametrizations", {})
+    if torch.is_grad_enabled() or "weight" not in found or is_traced() or is_transformed():
+        weight: Tensor = conv.weight
+        return weight
+    normed = found["weight"]
+    parts = list(normed.parameters())
+    norms = len(normed) == 1 and isinstance(normed[0], parametrizations._WeightNorm)
+    if not norms or not _kept.are_counted(parts) or not all(t.is_cpu for t in parts):
+        return conv.weight
+    kept = _NORMED.get(conv)
+    if kept is None or not kept[0].unchanged(parts):
+        kept = _NORMED[conv] = _kept.Originals(parts), conv.weight
+    return kept[1]
+
+
+# What is bound to convolutions that upstream's code calls
+def conv1d(self: Any, input: Tensor) -> Tensor:
+    """(B, channels, T) -> (B, channels', T'), with channels last in memory if it is ours."""
+    operands = input, _weight(self), self.bias, self.stride[0], self.padding[0]
+    if _conv1d.serves(*operands, self.groups) and _conv1d.is_faster(*operands, self.groups):
+        return _conv1d.convolution(*operands, self.groups)
+    return F.conv1d(*operands, groups=self.groups)
+
+
+def conv2d(self: Any, input: Tensor) -> Tensor:
+    """(B, channels, T, F) -> (B, channels', T', F'), in the same way."""
+    return _convolution(False, self, input)
 
 
 def frames(x: Tensor) -> Tensor:

@@ -11,11 +11,13 @@ import sys
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastasr import _left, ops
 from fastasr.models.common import activations, plumbing
 from fastasr.models.common.attention_dropout import dropout_of
+from fastasr.models.common.convolutions import conv1d
 from fastasr.models.fast_conformer import masks
 from fastasr.models.fast_conformer.attention import STANDARD
 from fastasr.ops import _dispatch
@@ -205,3 +207,25 @@ def voxtral_realtime_layer(self: Upstream, hidden_states: Tensor, *args: Any, **
     update = self.self_attn(hidden_states=n, **kwargs)[0]
     x, n = ops.add_norm(hidden_states, update, last.weight, None, last.variance_epsilon, kind="rms")
     return x + self.mlp(n)
+
+
+# --------------------------------------------------------------------------- front ends
+def voxtral_realtime_convolution(self: Upstream, x: Tensor, padding_cache: Any = None) -> Tensor:
+    """Serves a causal convolution of Voxtral Realtime: x (B, channels, T), the frames of earlier chunks -> (B,
+    channels', T')."""
+    if padding_cache is None:
+        return conv1d(self, F.pad(x, (self.left_pad, 0)))
+    return conv1d(self, padding_cache.update(x, self.cache_key, self))
+
+
+def moonshine_streaming_convolution(
+    self: Upstream, x: Tensor, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Serves one of Moonshine Streaming: x (B, channels, T), mask (B, T) -> (B, channels', T'), bool (B, T'). A frame
+    that sees no valid one is 0."""
+    y = conv1d(self, F.pad(x, (self.left_pad, 0)))
+    if mask is None:
+        return y, None
+    seen = F.pad(mask, (self.left_pad, 0)).unfold(1, self.kernel_size[0], self.stride[0])
+    valid = seen.sum(2) > 0
+    return y.mul_(valid.unsqueeze(1)), valid

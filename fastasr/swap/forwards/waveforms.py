@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from fastasr import ops
-from fastasr.models.common import activations
+from fastasr.models.common import activations, convolutions
 from fastasr.models.common.convolutions import over_time
 from fastasr.models.common.plain import is_plain
 from fastasr.swap.rule import Upstream
@@ -45,6 +45,11 @@ def channels_activated(norm: Upstream, activation: torch.nn.Module, x: Tensor) -
 
 
 # --------------------------------------------------------------------------- positions
+def release(self: Upstream) -> None:
+    """Frees the weight that is kept for the convolution of positions."""
+    convolutions.release(self.conv)
+
+
 def sew_positions(self: Upstream, hidden_states: Tensor) -> Tensor:
     """Serves SEW's: (B, width, T) -> (B, width, T')."""
     y: Tensor = self.activation(self.padding(over_time(self.conv, hidden_states)))

@@ -4,6 +4,7 @@
 from collections.abc import Callable
 
 from fastasr.swap.forwards import torchaudio_wav2vec2 as models
+from fastasr.swap.forwards import waveforms
 from fastasr.swap.rule import Known, Rule, Upstream, check_parts, holds, unread_child, upstream_class
 from fastasr.swap.rules.conformer import attention_rule, feed_forward_rule
 
@@ -31,6 +32,7 @@ POSITIONS = Rule(
     class_name="ConvolutionalPositionalEmbedding",
     forward=models.positions,
     structure=holds("conv"),
+    release=waveforms.release,
     known={"72d35aa01bc7ac8c323b191c": _TORCHAUDIO},
 )
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from fastasr.swap.forwards import transformers_audio_towers as models
 from fastasr.swap.rule import Known, Rule, Upstream, check_parts, holds
 from fastasr.swap.rules.conformer import attention_rule, feed_forward_rule
+from fastasr.swap.rules.torch import CONVOLUTIONS
 from fastasr.swap.rules.transformers_conformer import NOTE
 from fastasr.swap.rules.transformers_parakeet import ACTIVATIONS, CAPTURING
 
@@ -98,8 +99,29 @@ def _attention(
     )
 
 
+def _causal_structure(module: Upstream) -> str | None:
+    plain = (module.dilation, module.groups, module.padding) == ((1,), 1, (0,))
+    return None if plain else "has groups, dilation or padding of its own"
+
+
+def _causal(name: str, class_name: str, code: str, forward: Callable) -> Rule:
+    return Rule(
+        name=f"transformers.{name}_convolution",
+        class_name=class_name,
+        forward=forward,
+        structure=_causal_structure,
+        known={code: _READ},
+    )
+
+
 _VOXTRAL_NORM = "VoxtralRealtimeRMSNorm", {"e1a6b40fea5c2a1a0a564867"}
 VOXTRAL_REALTIME = (
+    _causal(
+        "voxtral_realtime",
+        "VoxtralRealtimeCausalConv1d",
+        "ff0388341fd76f61a1d3b2b5",
+        models.voxtral_realtime_convolution,
+    ),
     _attention("voxtral_realtime", "VoxtralRealtimeAttention", "458333df16ba3bba65a7f61e"),
     Rule(
         name="transformers.voxtral_realtime_feed_forward",
@@ -152,5 +174,12 @@ RULES = (
     _mlp("nemotron_diarization", "Nemotron3DiarizationMLP", "activation_fn", "31de22ba310d239531f6de51"),
     _attention("mimi", "MimiAttention", "c9becfacd9b93e9ab64abb22", forward=models.mimi_attention),
     _mlp("mimi", "MimiMLP", "activation_fn", "8d05a9460e3325329ca89283"),
+    _causal(
+        "moonshine_streaming",
+        "MoonshineStreamingCausalConv1d",
+        "9ac26086d8ae11ed81be89fb",
+        models.moonshine_streaming_convolution,
+    ),
     _mlp("moonshine_streaming", "MoonshineStreamingEncoderMLP", "activation_fn", "23cfcc2a258bd67e10355e5c"),
+    *CONVOLUTIONS,
 )

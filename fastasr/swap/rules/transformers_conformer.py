@@ -14,6 +14,7 @@ from fastasr.swap.rules.conformer import (
     feed_forward_rule,
     layer_rule,
 )
+from fastasr.swap.rules.torch import CONVOLUTIONS
 from fastasr.swap.rules.transformers_parakeet import ACTIVATIONS, CAPTURING, convolution_structure
 
 _TRANSFORMERS = Known("transformers 5.6 to 5.24")
@@ -145,4 +146,5 @@ RULES = (
     SEAMLESS_CONVOLUTION,
     SEAMLESS_LAYER,
     *FEED_FORWARDS,
+    *CONVOLUTIONS,  # SeamlessM4T's adapter
 )

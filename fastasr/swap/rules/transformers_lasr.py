@@ -3,6 +3,7 @@
 
 from fastasr.swap.rules import transformers_parakeet as parakeet
 from fastasr.swap.rules.conformer import FROM_5_18
+from fastasr.swap.rules.torch import CONVOLUTIONS
 
 RULES = (
     parakeet.FEED_FORWARD.like(
@@ -13,4 +14,5 @@ RULES = (
         "LasrEncoderConvolutionModule",
         {"36080375278d33620e96213f": FROM_5_18},
     ),
+    *CONVOLUTIONS,
 )

@@ -6,6 +6,7 @@ from fastasr.swap.forwards import transformers_conformer as models
 from fastasr.swap.rule import Rule, Upstream, check_parts
 from fastasr.swap.rules import transformers_conformer as conformer
 from fastasr.swap.rules.conformer import FROM_5_18, attention_rule, layer_rule, norm_convolution_rule
+from fastasr.swap.rules.torch import CONVOLUTIONS
 from fastasr.swap.rules.transformers_parakeet import CAPTURING
 
 _LINEARS = ("linear_q", "linear_k", "linear_v", "linear_out", "dropout")
@@ -68,4 +69,5 @@ RULES = (
     _attention("Wav2Vec2BertSelfAttention", "w2v_bert", "d993fea23540870359746507"),
     _convolution("Wav2Vec2BertConvolutionModule", "w2v_bert", "a0de805076e3b7d288831de8"),
     _layer("Wav2Vec2BertEncoderLayer", "w2v_bert", "94e4a952bc163022c5f57f66"),
+    *CONVOLUTIONS,
 )

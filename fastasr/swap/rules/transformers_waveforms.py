@@ -25,14 +25,15 @@ _norm_layer = partial(
 _group_norm_layer = partial(
     _norm_layer, forward=models.group_norm_convolution, kernels=("batch_norm_activation",)
 )
+_of_positions = partial(Rule, release=models.release)
 _positions = partial(
-    Rule, forward=models.positions, structure=_structure("padding", optional=("batch_norm",))
+    _of_positions, forward=models.positions, structure=_structure("padding", optional=("batch_norm",))
 )
-_sew_positions = partial(Rule, forward=models.sew_positions, structure=_structure("padding"))
+_sew_positions = partial(_of_positions, forward=models.sew_positions, structure=_structure("padding"))
 _data2vec_positions = partial(
     Rule, forward=models.data2vec_positions, structure=_structure("padding", "layer_norm")
 )
-_omniasr_positions = partial(Rule, forward=models.omniasr_positions, structure=_structure())
+_omniasr_positions = partial(_of_positions, forward=models.omniasr_positions, structure=_structure())
 
 _KINDS = "NoLayerNormConvLayer", "LayerNormConvLayer", "GroupNormConvLayer", "PositionalConvEmbedding"
 # Name -> the fingerprints of its classes of these kinds

@@ -6,6 +6,7 @@ from fastasr.swap.forwards import whisper as models
 from fastasr.swap.rule import Known, Upstream, check_parts, check_rates, holds
 from fastasr.swap.rules import transformers_conformer as conformer
 from fastasr.swap.rules.conformer import FROM_5_18, attention_rule, feed_forward_rule
+from fastasr.swap.rules.torch import CONVOLUTIONS
 from fastasr.swap.rules.transformers_parakeet import ACTIVATIONS, CAPTURING
 
 _PARTS = "self_attn", "self_attn_layer_norm", "activation_fn", "fc1", "fc2", "final_layer_norm"
@@ -68,4 +69,5 @@ RULES = (
     _LAYER,
     *(ATTENTION.like(f"transformers.{name}", name, known) for name, known in _ATTENTIONS.items()),
     *(_LAYER.like(f"transformers.{name}", name, known) for name, known in _LAYERS.items()),
+    *CONVOLUTIONS,
 )

@@ -55,17 +55,17 @@ def _distant(make: Make, *arguments: Any) -> dict:
     return call | {"x": 1000.0 + 0.1 * make.normal(*call["x"].shape), "min_mean": 0.6, "max_mean": 0.7}
 
 
-def _channels_last(call: dict) -> dict:
-    """Puts channels, dimension 1, last in x's memory."""
+def transposed_in_memory(call: dict) -> dict:
+    """Puts dimension 1 last in x's memory."""
     return call | {"x": call["x"].transpose(1, -1).contiguous().transpose(1, -1)}
 
 
-def _few_visible(call: dict) -> dict:
-    """Shows a frame in 35, which is behind those that a kernel looks at first."""
-    x, dim = call["x"], call["channel_dim"]
+def few_visible(call: dict) -> dict:
+    """Shows a frame in 35, which is behind those that a kernel looks at first. Padding is NaN in x."""
+    x, dim = call["x"], call.get("channel_dim", -1)
     shape = x.select(dim, 0).shape
-    mask = (torch.arange(math.prod(shape)) % 35 != 33).view(shape)
-    return call | {"x": x.masked_fill(mask.unsqueeze(dim).to(x.device), math.nan), "padding_mask": mask}
+    mask = (torch.arange(math.prod(shape), device=x.device) % 35 != 33).view(shape)
+    return call | {"x": x.masked_fill(mask.unsqueeze(dim), math.nan), "padding_mask": mask}
 
 
 def _in_tensors(call: dict, act: float | None) -> dict:
@@ -82,12 +82,15 @@ def _not_finite(make: Make) -> dict:
     return call
 
 
-def _padded(make: Make, *options: Any, share: float = 0.3) -> dict:
-    """Makes a call whose padding is NaN in x: nothing reads it."""
-    call = _call(make, *options)
-    x, dim = call["x"], call["channel_dim"]
+def padded(make: Make, call: dict, share: float = 0.3) -> dict:
+    """Adds padding, which is NaN in x: nothing reads it."""
+    x, dim = call["x"], call.get("channel_dim", -1)
     mask = make.uniform(*x.select(dim, 0).shape) < share
     return call | {"x": x.masked_fill(mask.unsqueeze(dim), math.nan), "padding_mask": mask}
+
+
+def _padded(make: Make, *options: Any, **share: float) -> dict:
+    return padded(make, _call(make, *options), **share)
 
 
 TABLE = OpTable(
@@ -108,11 +111,13 @@ TABLE = OpTable(
         Sample("one channel", lambda m: _call(m, (17, 1))),
         Sample("no frames", lambda m: _call(m, (0, 6))),
         Sample("distant channels", lambda m: _distant(m, (300, 6))),
-        Sample("distant channels, few frames", lambda m: _few_visible(_distant(m, (1, 70, 70), 1))),
+        Sample("distant channels, few frames", lambda m: few_visible(_distant(m, (1, 70, 70), 1))),
         Sample("a map, padded", lambda m: _padded(m, (2, 8, 9, 11), 1)),
-        Sample("channels last in memory", lambda m: _channels_last(_mixed(m, (2, 8, 9, 11), 1))),
-        Sample("channels last in memory, padded", lambda m: _channels_last(_padded(m, (2, 8, 9, 11), 1))),
-        Sample("few frames", lambda m: _few_visible(_mixed(m, (700, 33)))),
+        Sample("channels last in memory", lambda m: transposed_in_memory(_mixed(m, (2, 8, 9, 11), 1))),
+        Sample(
+            "channels last in memory, padded", lambda m: transposed_in_memory(_padded(m, (2, 8, 9, 11), 1))
+        ),
+        Sample("few frames", lambda m: few_visible(_mixed(m, (700, 33)))),
         Sample("numbers in tensors", lambda m: _in_tensors(_mixed(m, (40, 3, 24)), None), exact=False),
         Sample("numbers in tensors, act", lambda m: _in_tensors(_padded(m, (40, 3, 24)), 1.0), exact=False),
         Sample(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastasr.testing.samples.balancer_gradient import few_visible, padded, transposed_in_memory
 from fastasr.testing.speed import (
     BATCH,
     FORWARD,
@@ -39,30 +40,14 @@ def _not_a_number(make: Make) -> dict:
     return call
 
 
-def _channels_first(call: dict) -> dict:
-    """Puts dimension 1 last in x's memory, in the place of the channels."""
-    return call | {"x": call["x"].transpose(1, -1).contiguous().transpose(1, -1)}
-
-
-def _few_visible(call: dict) -> dict:
-    """Shows a frame in 35, which is behind those that a kernel shifts float32 by at first."""
-    x = call["x"]
-    frame = torch.arange(x[..., 0].numel(), device=x.device).view(x.shape[:-1])
-    mask = frame % 35 != 33
-    return call | {"x": x.masked_fill(mask.unsqueeze(-1), math.nan), "padding_mask": mask}
-
-
 def _in_tensors(call: dict, act: float | None) -> dict:
     numbers = torch.tensor([call["limit"], call["grad_scale"]])
     more = {"limits": numbers, "act": None if act is None else torch.tensor([act])}
     return call | {"limit": None, "grad_scale": None} | more
 
 
-def _padded(make: Make, *options: Any, share: float = 0.3) -> dict:
-    """Makes a call whose padding is NaN in x: nothing reads it."""
-    call = _call(make, *options)
-    mask = make.uniform(*call["x"].shape[:-1]) < share
-    return call | {"x": call["x"].masked_fill(mask.unsqueeze(-1), math.nan), "padding_mask": mask}
+def _padded(make: Make, *options: Any, **share: float) -> dict:
+    return padded(make, _call(make, *options), **share)
 
 
 TABLE = OpTable(
@@ -80,10 +65,12 @@ TABLE = OpTable(
         Sample("one frame", lambda m: _call(m, (1, 1, 8), 2) | {"limit": 1.5}),
         Sample("no frames", lambda m: _call(m, (0, 3, 8), 2)),
         Sample("a map, padded", lambda m: _padded(m, (2, 8, 9, 12), 3)),
-        Sample("channels first in memory", lambda m: _channels_first(_call(m, (2, 9, 11, 8), 2))),
-        Sample("channels first in memory, padded", lambda m: _channels_first(_padded(m, (2, 9, 11, 8), 2))),
-        Sample("few frames", lambda m: _few_visible(_call(m, (700, 33)))),
-        Sample("distant channels, few frames", lambda m: _few_visible(_distant(m, (300, 24)))),
+        Sample("channels first in memory", lambda m: transposed_in_memory(_call(m, (2, 9, 11, 8), 2))),
+        Sample(
+            "channels first in memory, padded", lambda m: transposed_in_memory(_padded(m, (2, 9, 11, 8), 2))
+        ),
+        Sample("few frames", lambda m: few_visible(_call(m, (700, 33)))),
+        Sample("distant channels, few frames", lambda m: few_visible(_distant(m, (300, 24)))),
         Sample("numbers in tensors", lambda m: _in_tensors(_call(m, (40, 3, 20), 2), None), exact=False),
         Sample(
             "numbers in tensors, act", lambda m: _in_tensors(_padded(m, (40, 3, 20), 2), 1.0), exact=False

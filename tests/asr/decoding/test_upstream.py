@@ -10,6 +10,7 @@ import torch
 from test_decoding import CONFIG, LENGTHS, encoder_out, model  # noqa: F401 (fixtures)
 
 from fastasr.asr import decoding, export
+from fastasr.asr.export import export_onnx
 from fastasr.asr.recogniser import AsrModel
 
 
@@ -85,8 +86,6 @@ def test_ctc_searches(search, model, encoder_out):  # noqa: F811
 def test_onnx_models_say_what_pytorch_says(model, tmp_path):  # noqa: F811
     pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
-    from fastasr.asr.export import export_onnx
-
     model = copy.deepcopy(model)
     with torch.no_grad():
         model.ctc_output[1].bias[0] -= 20  # blank, which is all that the model predicts in noise
@@ -122,8 +121,6 @@ def test_onnx_models_say_what_pytorch_says(model, tmp_path):  # noqa: F811
 def test_onnx_models_of_whole_utterances(tmp_path):
     pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
-    from fastasr.asr.export import export_onnx
-
     whole = AsrModel(**{**CONFIG, "causal": False, "chunk_size": -1, "left_context_frames": -1}).eval()
     with torch.no_grad():
         whole.joiner.output_linear.weight.normal_(std=1.0)

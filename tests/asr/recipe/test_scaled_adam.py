@@ -7,6 +7,7 @@ import pytest
 import torch
 from steps import seeded
 
+from fastasr.asr.recipe import checkpoints
 from fastasr.asr.recipe.eden import eden
 from fastasr.asr.recipe.scaled_adam import ScaledAdam
 
@@ -70,8 +71,6 @@ def test_gradients_that_are_not_finite_change_nothing_for_good():
 
 
 def test_a_step_that_goes_on_from_a_saved_state():
-    from fastasr.asr.recipe import checkpoints
-
     seeded(0)
     model = _Problem()
     optimizer = ScaledAdam(model.parameters(), lr=0.04)

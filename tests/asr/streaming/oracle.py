@@ -20,8 +20,3 @@ class Alone:
     def step(self, chunk):
         y, _, self.states = self.wrapper(chunk.unsqueeze(0), torch.tensor([len(chunk)]), self.states)
         return y[0]
-
-
-def relative(y, expected):
-    """Returns the rms of the difference over the rms of the expected values."""
-    return float((y - expected).double().norm() / expected.double().norm())

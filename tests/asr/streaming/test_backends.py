@@ -7,8 +7,8 @@ import random
 import pytest
 import torch
 from conftest import BINS, CHUNK, LEFT
-from oracle import Alone, relative
-from steps import numbers
+from oracle import Alone
+from steps import numbers, relative
 
 import fastasr
 from fastasr.asr.streaming import CudaGraphBackend, EagerBackend

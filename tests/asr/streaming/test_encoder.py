@@ -9,11 +9,11 @@ from threading import Barrier
 import pytest
 import torch
 from conftest import BINS, CHUNK, LEFT
-from oracle import Alone, relative
-from steps import numbers
+from oracle import Alone
+from steps import numbers, relative
 
 from fastasr.asr import decoding
-from fastasr.asr.streaming import StreamingEncoder, utterance_chunks
+from fastasr.asr.streaming import FbankStream, StreamingEncoder, utterance_chunks
 from fastasr.testing import seeds
 
 FRAMES = 2 * CHUNK + 13
@@ -82,8 +82,6 @@ def test_fewer_frames_are_filled_with_silence(model):
 def test_samples_go_in_as_they_come(model):
     """Samples in pieces of any size give the chunks of the whole features."""
     pytest.importorskip("kaldi_native_fbank")
-    from fastasr.asr.streaming import FbankStream
-
     samples = torch.randn(24000, generator=numbers(2)) * 0.1
     computer = FbankStream()
     features = torch.cat([computer.accept(samples), computer.finish()])

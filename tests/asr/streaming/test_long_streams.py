@@ -7,8 +7,8 @@ import os
 import pytest
 import torch
 from conftest import CHUNK, LEFT
-from oracle import Alone, relative
-from steps import numbers
+from oracle import Alone
+from steps import numbers, relative
 
 from fastasr.asr import decoding
 from fastasr.asr.streaming import EndpointRules, FbankStream, StreamingEncoder, StreamingRecogniser

@@ -8,6 +8,7 @@ from functools import cache
 import pytest
 import torch
 import zipformers
+from steps import relative
 from torch.autograd import forward_ad
 
 from fastasr.asr.export import StreamingEncoderWrapper
@@ -38,17 +39,13 @@ def _odd():
     return zipformers.odd()
 
 
-def _wrapper(model, chunk_size, left, dtype=torch.float64):
+@torch.no_grad()
+def _reference(model, chunk_size, left, chunks):
+    """Returns outputs in float64 of a batch of streams, and their states."""
     encoder = copy.copy(model.encoder)
     encoder.chunk_size, encoder.left_context_frames = (chunk_size,), (left,)
-    return copy.deepcopy(StreamingEncoderWrapper(encoder, model.encoder_embed)).to(dtype)
-
-
-@torch.no_grad()
-def _reference(model, chunk_size, left, chunks, states=None):
-    """Returns outputs in float64 of a batch of streams, and their states."""
-    wrapper = _wrapper(model, chunk_size, left)
-    states = wrapper.get_init_states(len(chunks[0])) if states is None else states
+    wrapper = copy.deepcopy(StreamingEncoderWrapper(encoder, model.encoder_embed)).double()
+    states = wrapper.get_init_states(len(chunks[0]))
     states = [state.double() if state.is_floating_point() else state for state in states]
     outputs = []
     for x in chunks:
@@ -56,10 +53,6 @@ def _reference(model, chunk_size, left, chunks, states=None):
         y, _, states = wrapper(x.double(), lengths, states)
         outputs.append(y)
     return outputs, states
-
-
-def _error(got, expected):
-    return ((got.double() - expected).norm() / expected.norm()).item()
 
 
 @pytest.mark.parametrize(
@@ -73,9 +66,9 @@ def test_published_sizes(size, chunk_size, left, steps):
     chunks = zipformers.features(1, steps, chunk_size)
     expected, states = _reference(model, chunk_size, left, chunks)
     for x, y in zip(chunks, expected, strict=True):
-        assert _error(backend.step(x, [0]), y) <= LIMIT
+        assert relative(backend.step(x, [0]), y) <= LIMIT
     for got, state in zip(backend.export_states(0)[:-1], states[:-1], strict=True):
-        assert _error(got, state) <= 3 * LIMIT
+        assert relative(got, state) <= 3 * LIMIT
     assert backend.export_states(0)[-1].tolist() == [steps * chunk_size]
     assert backend.streams_bytes <= 10e6
     assert backend.weights_bytes - sum(4 * p.numel() for p in model.parameters()) <= 5e6
@@ -95,8 +88,8 @@ def test_rounded_weights(size, weights):
     exact, _ = _reference(model, 16, 128, chunks)
     for x, y in zip(chunks, exact, strict=True):
         got = backend.step(x, [0])
-        assert _error(got, rounded.step(x, [0]).double()) <= OWN_CODE[weights]
-        assert 1e-5 < _error(got, y) <= ROUNDED[weights]
+        assert relative(got, rounded.step(x, [0]).double()) <= OWN_CODE[weights]
+        assert 1e-5 < relative(got, y) <= ROUNDED[weights]
     parameters = sum(p.numel() for m in (model.encoder, model.encoder_embed) for p in m.parameters())
     assert backend.weights_bytes <= {"bf16": 2, "fp16": 2, "int8": 1}[weights] * parameters + 6e6
 
@@ -106,7 +99,7 @@ def test_rounded_weights_of_odd_sizes(weights):
     model = _odd()
     backend, rounded = (kind(model, 4, 8, weights=weights) for kind in (NativeBackend, EagerBackend))
     for x in zipformers.features(1, 9, 4):
-        assert _error(backend.step(x, [0]), rounded.step(x, [0]).double()) <= OWN_CODE[weights]
+        assert relative(backend.step(x, [0]), rounded.step(x, [0]).double()) <= OWN_CODE[weights]
 
 
 @pytest.mark.parametrize("kind", [NativeBackend, EagerBackend])
@@ -132,15 +125,15 @@ def test_odd_sizes(chunk_size, left):
     chunks = zipformers.features(2, 23, chunk_size)
     expected, states = _reference(model, chunk_size, left, chunks)
     got = [backend.step(x, [2, 0]) for x in chunks]
-    assert _error(torch.cat(got), torch.cat(expected)) <= LIMIT
+    assert relative(torch.cat(got), torch.cat(expected)) <= LIMIT
     for stream, slot in ((0, 2), (1, 0)):
         exported = backend.export_states(slot)
         for i, (ours, state) in enumerate(zip(exported[:-2], states[:-2], strict=True)):
             state = state.select(0 if i % 6 > 3 else 1, stream)
             assert ours.numel() == state.numel()
             if state.numel():
-                assert _error(ours.flatten(), state.flatten()) <= 10 * LIMIT
-        assert _error(exported[-2][0], states[-2][stream]) <= 3 * LIMIT
+                assert relative(ours.flatten(), state.flatten()) <= 10 * LIMIT
+        assert relative(exported[-2][0], states[-2][stream]) <= 3 * LIMIT
         assert exported[-1] == states[-1][stream]
 
 
@@ -210,7 +203,7 @@ def test_other_numbers_of_bins():
         chunks = zipformers.features(1, 2, chunk_size, bins=bins)
         expected, _ = _reference(model, chunk_size, 8, chunks)
         for x, y in zip(chunks, expected, strict=True):
-            assert _error(backend.step(x, [0]), y) <= LIMIT
+            assert relative(backend.step(x, [0]), y) <= LIMIT
 
 
 def test_released_weights():

@@ -9,6 +9,7 @@ import pytest
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from triton.runtime import interpreter
 
+from fastasr import backend
 from fastasr.kernels import layer_norm_lstm
 from fastasr.testing.checks import Case, parity
 from fastasr.testing.tape import Tape, TapeRecorder, _kept
@@ -30,6 +31,12 @@ SCORES_TWICE = ("segment_attention", "toeplitz_attention")
 def _quiet_numpy():
     """Silences numpy: NaN and infinity are inputs here, not accidents."""
     with np.errstate(all="ignore"):
+        yield
+
+
+@pytest.fixture
+def by_triton():
+    with backend("triton"):
         yield
 
 

@@ -3,11 +3,6 @@
 
 import pytest
 
-from fastasr import backend
 from tests.ops.test_clamped_gradients import *  # noqa: F403
 
-
-@pytest.fixture(autouse=True)
-def _kernels():
-    with backend("triton"):
-        yield
+pytestmark = pytest.mark.usefixtures("by_triton")

@@ -76,7 +76,6 @@ def test_a_bypass_of_a_row(of_x):
         assert torch.equal(grads[0][skips], grad[skips])
         assert not grads[1][skips].any()
     for a, b in zip(*found, strict=True):
-        assert a.dtype == b.dtype
         torch.testing.assert_close(a, b)
 
 

@@ -3,8 +3,7 @@
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from largest import Largest
 
 from fastasr import backend
 from fastasr.models.zipformer.unmaterialised import UnmaterialisedWeights, collected
@@ -46,25 +45,13 @@ def test_a_number_of_zero_changes_no_bit(small_blocks, masks, dtype):
     assert not equal[2].any()
 
 
-class _Largest(TorchDispatchMode):
-    """Keeps the number of bytes of the largest tensor that an operation returned."""
-
-    size = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        found = function(*args, **(kwargs or {}))
-        sizes = (t.nbytes for t in tree_leaves(found) if isinstance(t, torch.Tensor))
-        self.size = max(self.size, *sizes, 0)
-        return found
-
-
 def test_a_row_needs_no_memory_of_time_by_time():
     frames, longest = 400, 10
     number = torch.ones(1)
     row = {"starts": torch.arange(0, frames + 1, longest)}
-    with _Largest() as seen:
+    with Largest() as largest:
         gradients(frames, longest, **row, **PENALTY, act=number, equal=number)
-    assert seen.size < frames * frames * torch.float32.itemsize, seen.size
+    assert largest.nbytes < frames * frames * torch.float32.itemsize, largest.nbytes
 
 
 @pytest.mark.parametrize("autocast", [False, True])

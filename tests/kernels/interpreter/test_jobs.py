@@ -6,6 +6,7 @@ import torch
 
 from fastasr import backend
 from fastasr.kernels import _decided, _jobs, _parts
+from fastasr.kernels import whitening_gradient as kernels
 from fastasr.ops.balancer_gradient import Balanced, balance_, sums_of
 from fastasr.ops.whitening_gradient import Whitened, moments_of, whiten_
 
@@ -14,10 +15,7 @@ SIZES = [(7, 16), (300, 48), (1, 32), (2100, 32)]  # frames and channels
 ON, OFF = torch.ones(1), torch.zeros(1)
 
 
-@pytest.fixture(autouse=True)
-def _triton():
-    with backend("triton"):
-        yield
+pytestmark = pytest.mark.usefixtures("by_triton")
 
 
 def table(rows):
@@ -59,8 +57,6 @@ def test_sums_for_balancers(dtype, padded, monkeypatch):
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_moments_for_whitens(dtype, padded, scratch, monkeypatch):
-    from fastasr.kernels import whitening_gradient as kernels
-
     monkeypatch.setattr(kernels, "SCRATCH", scratch)
     cases = [(*case, groups) for case in drawn(dtype, padded) for groups in (1, 2)]
     limits = torch.tensor([1.01, 0.05])

@@ -9,6 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
+from steps import set_batch_count
 
 from fastasr import backend
 from fastasr._recording import recorded_by
@@ -42,9 +43,7 @@ def layer(width):
     """Returns a layer of which every part acts in about half of the calls."""
     torch.manual_seed(0)
     made = ZipformerEncoderLayer(width, 8, 2, 8, 4, 6, 32, cnn_module_kernel=7)
-    for m in made.modules():
-        if hasattr(m, "batch_count"):
-            m.batch_count = 5000
+    for m in set_batch_count(made, 5000).modules():
         if isinstance(m, Whiten):
             m.prob = 0.5
         if isinstance(m, Balancer):

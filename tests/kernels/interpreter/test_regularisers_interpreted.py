@@ -4,14 +4,10 @@
 import pytest
 import torch
 
-from fastasr import backend, ops
+from fastasr import ops
 from tests.ops.test_regularisers import test_in_place_with_numbers_in_tensors, test_the_metric_at_its_limit  # noqa: F401, these run here too
 
-
-@pytest.fixture(autouse=True)
-def _triton():
-    with backend("triton"):
-        yield
+pytestmark = pytest.mark.usefixtures("by_triton")
 
 
 @pytest.mark.parametrize("x", [torch.zeros(1, 8).add(2.5), torch.full((50, 8), 0.1), torch.zeros(50, 8)])

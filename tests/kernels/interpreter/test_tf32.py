@@ -7,6 +7,7 @@ from steps import numbers
 from triton._C.libtriton import ir
 
 import fastasr
+from fastasr.kernels._launch import PRECISE, ROUNDED, dot_options
 from fastasr.testing import Make, tables
 from fastasr.testing.table import flat, floating
 from tests.kernels.interpreter import repair
@@ -68,8 +69,6 @@ def test_products_of_float32(table, sample, setting):
 
 
 def test_the_setting_of_torch():
-    from fastasr.kernels._launch import PRECISE, ROUNDED, dot_options
-
     matmul = torch.backends.cuda.matmul
     try:
         for allowed in (True, False):
