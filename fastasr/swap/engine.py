@@ -54,6 +54,7 @@ class Decision:
 
 
 _CONTAINER = "container: see its submodules"
+_NO_RULE = "no rule for this class"
 # why the calls of an encoder are not recorded that gets frames without padding
 _RAGGED = "it runs without padding, in another shape at every call"
 _ON_ROWS = "; Graphs(frames=..., recordings=...) gives it one shape"
@@ -389,14 +390,16 @@ def _plan(
     for (path, module), decision in zip(modules, decisions, strict=True):
         rule = decision.rule
         fits = decision.apply or decision.unknown_source
-        if rule is not None and fits and binding.bound_forward(module) is None:
-            if rule.companion and rule not in companions:
-                decision = Decision(rule, False, "no other module of this model is of a family with it")
-            elif only is not None and not only(path, module):
+        unbound = binding.bound_forward(module) is None
+        if rule is not None and unbound and rule.companion and rule not in companions:
+            reason = "no other module of this model is of a family with it"
+            decision = Decision(rule, False, reason) if fits else Decision(None, False, _NO_RULE)
+        elif rule is not None and unbound and fits:
+            if only is not None and not only(path, module):
                 decision = Decision(rule, False, "not selected by only=")
             elif exclude is not None and exclude(path, module):
                 decision = Decision(rule, False, "excluded by exclude=")
-        if rule is not None and rule.is_optional and binding.bound_forward(module) is None:
+        if rule is not None and rule.is_optional and unbound:
             decision = Decision(None, False, _CONTAINER, later=decision)
         plan.append((path, module, decision))
     return plan
@@ -410,7 +413,7 @@ def decide(module: nn.Module) -> Decision:
         if (reason := returnn.reason(module)) is not None:
             return Decision(None, False, reason)
         container = next(module.children(), None) is not None
-        return Decision(None, False, _CONTAINER if container else "no rule for this class")
+        return Decision(None, False, _CONTAINER if container else _NO_RULE)
     forward = binding.bound_forward(module)
     if forward is not None:
         return Decision(rule, True, "already swapped")
