@@ -4,11 +4,12 @@ differentiation. Below them a kernel sees plain numbers, so tangents would be lo
 eager PyTorch serves there: every step of it is an operator that the transforms know.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any, NoReturn, Protocol
 
 import torch
+from torch import Tensor
 from torch._C import _are_functorch_transforms_active as transforms_active
 from torch.autograd import forward_ad
 
@@ -57,16 +58,35 @@ def by_formula(op: Formula, a: Any) -> Any:
         refuse(op.name, error)
 
 
-def _without_tangents(name: str, backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns the backward pass, which refuses gradients with tangents: its kernels would lose them."""
+def _of_plain_gradients(name: str, backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns the backward pass, which refuses gradients with tangents, because its kernels would lose them, and takes
+    a batch of gradients (``torch.autograd.grad(is_grads_batched=True)``) one by one."""
 
     @wraps(backward)
     def run(ctx: Any, *grads: Any) -> Any:
         if forward_ad._current_level >= 0:
             refuse(name)
+        if not torch.compiler.is_compiling() and (level := _level_of_batches()):
+            return _one_by_one(backward, ctx, grads, level)
         return backward(ctx, *grads)
 
     return run
+
+
+def _level_of_batches() -> int:
+    """Returns the level of torch's vmap of gradients, an older one than ``torch.func.vmap``; 0 if it is not active."""
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    return level
+
+
+def _one_by_one(backward: Callable[..., Any], ctx: Any, grads: Sequence[Any], level: int) -> Any:
+    # A gradient that is the same for the whole batch gets a first dimension of 1.
+    batches = [None if g is None else torch._remove_batch_dim(g, level, 1, 0) for g in grads]
+    size = max(len(b) for b in batches if b is not None)
+    rows = [backward(ctx, *(None if b is None else b[i % len(b)] for b in batches)) for i in range(size)]
+    found = zip(*((row,) if isinstance(row, Tensor) else row for row in rows), strict=True)
+    return tuple(None if ts[0] is None else torch._add_batch_dim(torch.stack(ts), 0, level) for ts in found)
 
 
 class Function(torch.autograd.Function):
@@ -77,7 +97,7 @@ class Function(torch.autograd.Function):
 
     def __init_subclass__(cls) -> None:
         cls.known_as = f"{cls.__module__.removeprefix('fastasr.')}.{cls.__name__.lstrip('_')}"
-        backward = _without_tangents(cls.known_as, cls.backward)
+        backward = _of_plain_gradients(cls.known_as, cls.backward)
         cls.backward = staticmethod(backward)  # type: ignore[method-assign]  # it wraps each class's own
 
     @classmethod

@@ -113,6 +113,18 @@ def test_the_result_can_be_changed_in_place(shape, batch):
     torch.testing.assert_close(found, right)
 
 
+def test_a_batch_of_gradients():
+    """``torch.autograd.functional.jacobian(vectorize=True)`` asks for it too."""
+    given = operands(SHAPES[3])
+    y = _conv1d.convolution(*given, 1, 1, 1)
+    grads = torch.randn(3, *y.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float32)
+    found = torch.autograd.grad(y, given, grads, retain_graph=True, is_grads_batched=True)
+    for i, grad in enumerate(grads):
+        expected = torch.autograd.grad(y, given, grad, retain_graph=True)
+        for batch, one in zip(found, expected, strict=True):
+            assert torch.equal(batch[i], one)
+
+
 @pytest.mark.parametrize("policy", ["native", "torch"])
 def test_a_convolution_runs_what_is_faster(monkeypatch, policy):
     monkeypatch.setenv("FASTASR_GEMM", policy)
