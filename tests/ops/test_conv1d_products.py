@@ -162,3 +162,11 @@ def test_a_convolution_runs_what_is_faster(monkeypatch, policy):
     with pytest.raises(RuntimeError, match="Kernel size can't be greater"):
         convolutions.over_time(conv, x[:, :, :2])
     assert calls == []
+
+
+@pytest.mark.parametrize("norm", [lambda conv: conv, torch.nn.utils.parametrizations.weight_norm])
+def test_a_class_patched_as_a_whole_is_called(monkeypatch, norm):
+    conv = norm(torch.nn.Conv1d(32, 64, 3))
+    monkeypatch.setattr(torch.nn.Conv1d, "forward", lambda self, x: -x)
+    x = torch.randn(2, 32, 9, dtype=torch.float32)
+    assert torch.equal(convolutions.over_time(conv, x), -x)

@@ -87,6 +87,11 @@ def has_known_forward(module: torch.nn.Module) -> bool:
     return (bound is None or is_own_method(module, bound)) and (own is None or own is type(module).forward)
 
 
+def runs_torchs(cls: type[torch.nn.Module], known: type[torch.nn.Module]) -> bool:
+    """Says whether the class has the forward that ``known``, a class of torch's, had on import."""
+    return cls.forward is _OF_TORCH[known]
+
+
 def own_method(module: torch.nn.Module, name: str = "forward") -> Any:
     """Returns the method of the module's class, bound to the module, whatever the instance has.
 

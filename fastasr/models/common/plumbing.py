@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastasr import ops
-from fastasr.models.common.plain import has_known_forward, is_plain, is_watched, weight_and_bias
+from fastasr.models.common.plain import has_known_forward, is_plain, is_watched, runs_torchs, weight_and_bias
 from fastasr.ops import _dropout, _linears
 
 
@@ -127,9 +127,7 @@ def is_conv1d(module: torch.nn.Module) -> TypeGuard[torch.nn.Conv1d]:
     Its weight may be a function of other parameters, such as torch's weight norm."""
     cls = type(module)
     if torch.nn.utils.parametrize.is_parametrized(module) and cls.__bases__ == (torch.nn.Conv1d,):
-        known = (
-            cls.forward is torch.nn.Conv1d.forward and not is_watched(module) and has_known_forward(module)
-        )
+        known = runs_torchs(cls, torch.nn.Conv1d) and not is_watched(module) and has_known_forward(module)
     else:
         known = is_plain(module, torch.nn.Conv1d)
     return (
