@@ -84,6 +84,18 @@ def patched_forward(model, path, seen):
     module.forward = forward
 
 
+def another_layer(model, path, seen):
+    """Replaces a layer of WavLM by code that takes the arguments of upstream's encoder and no others."""
+    module = model.get_submodule(path)
+
+    def forward(hidden_states, attention_mask=None, position_bias=None, index=0):
+        seen.append("another layer")
+        assert attention_mask is None or attention_mask.shape == hidden_states.shape[:2]
+        return module.feed_forward(hidden_states), position_bias
+
+    module.forward = forward
+
+
 def changed_in_place(model, path, seen):
     """Writes into the results, as ``x = layer(x); x += y`` does."""
     module = model.get_submodule(path)
@@ -553,6 +565,8 @@ def test_changed_children(name):
         ("gemma 3n", "conformer.1.lconv1d.pre_layer_norm", other_epsilon),
         ("phi-4", "encoders.0.conv.glu", wrapped),
         ("wavlm", "layers.2", wrapped),
+        ("wavlm", "layers.1", another_layer),
+        ("torchaudio wavlm", "encoder.transformer.layers.1", another_layer),
         ("granite speech", "layers.1.conv.depth_conv", without_padding),
         ("parakeet", "subsampling.layers", shorter),
         ("parakeet", "subsampling.layers", reordered),

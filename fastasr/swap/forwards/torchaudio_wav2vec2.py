@@ -12,7 +12,7 @@ from fastasr import ops
 from fastasr._transforms import is_transformed
 from fastasr.models.common.attention_dropout import dropout_of
 from fastasr.models.common.convolutions import over_time
-from fastasr.models.common.plain import is_plain, runs, weight_and_bias
+from fastasr.models.common.plain import is_plain, weight_and_bias
 from fastasr.models.fast_conformer.masks import OTHER
 from fastasr.ops import _kept
 from fastasr.swap.forwards import transformers_conformer, waveforms, wavlm, whisper
@@ -168,5 +168,4 @@ def wavlm_outputs(
 
 
 def _by_offset(self: Upstream, mask: Tensor | None) -> Any:
-    ours = all(runs(getattr(layer, "attention", layer), wavlm_attention) for layer in self.layers)
-    return _BY_OFFSET if mask is None and ours else mask
+    return _BY_OFFSET if mask is None and wavlm.hand_on(self, wavlm_attention) else mask

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The attention of transformers' WavLM, and its encoder, whose first layer makes the bias of positions for all."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -79,6 +80,22 @@ def wavlm_encoder(
     self: Upstream, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
 ) -> Any:
     """Runs upstream's encoder of WavLM. Its layers hand on the position bias by offset if ours run in all of them."""
-    if all(runs(getattr(layer, "attention", layer), wavlm_attention) for layer in self.layers):
+    if hand_on(self, wavlm_attention):
         kwargs["by_offset"] = True
     return type(self).forward(self, hidden_states, attention_mask, **kwargs)
+
+
+def hand_on(encoder: Upstream, attention: Callable[..., Any]) -> bool:
+    """Says whether ``attention`` runs in all layers of the encoder, and around it upstream's code, which hands on what
+    it does not know: not in a layer with a forward of somebody else's."""
+    return all(
+        runs(getattr(layer, "attention", layer), attention) and _is_of(encoder, layer.forward)
+        for layer in encoder.layers
+    )
+
+
+def _is_of(encoder: Upstream, forward: Any) -> bool:
+    """Says whether a layer's forward is from the encoder's file, wrapped or recorded or as it is."""
+    while hasattr(forward, "__wrapped__"):
+        forward = forward.__wrapped__
+    return hasattr(forward, "fastasr_forward") or forward.__module__ == type(encoder).__module__
