@@ -284,6 +284,22 @@ def weights_of_whisper():
     return of_the_attention("whisper", "layers.0.self_attn", reason, output_attentions=True)
 
 
+def scale_of(family, path):
+    """The scale changes after the swap."""
+    ours, theirs, run = copies(family)
+    for model in (ours, theirs):
+        vars(model.get_submodule(path))["scaling"] = 3.0
+    return beside(ours, theirs, run, f"{path}.forward", "scaling is 3.0, expected 1 / √8")
+
+
+def scale_of_wav2vec2():
+    return scale_of("wav2vec2", "layers.1.attention")
+
+
+def scale_of_qwen():
+    return scale_of("qwen2.5-omni", "layers.1.self_attn")
+
+
 def mask_of_openai_whisper():
     mask = torch.full((9, 9), -torch.inf).triu(1)
     ours, theirs, _ = copies("openai whisper")
@@ -357,6 +373,8 @@ OTHERS = (
     weights_of_speecht5,
     bias_of_pairs_of_speecht5,
     training_of_speecht5,
+    scale_of_wav2vec2,
+    scale_of_qwen,
     other_keys_of_wav2vec2,
     mask_of_openai_whisper,
     bias_of_pairs_of_torchaudio,

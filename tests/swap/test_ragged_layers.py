@@ -134,7 +134,7 @@ class _Other(torch.nn.Linear):
         return self.inner[0](*args, **kwargs) * 1.5
 
 
-@pytest.mark.parametrize("change", ["hook", "adapter", "taps"])
+@pytest.mark.parametrize("change", ["hook", "adapter", "taps", "scaling"])
 @pytest.mark.parametrize(
     "name", ["w2v-bert", "seamless m4t", "fireredasr", "gigaam", "nemo conformer", "wav2vec2"]
 )
@@ -159,6 +159,8 @@ def test_changed_parts(name, change):
             elif change == "taps" and isinstance(part, torch.nn.Conv1d) and part.kernel_size == (1,):
                 seeded(path)
                 layer.set_submodule(path, _wider(part))
+            elif change in vars(part):
+                setattr(part, change, 3.0)
         with torch.no_grad():
             found, expected = run(ours)[valid], run(changed)[valid]
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5, msg=path)

@@ -167,6 +167,24 @@ def test_a_changed_attention_stays(change, reason):
     assert row.reason == reason
 
 
+@pytest.mark.parametrize("family", ["whisper", "glm-asr", "moonshine"])
+def test_an_attention_becomes_causal(family):
+    """torch's kernel then hides later frames, if there is no mask."""
+    theirs, _ = families.make(family)
+    theirs = theirs.double()
+    ours = copy.deepcopy(theirs)
+    fastasr.accelerate(ours)
+    x, found = torch.randn(2, 9, families.WIDTH, generator=numbers(1)).double(), []
+    for model in (ours, theirs):
+        layer = model.layers[0]
+        layer.self_attn.is_causal = True
+        angles = torch.arange(9.0).double()[None, :, None] * torch.linspace(0.1, 1, 8).double()
+        given = {} if family == "whisper" else {"position_embeddings": (angles.cos(), angles.sin())}
+        found.append(layer.self_attn(x, attention_mask=None, **given)[0].detach())
+    close(*found, 1e-10)
+    assert not fastasr.why(ours).to_dict()
+
+
 def test_names_of_gelu():
     names = {"gelu": "gelu", "gelu_python": None, "gelu_new": None, "quick_gelu": None, "silu": "silu"}
     assert {name: fused_name(transformers.activations.ACT2FN[name]) for name in names} == names

@@ -7,6 +7,7 @@ dropout is drawn as upstream draws it, or each sequence has its own position emb
 """
 
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -61,6 +62,16 @@ def share_of_dropout(module: Upstream) -> float | None:
     if isinstance(dropout, (int, float)):
         return dropout if module.training else 0.0
     return 0.0 if dropout is None else plumbing.dropped_share(dropout)
+
+
+def other_scale(module: Upstream) -> str | None:
+    """Returns why ``ops.rel_attention`` does not compute the scores of an attention module of transformers, whose scale
+    the user may have changed, or None if it does."""
+    own = vars(module)
+    scaling, size = own.get("scaling"), own.get("head_dim") or own.get("head_size")
+    if scaling is None or size is None or math.isclose(scaling, size**-0.5):  # Mimi's is 1 / math.sqrt
+        return None
+    return f"scaling is {scaling}, expected 1 / √{size}"
 
 
 def projections(x: Tensor, heads: tuple[int, ...], *layers: Upstream) -> list[Tensor]:

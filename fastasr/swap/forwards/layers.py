@@ -19,7 +19,7 @@ from fastasr.models.common.row import Row
 from fastasr.models.fast_conformer.attention import STANDARD
 from fastasr.models.fast_conformer.masks import read, seen
 from fastasr.swap.forwards import fireredasr, nemo, transformers_conformer, whisper
-from fastasr.swap.forwards.common import share_of_dropout
+from fastasr.swap.forwards.common import other_scale, share_of_dropout
 from fastasr.swap.rule import Upstream, upstream_forward
 
 _ATTENTIONS = (
@@ -52,8 +52,8 @@ def why_changed(layer: Upstream) -> str | None:
     attends, convolves = _parts(layer)
     if not any(runs(attends, forward) for forward in _ATTENTIONS):
         return "its attention is not swapped"
-    if convolves is None:
-        return None
+    if (reason := other_scale(attends)) is not None or convolves is None:
+        return reason
     if not any(runs(convolves, forward) for forward in _CONVOLUTIONS):
         return "its convolution module is not swapped"
     table = getattr(attends, "distance_embedding", None)

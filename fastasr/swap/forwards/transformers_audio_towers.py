@@ -21,7 +21,7 @@ from fastasr.models.common.convolutions import conv1d
 from fastasr.models.fast_conformer import masks
 from fastasr.models.fast_conformer.attention import STANDARD
 from fastasr.ops import _dispatch
-from fastasr.swap.forwards.common import is_part, may_read, projections
+from fastasr.swap.forwards.common import is_part, may_read, other_scale, projections
 from fastasr.swap.forwards.transformers_conformer import hidden_keys
 from fastasr.swap.forwards.whisper import with_feed_forward
 from fastasr.swap.rule import Upstream, upstream_class
@@ -34,7 +34,7 @@ def row_attention(
     """Serves the audio towers of Qwen3-ASR, Qwen2.5-Omni and Qwen3-Omni: hidden states (N, width) of recordings, or of
     windows in them, that begin and end at ``cu_seqlens`` (R + 1,) -> (N, width). Each sees itself."""
     implementation = self.config._attn_implementation
-    reason = None if implementation in STANDARD else masks.unread(False, implementation)
+    reason = other_scale(self) if implementation in STANDARD else masks.unread(False, implementation)
     share = self.attention_dropout if self.training else 0.0
     dropout = dropout_of(self, share, hidden_states.device, reason)
     if dropout is None:
@@ -154,8 +154,6 @@ def _attended(
     hidden = hidden_keys(module, x, mask, fits, share, zeros=True, window=window)
     if hidden is None:
         return None, None
-    if mask is None and module.is_causal and module.config._attn_implementation == "sdpa":
-        hidden["context"] = (-1, 0)  # upstream leaves the mask out where torch's kernel makes it
     q, k, v = projections(x, (-1, module.head_dim), module.q_proj, module.k_proj, module.v_proj)
     if hasattr(module, "q_norm"):
         q, k = module.q_norm(q), module.k_norm(k)
@@ -171,7 +169,7 @@ def _attended(
 def _window(module: Upstream) -> tuple[int, int] | None:
     """Returns the context of every query as ``ops.rel_attention`` takes it, or None if it sees all keys."""
     config = module.config
-    if module.is_causal:
+    if module.is_causal and hasattr(config, "sliding_window"):
         return config.sliding_window - 1, 0
     windows = getattr(config, "sliding_windows", None)
     if windows is None:

@@ -29,6 +29,7 @@ from fastasr.swap.forwards.common import (
     dropped,
     drops,
     is_one_table,
+    other_scale,
     packed_attention,
     projections,
     share_of_dropout,
@@ -130,11 +131,15 @@ def hidden_keys(
     by = None if pairs is None else seen(pairs, left=_before_chunks(config, frames), window=window)
     # A recorded call reads no values: there such a query gives 0. No valid frame depends on it.
     unseen = by is not None and by.empty_rows is not None and recording() is None
-    reason = "a query sees no key" if unseen and not (zeros and implementation == "sdpa") else None
+    reason = other_scale(module)
+    if unseen and not (zeros and implementation == "sdpa"):
+        reason = "a query sees no key"
     dropout = dropout_of(module, share_of_dropout(module) if share is None else share, x.device, reason)
     if dropout is None:
         return None
     hidden = masks.of_kernel(pairs, by)
+    if mask is None and implementation == "sdpa" and vars(module).get("is_causal"):
+        hidden["context"] = (-1, 0)  # Upstream leaves the mask out where torch's kernel makes it.
     for name, value in hidden.items():
         if name.endswith("mask"):  # There is one for all sequences, or one for each.
             hidden[name] = value.expand(batch, *value.shape[1:])

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rules for transformers' speech encoders whose layers are a Transformer's, without their decoders."""
 
-import math
 from collections.abc import Callable
 
 from fastasr.swap.forwards import transformers_audio_towers as models
+from fastasr.swap.forwards.common import other_scale
 from fastasr.swap.rule import Known, Rule, Upstream, check_parts, holds
 from fastasr.swap.rules.conformer import attention_rule, feed_forward_rule
 from fastasr.swap.rules.torch import CONVOLUTIONS
@@ -16,8 +16,8 @@ _LINEARS = ("q_proj", "k_proj", "v_proj")
 
 
 def _attention_structure(module: Upstream, *last: str) -> str | None:
-    if not math.isclose(module.scaling, module.head_dim**-0.5):  # Mimi's is 1 / math.sqrt
-        return f"scaling is {module.scaling}, expected 1 / √{module.head_dim}"
+    if (reason := other_scale(module)) is not None:
+        return reason
     if module.num_key_value_groups != 1:
         return f"num_key_value_groups is {module.num_key_value_groups}, expected 1"
     return check_parts(module, (*_LINEARS, *(last or ("o_proj",))))

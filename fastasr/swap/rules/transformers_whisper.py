@@ -3,6 +3,7 @@
 Speech2Text, which have one code."""
 
 from fastasr.swap.forwards import whisper as models
+from fastasr.swap.forwards.common import other_scale
 from fastasr.swap.rule import Known, Upstream, check_parts, check_rates, holds
 from fastasr.swap.rules import transformers_conformer as conformer
 from fastasr.swap.rules.conformer import FROM_5_18, attention_rule, feed_forward_rule
@@ -18,9 +19,7 @@ _BEFORE, _SINCE, _FROM_5_20 = (
 def _attention_structure(module: Upstream) -> str | None:
     if module.is_decoder or module.is_causal:
         return "is part of a decoder"
-    if module.scaling != module.head_dim**-0.5:
-        return f"scaling is {module.scaling}, expected 1 / √{module.head_dim}"
-    return check_parts(module, ("q_proj", "k_proj", "v_proj", "out_proj"))
+    return other_scale(module) or check_parts(module, ("q_proj", "k_proj", "v_proj", "out_proj"))
 
 
 def _layer_structure(module: Upstream) -> str | None:
