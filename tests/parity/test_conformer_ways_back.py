@@ -2,6 +2,7 @@
 """What a Conformer's blocks leave to upstream's code: it computes what upstream does, is logged once, and
 ``fastasr.why`` names the reason. ``tests/swap/test_ways_back.py`` has those of all other models."""
 
+import contextlib
 import copy
 import logging
 
@@ -284,6 +285,32 @@ def weights_of_whisper():
     return of_the_attention("whisper", "layers.0.self_attn", reason, output_attentions=True)
 
 
+@contextlib.contextmanager
+def doubled_queries():
+    """Registers a function in the place of transformers' own."""
+    functions = pytest.importorskip("transformers.modeling_utils").ALL_ATTENTION_FUNCTIONS
+
+    def doubled(module, query, key, value, attention_mask, scaling=None, **kwargs):
+        attend = torch.nn.functional.scaled_dot_product_attention
+        return attend(2 * query, key, value, attention_mask, scale=scaling).transpose(1, 2), None
+
+    functions["sdpa"] = doubled
+    try:
+        yield
+    finally:
+        del functions["sdpa"]
+
+
+def registered_function(family="wav2vec2", path="layers.0.attention"):
+    ours, theirs, run = copies(family)
+    reason = "doubled_queries.<locals>.doubled, registered as sdpa"
+    return beside(ours, theirs, run, f"{path}.forward", reason, around=doubled_queries)
+
+
+def registered_function_of_parakeet():
+    return registered_function("parakeet", "layers.0.self_attn")
+
+
 def scale_of(family, path):
     """The scale changes after the swap."""
     ours, theirs, run = copies(family)
@@ -375,6 +402,8 @@ OTHERS = (
     training_of_speecht5,
     scale_of_wav2vec2,
     scale_of_qwen,
+    registered_function,
+    registered_function_of_parakeet,
     other_keys_of_wav2vec2,
     mask_of_openai_whisper,
     bias_of_pairs_of_torchaudio,

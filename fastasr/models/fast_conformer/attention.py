@@ -71,8 +71,7 @@ class FastConformerAttention(torch.nn.Module):
         attention_mask: Packing | Row | Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        config = getattr(self, "config", None)
-        implementation = getattr(config, "_attn_implementation", "sdpa")
+        implementation = masks.implementation(getattr(self, "config", None))
         batch, frames = hidden_states.shape[:2]
         if isinstance(attention_mask, (Packing, Row)):
             y = _of_recordings(

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The keys that an attention mask of transformers or NeMo hides, read once for all layers that get the same mask."""
 
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -117,6 +118,17 @@ def _hidden_keys(mask: "BlockMask", batch: int, frames: int) -> Tensor:
     of_sequence = torch.arange(batch, device=mask.kv_num_blocks.device, dtype=torch.int64)
     key = torch.arange(frames, device=of_sequence.device, dtype=torch.int64)
     return ~mask.mask_mod(of_sequence[:, None], key.new_zeros(()), key[-1:], key)
+
+
+def implementation(config: Any) -> str | None:
+    """Returns the name of the attention implementation of a model of transformers, behind that of a function which a
+    user has registered under the name; "sdpa" of a model of ours, without a config."""
+    name = getattr(config, "_attn_implementation", "sdpa")
+    home = None if config is None else sys.modules.get("transformers.modeling_utils")
+    found = None if home is None else home.ALL_ATTENTION_FUNCTIONS.get(name)
+    if found is None or found.__module__.startswith("transformers."):
+        return name
+    return f"{found.__module__}.{found.__qualname__}, registered as {name}"
 
 
 def unread(known: bool, implementation: str | None) -> str:

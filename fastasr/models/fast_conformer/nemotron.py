@@ -47,8 +47,8 @@ def cached_attention(
     cache = past_key_values if cache is None else cache
     batch, frames = hidden_states.shape[:2]
     keys = (position_embeddings.shape[1] + 1) // 2
-    if self.config._attn_implementation != "sdpa" or not is_readable(attention_mask, batch, frames, keys):
-        implementation = self.config._attn_implementation
+    implementation = masks.implementation(self.config)
+    if implementation != "sdpa" or not is_readable(attention_mask, batch, frames, keys):
         _left.note(self, masks.unread(implementation == "sdpa", implementation))
         return type(self).forward(self, hidden_states, position_embeddings, attention_mask, cache, **kwargs)
     shape = batch, frames, *self.bias_u.shape

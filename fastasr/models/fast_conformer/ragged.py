@@ -16,6 +16,7 @@ from torch import Tensor
 from fastasr.models.common import attention_dropout, plumbing, ragged
 from fastasr.models.common.plain import is_watched, runs
 from fastasr.models.common.ragged import Packing
+from fastasr.models.fast_conformer import masks
 from fastasr.models.fast_conformer.attention import STANDARD, FastConformerAttention
 from fastasr.models.fast_conformer.block import through_blocks
 from fastasr.models.fast_conformer.convolution import FastConformerConvolution
@@ -75,7 +76,7 @@ def of_packed(
 
 def obstacle_of_call(encoder: "FastConformerEncoder") -> str | None:
     """Returns why a call cannot leave padding out now, or None."""
-    implementation = getattr(getattr(encoder, "config", None), "_attn_implementation", "sdpa")
+    implementation = masks.implementation(getattr(encoder, "config", None))
     if implementation not in STANDARD:
         return f"its attention implementation is {implementation}"
     if encoder.training and encoder.dropout_positions > 0.0:

@@ -48,10 +48,11 @@ def granite_speech5_attention(
     """Serves transformers' Granite Speech 5, whose blocks see no padding: as above, with an attention mask (bool
     (B, T), True at valid frames) or None -> ((B, T, width), None). Every query of a block of padding gives the mean of
     the C values of its block, those behind the end being of frames of 0."""
-    mask, known = attention_mask, self.config._attn_implementation in STANDARD
+    mask, implementation = attention_mask, masks.implementation(self.config)
+    known = implementation in STANDARD
     rows, reason = _rows_in_blocks(self, hidden_states.shape[1], position_embeddings), None
     if not known or rows is None or (mask is not None and mask.shape != hidden_states.shape[:2]):
-        reason = masks.unread(known, self.config._attn_implementation)
+        reason = masks.unread(known, implementation)
     share = self.attention_dropout if self.training else 0.0
     dropout = dropout_of(self, share, hidden_states.device, reason)
     if dropout is None or rows is None:

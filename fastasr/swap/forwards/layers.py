@@ -17,7 +17,7 @@ from fastasr.models.common.plain import is_plain, runs
 from fastasr.models.common.ragged import Packing
 from fastasr.models.common.row import Row
 from fastasr.models.fast_conformer.attention import STANDARD
-from fastasr.models.fast_conformer.masks import read, seen
+from fastasr.models.fast_conformer.masks import implementation, read, seen
 from fastasr.swap.forwards import fireredasr, nemo, transformers_conformer, whisper
 from fastasr.swap.forwards.common import other_scale, share_of_dropout
 from fastasr.swap.rule import Upstream, upstream_forward
@@ -149,7 +149,7 @@ def seamless_layer(
     config, mask = self.self_attn.config, conv_attention_mask
     chunk = getattr(config, "speech_encoder_chunk_size", None)
     fits = chunk is None or hidden_states.shape[1] <= chunk
-    fits = fits and config._attn_implementation in STANDARD
+    fits = fits and implementation(config) in STANDARD
     valid = mask.bool() if fits and mask is not None else None
     return _packed(self, call, hidden_states, valid, mask, (attention_mask, mask))
 
@@ -163,9 +163,9 @@ def wav2vec2_layer(
     def call(x: Tensor, attends: Packing | Tensor | None, convolves: Packing | None) -> Tensor:
         return upstream_forward(self, x, attention_mask=attends, **kwargs)
 
-    valid, implementation = None, self.attention.config._attn_implementation
-    if implementation in STANDARD:
-        pairs = read(attention_mask, implementation, *hidden_states.shape[:2])
+    valid, name = None, implementation(self.attention.config)
+    if name in STANDARD:
+        pairs = read(attention_mask, name, *hidden_states.shape[:2])
         by = None if pairs is None else seen(pairs)
         if by is not None and by.by_length and by.empty_rows is None:
             valid = ~by.hidden_keys

@@ -38,7 +38,7 @@ def _pairs(rows: Tensor, keys: Tensor | None) -> Tensor:
 def phi4_attention(self: Upstream, hidden_states: Tensor, attention_mask: Tensor, **kwargs: Any) -> Tensor:
     """Serves the audio encoder of transformers' Phi-4-multimodal, if ``phi4_encoder`` gives it the biases: hidden
     states (B, T, width) -> same shape: s[i,j] = q_i·k_j / √d + b[j − i] + c_j."""
-    implementation, reason = self.config._attn_implementation, None
+    implementation, reason = masks.implementation(self.config), None
     by_offset = attention_mask.ndim == 1
     if not by_offset:
         reason = "the bias has every pair of frames"

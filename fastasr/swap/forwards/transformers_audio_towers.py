@@ -33,7 +33,7 @@ def row_attention(
 ) -> Tensor:
     """Serves the audio towers of Qwen3-ASR, Qwen2.5-Omni and Qwen3-Omni: hidden states (N, width) of recordings, or of
     windows in them, that begin and end at ``cu_seqlens`` (R + 1,) -> (N, width). Each sees itself."""
-    implementation = self.config._attn_implementation
+    implementation = masks.implementation(self.config)
     reason = other_scale(self) if implementation in STANDARD else masks.unread(False, implementation)
     share = self.attention_dropout if self.training else 0.0
     dropout = dropout_of(self, share, hidden_states.device, reason)

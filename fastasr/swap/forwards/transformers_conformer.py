@@ -120,7 +120,7 @@ def hidden_keys(
     dropped, the module's own dropout unless given. ``zeros``: whether upstream's "sdpa" gives 0 where a query sees no
     key, as the op does. ``window``: as of ``masks.seen``."""
     (batch, frames), config = x.shape[:2], getattr(module, "config", None)
-    implementation = getattr(config, "_attn_implementation", "eager")  # SpeechT5's alone
+    implementation = "eager" if config is None else masks.implementation(config)  # SpeechT5 has no other
     if implementation == "eager" and is_watched(module):
         _left.note(module, WATCHED)
         return None
