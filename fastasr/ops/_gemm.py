@@ -349,8 +349,10 @@ def _chosen(key: tuple, operands: tuple | None) -> Callable[..., Any] | None:
 
 def _choice(operation: str, m: int, n: int, k: int, *operands: Any) -> Callable[..., Any]:
     x = operands[0]
-    # deterministic algorithms need the same choice on every machine and in every run
-    if x.dtype is not torch.float32 or not x.is_cpu or torch.are_deterministic_algorithms_enabled():
+    # Deterministic algorithms need the same choice on every machine and in every run. FakeTensorMode knows torch's
+    # product alone.
+    fixed = torch.are_deterministic_algorithms_enabled() or is_traced()
+    if x.dtype is not torch.float32 or not x.is_cpu or fixed:
         return _PRODUCTS["torch"][operation]
     return _chosen((operation, m.bit_length(), n, k, torch.get_num_threads()), operands)
 

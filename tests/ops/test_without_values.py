@@ -7,6 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fastasr import ops
+from fastasr.ops import _gemm
 from fastasr.testing.table import Make, table
 
 CALLS = [
@@ -32,3 +33,14 @@ def test_results_lie_as_real_ones(name, sample):
     assert _layouts(function(**on_meta)) == expected
     with FakeTensorMode() as mode:
         assert _layouts(function(**tree_map_only(torch.Tensor, mode.from_tensor, arguments))) == expected
+
+
+@torch.no_grad()
+def test_a_large_product_of_real_tensors(monkeypatch):
+    """fastasr's own product, which such sizes may choose, has real results alone."""
+    monkeypatch.setenv("FASTASR_GEMM", "native")
+    monkeypatch.setattr(_gemm, "_choices", {})
+    x, weight = torch.ones(64, 256, dtype=torch.float32), torch.ones(256, 256, dtype=torch.float32)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        found = ops.linear(x, weight)
+    assert found.shape == (64, 256)
