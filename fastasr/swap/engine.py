@@ -392,8 +392,10 @@ def _plan(
         fits = decision.apply or decision.unknown_source
         unbound = binding.bound_forward(module) is None
         if rule is not None and unbound and rule.companion and rule not in companions:
-            reason = "no other module of this model is of a family with it"
-            decision = Decision(rule, False, reason) if fits else Decision(None, False, _NO_RULE)
+            if fits:
+                decision = Decision(rule, False, "no other module of this model is of a family with it")
+            elif rule.known is None and rule is not LINEAR:  # a class of torch's, which few families list
+                decision = Decision(None, False, _NO_RULE)
         elif rule is not None and unbound and fits:
             if only is not None and not only(path, module):
                 decision = Decision(rule, False, "not selected by only=")
