@@ -58,15 +58,15 @@ def by_formula(op: Formula, a: Any) -> Any:
         refuse(op.name, error)
 
 
-def _of_plain_gradients(name: str, backward: Callable[..., Any]) -> Callable[..., Any]:
+def _of_plain_gradients(name: str, backward: Callable[..., Any], repeats: bool) -> Callable[..., Any]:
     """Returns the backward pass, which refuses gradients with tangents, because its kernels would lose them, and takes
-    a batch of gradients (``torch.autograd.grad(is_grads_batched=True)``) one by one."""
+    a batch of gradients (``torch.autograd.grad(is_grads_batched=True)``) one by one if it ``repeats``."""
 
     @wraps(backward)
     def run(ctx: Any, *grads: Any) -> Any:
         if forward_ad._current_level >= 0:
             refuse(name)
-        if not torch.compiler.is_compiling() and (level := _level_of_batches()):
+        if repeats and not torch.compiler.is_compiling() and (level := _level_of_batches()):
             return _one_by_one(backward, ctx, grads, level)
         return backward(ctx, *grads)
 
@@ -93,11 +93,12 @@ class Function(torch.autograd.Function):
     """A function with a backward pass by hand. Under a transform ``formula`` serves in its place, if it has one."""
 
     formula: Callable[..., Any] | None = None
+    repeats = True  # whether a backward pass can run again
     known_as: str
 
     def __init_subclass__(cls) -> None:
         cls.known_as = f"{cls.__module__.removeprefix('fastasr.')}.{cls.__name__.lstrip('_')}"
-        backward = _of_plain_gradients(cls.known_as, cls.backward)
+        backward = _of_plain_gradients(cls.known_as, cls.backward, cls.repeats)
         cls.backward = staticmethod(backward)  # type: ignore[method-assign]  # it wraps each class's own
 
     @classmethod

@@ -266,6 +266,8 @@ class Graph:
 
 
 class _Replayed(Function):
+    repeats = False
+
     @staticmethod
     def forward(ctx: Any, graph: Graph, owner: Owner, *tensors: Tensor) -> tuple[Tensor, ...]:
         graph._replay(tensors[: len(graph.tensors)])

@@ -263,7 +263,7 @@ def test_every_operation_is_measured_again(monkeypatch, tmp_path):
     x, w, b = torch.ones(2, 40, 192), torch.ones(192, 192).requires_grad_(), torch.ones(192)
     image, kernel = torch.ones(1, 3, 9, 9), torch.ones(4, 3, 3, 3)
     grad = F.conv2d(image, kernel)
-    maps, taps = torch.ones(1, 16, 9, 9), torch.ones(32, 16, 3, 3)
+    maps, taps = torch.ones(1, 16, 11, 11), torch.ones(32, 16, 3, 3)
     frames, filters = torch.ones(1, 16, 99), torch.ones(64, 16, 3)
 
     def run():
