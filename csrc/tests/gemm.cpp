@@ -220,7 +220,8 @@ void all_values() {
   for (int kind = 0; kind < 9; kind++)
     values<T>(37, 65, 401, kind / 3, kind % 3), values<T>(15, 70, 800, kind / 3, kind % 3);
   for (const int64_t chain : {16, 48}) values<T>(37, 65, 401, 0, 1, chain), values<T>(530, 40, 210, 0, 0, chain);
-  values<T>(113, 530, 20, 0, 1);  // more than one block of rows and of columns
+  values<T>(113, 530, 20, 0, 1);   // more than one block of rows and of columns
+  values<T>(115, 40, 5003, 1, 0);  // more than one group of terms
 }
 
 }  // namespace

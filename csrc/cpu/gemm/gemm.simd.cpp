@@ -28,6 +28,10 @@ template <typename T>
 constexpr int64_t kBlockRows = 96 / kRows<T>;
 constexpr int64_t kBlockColumns = 512 / kColumns;
 
+// All rows of A are multiplied by about this many words of the rows of B, which stay in the third cache, before the
+// next ones: two threads would read a longer B from memory for every block of rows.
+constexpr int64_t kGroupWords = 2304;
+
 // A strip of columns has at most this many panels: its part of C and a chain of A fill the second cache at kStripRows
 // rows.
 constexpr int64_t kStripColumns = 256 / kColumns;
@@ -463,28 +467,27 @@ void activate(const Gemm<T>& g, int64_t i, int64_t last, int64_t j, int64_t coun
   }
 }
 
-// Multiplies panels [p0, p1) of A by panels [q0, q1) of B, which is packed.
-template <typename T>
-void block(const Gemm<T>& g, const float* a, const float* b, int64_t p0, int64_t p1, int64_t q0, int64_t q1,
-           Tiles<T>& tiles) {
-  const Chains<T> chains = chains_of(g);
-  for (int64_t chain = 0; chain < chains.count; chain++) {
-    const float* bc = b + (chains.begin(chain) * b_panels(g) + q0 * chains.words(chain)) * kColumns;
-    one_chain(g, chains, chain, a, bc, p0, p1, q0, q1, tiles, [] {});
-  }
-  activate(g, p0 * kRows<T>, std::min(g.m, p1 * kRows<T>), q0 * kColumns, std::min(g.n, q1 * kColumns) - q0 * kColumns);
-}
-
 template <typename T>
 void products(const Gemm<T>& g, const float* a, const float* b, int64_t begin, int64_t end) {
   const int64_t rows = a_panels(g), columns = b_panels(g), blocks = column_blocks(g);
+  const Chains<T> chains = chains_of(g);
   Tiles<T> tiles;
   while (begin < end) {
     const int64_t at = begin / rows, first = begin % rows, last = std::min(rows, first + end - begin);
     const int64_t q0 = columns * at / blocks, q1 = columns * (at + 1) / blocks;
     const int64_t parts = (last - first + kBlockRows<T> - 1) / kBlockRows<T>;
-    for (int64_t i = 0; i < parts; i++)
-      block(g, a, b, first + (last - first) * i / parts, first + (last - first) * (i + 1) / parts, q0, q1, tiles);
+    const int64_t groups = (chains.depth + kGroupWords - 1) / kGroupWords;
+    for (int64_t group = 0; group < groups; group++)
+      for (int64_t i = 0; i < parts; i++) {
+        const int64_t p0 = first + (last - first) * i / parts, p1 = first + (last - first) * (i + 1) / parts;
+        const int64_t end_chain = chains.count * (group + 1) / groups;
+        for (int64_t chain = chains.count * group / groups; chain < end_chain; chain++) {
+          const float* bc = b + (chains.begin(chain) * columns + q0 * chains.words(chain)) * kColumns;
+          one_chain(g, chains, chain, a, bc, p0, p1, q0, q1, tiles, [] {});
+        }
+      }
+    activate(g, first * kRows<T>, std::min(g.m, last * kRows<T>), q0 * kColumns,
+             std::min(g.n, q1 * kColumns) - q0 * kColumns);
     begin += last - first;
   }
 }
