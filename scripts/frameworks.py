@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tables of the rules: the code that serves each class of a framework, and why it declines an instance. ``tables.py``
-writes them into docs/frameworks.md.
+writes them into docs/frameworks/classes.md.
 """
 
 import ast
@@ -12,19 +12,19 @@ from fastasr.benchmarks.markdown import grid
 from fastasr.swap.rule import Rule
 from fastasr.swap.rules import FAMILIES, returnn
 
-# heading, section of docs/swap.md, prefixes of the rules' names
+# heading, page in docs/frameworks, prefixes of the rules' names
 FRAMEWORKS = (
-    ("transformers", "transformers", ("transformers.",)),
-    ("NeMo", "nemo", ("nemo.",)),
-    ("SpeechBrain", "speechbrain", ("speechbrain.",)),
-    ("FireRedASR", "fireredasr", ("fireredasr.",)),
-    ("FunASR", "funasr", ("funasr.",)),
-    ("GigaAM", "gigaam", ("gigaam.",)),
-    ("torchaudio", "torchaudio", ("torchaudio.",)),
-    ("openai-whisper", "openai-whisper", ("openai_whisper.",)),
-    ("ESPnet", "espnet", ("espnet.",)),
-    ("icefall and the PyPI package `zipformer`", "icefall", ("zipformer.", "icefall.")),
-    ("torch, beside a class above", "what-is-replaced", ("torch.",)),
+    ("transformers", "transformers.md", ("transformers.",)),
+    ("NeMo", "nemo.md", ("nemo.",)),
+    ("SpeechBrain", "speechbrain.md", ("speechbrain.",)),
+    ("FireRedASR", "fireredasr.md", ("fireredasr.",)),
+    ("FunASR", "funasr.md", ("funasr.",)),
+    ("GigaAM", "gigaam.md", ("gigaam.",)),
+    ("torchaudio", "torchaudio.md", ("torchaudio.",)),
+    ("openai-whisper", "openai_whisper.md", ("openai_whisper.",)),
+    ("ESPnet", "espnet.md", ("espnet.",)),
+    ("icefall and the PyPI package `zipformer`", "icefall.md", ("zipformer.", "icefall.")),
+    ("torch, beside a class above", "../swap.md#what-is-replaced", ("torch.",)),
 )
 
 
@@ -76,14 +76,14 @@ def _line(rule: Rule) -> list[str]:
 def table() -> str:
     """Returns a section and a table for each framework. Raises ``ValueError`` if a rule belongs to none."""
     left, blocks = rules(), []
-    for heading, section, prefixes in FRAMEWORKS:
+    for heading, page, prefixes in FRAMEWORKS:
         own = [rule for rule in left if rule.name.startswith(prefixes)]
         left = [rule for rule in left if rule not in own]
-        use = f"[How to use it, and which calls run upstream's code](swap.md#{section})"
+        use = f"[How to use it, and which calls run upstream's code]({page})"
         heads = "class", "ops", "known code", "declined because", "the report adds"
         blocks.append("\n".join([f"## {heading}", "", use, "", *grid(heads, map(_line, own))]))
     if left:
         raise ValueError(f"rules of no framework: {', '.join(rule.name for rule in left)}")
     why = f"fastasr swaps no module of RETURNN's: each {returnn._NEVER_CALLED}."
-    blocks.append(f"## RETURNN\n\n{why} [How its encoders are converted](swap.md#returnn)")
+    blocks.append(f"## RETURNN\n\n{why} [How its encoders are converted](returnn.md)")
     return "\n\n".join(blocks)

@@ -22,6 +22,7 @@ PAGES = tuple(
         *(f"docs/{stem}.md" for stem in ("index", "install", "swap", "one_op", "numerics", "cli")),
     )
 )
+FRAMEWORKS = tuple(sorted((ROOT / "docs" / "frameworks").glob("*.md")))
 OPS = tuple(sorted((ROOT / "docs" / "ops").glob("*.md")))
 _FENCED = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 

@@ -6,15 +6,16 @@ import inspect
 import re
 
 import pytest
-from page_blocks import OPS, PAGES, ROOT, blocks
+from page_blocks import FRAMEWORKS, OPS, PAGES, ROOT, blocks
 
 from fastasr import ops
 
-NAMES = [page.relative_to(ROOT).as_posix() for page in (*PAGES, *OPS)]
 COMMAND = re.compile(r"^\s*(\$ )?(pip|python3?|make|fastasr|cd|bash|apt-get) ", re.MULTILINE)
 
 
-@pytest.mark.parametrize("page", [*PAGES, *OPS], ids=NAMES)
+@pytest.mark.parametrize(
+    "page", [*PAGES, *FRAMEWORKS, *OPS], ids=lambda page: page.relative_to(ROOT).as_posix()
+)
 def test_code_says_its_language(page):
     """A block without one is no command that the test of pages would have to run."""
     for block in blocks(page):

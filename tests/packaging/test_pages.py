@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from fresh import ROOT, Fresh, run
-from page_blocks import OPS, PAGES, blocks
+from page_blocks import FRAMEWORKS, OPS, PAGES, blocks
 
 pytestmark = [pytest.mark.packaging]
 
@@ -64,5 +64,6 @@ def test_the_blocks_of_a_page_run(reader, page):
         reader.read(page)
 
 
-def test_the_blocks_of_the_ops_run(reader):
-    reader.read(*OPS)
+@pytest.mark.parametrize("pages", [FRAMEWORKS, OPS], ids=["frameworks", "ops"])
+def test_the_blocks_of_a_folder_run(reader, pages):
+    reader.read(*pages)
