@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiny encoders of transformers whose layers are a Transformer's: Whisper, wav2vec 2.0 with its convolutions on the
-waveform, audio towers, and their copies. ``tests/families.py`` says what a maker returns."""
+"""Tiny encoders of transformers whose layers are a Transformer's: Whisper, wav2vec 2.0 and WavLM with their
+convolutions on the waveform, audio towers, and their copies. ``tests/families.py`` says what a maker returns."""
 
 import importlib
 import itertools
@@ -168,6 +168,23 @@ def omniasr(lengths=(80, 61, 44), **options):
     return made
 
 
+def wavlm(stable=False, lengths=(21, 13, 5), masked=True, **options):
+    """An encoder of WavLM. ``stable``: the large model's, with norms before each part."""
+
+    def made():
+        sizes = _WAV2VEC2 | {"num_hidden_layers": 3, "num_buckets": 8, "max_bucket_distance": 10}
+        class_name = "WavLMEncoderStableLayerNorm" if stable else "WavLMEncoder"
+        model = transformers_encoder("wavlm", class_name, "WavLMConfig", sizes, "eager", **options)
+        frames = max(lengths)
+        x = torch.randn(len(lengths), frames, WIDTH, generator=numbers(1))
+        mask = torch.arange(frames) < torch.tensor(lengths)[:, None]
+        given = {"attention_mask": mask} if masked else {}
+        # Upstream sets padding to 0 in its input.
+        return model, lambda model: [model(x.clone(), **given).last_hidden_state]
+
+    return made
+
+
 WAVEFORMS = (*WAV2VEC2S, "WavLM", "Wav2Vec2Conformer", "SEWD", "SpeechT5")
 
 
@@ -324,3 +341,14 @@ def mimi(samples=180, **options):
         return model, lambda model: [model(x).latents]
 
     return made
+
+
+def fun_asr_nano(**options):
+    """Fun-ASR-Nano's encoder, whose attention has a memory."""
+    sizes = _PLAIN_LAYERS | {"num_hidden_layers": 3, "num_mel_bins": 5, "num_stacked_frames": 4}
+    sizes |= {"fsmn_kernel_size": 7, "num_timestamp_prediction_layers": 1}
+    names = "fun_asr_nano", "FunAsrNanoEncoder", "FunAsrNanoEncoderConfig"
+    model = transformers_encoder(*names, sizes, None, **options)
+    x = torch.randn(2, 21, 20, generator=numbers(1))
+    mask = (torch.arange(21) < torch.tensor([21, 13])[:, None]).long()
+    return model, lambda model: [model(x, mask).last_hidden_state]

@@ -5,11 +5,11 @@ padding, in values, gradients and statistics."""
 import copy
 from functools import partial
 
-import families
 import pytest
 import torch
 from recorded import lengths_on_a_row, on_rows
 from steps import close, moved, numbers, seeded
+from tiny_conformers import WIDTH, nemo_conformer
 from tiny_parakeet import SIZES, STILL
 
 import fastasr
@@ -22,14 +22,14 @@ from fastasr.testing.tape import TapeRecorder
 
 FRAMES, RECORDINGS, LONGEST = 400, 5, 240
 ROOM = {"frames": FRAMES, "recordings": RECORDINGS, "longest": LONGEST}
-BINS, NEMO_BINS = SIZES["num_mel_bins"], families.WIDTH
+BINS, NEMO_BINS = SIZES["num_mel_bins"], WIDTH
 recorded = partial(on_rows, **ROOM, after=1)
 
 
 def encoder(kind, **options):
     if kind == "nemo":
         seeded(0)
-        return moved(families.nemo_conformer(dropout=0.0, **options), 0.03).double()
+        return moved(nemo_conformer(dropout=0.0, **options), 0.03).double()
     transformers = pytest.importorskip("transformers")
     seeded(0)
     config = transformers.ParakeetEncoderConfig(**{**SIZES, **STILL, **options})

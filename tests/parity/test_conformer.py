@@ -4,7 +4,8 @@ gradients and draws, in training and in eval, and a whole model has upstream's o
 
 import pytest
 import torch
-from families import (
+from steps import close, moved, same_step, seeded, swapped
+from tiny_conformers import (
     WIDTH,
     call,
     espnet_conformer,
@@ -14,7 +15,6 @@ from families import (
     torchaudio_conformer,
     wav2vec2_conformer,
 )
-from steps import close, moved, same_step, seeded, swapped
 
 import fastasr
 from fastasr.swap import binding

@@ -10,9 +10,9 @@ import families
 import pytest
 import torch
 import torch.nn.attention.flex_attention
-from families import TAPS, WIDTH
 from leaving import beside, check, unreached
 from test_conformer import ATTENTION, pair
+from tiny_conformers import TAPS, WIDTH
 
 import fastasr
 

@@ -9,6 +9,7 @@ import families
 import pytest
 import torch
 from steps import close, moved, outcome, same, seeded, swapped
+from tiny_conformers import GEMMA_BOUNDS, W2V_BERT, torchaudio_padded
 from torch.utils.checkpoint import checkpoint
 
 import fastasr
@@ -295,7 +296,7 @@ OTHERWISE["mimi"] = {
 }
 OTHERWISE["gemma 4"] = {
     "infinite bounds": families.gemma4(bounds={}),
-    "bounds that cross": families.gemma4(bounds=families.GEMMA_BOUNDS | {"output_min": 0.2}),
+    "bounds that cross": families.gemma4(bounds=GEMMA_BOUNDS | {"output_min": 0.2}),
     "no bounds": families.gemma4(use_clipped_linears=False),
     "a clipping that acts": families.gemma4(gradient_clipping=0.9),
     "other activations": families.gemma4(hidden_act="gelu_new"),
@@ -323,10 +324,10 @@ OTHERWISE["fireredasr"] = {
 OTHERWISE["gigaam"] = {"a recording": families.gigaam("rel_pos", (61,))}  # without masks of pairs
 OTHERWISE["gigaam, rotary"] = {"a recording": families.gigaam("rotary", (61,))}
 OTHERWISE["torchaudio conformer"] = {
-    "two frames": lambda: families.torchaudio_padded((2,)),  # for the batch norm
-    "a recording without frames": lambda: families.torchaudio_padded((9, 0)),
-    "convolution first": lambda: families.torchaudio_padded(convolution_first=True),
-    "no dropout": lambda: families.torchaudio_padded(dropout=0.0),
+    "two frames": lambda: torchaudio_padded((2,)),  # for the batch norm
+    "a recording without frames": lambda: torchaudio_padded((9, 0)),
+    "convolution first": lambda: torchaudio_padded(convolution_first=True),
+    "no dropout": lambda: torchaudio_padded(dropout=0.0),
 }
 OTHERWISE["speechbrain transformer"] = {
     "a frame": families.speechbrain_transformer((1,)),
@@ -479,7 +480,7 @@ def test_in_short_dtypes(name, dtype):
 
 def test_the_bounds_of_gemma4_act():
     model, call = families.make("gemma 4")
-    inside = dict.fromkeys(families.GEMMA_BOUNDS, 0)
+    inside = dict.fromkeys(GEMMA_BOUNDS, 0)
 
     def count(layer, args, y):
         (x,) = args
@@ -603,7 +604,7 @@ def test_what_a_whole_model_returns(implementation):
     transformers = pytest.importorskip("transformers")
     seeded("whole")
     config = transformers.Wav2Vec2BertConfig(
-        **families.W2V_BERT | {"layerdrop": 0.5}, hidden_size=families.WIDTH, add_adapter=True,
+        **W2V_BERT | {"layerdrop": 0.5}, hidden_size=families.WIDTH, add_adapter=True,
         feature_projection_input_dim=10, attn_implementation=implementation, mask_time_prob=0.0,
     )  # fmt: skip
     theirs = moved(transformers.Wav2Vec2BertModel(config), 0.1).double()

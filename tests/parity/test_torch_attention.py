@@ -8,6 +8,7 @@ import families
 import pytest
 import torch
 from steps import moved, outcome, same, seeded
+from tiny_conformers import torchaudio_conformer
 
 import fastasr
 
@@ -30,7 +31,7 @@ CALLS = {
 def pair(**options):
     """Returns two copies of a torchaudio Conformer's attention, the first swapped, and the report."""
     seeded("torch attention")
-    theirs = families.torchaudio_conformer(dropout=0.0)
+    theirs = torchaudio_conformer(dropout=0.0)
     theirs.conformer_layers[0].self_attn = torch.nn.MultiheadAttention(WIDTH, families.HEADS, **options)
     theirs = moved(theirs, 0.1).double()
     ours = copy.deepcopy(theirs)

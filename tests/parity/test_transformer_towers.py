@@ -7,6 +7,7 @@ import copy
 
 import families
 import pytest
+import tiny_conformers
 import torch
 import torch.nn.functional as F
 from steps import close, moved, seeded
@@ -145,11 +146,11 @@ def test_moonshine_with_its_decoder(implementation):
 
 FRONT_ENDS = {
     **{
-        f"seamless m4t {version}'s adapter": families.of_wav2vec2(
+        f"seamless m4t {version}'s adapter": tiny_conformers.of_wav2vec2(
             f"seamless_m4t{tail}",
             f"SeamlessM4T{version}SpeechEncoder",
             f"SeamlessM4T{version}Config",
-            **families.SEAMLESS,
+            **tiny_conformers.SEAMLESS,
             add_adapter=True,
             num_adapter_layers=1,
             feature_projection_input_dim=families.WIDTH,
