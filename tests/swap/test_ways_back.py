@@ -47,12 +47,13 @@ pytestmark = [
 CASES = {}
 
 
-def cases(*names):
-    """Registers a function that makes the case of each name."""
+def cases(*names, **reasons):
+    """Registers a function that makes the case of each name. ``reasons``: name -> what the function takes beside it."""
 
     def register(function):
-        for name in names or ("",):
-            CASES[f"{function.__name__} {name}".strip()] = functools.partial(function, *filter(None, (name,)))
+        given = {name: (name,) for name in names} | {name: (name, reason) for name, reason in reasons.items()}
+        for name, arguments in (given or {"": ()}).items():
+            CASES[f"{function.__name__} {name}".strip()] = functools.partial(function, *arguments)
         return function
 
     return register
@@ -118,10 +119,10 @@ def of_generate(model, reason, options=None, inputs=None, **more):
     )
 
 
-@cases(*CALLS)
-def generate_asked_for(name):
+@cases(**CALLS)
+def generate_asked_for(name, asked):
     seeded(0)
-    options, reason = CALLS[name]
+    options, reason = asked
     return of_generate(parakeet(), reason, options, batch(1) if name == "streamer" else None)
 
 
@@ -142,8 +143,16 @@ def generate_of_a_duration_that_wins():
     return of_generate(model, "a duration has the largest logit", {"max_new_tokens": 1})
 
 
-@cases("hooks", "float64", "training", "joint", "gelu", "symbols", "eager")
-def generate_of_a_model_with(what):
+@cases(
+    hooks="the model has hooks",
+    float64="the encoder's output is float64 on cpu",
+    training="it is in training mode",
+    joint="a submodule has hooks or another forward",
+    gelu="activation is GELU",
+    symbols="max_symbols_per_step is 0",
+    eager="the backend eager is in force",
+)
+def generate_of_a_model_with(what, reason):
     seeded(0)
     durations = None if what == "symbols" else (0, 1, 2)
     model, inputs, more = (
@@ -151,15 +160,6 @@ def generate_of_a_model_with(what):
         batch(),
         {},
     )
-    reason = {
-        "hooks": "the model has hooks",
-        "float64": "the encoder's output is float64 on cpu",
-        "training": "it is in training mode",
-        "joint": "a submodule has hooks or another forward",
-        "gelu": "activation is GELU",
-        "symbols": "max_symbols_per_step is 0",
-        "eager": "the backend eager is in force",
-    }[what]
     if what == "float64":
         model.double()
         inputs["input_features"] = inputs["input_features"].double()
@@ -179,21 +179,20 @@ def generate_of_a_model_with(what):
 
 
 # --------------------------------------------------------------------------- Parakeet's loss
-@cases("return_dict", "gelu", "head", "hooks", "function", "object")
-def loss(what):
+@cases(
+    return_dict="return_dict is False",
+    gelu="hidden_act is gelu, expected relu or tanh",
+    head="joint.head is not a plain Linear",
+    hooks="joint has hooks",
+    function="loss_function is fastasr.compat.transformers.ParakeetForTDTLoss",
+    object="loss_function is functools.partial",
+)
+def loss(what, reason):
     seeded(0)
     model = parakeet(hidden_act="gelu" if what == "gelu" else "relu")
     labels = torch.tensor([[1, 2], [3, 1], [2, 2]])
     ids = torch.cat((torch.full((3, 1), 11), labels), 1)
     inputs = batch() | {"decoder_input_ids": ids, "labels": labels}
-    reason = {
-        "return_dict": "return_dict is False",
-        "gelu": "hidden_act is gelu, expected relu or tanh",
-        "head": "joint.head is not a plain Linear",
-        "hooks": "joint has hooks",
-        "function": "loss_function is fastasr.compat.transformers.ParakeetForTDTLoss",
-        "object": "loss_function is functools.partial",
-    }[what]
     if what == "return_dict":
         inputs["return_dict"] = False
     if what == "head":
@@ -360,20 +359,19 @@ def zipformer_layer_of_old_icefall():
 
 
 # --------------------------------------------------------------------------- encoders
-@cases("unswapped", "hooks")
-def causal_encoder(what):
+@cases(unswapped="encoders.0.layers.0 is not swapped", hooks="encoders.0 has a hook")
+def causal_encoder(what, reason):
     theirs = upstream()
     ours = swapped(theirs, exclude="encoders.0.layers.0" if what == "unswapped" else None)
     if what == "hooks":
         ours.encoders[0].register_forward_hook(lambda *_: None)
-    reason = "encoders.0.layers.0 is not swapped" if what == "unswapped" else "encoders.0 has a hook"
     return beside(
         ours, theirs, lambda model: model(source(), LENGTHS, PADDING), "forward", reason, known=True
     )
 
 
-@cases("hooks", "mask")
-def encoder_without_padding(what):
+@cases(hooks="encoders.0.layers.0.norm has a hook", mask="its mask is not one of lengths")
+def encoder_without_padding(what, reason):
     theirs = upstream()
     ours = swapped(theirs, ragged=True)
     mask = PADDING.clone()
@@ -381,15 +379,21 @@ def encoder_without_padding(what):
         ours.encoders[0].layers[0].norm.register_forward_hook(lambda *_: None)
     else:
         mask[0, 3] = True
-    reason = "encoders.0.layers.0.norm has a hook" if what == "hooks" else "its mask is not one of lengths"
     return beside(
         ours, theirs, lambda model: model(source(), LENGTHS, mask), "forward", reason, known=what == "hooks"
     )
 
 
 # --------------------------------------------------------------------------- FastConformers
-@cases("subsampling", "weights", "draws", "all dropped", "positions", "mask")
-def parakeet_encoder(what):
+@cases(
+    subsampling="one of its layers has hooks or is no plain one",
+    weights="the attention has hooks, which may read its weights",
+    draws="upstream_draws is on",
+    dropped="the dropout of attention weights has hooks, is no plain Dropout, or drops all",
+    positions="each sequence has position embeddings of its own",
+    mask="an input, a mask or positions that rel_attention does not take",
+)
+def parakeet_encoder(what, reason):
     """Of the layers' attention the first one alone is called."""
     seeded(0)
     eager_attention = {"attn_implementation": "eager"} if what == "weights" else {}
@@ -405,7 +409,7 @@ def parakeet_encoder(what):
     if what == "weights":
         ours.layers[0].self_attn.register_forward_hook(lambda *_: None)
     for model in (ours, theirs):
-        if what in ("draws", "all dropped"):
+        if what in ("draws", "dropped"):
             model.layers[0].self_attn.train().attention_dropout = 0.5 if what == "draws" else 1.0
 
     def run(model):
@@ -415,14 +419,6 @@ def parakeet_encoder(what):
         mask = torch.zeros(1, 1, 5, 5) if what == "mask" else None
         return model.layers[0].self_attn(x, position_embeddings=positions, attention_mask=mask)[0]
 
-    reason = {
-        "subsampling": "one of its layers has hooks or is no plain one",
-        "weights": "the attention has hooks, which may read its weights",
-        "draws": "upstream_draws is on",
-        "all dropped": "the dropout of attention weights has hooks, is no plain Dropout, or drops all",
-        "positions": "each sequence has position embeddings of its own",
-        "mask": "an input, a mask or positions that rel_attention does not take",
-    }[what]
     return beside(
         ours,
         theirs,
@@ -434,8 +430,12 @@ def parakeet_encoder(what):
     )
 
 
-@cases("triangle", "draws", "hooks")
-def espnet_attention(what):
+@cases(
+    triangle="zero_triu is set",
+    draws="upstream_draws is on, so attention forms its weights",
+    hooks="the dropout of attention weights has hooks",
+)
+def espnet_attention(what, reason):
     """In inference, with a dropout of the weights that is in training mode."""
     seeded(0)
     theirs, run = families.e_branchformer(zero_triu=what == "triangle", attention_dropout_rate=0.5)
@@ -448,11 +448,6 @@ def espnet_attention(what):
         seeded("dropout")
         return run(model)
 
-    reason = {
-        "triangle": "zero_triu is set",
-        "draws": "upstream_draws is on, so attention forms its weights",
-        "hooks": "the dropout of attention weights has hooks",
-    }[what]
     return beside(
         ours,
         theirs,
@@ -464,23 +459,24 @@ def espnet_attention(what):
     )
 
 
-@cases("eager", "convolution", "subsampling", "chunk")
-def nemotron(what):
+@cases(
+    eager=("layers.0.self_attn", "the attention implementation is eager"),
+    convolution=("layers.0.conv", "depthwise_conv has hooks"),
+    subsampling=("subsampling", "one of its layers has hooks or is no plain one"),
+    chunk=("", "upstream's forward makes a mask of pairs"),
+)
+def nemotron(what, layer_and_reason):
     theirs = nemotron_encoder()
     ours = swapped(theirs)
-    layer, reason = "layers.0.self_attn", "the attention implementation is eager"
+    layer, reason = layer_and_reason
     if what == "eager":
         for model in (ours, theirs):
             model.set_attn_implementation("eager")  # upstream gives NaN
     if what == "convolution":
-        layer, reason = "layers.0.conv", "depthwise_conv has hooks"
         ours.get_submodule(f"{layer}.depthwise_conv").register_forward_hook(lambda *_: None)
     if what == "subsampling":
-        layer, reason = "subsampling", "one of its layers has hooks or is no plain one"
         ours.subsampling.conv_in.register_forward_hook(lambda *_: None)
     x = torch.randn(2, 80, SIZES["num_mel_bins"], generator=numbers("nemotron"))
-    if what == "chunk":
-        layer, reason = "", "upstream's forward makes a mask of pairs"
 
     def run(model):
         if what != "chunk":
@@ -528,8 +524,13 @@ def mega_decoder(what):
 
 
 # --------------------------------------------------------------------------- torchaudio's RNN-T
-@cases("x2g", "c_norm", "bias", "eps")
-def lstm(what):
+@cases(
+    x2g="x2g has hooks",
+    c_norm="c_norm has hooks",
+    bias="x2g has a bias before a norm",
+    eps="g_norm and c_norm differ in eps",
+)
+def lstm(what, reason):
     seeded(0)
     theirs = rnnt._Predictor(9, 14, 12, 2, 16, True, 1e-3, 0.0).eval()
     ours, layer = swapped(theirs), "lstm_layers.0"
@@ -541,12 +542,6 @@ def lstm(what):
             model.lstm_layers[0].x2g.bias = torch.nn.Parameter(torch.linspace(-1, 1, 64))
         if what == "eps":
             model.lstm_layers[0].c_norm.eps = 1e-2
-    reason = {
-        "x2g": "x2g has hooks",
-        "c_norm": "c_norm has hooks",
-        "bias": "x2g has a bias before a norm",
-        "eps": "g_norm and c_norm differ in eps",
-    }[what]
     return beside(ours, theirs, lambda model: model(labels, lengths), f"{layer}.forward", reason, known=True)
 
 
@@ -575,8 +570,13 @@ def asr_model():
     return model
 
 
-@cases("hooks", "eager", "onnx", "rnnt")
-def greedy_search(what):
+@cases(
+    hooks="a submodule has hooks or another forward",
+    eager="the backend eager is in force",
+    onnx="the model is not made of modules of a known transducer",
+    rnnt="the backend eager is in force",
+)
+def greedy_search(what, reason):
     seeded("greedy")
     if what == "rnnt":
         model = tiny_emformer_rnnt.tiny(rnnt).eval()
@@ -597,10 +597,6 @@ def greedy_search(what):
         rows = zip(result.tokens, result.timestamps, result.scores, strict=True)
         return [torch.tensor([*tokens, *stamps, score]) for tokens, stamps, score in rows]
 
-    reason = {
-        "hooks": "a submodule has hooks or another forward",
-        "onnx": "the model is not made of modules of a known transducer",
-    }.get(what, "the backend eager is in force")
     return Case(
         search,
         lambda: numbers_of(search.result(search.advance(search.start(2), frames))),
@@ -697,8 +693,13 @@ def nemo_loss():
     return beside(ours, theirs, lambda model: model(**call), "forward", reason)
 
 
-@cases("hooks", "clamp", "temperature", "draws")
-def nemo_joint(what):
+@cases(
+    hooks="that is not a plain Linear",
+    clamp="the loss clamps the gradients",
+    temperature="temperature is 1.5, expected 1",
+    draws="upstream_draws is on",
+)
+def nemo_joint(what, reason):
     joints, losses = nemo_encoder.load_transducer()
     seeded("joint")
     sizes = {"encoder_hidden": 5, "pred_hidden": 4, "joint_hidden": 8}
@@ -728,12 +729,6 @@ def nemo_joint(what):
         seeded("dropout")
         return joint.train(what == "draws")(**call)[0]
 
-    reason = {
-        "hooks": "that is not a plain Linear",
-        "clamp": "the loss clamps the gradients",
-        "temperature": "temperature is 1.5, expected 1",
-        "draws": "upstream_draws is on",
-    }[what]
     return beside(
         ours,
         theirs,
@@ -770,8 +765,8 @@ def reduced_weights():
 ROW = {"mel_bins": 16, "width": 16, "layers": 1, "heads": 2, "hidden": 16, "channels": 4, "layer_drop": 0.0}
 
 
-@cases("part", "saved")
-def recorded(what):
+@cases(part="submodules have hooks", saved="saved tensors have hooks")
+def recorded(what, reason):
     """A hook on a part, and hooks on saved tensors, as checkpointing has them."""
     seeded(0)
     theirs = FastConformerEncoder(**ROW).eval()
@@ -785,7 +780,6 @@ def recorded(what):
         with hooks(*[lambda t: t] * 2) if what == "saved" else hooks():
             return model(x)[0]
 
-    reason = {"part": "submodules have hooks", "saved": "saved tensors have hooks"}[what]
     level = logging.INFO if what == "saved" else logging.WARNING
     return beside(ours, theirs, run, "forward", reason, gradients=True, level=level)
 
