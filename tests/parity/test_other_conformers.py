@@ -17,132 +17,89 @@ import fastasr
 _POSITIONS = "PositionalConvEmbedding"
 _WAVEFORMS = "NoLayerNormConvLayer", "LayerNormConvLayer", "GroupNormConvLayer", _POSITIONS
 _OF_TORCHAUDIO = {"ConvLayerBlock", "ConvolutionalPositionalEmbedding", "FeedForward"}
+
+
+def classes(start, *ends):
+    return {start + end for end in ends}
+
+
 # Family -> the classes that a rule of the framework replaces
 REPLACED = {
     "nemo transformer": {"MultiHeadAttention", "FeedForward"},
     "nemo transformer, causal": {"MultiHeadAttention", "FeedForward"},
     "torchaudio conformer": {"MultiheadAttention", "_ConvolutionModule", "_FeedForwardModule"},
     "speechbrain transformer": {"MultiheadAttention", "PositionalwiseFeedForward"},
-    "fireredasr": {"RelPosMultiHeadAttention", "ConformerConvolution", "ConformerFeedForward"},
-    "gigaam": {
-        "RelPositionMultiHeadAttention",
-        "ConformerConvolution",
-        "ConformerFeedForward",
-        "StridingSubsampling",
-    },
-    "gigaam, rotary": {
-        "RotaryPositionMultiHeadAttention",
-        "ConformerConvolution",
-        "ConformerFeedForward",
-        "StridingSubsampling",
+    "fireredasr": {"RelPosMultiHeadAttention", *classes("Conformer", "Convolution", "FeedForward")},
+    **{
+        family: {attention, *classes("Conformer", "Convolution", "FeedForward"), "StridingSubsampling"}
+        for family, attention in (
+            ("gigaam", "RelPositionMultiHeadAttention"),
+            ("gigaam, rotary", "RotaryPositionMultiHeadAttention"),
+        )
     },
     "owsm": {
-        "ConvolutionalGatingMLP",
-        "ConvolutionalSpatialGatingUnit",
+        *classes("Convolutional", "GatingMLP", "SpatialGatingUnit"),
         "EBranchformerEncoderLayer",
         "MultiHeadedAttention",
         "PositionwiseFeedForward",
     },
     "espnet transformer": {"MultiHeadedAttention", "PositionwiseFeedForward"},
-    "phi-4": {
-        f"Phi4MultimodalAudio{part}"
-        for part in ("NemoConvSubsampling", "Attention", "ConvModule", "MLP", "Model")
-    },
-    "fun-asr-nano": {"FunAsrNanoAttention", "FunAsrNanoFSMN", "FunAsrNanoMLP"},
+    "phi-4": classes("Phi4MultimodalAudio", "NemoConvSubsampling", "Attention", "ConvModule", "MLP", "Model"),
+    "fun-asr-nano": classes("FunAsrNano", "Attention", "FSMN", "MLP"),
     "funasr": {"MultiHeadedAttentionSANM", "PositionwiseFeedForward"},
-    "lasr": {"Conv1d", "LasrEncoderAttention", "LasrEncoderFeedForward", "LasrEncoderConvolutionModule"},
-    **{
-        family: {f"{name}Conformer{part}" for part in ("Attention", "ConvModule", "FeedForward")}
-        for family, name in (
-            ("granite speech", "GraniteSpeech"),
-            ("granite speech plus", "GraniteSpeechPlus"),
-        )
-    },
-    "granite speech 5": {
-        f"GraniteSpeech5Encoder{part}" for part in ("Attention", "ConvolutionModule", "FeedForward")
-    },
-    "seamless m4t": {
-        "SeamlessM4TConformerFeedForward",
-        "SeamlessM4TConformerSelfAttention",
-        "SeamlessM4TConformerConvolutionModule",
-    },
-    "seamless m4t v2": {
-        "SeamlessM4Tv2ConformerFeedForward",
-        "SeamlessM4Tv2ConformerSelfAttention",
-        "SeamlessM4Tv2ConformerConvolutionModule",
-    },
-    "w2v-bert": {"Wav2Vec2BertFeedForward", "Wav2Vec2BertSelfAttention", "Wav2Vec2BertConvolutionModule"},
-    "wavlm": {f"WavLM{part}" for part in ("Attention", "FeedForward", "Encoder", _POSITIONS)},
-    "wavlm large": {
-        f"WavLM{part}" for part in ("Attention", "FeedForward", "EncoderStableLayerNorm", _POSITIONS)
-    },
-    "whisper": {"WhisperAttention", "WhisperEncoderLayer", "Conv1d"},
+    "lasr": {"Conv1d", *classes("LasrEncoder", "Attention", "FeedForward", "ConvolutionModule")},
+    "granite speech": classes("GraniteSpeechConformer", "Attention", "ConvModule", "FeedForward"),
+    "granite speech plus": classes("GraniteSpeechPlusConformer", "Attention", "ConvModule", "FeedForward"),
+    "granite speech 5": classes("GraniteSpeech5Encoder", "Attention", "ConvolutionModule", "FeedForward"),
+    "seamless m4t": classes("SeamlessM4TConformer", "FeedForward", "SelfAttention", "ConvolutionModule"),
+    "seamless m4t v2": classes("SeamlessM4Tv2Conformer", "FeedForward", "SelfAttention", "ConvolutionModule"),
+    "w2v-bert": classes("Wav2Vec2Bert", "FeedForward", "SelfAttention", "ConvolutionModule"),
+    "wavlm": classes("WavLM", "Attention", "FeedForward", "Encoder", _POSITIONS),
+    "wavlm large": classes("WavLM", "Attention", "FeedForward", "EncoderStableLayerNorm", _POSITIONS),
+    "whisper": {"Conv1d", *classes("Whisper", "Attention", "EncoderLayer")},
     "whisper's copies": {
         "Conv1d",
-        *(
-            f"{name}{part}"
-            for name, layer in (
-                ("Qwen2Audio", "EncoderLayer"),
-                ("Voxtral", "EncoderLayer"),
-                ("MossTranscribeDiarizeAudio", "Layer"),
-            )
-            for part in ("Attention", layer)
-        ),
+        *classes("Qwen2Audio", "Attention", "EncoderLayer"),
+        *classes("Voxtral", "Attention", "EncoderLayer"),
+        *classes("MossTranscribeDiarizeAudio", "Attention", "Layer"),
     },
-    "audio flamingo 3": {"AudioFlamingo3Attention", "AudioFlamingo3EncoderLayer", "Conv1d"},
-    "speech2text": {"Speech2TextAttention", "Speech2TextEncoderLayer", "Conv1d"},
-    "speecht5": {"SpeechT5Attention", "SpeechT5FeedForward"},
+    "audio flamingo 3": {"Conv1d", *classes("AudioFlamingo3", "Attention", "EncoderLayer")},
+    "speech2text": {"Conv1d", *classes("Speech2Text", "Attention", "EncoderLayer")},
+    "speecht5": classes("SpeechT5", "Attention", "FeedForward"),
     "openai whisper": {"ResidualAttentionBlock"},
-    **{
-        family: {f"{name}{part}" for name in names for part in ("Attention", "FeedForward", _POSITIONS)}
-        for family, names in (("wav2vec2", ("Wav2Vec2",)), ("wav2vec2 large", ("Wav2Vec2",)))
-    },
+    "wav2vec2": classes("Wav2Vec2", "Attention", "FeedForward", _POSITIONS),
+    "wav2vec2 large": classes("Wav2Vec2", "Attention", "FeedForward", _POSITIONS),
     "wav2vec2's copies": {
         *(f"{name}{part}" for name in families.WAV2VEC2S[1:] for part in ("Attention", "FeedForward")),
         *(f"{name}{_POSITIONS}" for name in families.WAV2VEC2S[1:-1]),
         "Data2VecAudioPositionalConvLayer",
     },
-    "omniasr": {f"OmniASR{part}" for part in ("Attention", "FeedForward", "LayerNormConvLayer", _POSITIONS)},
-    "waveforms": {f"Wav2Vec2{part}" for part in _WAVEFORMS},
-    "waveforms' copies": {
-        "Data2VecAudioConvLayer",
-        *(
-            f"{name}{part}"
-            for name in families.WAVEFORMS[1:]
-            if name != "Data2VecAudio"
-            for part in _WAVEFORMS
-        ),
-    },
+    "omniasr": classes("OmniASR", "Attention", "FeedForward", "LayerNormConvLayer", _POSITIONS),
+    "waveforms": classes("Wav2Vec2", *_WAVEFORMS),
+    "waveforms' copies": {"Data2VecAudioConvLayer"}.union(
+        *(classes(name, *_WAVEFORMS) for name in families.WAVEFORMS[1:] if name != "Data2VecAudio")
+    ),
     "torchaudio wav2vec2": {*_OF_TORCHAUDIO, "SelfAttention"},
     "torchaudio wav2vec2 large": {*_OF_TORCHAUDIO, "SelfAttention"},
     "torchaudio wavlm": {*_OF_TORCHAUDIO, "WavLMSelfAttention", "Transformer"},
-    "qwen3-asr": {"Qwen3ASRAudioAttention", "Qwen3ASRAudioEncoderLayer", "Conv2d"},
-    "qwen2.5-omni": {"Qwen2_5OmniAudioAttention", "Qwen2_5OmniAudioEncoderLayer", "Conv1d"},
-    "qwen3-omni": {"Qwen3OmniMoeAudioAttention", "Qwen3OmniMoeAudioEncoderLayer", "Conv2d"},
-    "glm-asr": {"GlmAsrAttention", "GlmAsrMLP", "Conv1d"},
-    "moonshine": {"MoonshineAttention", "MoonshineEncoderMLP", "Conv1d"},
-    "moonshine streaming": {
-        f"MoonshineStreaming{part}" for part in ("EncoderAttention", "EncoderMLP", "CausalConv1d")
-    },
-    "voxtral realtime": {
-        f"VoxtralRealtime{part}" for part in ("Attention", "MLP", "EncoderLayer", "CausalConv1d")
-    },
-    "nemotron transcribe": {"Nemotron3_5TranscribeAttention", "Nemotron3_5TranscribeMLP"},
-    "nemotron diarization": {"Nemotron3DiarizationAttention", "Nemotron3DiarizationMLP"},
-    "mimi": {"MimiAttention", "MimiMLP", "Conv1d"},
+    "qwen3-asr": {"Conv2d", *classes("Qwen3ASRAudio", "Attention", "EncoderLayer")},
+    "qwen2.5-omni": {"Conv1d", *classes("Qwen2_5OmniAudio", "Attention", "EncoderLayer")},
+    "qwen3-omni": {"Conv2d", *classes("Qwen3OmniMoeAudio", "Attention", "EncoderLayer")},
+    "glm-asr": {"Conv1d", *classes("GlmAsr", "Attention", "MLP")},
+    "moonshine": {"Conv1d", *classes("Moonshine", "Attention", "EncoderMLP")},
+    "moonshine streaming": classes("MoonshineStreaming", "EncoderAttention", "EncoderMLP", "CausalConv1d"),
+    "voxtral realtime": classes("VoxtralRealtime", "Attention", "MLP", "EncoderLayer", "CausalConv1d"),
+    "nemotron transcribe": classes("Nemotron3_5Transcribe", "Attention", "MLP"),
+    "nemotron diarization": classes("Nemotron3Diarization", "Attention", "MLP"),
+    "mimi": {"Conv1d", *classes("Mimi", "Attention", "MLP")},
     "gemma 4": {
         "Gemma4ClippableLinear",
-        "Gemma4AudioAttention",
-        "Gemma4AudioFeedForward",
-        "Gemma4AudioLightConv1d",
-        "Gemma4AudioLayer",
+        *classes("Gemma4Audio", "Attention", "FeedForward", "LightConv1d", "Layer"),
         "Gemma4AudioSubSampleConvProjectionLayer",
     },
     "gemma 3n": {
         "Gemma3nAudioAttention",
-        "Gemma3nAudioConformerFeedForward",
-        "Gemma3nAudioConformerLightConv1d",
-        "Gemma3nAudioConformerBlock",
+        *classes("Gemma3nAudioConformer", "FeedForward", "LightConv1d", "Block"),
         "Gemma3nAudioSSCPConvBlock",
     },
 }
