@@ -22,6 +22,7 @@ from fastasr.models.fast_conformer import masks
 from fastasr.models.fast_conformer.attention import STANDARD
 from fastasr.ops import _dispatch
 from fastasr.swap.forwards.common import is_part, may_read, other_scale, projections
+from fastasr.swap.forwards.transformers_beams import cross_attention
 from fastasr.swap.forwards.transformers_conformer import hidden_keys
 from fastasr.swap.forwards.whisper import with_feed_forward
 from fastasr.swap.rule import Upstream, upstream_class
@@ -67,8 +68,13 @@ def rotary_attention(
 ) -> tuple[Tensor, Any]:
     """Serves GLM-ASR, LASR, Nemotron's encoders, Moonshine's and Voxtral Realtime's: hidden states (B, T, width),
     cosines and sines (B or 1, T, dimensions that are rotated), attention mask (``masks.read``) -> ((B, T, width),
-    None). A cache gets the keys and values. Upstream's code serves a call whose cache has frames already, and
-    Moonshine's decoder."""
+    None). A cache gets the keys and values. Upstream's code serves a call whose cache has frames already. In
+    Moonshine's decoder beams share the encoder's frames."""
+    if kwargs.get("key_value_states") is not None and position_embeddings is None and not more:
+        found: tuple[Tensor, Any] = cross_attention(
+            self, hidden_states, attention_mask=attention_mask, **kwargs
+        )
+        return found
     y = _rotary(self, hidden_states, position_embeddings, attention_mask, bool(more), **kwargs)
     if y is None:
         upstream = type(self).forward

@@ -1,0 +1,315 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``generate`` of transformers' models with an encoder and a decoder: beams of one recording share the keys and values
+of its frames, and results are upstream's."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from steps import moved, numbers, seeded
+
+import fastasr
+from fastasr.swap.forwards.transformers_cache import SharedRows, shared_layer
+
+transformers = pytest.importorskip("transformers")
+cache_utils = pytest.importorskip("transformers.cache_utils")
+
+TOKENS = {"vocab_size": 23, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+LAYERS = {
+    "encoder_layers": 1,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+}
+FFN = {"encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+BART = {"d_model": 16, "decoder_start_token_id": 1} | TOKENS | LAYERS | FFN
+ENCODER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+DECODER = ENCODER | {"num_hidden_layers": 2}
+PARAKEET = ENCODER | {"num_mel_bins": 24, "subsampling_conv_channels": 4}
+
+
+def features(mels, frames, name="input_features"):
+    return {name: torch.randn(2, *((mels, frames) if mels else (frames,)), generator=numbers(1)).double()}
+
+
+def batch(frames, *shape, name="input_features"):
+    """Two recordings, the second of which has padding."""
+    mask = torch.arange(frames) < torch.tensor([[frames], [frames * 2 // 3]])
+    return features(*shape, name=name) | {"attention_mask": mask.long()}
+
+
+def whisper():
+    sizes = {"num_mel_bins": 5, "max_source_positions": 12, "max_target_positions": 30}
+    config = transformers.WhisperConfig(**BART, **sizes)
+    return transformers.WhisperForConditionalGeneration(config), features(5, 24)
+
+
+def speech2text():
+    config = transformers.Speech2TextConfig(**BART, input_feat_per_channel=24, conv_channels=12)
+    return transformers.Speech2TextForConditionalGeneration(config), batch(40, 40, 24)
+
+
+def moonshine():
+    heads = {f"{part}_num_attention_heads": 2 for part in ("encoder", "decoder")}
+    layers = {"encoder_num_hidden_layers": 1, "decoder_num_hidden_layers": 2}
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "decoder_start_token_id": 1}
+    config = transformers.MoonshineConfig(**TOKENS, **sizes, **heads, **layers)
+    return transformers.MoonshineForConditionalGeneration(config), batch(
+        8000, None, 8000, name="input_values"
+    )
+
+
+def moonshine_streaming():
+    encoder = ENCODER | {"num_key_value_heads": 2, "sliding_windows": [[4, 1]]}
+    sizes = DECODER | {"decoder_start_token_id": 1, "num_key_value_heads": 2, "encoder_config": encoder}
+    config = transformers.MoonshineStreamingConfig(**TOKENS, **sizes)
+    model = transformers.MoonshineStreamingForConditionalGeneration(config)
+    return model, batch(8000, None, 8000, name="input_values")
+
+
+def seamless(version=""):
+    sizes = {
+        "hidden_size": 16,
+        "max_position_embeddings": 64,
+        "decoder_start_token_id": 1,
+        "speech_encoder_layers": 1,
+    }
+    sizes |= {
+        "speech_encoder_attention_heads": 2,
+        "speech_encoder_intermediate_size": 32,
+        "adaptor_kernel_size": 3,
+    }
+    sizes |= {"adaptor_stride": 3, "feature_projection_input_dim": 12, "num_adapter_layers": 1}
+    config = getattr(transformers, f"SeamlessM4T{version}Config")(**TOKENS, **LAYERS, **FFN, **sizes)
+    return getattr(transformers, f"SeamlessM4T{version}ForSpeechToText")(config), batch(30, 30, 12)
+
+
+def canary():
+    decoder = DECODER | TOKENS | {"head_dim": 8, "num_key_value_heads": 2}
+    config = transformers.CanaryConfig(
+        encoder_config=PARAKEET, decoder_config=decoder, **TOKENS, decoder_start_token_id=7
+    )
+    return transformers.CanaryForConditionalGeneration(config), batch(64, 64, 24)
+
+
+def cohere_asr():
+    sizes = DECODER | TOKENS | {"decoder_start_token_id": 7, "encoder_config": PARAKEET}
+    config = transformers.CohereAsrConfig(**sizes)
+    return transformers.CohereAsrForConditionalGeneration(config), batch(64, 64, 24)
+
+
+MAKERS = {f.__name__: f for f in (whisper, speech2text, moonshine, moonshine_streaming, canary, cohere_asr)}
+MAKERS |= {"seamless": seamless, "seamless v2": lambda: seamless("v2")}
+
+
+def made(name, implementation="sdpa"):
+    """Returns upstream's model in double, a swapped copy and their inputs."""
+    seeded(name)
+    model, inputs = MAKERS[name]()
+    for part in model.modules():
+        if hasattr(part, "config"):
+            part.config._attn_implementation = implementation
+    theirs = moved(model, 0.3).double().eval()
+    # neither an end nor padding, which generate cuts
+    theirs.generation_config.suppress_tokens = [0, 2]
+    ours = copy.deepcopy(theirs)
+    fastasr.accelerate(ours)
+    return theirs, ours, inputs
+
+
+@pytest.fixture
+def held(monkeypatch):
+    """Collects (rows of keys, beams) of a swapped model's cross attention at every step."""
+    rows = []
+    reorder = SharedRows.reorder_cache
+
+    def watched(self, beam_idx):
+        rows.append((len(self.held["keys"]), self.beams))
+        reorder(self, beam_idx)
+
+    monkeypatch.setattr(SharedRows, "reorder_cache", watched)
+    return rows
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_beams(name, held):
+    theirs, ours, inputs = made(name)
+    options = inputs | {
+        "max_new_tokens": 9,
+        "num_beams": 3,
+        "num_return_sequences": 2,
+        "no_repeat_ngram_size": 1,
+    }
+    tokens = [model.generate(**options) for model in (theirs, ours)]
+    assert tokens[0].shape[1] > 6
+    assert len(tokens[0]) == 4
+    assert len({tuple(row) for row in tokens[0].tolist()}) >= 2
+    assert torch.equal(*tokens)
+    # a row of keys for each recording at every step of both layers
+    assert set(held) == {(2, 6 if name == "whisper" else 3)}  # Whisper multiplies beams and results
+    assert len(held) >= 16
+    one = [model.generate(**inputs, max_new_tokens=9) for model in (theirs, ours)]
+    assert torch.equal(*one)
+
+
+@pytest.mark.parametrize("name", ["whisper", "moonshine", "speech2text", "seamless"])
+def test_weights(name):
+    theirs, ours, inputs = made(name, "eager")
+    options = inputs | {"max_new_tokens": 5, "num_beams": 2, "output_attentions": True}
+    options |= {"return_dict_in_generate": True, "output_scores": True}
+    found = [model.generate(**options) for model in (theirs, ours)]
+    assert torch.equal(found[0].sequences, found[1].sequences)
+    for step, other in zip(*(result.cross_attentions for result in found), strict=True):
+        for a, b in zip(step, other, strict=True):
+            torch.testing.assert_close(b, a, rtol=0, atol=1e-12)
+    for a, b in zip(*(result.scores for result in found), strict=True):
+        torch.testing.assert_close(b, a, rtol=0, atol=1e-10)
+
+
+def filled(beams=3, batch=2):
+    """Returns a cache of upstream's with the rows of beams, and the same in a shared layer."""
+    keys, values = torch.randn(2, batch, 2, 5, 4, generator=numbers(3))
+    theirs, layer = cache_utils.DynamicLayer(), cache_utils.DynamicLayer()
+    theirs.update(keys.repeat_interleave(beams, 0), values.repeat_interleave(beams, 0))
+    layer.update(keys, values)
+    return theirs, shared_layer(layer, beams)
+
+
+def same(theirs, ours):
+    assert torch.equal(theirs.keys, ours.keys)
+    assert torch.equal(theirs.values, ours.values)
+    assert theirs.get_seq_length() == ours.get_seq_length()
+
+
+CHANGES = {
+    "within a recording": (lambda layer: layer.reorder_cache(torch.tensor([1, 1, 0, 5, 3, 3])), 3),
+    "between recordings": (lambda layer: layer.reorder_cache(torch.tensor([1, 4, 0, 5, 3, 3])), 1),
+    "fewer": (lambda layer: layer.reorder_cache(torch.tensor([0, 3])), 1),
+    "selected": (lambda layer: layer.batch_select_indices(torch.tensor([0, 4])), 1),
+    "repeated": (lambda layer: layer.batch_repeat_interleave(2), 1),
+    "cropped": (lambda layer: layer.crop(-2), 1),
+    "longer": (lambda layer: layer.update(*torch.ones(2, 6, 2, 1, 4)), 1),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_layer_is_upstreams_to_others(change):
+    act, beams = CHANGES[change]
+    theirs, ours = filled()
+    same(theirs, ours)
+    for layer in (theirs, ours):
+        act(layer)
+    same(theirs, ours)
+    assert ours.beams == beams
+    for other in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        same(theirs, other)
+
+
+def test_reset_layer():
+    _, ours = filled()
+    ours.reset()
+    assert ours.get_seq_length() == 0
+    assert ours.keys is None
+
+
+def attention(rows, cache=None, mask=None, tokens=1):
+    """Returns upstream's and our outputs of a decoder's attention to an encoder's frames in these rows."""
+    theirs, ours, _ = made("whisper")
+    parts = [model.model.decoder.layers[0].encoder_attn for model in (theirs, ours)]
+    x = torch.randn(len(rows), tokens, 16, generator=numbers(5)).double()
+    states = torch.randn(len(rows), 4, 16, generator=numbers(6)).double()[rows]
+    found = []
+    for part in parts:
+        made_cache = cache_utils.EncoderDecoderCache(cache_utils.DynamicCache(), cache_utils.DynamicCache())
+        with torch.no_grad():
+            y = [part(x, key_value_states=states, attention_mask=mask, cache=made_cache)[0] for _ in range(2)]
+        found.append((torch.stack(y), made_cache.cross_attention_cache.layers[0]))
+    (y, layer), (z, shared) = found
+    torch.testing.assert_close(z, y, rtol=0, atol=1e-12)
+    torch.testing.assert_close(shared.keys, layer.keys, rtol=0, atol=1e-12)
+    return getattr(shared, "beams", 1)
+
+
+@pytest.mark.parametrize(
+    ("rows", "beams"),
+    [
+        ([0, 0, 1, 1], 2),
+        ([0, 0, 0, 0], 4),
+        ([0, 0, 0, 0, 1, 1], 2),
+        ([0, 0, 0, 1], 1),
+        ([0, 1, 0, 1], 1),
+        ([0], 1),
+    ],
+)
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_groups_of_equal_rows(rows, beams, tokens):
+    assert attention(rows, tokens=tokens) == beams
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 4), (1, 1, 3, 4), (4, 1, 1, 4), (4, 1, 3, 4), (4, 2, 3, 4)])
+def test_masks(shape):
+    mask = torch.rand(shape, generator=numbers(7)) > 0.4
+    mask[..., 0] = True
+    assert attention([0, 0, 1, 1], mask=mask, tokens=3) == 2
+
+
+def test_rows_that_differ_late():
+    """The first frames of two rows are equal, a later one is not."""
+    theirs, ours, _ = made("whisper")
+    x = torch.randn(2, 1, 16, generator=numbers(5)).double()
+    states = torch.randn(1, 4, 16, generator=numbers(6)).double().repeat(2, 1, 1)
+    outputs = []
+    for change in (0.0, 0.0, 1.0):  # written in place between two calls
+        states[1, 3] += change
+        for model in (theirs, ours):
+            cache = cache_utils.EncoderDecoderCache(cache_utils.DynamicCache(), cache_utils.DynamicCache())
+            for layer in model.model.decoder.layers:
+                with torch.no_grad():
+                    y = layer.encoder_attn(x, key_value_states=states, cache=cache)[0]
+            outputs.append((y, cache))
+        torch.testing.assert_close(outputs[-1][0], outputs[-2][0], rtol=0, atol=1e-12)
+    beams = [getattr(cache.cross_attention_cache.layers[1], "beams", 1) for _, cache in outputs[1::2]]
+    assert beams == [2, 2, 1]
+
+
+def test_without_sharing():
+    """Upstream's rows stay in training, with watched projections, and in other caches."""
+    _, ours, _ = made("whisper")
+    part = ours.model.decoder.layers[0].encoder_attn
+    x, states = torch.randn(2, 1, 16).double(), torch.randn(1, 4, 16).double().repeat(2, 1, 1)
+
+    def rows():
+        cache = cache_utils.EncoderDecoderCache(cache_utils.DynamicCache(), cache_utils.DynamicCache())
+        part(x, key_value_states=states, cache=cache)
+        return getattr(cache.cross_attention_cache.layers[0], "beams", 1)
+
+    assert rows() == 2
+    hook = part.k_proj.register_forward_hook(lambda *_: None)
+    assert rows() == 1
+    hook.remove()
+    assert rows() == 2
+    part.train()
+    assert rows() == 1
+
+
+def test_restored_in_between():
+    """A cache with shared rows serves upstream's code too."""
+    theirs, ours, inputs = made("whisper")
+    cache = [
+        cache_utils.EncoderDecoderCache(cache_utils.DynamicCache(), cache_utils.DynamicCache())
+        for _ in range(2)
+    ]
+    states = [
+        model.model.encoder(**inputs).last_hidden_state.repeat_interleave(2, 0) for model in (theirs, ours)
+    ]
+    tokens = torch.tensor([[1], [3], [1], [4]])
+    for step in range(2):
+        logits = [
+            model(encoder_outputs=(s,), decoder_input_ids=tokens, cache=c).logits
+            for model, s, c in zip((theirs, ours), states, cache, strict=True)
+        ]
+        torch.testing.assert_close(*logits, rtol=0, atol=1e-9)
+        if step == 0:
+            assert cache[1].cross_attention_cache.layers[1].beams == 2
+            fastasr.restore(ours)
