@@ -32,6 +32,7 @@ from fastasr.benchmarks.models import (
     recipe_step,
     reduced_weights,
     transcribe,
+    whisper_generate,
 )
 from fastasr.benchmarks.rows import Row, merge, read, read_all
 from fastasr.benchmarks.studies import curves, growth, transducer_memory
@@ -47,6 +48,7 @@ ELSEWHERE = {
     ragged.NAME: "swap.md",
     nemotron_streaming.NAME: "models/fast_conformer.md",
     encoders.NAME: "models/encoders.md",
+    whisper_generate.NAME: "frameworks/transformers.md",
     **{f"{model}{growth.ENDING}": f"models/{model}.md" for model in growth.SIZES},
 }  # pages with a table of another form
 
@@ -77,7 +79,7 @@ def measured(rows: Sequence[Row]) -> dict[Path, str]:
             pages[page if row.suite != "dispatch" and page in pages else DOCS / "benchmarks.md"].append(row)
     made = {page: table(found) for page, found in pages.items()}
     made[ROOT / "README.md"] = whole_models(rows)
-    for module in (transcribe, reduced_weights, encoders):
+    for module in (transcribe, reduced_weights, encoders, whisper_generate):
         own = [row for row in rows if row.name == module.NAME]
         made[DOCS / ELSEWHERE[module.NAME]] = module.table(own)
     made[DOCS / ELSEWHERE[ragged.NAME]] = without_padding([row for row in rows if row.name == ragged.NAME])

@@ -12,6 +12,7 @@ INSTALL = {
     ),
     "zipvoice": "the package on PyPI is empty; put a checkout of k2-fsa/ZipVoice on PYTHONPATH",
     "fast_rnnt": "python scripts/build_fast_rnnt.py SOURCES",
+    "ctranslate2": "pip install ctranslate2",
     "onnx": "pip install 'fastasr[asr]'",
     "onnxruntime": "pip install 'fastasr[asr]'",
 }

@@ -29,6 +29,7 @@ from fastasr.benchmarks.models import (
     tdt_loss,
     transcribe,
     transducer_generate,
+    whisper_generate,
 )
 from fastasr.benchmarks.models.unit import first, product_flops, swapped
 from fastasr.benchmarks.studies import transducer_memory
@@ -239,6 +240,11 @@ MEASURED = {
             ("a recording", "TDT tiny, 1 layers, 1 x 2 s, 5 steps", FORWARD),
         ],
         ["upstream", "fastasr"],
+    ),
+    "whisper_generate": (
+        whisper_generate.QUICK,
+        [("greedy", "tiny, 1 x 30 s, 3 tokens", FORWARD), ("2 beams", "tiny, 1 x 30 s, 3 tokens", FORWARD)],
+        ["upstream", "fastasr", "fastasr int8"],
     ),
     "emformer_rnnt": (
         {"size": "tiny", "sequences": ((2, 3),), "steps": (2,), "compile_model": False},
