@@ -22,6 +22,7 @@ _WITHOUT_INIT = (
     "nemo.collections.asr.losses",
     "nemo.collections.asr.models",
     "nemo.collections.asr.modules",
+    "nemo.collections.asr.modules.transformer",
     "nemo.collections.asr.parts",
     "nemo.collections.asr.parts.mixins",
     "nemo.collections.asr.parts.submodules.adapters",
@@ -45,7 +46,9 @@ _ABSENT = (
 
 # what the packages' __init__ would define: package, module, name
 _REEXPORTED = (
+    ("nemo.core.classes", "nemo.core.classes.exportable", "Exportable"),
     ("nemo.core.classes", "nemo.core.classes.loss", "Loss"),
+    ("nemo.core.classes", "nemo.core.classes.module", "NeuralModule"),
     ("nemo.core.classes", "nemo.core.classes.common", "typecheck"),
     ("nemo.core.classes", "nemo.core.classes.mixins.adapter_mixins", "adapter_mixins"),
     ("nemo.core", "nemo.core.classes.module", "NeuralModule"),
@@ -119,6 +122,12 @@ def _dense(q, k, v, block_mask=None, score_mod=None):
 def load_transducer():
     """Returns the modules ``nemo.collections.asr.modules.rnnt`` and ``nemo.collections.asr.losses.rnnt``."""
     return _load("nemo.collections.asr.modules.rnnt"), _load("nemo.collections.asr.losses.rnnt")
+
+
+def load_decoder():
+    """Returns the modules of Canary's decoder and its searches, ``nemo.collections.asr.modules.transformer...``."""
+    names = "transformer_decoders", "transformer_modules", "transformer_generators"
+    return [_load(f"nemo.collections.asr.modules.transformer.{name}") for name in names]
 
 
 def _load(name):

@@ -11,6 +11,7 @@ Kept are:
 - the weights of a greedy search (``models/transducer/predictors.py``);
 - an engine's copy of a whole encoder (``asr/streaming/encoder.py``);
 - weights in fewer bits (``ops/_reduced_weights.py``);
+- the projections of an encoder's frames in a search (``models/common/repeated_inputs.py``);
 - the hidden keys of an attention mask (``models/fast_conformer/masks.py``), which are compared by :func:`content`.
 
 Each of the others holds :class:`Originals`, a record of the tensors that it was made of, and is made again when they

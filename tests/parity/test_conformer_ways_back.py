@@ -177,7 +177,7 @@ def other_keys_of_rotary_gigaam():
 def other_keys_of_espnet():
     ours, theirs, _ = copies("espnet transformer")
     x, keys = torch.randn(2, 3, 21, WIDTH)
-    run = lambda model: model.encoders[0].self_attn(x, keys, keys, None)  # noqa: E731
+    run = lambda model: model.encoders[0].self_attn(x, keys, keys.clone(), None)  # noqa: E731
     return beside(ours, theirs, run, "encoders.0.self_attn.forward", OTHER_KEYS, level=logging.INFO)
 
 

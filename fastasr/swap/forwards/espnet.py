@@ -14,7 +14,14 @@ from fastasr.models.common.plain import is_plain
 from fastasr.models.e_branchformer.attention import masks, normed, projections
 from fastasr.models.fast_conformer.convolution import gated_convolution
 from fastasr.models.fast_conformer.masks import OTHER
-from fastasr.swap.forwards.common import channels_first, dropped, has_other_keys, in_sequence, in_sequential
+from fastasr.swap.forwards.common import (
+    attention_to_frames,
+    channels_first,
+    dropped,
+    has_other_keys,
+    in_sequence,
+    in_sequential,
+)
 from fastasr.swap.rule import Upstream
 
 
@@ -22,8 +29,11 @@ def espnet_attention(
     self: Upstream, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, expand_kv: bool = False
 ) -> Tensor:
     """Serves ESPnet's attention without positions: query, which is key and value, (B, T, width), mask (B or 1, 1 or T,
-    T), 0 at hidden keys, or None -> (B, T, width). A decoder's cross-attention, and its steps with a cache, run
-    upstream's code."""
+    T), 0 at hidden keys, or None -> (B, T, width). Upstream's code runs in a decoder's steps with a
+    cache, and in its attention to the encoder's frames, whose projections are kept as long as the frames exist."""
+    if query is not key and key is value:
+        kept: Tensor = attention_to_frames(self, query, key, value, mask, expand_kv)
+        return kept
     others = has_other_keys(self, query, key, value)
     dropout = None if others else _dropout_of_weights(self, query, mask, expand_kv)
     if dropout is None:

@@ -8,13 +8,13 @@ encoder knows no positions of queries.
 """
 
 import contextlib
-import math
 import weakref
 from typing import Any
 
 from torch import Tensor
 
 from fastasr.models.common.plain import any_watched
+from fastasr.models.common.repeated_inputs import equal_rows
 from fastasr.swap.forwards.common import may_read
 from fastasr.swap.forwards.transformers_cache import shared_layer
 from fastasr.swap.rule import Upstream
@@ -74,19 +74,9 @@ def _repeats(module: Upstream, states: Tensor) -> int:
     global _seen
     ref, found = _seen
     if ref() is not states or module.layer_idx == 0:
-        found = _equal_rows(states) if may_read(states) else 1
+        found = equal_rows(states) if may_read(states) else 1
         _seen = weakref.ref(states), found
     return found
-
-
-def _equal_rows(states: Tensor) -> int:
-    """Returns the largest n so that the rows are groups of n equal ones."""
-    likely = (states[1:, :1] == states[:-1, :1]).flatten(1).all(1)
-    if not likely.any():
-        return 1
-    equal = (states[1:] == states[:-1]).flatten(1).all(1).tolist()
-    ends = [i for i, same in enumerate(equal, 1) if not same] + [len(states)]
-    return math.gcd(*ends)
 
 
 def _of_queries(mask: Tensor | None, beams: int, tokens: int) -> Tensor | None:

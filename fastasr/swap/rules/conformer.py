@@ -7,6 +7,7 @@ from functools import partial
 
 from fastasr.models.fast_conformer.attention import release
 from fastasr.swap.forwards import layers
+from fastasr.swap.forwards.common import attention_to_frames
 from fastasr.swap.rule import Known, Ragged, Rule, check_parameters
 
 FROM_5_18 = Known("transformers 5.18 to 5.24")
@@ -17,6 +18,13 @@ norm_convolution_rule = partial(Rule, kernels=(*_CONVOLUTION, "norm_activation")
 either_convolution_rule = partial(Rule, kernels=(*_CONVOLUTION, "batch_norm_activation", "norm_activation"))
 DROPS = "in training on a GPU the kernel draws the dropout between the layers itself, see upstream_draws"
 feed_forward_rule = partial(Rule, kernels=("linear_activation", "linear"), note=DROPS)
+
+
+decoder_rule = partial(
+    Rule,
+    forward=attention_to_frames,
+    note="upstream's code, which projects an encoder's frames once for all steps and beams of a search",
+)
 
 
 def layer_rule(name: str, class_name: str, forward: Callable, known: dict[str, Known]) -> Rule:

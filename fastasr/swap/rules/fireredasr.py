@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules for FireRedASR's Conformer (fireredasr/models/module/conformer_encoder.py)."""
+"""Rules for FireRedASR's Conformer and its decoder's attention (fireredasr/models/module)."""
 
 from collections.abc import Callable
 
@@ -13,11 +13,18 @@ from fastasr.swap.rule import (
     Upstream,
     check_parts,
     check_sequence,
+    holds,
     unread_child,
     unread_code,
     upstream_class,
 )
-from fastasr.swap.rules.conformer import attention_rule, feed_forward_rule, layer_rule, norm_convolution_rule
+from fastasr.swap.rules.conformer import (
+    attention_rule,
+    decoder_rule,
+    feed_forward_rule,
+    layer_rule,
+    norm_convolution_rule,
+)
 
 _FIRERED = Known("fireredasr 0.0.2")
 _SWISH = {"89208fb66a55805df70fc892"}
@@ -76,6 +83,12 @@ RULES = (
         forward=models.firered_feed_forward,
         structure=_feed_forward_structure,
         known={"8233a08c2c862ad3445d28a8": _FIRERED},
+    ),
+    decoder_rule(
+        name="fireredasr.decoder_attention",
+        class_name="DecoderMultiHeadAttention",
+        structure=holds("w_qs", "w_ks", "w_vs", "attention", "fc", "dropout"),
+        known={"68d531145b9e1fa44dc53e00": _FIRERED},
     ),
     layer_rule(
         "fireredasr.block",

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules for NeMo's TransformerEncoder (nemo/collections/asr/modules/transformer_encoder.py)."""
+"""Rules for NeMo's TransformerEncoder (nemo/collections/asr/modules/transformer_encoder.py), and for the attention of
+its decoders (nemo/collections/asr/modules/transformer), as Canary's."""
 
 import torch
 
 from fastasr.swap.forwards import nemo as models
-from fastasr.swap.rule import Known, Upstream, check_parts, check_sequence
-from fastasr.swap.rules.conformer import attention_rule, feed_forward_rule
+from fastasr.swap.rule import Known, Upstream, check_parts, check_sequence, holds
+from fastasr.swap.rules.conformer import attention_rule, decoder_rule, feed_forward_rule
 
 _NEMO = Known("nemo_toolkit 3.0")
 
@@ -41,4 +42,13 @@ FEED_FORWARD = feed_forward_rule(
     known={"86f338468c3c8d09995b8f5c": _NEMO},
 )
 
-RULES = (ATTENTION, FEED_FORWARD)
+_PARTS = "query_net", "key_net", "value_net", "out_projection", "attn_dropout", "layer_dropout"
+
+DECODER = decoder_rule(
+    name="nemo.decoder_attention",
+    class_name="MultiHeadAttention",
+    structure=holds(*_PARTS),
+    known={"d0b5e227522be4c057eafb14": _NEMO},
+)
+
+RULES = (ATTENTION, FEED_FORWARD, DECODER)

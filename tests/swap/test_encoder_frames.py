@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Searches of FireRedASR, NeMo and ESPnet, whose decoders project the encoder's frames at every step: swapped ones
+project the frames of a recording once, and results are upstream's."""
+
+import copy
+import gc
+import types
+
+import nemo_encoder
+import pytest
+import torch
+from steps import moved, numbers, seeded
+
+import fastasr
+from fastasr.models.common import linear, repeated_inputs
+
+WIDTH, HEADS, TOKENS, FRAMES = 16, 2, 19, 9
+
+
+def frames(batch=1):
+    return torch.randn(batch, FRAMES, WIDTH, generator=numbers(1)).double()
+
+
+def copies(model):
+    """Returns upstream's model in double and a swapped copy."""
+    theirs = moved(model, 0.5).double().eval()
+    ours = copy.deepcopy(theirs)
+    fastasr.accelerate(ours)
+    return theirs, ours
+
+
+def firered():
+    decoder = pytest.importorskip("fireredasr.models.module.transformer_decoder").TransformerDecoder
+    theirs, ours = copies(decoder(3, 4, 2, TOKENS, 2, HEADS, WIDTH))
+    # `moved` moves the table of positions too; the same in both
+    mask = (torch.arange(FRAMES) < torch.tensor([[FRAMES], [5]])).unsqueeze(1)
+
+    def search(model):
+        with torch.no_grad():
+            found = model.batch_beam_search(frames(2), mask, beam_size=3, nbest=2, decode_max_len=7)
+        return [hyp["yseq"].tolist() for hyps in found for hyp in hyps]
+
+    return theirs, ours, search, [model.cross_attn for model in ours.layer_stack], ("w_ks", "w_vs"), [2]
+
+
+def nemo(beams):
+    decoders, modules, generators = nemo_encoder.load_decoder()
+    decoder = decoders.TransformerDecoder(2, WIDTH, 32, HEADS, pre_ln=True)
+    embedding = modules.TransformerEmbedding(TOKENS, WIDTH, 32)
+    classifier = generators.TokenClassifier(WIDTH, TOKENS)
+    theirs, ours = copies(torch.nn.ModuleList((embedding, decoder, classifier)))
+    mask = (torch.arange(FRAMES) < torch.tensor([[FRAMES], [5]])).double()
+
+    def search(model):
+        options = {"beam_size": beams} if beams > 1 else {}
+        kind = generators.BeamSearchSequenceGenerator if beams > 1 else generators.GreedySequenceGenerator
+        # its settings ask for omegaconf
+        kind = type(kind.__name__, (kind,), {"_init_confidence_method": lambda *_: None})
+        search = kind(*model, max_sequence_length=9, **options)
+        found = search(encoder_hidden_states=frames(2), encoder_input_mask=mask)
+        return (found if beams > 1 else found[0]).tolist()
+
+    layers = [layer.second_sub_layer for layer in ours[1].layers]
+    # the first step of a beam search gets frames without copies
+    return theirs, ours, search, layers, ("key_net", "value_net"), [2, 2] if beams > 1 else [2]
+
+
+def espnet(kind):
+    home = pytest.importorskip("espnet2.asr.decoder.transformer_decoder")
+    beams = pytest.importorskip(f"espnet.nets.{kind}")
+    decoder = home.TransformerDecoder(TOKENS, WIDTH, attention_heads=HEADS, linear_units=32, num_blocks=2)
+    theirs, ours = copies(decoder)
+    name = "BatchBeamSearch" if "batch" in kind else "BeamSearch"
+
+    def search(model):
+        found = getattr(beams, name)(
+            {"decoder": model}, {"decoder": 1.0}, 4, TOKENS, TOKENS - 1, TOKENS - 1, pre_beam_score_key=None
+        )
+        with torch.no_grad():
+            return [hyp.yseq.tolist() for hyp in found(frames()[0], maxlenratio=0.9)]
+
+    return theirs, ours, search, [layer.src_attn for layer in ours.decoders], ("linear_k", "linear_v"), [1]
+
+
+SEARCHES = {
+    "fireredasr": firered,
+    "nemo, greedy": lambda: nemo(1),
+    "nemo, beams": lambda: nemo(3),
+    "espnet": lambda: espnet("beam_search"),
+    "espnet, batched": lambda: espnet("batch_beam_search"),
+}
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_searches(name, monkeypatch):
+    seeded(name)
+    theirs, ours, search, attentions, names, projected = SEARCHES[name]()
+    rows = []
+
+    def watched(layer, x):
+        rows.append((layer, len(x)))
+        return fastasr.ops.linear(x, layer.weight, layer.bias)
+
+    monkeypatch.setattr(linear, "_product", watched)
+    found = search(ours)
+    assert len(found[0]) > 3
+    assert found == search(theirs)
+    for attention in attentions:
+        for part in names:
+            layer = getattr(attention, part)
+            assert [n for other, n in rows if other is layer] == projected
+    gc.collect()
+    assert not repeated_inputs._results  # the frames are gone
+
+
+# --------------------------------------------------------------------------- when a result is used again
+@pytest.fixture
+def layer():
+    seeded("layer")
+    made = torch.nn.Linear(WIDTH, 8).double()
+    made.forward = types.MethodType(linear.Linear.forward, made)
+    made.calls = 0
+    yield made
+    repeated_inputs._results.clear()
+
+
+def called(layer, x, monkeypatch, times=1):
+    """Returns how often the product is computed in some calls, each of which must give the right result."""
+    count = []
+
+    def watched(of, rows):
+        count.append(len(rows))
+        return fastasr.ops.linear(rows, of.weight, of.bias)
+
+    monkeypatch.setattr(linear, "_product", watched)
+    with torch.no_grad():
+        for _ in range(times):
+            with repeated_inputs.kept(layer):
+                y = layer(x)
+            expected = torch.nn.functional.linear(x, layer.weight, layer.bias)
+            torch.testing.assert_close(y, expected, rtol=0, atol=1e-12)
+            assert y.shape == expected.shape
+    return len(count)
+
+
+def test_again(layer, monkeypatch):
+    x = frames(2)
+    assert called(layer, x, monkeypatch, times=3) == 1
+    assert called(layer, x[:], monkeypatch) == 0  # a view
+    assert called(layer, x[:1], monkeypatch) == 1
+    assert called(layer, x, monkeypatch) == 1
+
+
+def test_expanded_rows(layer, monkeypatch):
+    x = frames()[0]
+    assert called(layer, x.expand(1, -1, -1), monkeypatch) == 1
+    for n in (3, 5, 2):
+        assert called(layer, x.expand(n, -1, -1), monkeypatch) == 0
+
+
+CHANGES = {
+    "counted write": lambda layer, x: x.mul_(2),
+    "uncounted write": lambda layer, x: x.data.copy_(2 * x),
+    "weight": lambda layer, x: layer.weight.detach().mul_(2),
+    "bias": lambda layer, x: layer.bias.data.copy_(2 * layer.bias),
+    "parameter": lambda layer, x: setattr(layer, "weight", torch.nn.Parameter(2 * layer.weight.detach())),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changes(change, layer, monkeypatch):
+    x = frames(2)
+    assert called(layer, x, monkeypatch, times=2) == 1
+    CHANGES[change](layer, x)
+    assert called(layer, x, monkeypatch, times=2) == 1
+
+
+def test_other_modes(layer, monkeypatch):
+    x = frames(2)
+    with fastasr.backend("eager"):
+        assert called(layer, x, monkeypatch, times=2) == 1
+    assert called(layer, x, monkeypatch, times=2) == 1
+    with torch.inference_mode():
+        assert called(layer, x, monkeypatch, times=2) == 0
+        assert called(layer, frames(2), monkeypatch, times=2) == 1
+
+
+def test_nothing_stays(layer, monkeypatch):
+    x = frames(2)
+    assert called(layer, x, monkeypatch) == 1
+    assert layer in repeated_inputs._results
+    del x
+    gc.collect()
+    assert layer not in repeated_inputs._results
+    with repeated_inputs.kept(layer):
+        x = frames(2)
+        assert layer(x).requires_grad  # with gradients nothing is kept
+    assert layer not in repeated_inputs._results
+    with torch.no_grad():
+        layer(x)  # nor outside the block
+    assert layer not in repeated_inputs._results
