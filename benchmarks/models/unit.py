@@ -165,6 +165,14 @@ def product_limit(flops: int) -> tuple[float, str]:
     return flops / rate, f"GEMM {rate / 1e9:.0f} GFLOP/s"
 
 
+def steps_limit(flops: int, read: int) -> tuple[float, str]:
+    """Returns the least seconds of these products and of reading so many bytes, as the steps of a search read weights,
+    and what sets them."""
+    product, memory = limits.gemm_flops_per_second("cpu"), limits.read_bytes_per_second()
+    how = f"GEMM {product / 1e9:.0f} GFLOP/s, reading {memory / 1e9:.0f} GB/s"
+    return flops / product + read / memory, how
+
+
 def timed_row(timing: Timing, *, dtype: str = "float32", **fields) -> Row:
     """Returns a row of the suite "models", with milliseconds of this timing."""
     lower, upper = timing.quartiles

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from fastasr.benchmarks import limits, upstream
+from fastasr.benchmarks import upstream
 from fastasr.benchmarks.harness import Variant
 from fastasr.benchmarks.markdown import by_machine
 from fastasr.benchmarks.models.unit import (
@@ -24,6 +24,7 @@ from fastasr.benchmarks.models.unit import (
     benchmark,
     product_flops,
     reduced,
+    steps_limit,
     swapped,
 )
 from fastasr.benchmarks.rows import Row
@@ -93,9 +94,7 @@ def _least(model: torch.nn.Module, features: torch.Tensor, tokens: int) -> tuple
     width, layers, frames = model.config.d_model, model.config.decoder_layers, features.shape[2] // 2
     weights = sum(p.numel() for p in model.model.decoder.layers.parameters()) + VOCABULARY * width
     read = 4 * (weights + 2 * layers * frames * width)
-    product, memory = limits.gemm_flops_per_second("cpu"), limits.read_bytes_per_second()
-    seconds = flops / product + tokens * read / memory
-    return flops, (seconds, f"GEMM {product / 1e9:.0f} GFLOP/s, reading {memory / 1e9:.0f} GB/s")
+    return flops, steps_limit(flops, tokens * read)
 
 
 @benchmark(NAME)

@@ -18,6 +18,7 @@ from fastasr.benchmarks.encoders import ENCODERS, Encoder
 from fastasr.benchmarks.harness import Timing, in_fresh_process
 from fastasr.benchmarks.markdown import HEADLINES
 from fastasr.benchmarks.models import (
+    attention_search,
     encoders,
     fast_conformer,
     nemotron_streaming,
@@ -238,6 +239,18 @@ MEASURED = {
             ("TDT", "B=2, T=20, 5 steps", FORWARD),
             ("RNNT", "B=2, T=20, 5 steps", FORWARD),
             ("a recording", "TDT tiny, 1 layers, 1 x 2 s, 5 steps", FORWARD),
+        ],
+        ["upstream", "fastasr"],
+    ),
+    "attention_search": (
+        attention_search.QUICK,
+        [
+            (case, "1 layers of 64, 9 frames, 3 tokens", FORWARD)
+            for case in (
+                "FireRedASR, 3 beams",
+                "ESPnet's Transformer, 10 beams",
+                "NeMo's Transformer, greedy",
+            )
         ],
         ["upstream", "fastasr"],
     ),
