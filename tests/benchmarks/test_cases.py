@@ -6,6 +6,7 @@ import importlib
 import types
 from dataclasses import replace
 
+import nemo_encoder
 import pytest
 import torch
 
@@ -275,6 +276,8 @@ MEASURED = {
 def test_measurements_of_models(name):
     sizes, expected, implementations = MEASURED[name]
     module = importlib.import_module(f"fastasr.benchmarks.models.{name}")
+    if name == "attention_search":
+        nemo_encoder.load_decoder()
     with peer():
         units = list(module.measure(**sizes, settings=QUICK, reps=2))
     assert [(unit[0].case, unit[0].shape, unit[0].pass_) for unit in units] == expected
