@@ -1,21 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Results of linear layers that get the same input again: an encoder's frames, which the decoders of some frameworks
-project to keys and values anew at every step of a search, and for every beam."""
+project to keys and values anew at every step of a search."""
 
 import contextlib
 import math
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from fastasr._recording import is_traced, recording
 from fastasr._transforms import is_transformed
-from fastasr.ops import _dispatch, _kept, _reduced_weights
+from fastasr.ops import _dispatch, _gemm, _kept, _reduced_weights
 from fastasr.ops._register import autocast_dtype
+
+T = TypeVar("T")
 
 
 class _Thread(threading.local):
@@ -24,7 +27,7 @@ class _Thread(threading.local):
 
 
 thread = _Thread()
-# Layer -> (what the result depends on, the record of the input and the parameters, the input's owner, the result)
+# Module -> (what the result depends on, the record of the input and the parameters, the input's owner, the result)
 _results: weakref.WeakKeyDictionary[torch.nn.Module, tuple] = weakref.WeakKeyDictionary()
 
 
@@ -40,33 +43,56 @@ def kept(*layers: Any) -> Iterator[None]:
 
 
 def result(layer: Any, x: Tensor, find: Callable[[Any, Tensor], Tensor]) -> Tensor:
-    """Returns ``find(layer, x)`` for x (B, T, width), or what is kept of it.
+    """Returns ``find(layer, x)`` for x (B, T, width), or what is kept of it."""
+    if not any(layer is one for one in thread.layers):
+        return find(layer, x)
+    parameters = [*filter(torch.is_tensor, (layer.weight, layer.bias))]
+    form = layer.weight.dtype, _dispatch.forced_backend(), _reduced_weights.of(x, layer.weight)
+    return _of(layer, x, parameters, form, partial(find, layer))
+
+
+def without_copies(module: torch.nn.Module, x: Tensor) -> tuple[int, Tensor]:
+    """Returns the largest n so that the rows of x (R, T, width) are groups of n equal ones, and the first row of each
+    group; 1 and x where rows are not to be compared. Both stay with the module as long as x exists."""
+    if x.dim() != 3 or len(x) < 2:
+        return 1, x
+    if x.stride(0) == 0:
+        return len(x), x[:1]
+    n, rows = _of(module, x, [], (), _first_rows, otherwise=lambda _: (1, None))
+    return n, x if rows is None else rows
+
+
+def _first_rows(x: Tensor) -> tuple[int, Tensor | None]:
+    n = equal_rows(x)
+    # A view would keep x. In inference mode views do not know whose they are, so that of a recording stays the same.
+    return n, None if n == 1 else _gemm.owned(x[::n])
+
+
+def _of(
+    place: torch.nn.Module,
+    x: Tensor,
+    parameters: list[Tensor],
+    form: tuple,
+    find: Callable[[Tensor], T],
+    otherwise: Callable[[Tensor], T] | None = None,
+) -> T:
+    """Returns ``find(x)``, or what is kept of it; ``otherwise(x)`` where nothing is kept.
 
     The input is known by its address, torch's counter of writes and a sample of its values, and while its owner exists
-    no other tensor has the address. Views of a tensor are one input. Equal rows, as of the beams of a recording, are
-    computed once.
+    no other tensor has the address. Views of a tensor are one input.
     """
-    known = any(layer is one for one in thread.layers) and x.dim() == 3 and len(x) > 0
-    if not known or torch.is_grad_enabled() or _is_observed(x):
-        return find(layer, x)
-    expanded = x.stride(0) == 0
-    rows = x[:1] if expanded else x
-    tensors = rows, *filter(torch.is_tensor, (layer.weight, layer.bias))
-    if not (x.is_cpu or _kept.are_counted(tensors)):
-        return find(layer, x)
-    copy = _reduced_weights.of(x, layer.weight)
-    form = rows.shape, rows.stride()[1:], x.dtype, layer.weight.dtype, _dispatch.forced_backend(), copy
+    tensors = x, *parameters
+    uncounted = not (x.is_cpu or _kept.are_counted(tensors))
+    if x.dim() != 3 or torch.is_grad_enabled() or uncounted or _is_observed(x):
+        return (otherwise or find)(x)
+    form = x.shape, x.stride()[len(x) == 1 :], x.dtype, *form
     owner = x if x._base is None else x._base
-    found = _results.get(layer)
+    found = _results.get(place)
     if found is None or found[0] != form or found[2]() is not owner or not found[1].unchanged(tensors):
-        n = equal_rows(rows)
-        y = find(layer, rows[::n])
-        place = weakref.ref(layer)
-        gone = weakref.ref(owner, lambda _: _forget(place))
-        found = form, _kept.Originals(tensors), gone, y if n == 1 else y.repeat_interleave(n, 0)
-        _results[layer] = found
-    y = found[3]
-    return y.expand(len(x), -1, -1) if expanded else y
+        gone = weakref.ref(owner, partial(_forget, weakref.ref(place)))
+        found = _results[place] = form, _kept.Originals(tensors), gone, find(x)
+    kept: T = found[3]
+    return kept
 
 
 def _is_observed(x: Tensor) -> bool:
@@ -74,10 +100,10 @@ def _is_observed(x: Tensor) -> bool:
     return bool(is_traced() or is_transformed() or recording() is not None or autocast_dtype(x) is not None)
 
 
-def _forget(place: Any) -> None:
-    layer = place()
-    if layer is not None:
-        _results.pop(layer, None)
+def _forget(place: Any, _: Any) -> None:
+    module = place()
+    if module is not None:
+        _results.pop(module, None)
 
 
 def equal_rows(x: Tensor) -> int:

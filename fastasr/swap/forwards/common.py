@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastasr import _left, ops
 from fastasr._recording import has_values, recording
-from fastasr.models.common import activations, plumbing, repeated_inputs
+from fastasr.models.common import activations, plumbing
 from fastasr.models.common.attention_dropout import as_upstream, dropout_of
 from fastasr.models.common.attention_of_recordings import of_recordings
 from fastasr.models.common.plain import is_plain, is_upstreams
@@ -36,18 +36,6 @@ def is_part(part: torch.nn.Module, owner: Upstream) -> bool:
 
 
 # --------------------------------------------------------------------------- attention
-# The layers that project keys and values in ESPnet, NeMo and FireRedASR
-_PROJECTIONS = ("linear_k", "linear_v"), ("key_net", "value_net"), ("w_ks", "w_vs")
-
-
-def attention_to_frames(self: Upstream, *args: Any, **kwargs: Any) -> Any:
-    """Serves decoders whose searches project an encoder's frames at every step. Upstream's forward runs; the
-    projections of the frames are kept as long as the frames exist."""
-    names = next(names for names in _PROJECTIONS if hasattr(self, names[0]))
-    with repeated_inputs.kept(*(getattr(self, name) for name in names)):
-        return type(self).forward(self, *args, **kwargs)
-
-
 def drops(module: Upstream, x: Tensor, fits: bool = True, reason: str = OTHER) -> dict[str, Any] | None:
     """Does as ``dropout_of`` for the module's own dropout, with ``reason`` unless the call ``fits``."""
     return dropout_of(module, share_of_dropout(module), x.device, None if fits else reason)

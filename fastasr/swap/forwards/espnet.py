@@ -14,14 +14,8 @@ from fastasr.models.common.plain import is_plain
 from fastasr.models.e_branchformer.attention import masks, normed, projections
 from fastasr.models.fast_conformer.convolution import gated_convolution
 from fastasr.models.fast_conformer.masks import OTHER
-from fastasr.swap.forwards.common import (
-    attention_to_frames,
-    channels_first,
-    dropped,
-    has_other_keys,
-    in_sequence,
-    in_sequential,
-)
+from fastasr.swap.forwards.beams import attention_to_frames
+from fastasr.swap.forwards.common import channels_first, dropped, has_other_keys, in_sequence, in_sequential
 from fastasr.swap.rule import Upstream
 
 

@@ -1,11 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention of transformers' decoders to an encoder's frames, which the beams of one recording share.
-
-``generate(num_beams=n)`` gives the decoder every recording n times. Upstream projects its frames to keys and values n
-times, keeps n copies, copies them at every step in the order of the beams, and reads all of them. But n beams of T
-tokens are n T queries of one recording: upstream's own forward computes them with one copy, because attention to an
-encoder knows no positions of queries.
-"""
+"""Attention of transformers' decoders to an encoder's frames, which beams share (``beams``), and their cache."""
 
 import contextlib
 import weakref
@@ -15,6 +9,7 @@ from torch import Tensor
 
 from fastasr.models.common.plain import any_watched
 from fastasr.models.common.repeated_inputs import equal_rows
+from fastasr.swap.forwards.beams import mask_of_queries, queries, rows, weights_of_rows
 from fastasr.swap.forwards.common import may_read
 from fastasr.swap.forwards.transformers_cache import shared_layer
 from fastasr.swap.rule import Upstream
@@ -47,17 +42,13 @@ def cross_attention(self: Upstream, hidden_states: Tensor, *others: Any, **kwarg
         return upstream(self, hidden_states, **kwargs)
     given = kwargs | {
         name: states[::beams],
-        "attention_mask": _of_queries(mask, beams, hidden_states.shape[1]),
+        "attention_mask": mask_of_queries(mask, beams, hidden_states.shape[1]),
     }
-    queries = hidden_states.unflatten(0, (-1, beams)).flatten(1, 2)
     with contextlib.nullcontext() if first else held.layers[index].shared():
-        y, weights, *more = upstream(self, queries, **given)
+        y, weights, *more = upstream(self, queries(hidden_states, beams), **given)
     if first:
         held.layers[index] = shared_layer(held.layers[index], beams)
-    y = y.unflatten(1, (beams, -1)).flatten(0, 1)
-    if weights is not None:
-        weights = weights.unflatten(2, (beams, -1)).transpose(1, 2).flatten(0, 1)
-    return y, weights, *more
+    return rows(y, beams), None if weights is None else weights_of_rows(weights, beams), *more
 
 
 def _is_new(module: Upstream, held: Any) -> bool:
@@ -77,13 +68,3 @@ def _repeats(module: Upstream, states: Tensor) -> int:
         found = equal_rows(states) if may_read(states) else 1
         _seen = weakref.ref(states), found
     return found
-
-
-def _of_queries(mask: Tensor | None, beams: int, tokens: int) -> Tensor | None:
-    """Returns the mask of (B, 1, n T, K) for one of (R or 1, 1, T or 1, K)."""
-    if mask is None or mask.shape[0] == mask.shape[2] == 1:
-        return mask
-    mask = mask.expand(-1, -1, tokens, -1)
-    if mask.shape[0] == 1:
-        return mask.repeat(1, 1, beams, 1)
-    return mask.unflatten(0, (-1, beams)).transpose(1, 2).flatten(2, 3)

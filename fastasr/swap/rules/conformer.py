@@ -7,7 +7,7 @@ from functools import partial
 
 from fastasr.models.fast_conformer.attention import release
 from fastasr.swap.forwards import layers
-from fastasr.swap.forwards.common import attention_to_frames
+from fastasr.swap.forwards.beams import attention_to_frames
 from fastasr.swap.rule import Known, Ragged, Rule, check_parameters
 
 FROM_5_18 = Known("transformers 5.18 to 5.24")

@@ -5,7 +5,7 @@ its decoders (nemo/collections/asr/modules/transformer), as Canary's."""
 import torch
 
 from fastasr.swap.forwards import nemo as models
-from fastasr.swap.rule import Known, Upstream, check_parts, check_sequence, holds
+from fastasr.swap.rule import Known, Upstream, check_parts, check_sequence
 from fastasr.swap.rules.conformer import attention_rule, decoder_rule, feed_forward_rule
 
 _NEMO = Known("nemo_toolkit 3.0")
@@ -44,10 +44,17 @@ FEED_FORWARD = feed_forward_rule(
 
 _PARTS = "query_net", "key_net", "value_net", "out_projection", "attn_dropout", "layer_dropout"
 
+
+def _decoder_structure(module: Upstream) -> str | None:
+    if not module.return_xatt_scores:
+        return "is a decoder's attention to its own tokens"
+    return check_parts(module, _PARTS)
+
+
 DECODER = decoder_rule(
     name="nemo.decoder_attention",
     class_name="MultiHeadAttention",
-    structure=holds(*_PARTS),
+    structure=_decoder_structure,
     known={"d0b5e227522be4c057eafb14": _NEMO},
 )
 
