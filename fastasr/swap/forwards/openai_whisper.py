@@ -9,6 +9,7 @@ from fastasr import _left, ops
 from fastasr.models.common import activations
 from fastasr.models.common.plain import weight_and_bias
 from fastasr.models.fast_conformer.masks import OTHER
+from fastasr.swap.forwards.beams import queries, rows
 from fastasr.swap.forwards.common import in_sequential, is_part
 from fastasr.swap.rule import Upstream
 
@@ -30,13 +31,24 @@ def block(
     mask: Tensor | None = None,
     kv_cache: dict[Any, Tensor] | None = None,
 ) -> Tensor:
-    """Serves a layer of the encoder: x (B, T, width) -> same shape."""
-    if mask is not None or kv_cache is not None:
+    """Serves a layer of the encoder, x (B, T, width) -> same shape, and one of the decoder, which gets the encoder's
+    frames (B, K, width) too; n beams share those of one recording, x (n, T, width) and frames (1, K, width)."""
+    if self.cross_attn is not None:
+        x = x + self.attn(self.attn_ln(x), mask=mask, kv_cache=kv_cache)[0]
+        x = x + _attention_to_frames(self.cross_attn, self.cross_attn_ln(x), xa, kv_cache)
+    elif mask is not None or kv_cache is not None:
         _left.note(self, OTHER)
         y: Tensor = type(self).forward(self, x, xa, mask, kv_cache)
         return y
-    x = x + _attention(self, self.attn_ln(x))
+    else:
+        x = x + _attention(self, self.attn_ln(x))
     return x + _mlp(self, self.mlp_ln(x))
+
+
+def _attention_to_frames(attention: Upstream, x: Tensor, frames: Any, cache: Any) -> Tensor:
+    beams = len(x) if frames is not None and len(frames) == 1 else 1
+    y: Tensor = attention(x if beams == 1 else queries(x, beams), frames, kv_cache=cache)[0]
+    return y if beams == 1 else rows(y, beams)
 
 
 def _attention(self: Upstream, x: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules for the encoder of the package openai-whisper (whisper/model.py), and for the linear layers of its decoder."""
+"""Rules for the layers of the package openai-whisper (whisper/model.py), and for their linear layers."""
 
 from fastasr.swap.forwards import openai_whisper as models
 from fastasr.swap.rule import Known, Rule, Upstream, check_parts, unread_child
@@ -10,9 +10,8 @@ _ATTENTION, _LINEAR = "da5968a1843c2522f57476ba", "b7e3380735fa53bc26833843"
 
 
 def _block_structure(module: Upstream) -> str | None:
-    if module.cross_attn is not None:
-        return "is part of a decoder"
-    reason = check_parts(module, ("attn", "attn_ln", "mlp", "mlp_ln"))
+    cross = () if module.cross_attn is None else ("cross_attn", "cross_attn_ln")
+    reason = check_parts(module, ("attn", "attn_ln", "mlp", "mlp_ln", *cross))
     reason = reason or unread_child(module, "attn", "MultiHeadAttention", {_ATTENTION})
     return reason or unread_child(module.mlp, "0", "Linear", {_LINEAR})
 
