@@ -113,6 +113,43 @@ def test_searches(name, monkeypatch):
     assert not repeated_inputs._results  # the frames are gone
 
 
+def decoded(model, memory, tokens):
+    return model.decoders[0](tokens, None, memory, None)[0]
+
+
+def test_compiled_and_mapped():
+    theirs, ours, *_ = espnet("beam_search")
+    memory, tokens = frames(2), frames(2)[:, :3].clone()
+    with torch.no_grad():
+        expected = decoded(theirs, memory, tokens)
+        compiled = torch.compile(decoded, backend="eager", fullgraph=True)(ours, memory, tokens)
+        each = torch.func.vmap(lambda m, t: decoded(ours, m[None], t[None])[0])(memory, tokens)
+    torch.testing.assert_close(compiled, expected, rtol=0, atol=1e-10)
+    torch.testing.assert_close(each, expected, rtol=0, atol=1e-10)
+
+
+def test_watched_projections_see_every_beam():
+    _, ours, search, *_ = espnet("batch_beam_search")
+    rows = []
+    ours.decoders[0].src_attn.linear_k.register_forward_hook(
+        lambda module, args, y: rows.append(len(args[0]))
+    )
+    search(ours)
+    assert max(rows) == 4
+
+
+def test_weights_of_the_last_call():
+    """ESPnet keeps the weights of the last call in ``attn``, with a row for each beam."""
+    theirs, ours, *_ = espnet("batch_beam_search")
+    found = []
+    for model in (theirs, ours):
+        with torch.no_grad():
+            decoded(model, frames().expand(3, -1, -1), frames(3)[:, :2])
+        found.append(model.decoders[0].src_attn.attn)
+    assert found[1].shape == (3, HEADS, 2, FRAMES)
+    torch.testing.assert_close(*found, rtol=0, atol=1e-12)
+
+
 # --------------------------------------------------------------------------- when a result is used again
 @pytest.fixture
 def layer():

@@ -12,8 +12,10 @@ from typing import Any
 
 from torch import Tensor
 
-from fastasr._recording import storage_of
+from fastasr._recording import is_traced, storage_of
+from fastasr._transforms import is_transformed
 from fastasr.models.common import repeated_inputs
+from fastasr.models.common.plain import any_watched
 from fastasr.swap.rule import Upstream
 
 # The layers that project keys and values in ESPnet, NeMo and FireRedASR
@@ -55,9 +57,7 @@ def attention_to_frames(
     value, (R, K, width), and a mask (R or 1, T or 1, K) of ESPnet and FireRedASR, or (R or 1, 1, T or 1, K) of NeMo ->
     upstream's results. Projections are kept as long as the frames exist."""
     upstream = type(self).forward
-    # A decoder's attention to its own tokens gets its last token as a part of the key.
-    own = storage_of(query) == storage_of(key)
-    if own or key is not value or self.training or getattr(self, "use_flash_attn", False):
+    if key is not value or _keeps_copies(self, query, key):
         return upstream(self, query, key, value, *others, **kwargs)
     names = next(names for names in _PROJECTIONS if hasattr(self, names[0]))
     beams, key = repeated_inputs.without_copies(self, key)
@@ -76,3 +76,10 @@ def attention_to_frames(
         return rows(found, beams)
     y, more = found  # NeMo's
     return rows(y, beams), {name: weights_of_rows(weights, beams) for name, weights in more.items()}
+
+
+def _keeps_copies(module: Upstream, query: Tensor, key: Tensor) -> bool:
+    """Says whether upstream's code gets the arguments as they are. A decoder's attention to its own tokens gets its
+    last token as a part of the key."""
+    fixed = is_traced() or is_transformed() or module.training or getattr(module, "use_flash_attn", False)
+    return bool(fixed or any_watched(module.children()) or storage_of(query) == storage_of(key))
