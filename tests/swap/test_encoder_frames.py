@@ -82,6 +82,43 @@ def espnet(kind):
     return theirs, ours, search, [layer.src_attn for layer in ours.decoders], ("linear_k", "linear_v"), [1]
 
 
+def speechbrain():
+    home = pytest.importorskip("speechbrain.lobes.models.transformer.TransformerASR")
+    searches = pytest.importorskip("speechbrain.decoders.seq2seq")
+    sizes = {"d_model": WIDTH, "nhead": HEADS, "num_encoder_layers": 1, "num_decoder_layers": 2, "d_ffn": 32}
+    model = home.TransformerASR(TOKENS, WIDTH, **sizes, normalize_before=True, causal=False)
+    last = pytest.importorskip("speechbrain.nnet.linear").Linear(TOKENS, input_size=WIDTH)
+    theirs, ours = copies(torch.nn.ModuleList((model, last)))
+    theirs.float(), ours.float()  # upstream's mask is in float32
+
+    def search(model):
+        found = searches.S2STransformerBeamSearcher(
+            [*model], 1.0, bos_index=1, eos_index=2, min_decode_ratio=0.5, max_decode_ratio=0.9, beam_size=4
+        )
+        with torch.no_grad():
+            return found(frames(2).float(), torch.tensor([1.0, 0.6]))[0]
+
+    return theirs, ours, search, [layer.multihead_attn for layer in ours[0].decoder.layers]
+
+
+def test_speechbrain():
+    """Upstream's attention projects the frames at every step: those of two recordings, and not of eight beams."""
+    theirs, ours, search, attentions = speechbrain()
+    shapes = []
+    for attention in attentions:
+        forward = attention.att.forward
+
+        def watched(query, key, *others, forward=forward, **kwargs):
+            shapes.append((query.shape[1], key.shape[1]))
+            return forward(query, key, *others, **kwargs)
+
+        attention.att.forward = watched
+    found = search(ours)
+    assert found == search(theirs)
+    assert len(found[0]) > 3
+    assert set(shapes) == {(2, 2)}
+
+
 SEARCHES = {
     "fireredasr": firered,
     "nemo, greedy": lambda: nemo(1),

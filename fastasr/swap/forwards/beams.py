@@ -57,7 +57,7 @@ def attention_to_frames(
     value, (R, K, width), and a mask (R or 1, T or 1, K) of ESPnet and FireRedASR, or (R or 1, 1, T or 1, K) of NeMo ->
     upstream's results. Projections are kept as long as the frames exist."""
     upstream = type(self).forward
-    if key is not value or _keeps_copies(self, query, key):
+    if key is not value or keeps_copies(self, query, key):
         return upstream(self, query, key, value, *others, **kwargs)
     names = next(names for names in _PROJECTIONS if hasattr(self, names[0]))
     beams, key = repeated_inputs.without_copies(self, key)
@@ -78,7 +78,7 @@ def attention_to_frames(
     return rows(y, beams), {name: weights_of_rows(weights, beams) for name, weights in more.items()}
 
 
-def _keeps_copies(module: Upstream, query: Tensor, key: Tensor) -> bool:
+def keeps_copies(module: Upstream, query: Tensor, key: Tensor) -> bool:
     """Says whether upstream's code gets the arguments as they are. A decoder's attention to its own tokens gets its
     last token as a part of the key."""
     fixed = is_traced() or is_transformed() or module.training or getattr(module, "use_flash_attn", False)

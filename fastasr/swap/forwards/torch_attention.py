@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 from fastasr import ops
+from fastasr.models.common import repeated_inputs
 from fastasr.models.common.attention_dropout import dropout_of
 from fastasr.models.common.plain import is_plain
 from fastasr.models.fast_conformer.masks import OTHER, WANTED
+from fastasr.swap.forwards.beams import keeps_copies, queries, rows
 from fastasr.swap.forwards.common import has_other_keys, is_mask
 from fastasr.swap.rule import Upstream
 
@@ -54,7 +56,11 @@ def speechbrain_attention(
 ) -> Any:
     """Serves SpeechBrain's attention around torch's: query, which is key and value, (B, T, width), mask bool (B, T),
     True at padding, or None -> (B, T, width), and None for the weights if they are asked for. Then a sequence without
-    frames gives NaN."""
+    frames gives NaN. Attention to an encoder's frames is upstream's, and beams share it."""
+    if key is value and query is not key and attn_mask is None and pos_embs is None:
+        found = _of_beams(self, query, key, key_padding_mask, return_attn_weights)
+        if found is not None:
+            return found
     y, attention = None, self.att
     if not has_other_keys(self, query, key, value):
         fits = attn_mask is None and pos_embs is None and is_plain(attention, torch.nn.MultiheadAttention)
@@ -68,6 +74,20 @@ def speechbrain_attention(
     if key_padding_mask is not None:  # A filled copy is contiguous, and frames come first in memory.
         y = y.transpose(0, 1).masked_fill(key_padding_mask.all(1)[:, None], torch.nan).transpose(0, 1)
     return y, None
+
+
+def _of_beams(module: Upstream, query: Tensor, key: Tensor, padding: Tensor | None, weights: bool) -> Any:
+    """Returns upstream's results for beams, which share the frames of a recording, or None if there are none."""
+    if keeps_copies(module, query, key):
+        return None
+    beams, frames = repeated_inputs.without_copies(module, key)
+    first = None if padding is None else padding[::beams]
+    if beams == 1 or not (
+        padding is None or torch.equal(padding, padding[::beams].repeat_interleave(beams, 0))
+    ):
+        return None
+    found = type(module).forward(module, queries(query, beams), frames, frames, None, first, weights)
+    return tuple(rows(t, beams) for t in found) if weights else rows(found, beams)
 
 
 def why_not(attention: Upstream) -> str | None:
