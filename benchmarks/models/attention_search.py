@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Searches of decoders that attend to an encoder's frames, as shipped and swapped: FireRedASR's, NeMo's and ESPnet's,
-with random weights and a part of the published number of layers, for a recording whose encoder gave 250 frames.
+"""Searches of decoders that attend to an encoder's frames, as shipped and swapped: those of FireRedASR, ESPnet,
+SpeechBrain and NeMo, with random weights and a part of the published number of layers, for a recording whose encoder
+gave 250 frames.
 
 The least time is that of projecting the frames once, and for each token that of reading the decoder's weights and the
 keys and values of the frames.
@@ -62,6 +63,23 @@ def _espnet_search(decoder: torch.nn.Module, frames: torch.Tensor, tokens: int) 
     return search(frames[0], maxlenratio=-tokens)  # negative: a number of tokens
 
 
+def _speechbrain(width: int, layers: int) -> torch.nn.Module:
+    home = upstream.module("speechbrain.lobes.models.transformer.TransformerASR")
+    last = upstream.module("speechbrain.nnet.linear").Linear(VOCABULARY, input_size=width)
+    sizes = {"nhead": width // 64, "num_encoder_layers": 1, "num_decoder_layers": layers, "d_ffn": 4 * width}
+    options = {"normalize_before": True, "causal": False}
+    return torch.nn.ModuleList((home.TransformerASR(VOCABULARY, width, width, **sizes, **options), last))
+
+
+def _speechbrain_search(model: torch.nn.Module, frames: torch.Tensor, tokens: int) -> object:
+    home, ratio = upstream.module("speechbrain.decoders.seq2seq"), tokens / frames.shape[1]
+    ratios = {"min_decode_ratio": ratio, "max_decode_ratio": ratio}
+    search = home.S2STransformerBeamSearcher(
+        [*model], 1.0, bos_index=1, eos_index=2, beam_size=10, using_eos_threshold=False, **ratios
+    )
+    return search(frames, frames.new_ones(1))
+
+
 def _nemo(width: int, layers: int) -> torch.nn.Module:
     home = upstream.module("nemo.collections.asr.modules.transformer.transformer_decoders")
     return home.TransformerDecoder(layers, width, 4 * width, width // 128 or 1, pre_ln=True)
@@ -79,9 +97,10 @@ def _nemo_search(decoder: torch.nn.Module, frames: torch.Tensor, tokens: int) ->
 SEARCHES = {
     "FireRedASR": Search(3, _firered, _firered_search),
     "ESPnet's Transformer": Search(10, _espnet, _espnet_search),
+    "SpeechBrain's Transformer": Search(10, _speechbrain, _speechbrain_search),
     "NeMo's Transformer": Search(1, _nemo, _nemo_search),
 }
-WIDTHS = {"FireRedASR": 1280, "ESPnet's Transformer": 512, "NeMo's Transformer": 1024}
+WIDTHS = {"FireRedASR": 1280, "NeMo's Transformer": 1024}  # others: 512
 
 
 @benchmark(NAME)
@@ -90,7 +109,7 @@ def measure(
 ) -> Iterator[list[Row]]:
     """Yields the rows of each search, and leaves out those whose package is missing."""
     for name, search in SEARCHES.items():
-        size = width or WIDTHS[name]
+        size = width or WIDTHS.get(name, 512)
         case = f"{name}, {search.beams} beams" if search.beams > 1 else f"{name}, greedy"
         shape = f"{layers} layers of {size}, {frames} frames, {tokens} tokens"
         if run.skip(case, shape, FORWARD):
@@ -101,7 +120,11 @@ def measure(
         except upstream.MissingUpstream as reason:
             run.report(f"{NAME}: {case} is left out: {reason}")
             continue
-        weights = sum(m.weight.numel() for m in shipped.modules() if isinstance(m, torch.nn.Linear))
+        weights = sum(
+            part.weight.numel()
+            for path, part in shipped.named_modules()
+            if isinstance(part, torch.nn.Linear) and not {"encoder", "custom_src_module"} & {*path.split(".")}
+        )
         projections, states = 2 * layers * size * size, 2 * layers * frames * size
         limit = steps_limit(2 * frames * projections, 4 * tokens * (weights - projections + states))
         x = torch.randn(1, frames, size)

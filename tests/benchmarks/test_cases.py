@@ -250,6 +250,7 @@ MEASURED = {
             for case in (
                 "FireRedASR, 3 beams",
                 "ESPnet's Transformer, 10 beams",
+                "SpeechBrain's Transformer, 10 beams",
                 "NeMo's Transformer, greedy",
             )
         ],
