@@ -14,26 +14,33 @@ from fastasr.swap.rule import Upstream
 
 def _rows(name: str) -> Any:
     def read(self: "SharedRows") -> Tensor | None:
-        t = self.held[name]
-        return t if t is None or self.beams == 1 or self.shares else t.repeat_interleave(self.beams, 0)
+        if not self.shares:
+            self.spread()
+        return self.held[name]
 
     def write(self: "SharedRows", t: Tensor | None) -> None:
-        if self.beams > 1:
-            self.held, self.beams = {"keys": self.keys, "values": self.values}, 1
-        self.held[name] = t
+        self.spread()
+        self.held = self.held | {name: t}  # not in place: a shallow copy has the same dict
 
     return property(read, write)
 
 
 class SharedRows:
-    """What upstream's layer gets before its own methods. The layer reads as before, with a row for each beam, which
-    costs a copy; inside ``shared()`` it has a row for each recording. What writes to it makes a row for each beam."""
+    """What upstream's layer gets before its own methods. Inside ``shared()`` it has a row for each recording. Who reads
+    or writes its keys or values elsewhere gives it a row for each beam from then on, because a reader may write in
+    place."""
 
     keys, values = _rows("keys"), _rows("values")
-    held: dict[str, Tensor | None]
+    held: dict[str, Any]  # None in place of a tensor after a reset
     beams: int
     shares: bool
     owners: Tensor  # the recording of each beam
+
+    def spread(self) -> None:
+        """Makes a row for each beam."""
+        if self.beams > 1:
+            self.held = {name: t.repeat_interleave(self.beams, 0) for name, t in self.held.items()}
+            self.beams = 1
 
     @contextlib.contextmanager
     def shared(self) -> Iterator[None]:
