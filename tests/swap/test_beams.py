@@ -306,6 +306,144 @@ def test_without_sharing():
     assert rows() == 1
 
 
+def decoded(model, states, between=None, cache=None):
+    """Returns the decoder's outputs of three steps with the frames ``states``, and the cache."""
+    if cache is None:
+        cache = cache_utils.EncoderDecoderCache(cache_utils.DynamicCache(), cache_utils.DynamicCache())
+    outputs = []
+    for step in range(3):
+        tokens = (torch.arange(2 * len(states)).reshape(-1, 2) + 3)[:, 0 if step == 0 else 1 :]
+        y = model.model.decoder(input_ids=tokens, encoder_hidden_states=states, cache=cache)
+        outputs.append(y.last_hidden_state)
+        if between is not None:
+            between(model, step)
+    return torch.cat(outputs, 1), cache
+
+
+def frames(*rows):
+    return torch.randn(len(rows), 4, 16, generator=numbers(6)).double()[list(rows)]
+
+
+def test_gradients_of_equal_rows():
+    """Each row of the frames gets its own gradient, and its own derivative in forward mode."""
+    theirs, ours, _ = made("whisper", "eager")
+    states, found = frames(0, 0, 1, 1), []
+    tangents = torch.randn(states.shape, generator=numbers(7)).double()
+    for model in (theirs, ours):
+        leaf = states.clone().requires_grad_()
+        (decoded(model, leaf)[0] ** 2).sum().backward()
+        own = torch.func.grad(lambda s, model=model: (decoded(model, s)[0] ** 2).sum())(states)
+        with torch.autograd.forward_ad.dual_level(), torch.no_grad():
+            y = decoded(model, torch.autograd.forward_ad.make_dual(states, tangents))[0]
+            found.append((leaf.grad, own, torch.autograd.forward_ad.unpack_dual(y).tangent))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(b, a, rtol=0, atol=1e-9)
+    with torch.no_grad():
+        assert decoded(ours, states)[1].cross_attention_cache.layers[0].beams == 2
+
+
+@pytest.mark.parametrize("name", ["q_proj", "out_proj"])
+@pytest.mark.parametrize("first", [0, 1])
+def test_hooks_see_rows_of_beams(name, first):
+    """Hooks that users add before a step or between two see upstream's rows."""
+    shapes = []
+
+    def watch(model, step):
+        if step == first - 1:
+            part = getattr(model.model.decoder.layers[1].encoder_attn, name)
+            part.register_forward_hook(lambda _, inputs, y: shapes[-1].append((inputs[0].shape, y.shape)))
+
+    outputs = []
+    for model in made("whisper")[:2]:
+        shapes.append([])
+        watch(model, -1)
+        with torch.no_grad():
+            outputs.append(decoded(model, frames(0, 0, 1, 1), watch)[0])
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=0, atol=1e-12)
+    assert shapes[0] == shapes[1]
+    assert len(shapes[0]) == 3 - first
+
+
+def test_training_between_steps():
+    """Dropout of the weights draws upstream's numbers though earlier steps shared keys."""
+    found = []
+    for model in made("whisper")[:2]:
+        for layer in model.model.decoder.layers:
+            layer.encoder_attn.dropout = 0.5
+        seeded("dropout")
+        with torch.no_grad():
+            found.append(decoded(model, frames(0, 0), lambda m, _: m.train())[0])
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-12)
+
+
+def test_users_attention_function():
+    """An attention function that a user registered gets upstream's rows."""
+    functions = transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS
+    seen = []
+
+    def function(module, query, key, *others, **kwargs):
+        seen.append((len(query), len(key)))
+        return sdpa(module, query, key, *others, **kwargs)
+
+    sdpa = functions["sdpa"]
+    _, ours, _ = made("whisper")
+    functions.register("of_a_user", function)
+    try:
+        ours.model.decoder.config._attn_implementation = "of_a_user"
+        with torch.no_grad():
+            decoded(ours, frames(0, 0))
+    finally:
+        del functions._global_mapping["of_a_user"]
+    assert set(seen) == {(2, 2)}
+
+
+def test_frames_that_change_in_place():
+    """A layer is swapped alone, and the caller keeps one buffer for the frames of all calls."""
+    theirs, ours, _ = made("whisper")
+    fastasr.restore(ours)
+    fastasr.accelerate(ours, only="model.decoder.layers.1.*")
+    states = frames(0, 0)
+    for change in (0.0, 1.0):
+        states[1] += change
+        with torch.no_grad():
+            y, z = (decoded(model, states)[0] for model in (theirs, ours))
+        torch.testing.assert_close(z, y, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("rows", "count"), [((0, 0), 1), ((0, 0), 4), ((0, 0, 0, 0), 2)])
+def test_other_number_of_rows(rows, count):
+    """Upstream reads frames of another number of rows as longer or shorter ones."""
+    x, found = torch.randn(count, 1, 16, generator=numbers(5)).double(), []
+    for model in made("whisper")[:2]:
+        cache = cache_utils.EncoderDecoderCache(cache_utils.DynamicCache(), cache_utils.DynamicCache())
+        part = model.model.decoder.layers[0].encoder_attn
+        with torch.no_grad():
+            y = [part(x, key_value_states=frames(*rows), cache=cache)[0] for _ in range(2)]
+        found.append(torch.stack(y))
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-12)
+
+
+def test_cache_that_has_keys():
+    """Upstream appends keys to those that a cache has, if its flag does not say that it is full."""
+    found = []
+    for model in made("whisper")[:2]:
+        with torch.no_grad():
+            cache = decoded(model, frames(0, 1))[1]
+            cache.is_updated.clear()
+            found.append(decoded(model, frames(0, 0), cache=cache)[0])
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-12)
+
+
+def test_decoder_with_fewer_rows_than_its_cache():
+    """Upstream refuses other rows than the cache has. One row of keys would serve them all."""
+    for model in made("whisper")[:2]:
+        with torch.no_grad():
+            cache = decoded(model, frames(0, 0))[1]
+            part = model.model.decoder.layers[0].encoder_attn
+            with pytest.raises(RuntimeError):
+                part(torch.ones(4, 1, 16).double(), key_value_states=frames(0, 0, 0, 0), cache=cache)
+
+
 @torch.no_grad()
 def test_restored_in_between():
     """A cache with shared rows serves upstream's code too."""

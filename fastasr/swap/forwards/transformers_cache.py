@@ -82,3 +82,8 @@ def shared_layer(layer: Upstream, beams: int) -> Any:
     rows = torch.arange(len(held["keys"]), device=held["keys"].device, dtype=torch.int64)
     own = {"held": held, "beams": beams, "shares": False, "owners": rows.repeat_interleave(beams)}
     return _made(type(layer), attributes | own)
+
+
+def beams_of(layer: Upstream, rows: int) -> int:
+    """Returns for how many of a decoder's rows each row of the layer stands."""
+    return layer.beams if isinstance(layer, SharedRows) and len(layer.owners) == rows else 1
