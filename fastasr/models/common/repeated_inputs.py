@@ -54,7 +54,7 @@ def result(layer: Any, x: Tensor, find: Callable[[Any, Tensor], Tensor]) -> Tens
 def without_copies(module: torch.nn.Module, x: Tensor) -> tuple[int, Tensor]:
     """Returns the largest n so that the rows of x (R, T, width) are groups of n equal ones, and the first row of each
     group; 1 and x where rows are not to be compared. Both stay with the module as long as x exists."""
-    if x.dim() != 3 or len(x) < 2:
+    if x.dim() != 3 or len(x) < 2 or torch.is_grad_enabled():
         return 1, x
     if x.stride(0) == 0:
         return len(x), x[:1]
