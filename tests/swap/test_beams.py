@@ -8,99 +8,13 @@ import pickle
 import pytest
 import torch
 from steps import moved, numbers, seeded
+from tiny_decoders import MAKERS
 
 import fastasr
 from fastasr.swap.forwards.transformers_cache import SharedRows, shared_layer
 
 transformers = pytest.importorskip("transformers")
 cache_utils = pytest.importorskip("transformers.cache_utils")
-
-TOKENS = {"vocab_size": 23, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-LAYERS = {
-    "encoder_layers": 1,
-    "decoder_layers": 2,
-    "encoder_attention_heads": 2,
-    "decoder_attention_heads": 2,
-}
-FFN = {"encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
-BART = {"d_model": 16, "decoder_start_token_id": 1} | TOKENS | LAYERS | FFN
-ENCODER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-DECODER = ENCODER | {"num_hidden_layers": 2}
-PARAKEET = ENCODER | {"num_mel_bins": 24, "subsampling_conv_channels": 4}
-
-
-def features(mels, frames, name="input_features"):
-    return {name: torch.randn(2, *((mels, frames) if mels else (frames,)), generator=numbers(1)).double()}
-
-
-def batch(frames, *shape, name="input_features"):
-    """Two recordings, the second of which has padding."""
-    mask = torch.arange(frames) < torch.tensor([[frames], [frames * 2 // 3]])
-    return features(*shape, name=name) | {"attention_mask": mask.long()}
-
-
-def whisper():
-    sizes = {"num_mel_bins": 5, "max_source_positions": 12, "max_target_positions": 30}
-    config = transformers.WhisperConfig(**BART, **sizes)
-    return transformers.WhisperForConditionalGeneration(config), features(5, 24)
-
-
-def speech2text():
-    config = transformers.Speech2TextConfig(**BART, input_feat_per_channel=24, conv_channels=12)
-    return transformers.Speech2TextForConditionalGeneration(config), batch(40, 40, 24)
-
-
-def moonshine():
-    heads = {f"{part}_num_attention_heads": 2 for part in ("encoder", "decoder")}
-    layers = {"encoder_num_hidden_layers": 1, "decoder_num_hidden_layers": 2}
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "decoder_start_token_id": 1}
-    config = transformers.MoonshineConfig(**TOKENS, **sizes, **heads, **layers)
-    return transformers.MoonshineForConditionalGeneration(config), batch(
-        8000, None, 8000, name="input_values"
-    )
-
-
-def moonshine_streaming():
-    encoder = ENCODER | {"num_key_value_heads": 2, "sliding_windows": [[4, 1]]}
-    sizes = DECODER | {"decoder_start_token_id": 1, "num_key_value_heads": 2, "encoder_config": encoder}
-    config = transformers.MoonshineStreamingConfig(**TOKENS, **sizes)
-    model = transformers.MoonshineStreamingForConditionalGeneration(config)
-    return model, batch(8000, None, 8000, name="input_values")
-
-
-def seamless(version=""):
-    sizes = {
-        "hidden_size": 16,
-        "max_position_embeddings": 64,
-        "decoder_start_token_id": 1,
-        "speech_encoder_layers": 1,
-    }
-    sizes |= {
-        "speech_encoder_attention_heads": 2,
-        "speech_encoder_intermediate_size": 32,
-        "adaptor_kernel_size": 3,
-    }
-    sizes |= {"adaptor_stride": 3, "feature_projection_input_dim": 12, "num_adapter_layers": 1}
-    config = getattr(transformers, f"SeamlessM4T{version}Config")(**TOKENS, **LAYERS, **FFN, **sizes)
-    return getattr(transformers, f"SeamlessM4T{version}ForSpeechToText")(config), batch(30, 30, 12)
-
-
-def canary():
-    decoder = DECODER | TOKENS | {"head_dim": 8, "num_key_value_heads": 2}
-    config = transformers.CanaryConfig(
-        encoder_config=PARAKEET, decoder_config=decoder, **TOKENS, decoder_start_token_id=7
-    )
-    return transformers.CanaryForConditionalGeneration(config), batch(64, 64, 24)
-
-
-def cohere_asr():
-    sizes = DECODER | TOKENS | {"decoder_start_token_id": 7, "encoder_config": PARAKEET}
-    config = transformers.CohereAsrConfig(**sizes)
-    return transformers.CohereAsrForConditionalGeneration(config), batch(64, 64, 24)
-
-
-MAKERS = {f.__name__: f for f in (whisper, speech2text, moonshine, moonshine_streaming, canary, cohere_asr)}
-MAKERS |= {"seamless": seamless, "seamless v2": lambda: seamless("v2")}
 
 
 def made(name, implementation="sdpa"):

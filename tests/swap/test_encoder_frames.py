@@ -4,7 +4,6 @@ project the frames of a recording once, and results are upstream's."""
 
 import copy
 import gc
-import types
 
 import nemo_encoder
 import pytest
@@ -13,6 +12,7 @@ from steps import moved, numbers, seeded
 
 import fastasr
 from fastasr.models.common import linear, repeated_inputs
+from fastasr.swap import binding
 
 WIDTH, HEADS, TOKENS, FRAMES = 16, 2, 19, 9
 
@@ -192,8 +192,7 @@ def test_weights_of_the_last_call():
 def layer():
     seeded("layer")
     made = torch.nn.Linear(WIDTH, 8).double()
-    made.forward = types.MethodType(linear.Linear.forward, made)
-    made.calls = 0
+    binding.bind(made, linear.Linear.forward)
     yield made
     repeated_inputs._results.clear()
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastasr._recording import is_traced, recording
 from fastasr._transforms import is_transformed
+from fastasr.models.common.plain import is_plain
 from fastasr.ops import _dispatch, _gemm, _kept, _reduced_weights
 from fastasr.ops._register import autocast_dtype
 
@@ -44,7 +45,7 @@ def kept(*layers: Any) -> Iterator[None]:
 
 def result(layer: Any, x: Tensor, find: Callable[[Any, Tensor], Tensor]) -> Tensor:
     """Returns ``find(layer, x)`` for x (B, T, width), or what is kept of it."""
-    if not any(layer is one for one in thread.layers):
+    if not any(layer is one for one in thread.layers) or not is_plain(layer, torch.nn.Linear):
         return find(layer, x)
     parameters = [*filter(torch.is_tensor, (layer.weight, layer.bias))]
     form = layer.weight.dtype, _dispatch.forced_backend(), _reduced_weights.of(x, layer.weight)

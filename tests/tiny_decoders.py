@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny models of transformers with an encoder and a decoder, and the attention of decoders to an encoder's frames.
+``tests/families.py`` says what a maker returns."""
+
+import nemo_encoder
+import pytest
+import torch
+from steps import numbers
+from tiny_transformers import HEADS, WIDTH
+
+TOKENS = {"vocab_size": 23, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+LAYERS = {
+    "encoder_layers": 1,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+}
+FFN = {"encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+BART = {"d_model": 16, "decoder_start_token_id": 1} | TOKENS | LAYERS | FFN
+ENCODER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+DECODER = ENCODER | {"num_hidden_layers": 2}
+PARAKEET = ENCODER | {"num_mel_bins": 24, "subsampling_conv_channels": 4}
+
+
+def _package():
+    return pytest.importorskip("transformers")
+
+
+def features(mels, frames, name="input_features"):
+    return {name: torch.randn(2, *((mels, frames) if mels else (frames,)), generator=numbers(1)).double()}
+
+
+def batch(frames, *shape, name="input_features"):
+    """Two recordings, the second of which has padding."""
+    mask = torch.arange(frames) < torch.tensor([[frames], [frames * 2 // 3]])
+    return features(*shape, name=name) | {"attention_mask": mask.long()}
+
+
+def whisper():
+    sizes = {"num_mel_bins": 5, "max_source_positions": 12, "max_target_positions": 30}
+    config = _package().WhisperConfig(**BART, **sizes)
+    return _package().WhisperForConditionalGeneration(config), features(5, 24)
+
+
+def speech2text():
+    config = _package().Speech2TextConfig(**BART, input_feat_per_channel=24, conv_channels=12)
+    return _package().Speech2TextForConditionalGeneration(config), batch(40, 40, 24)
+
+
+def moonshine():
+    heads = {f"{part}_num_attention_heads": 2 for part in ("encoder", "decoder")}
+    layers = {"encoder_num_hidden_layers": 1, "decoder_num_hidden_layers": 2}
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "decoder_start_token_id": 1}
+    config = _package().MoonshineConfig(**TOKENS, **sizes, **heads, **layers)
+    return _package().MoonshineForConditionalGeneration(config), batch(8000, None, 8000, name="input_values")
+
+
+def moonshine_streaming():
+    encoder = ENCODER | {"num_key_value_heads": 2, "sliding_windows": [[4, 1]]}
+    sizes = DECODER | {"decoder_start_token_id": 1, "num_key_value_heads": 2, "encoder_config": encoder}
+    config = _package().MoonshineStreamingConfig(**TOKENS, **sizes)
+    model = _package().MoonshineStreamingForConditionalGeneration(config)
+    return model, batch(8000, None, 8000, name="input_values")
+
+
+def seamless(version=""):
+    sizes = {
+        "hidden_size": 16,
+        "max_position_embeddings": 64,
+        "decoder_start_token_id": 1,
+        "speech_encoder_layers": 1,
+    }
+    sizes |= {
+        "speech_encoder_attention_heads": 2,
+        "speech_encoder_intermediate_size": 32,
+        "adaptor_kernel_size": 3,
+    }
+    sizes |= {"adaptor_stride": 3, "feature_projection_input_dim": 12, "num_adapter_layers": 1}
+    config = getattr(_package(), f"SeamlessM4T{version}Config")(**TOKENS, **LAYERS, **FFN, **sizes)
+    return getattr(_package(), f"SeamlessM4T{version}ForSpeechToText")(config), batch(30, 30, 12)
+
+
+def canary():
+    decoder = DECODER | TOKENS | {"head_dim": 8, "num_key_value_heads": 2}
+    config = _package().CanaryConfig(
+        encoder_config=PARAKEET, decoder_config=decoder, **TOKENS, decoder_start_token_id=7
+    )
+    return _package().CanaryForConditionalGeneration(config), batch(64, 64, 24)
+
+
+def cohere_asr():
+    sizes = DECODER | TOKENS | {"decoder_start_token_id": 7, "encoder_config": PARAKEET}
+    config = _package().CohereAsrConfig(**sizes)
+    return _package().CohereAsrForConditionalGeneration(config), batch(64, 64, 24)
+
+
+MAKERS = {f.__name__: f for f in (whisper, speech2text, moonshine, moonshine_streaming, canary, cohere_asr)}
+MAKERS |= {"seamless": seamless, "seamless v2": lambda: seamless("v2")}
+
+# Where the attention to the encoder's frames is
+PLACES = dict.fromkeys(MAKERS, "model.decoder.layers.0.encoder_attn")
+PLACES |= dict.fromkeys(("seamless", "seamless v2"), "text_decoder.layers.0.cross_attention")
+SEAMLESS_AND_LATER = "SeamlessM4T", "Canary", "Cohere"  # they call the frames otherwise
+
+
+class Attentions(torch.nn.Module):
+    """Attention of several decoders to the same frames. Their outputs lie one behind the other."""
+
+    def __init__(self, parts):
+        super().__init__()
+        self.parts = torch.nn.ModuleList(parts)
+
+    def forward(self, x, states):
+        found = []
+        for part in self.parts:
+            kind = type(part).__name__
+            name = "encoder_hidden_states" if kind.startswith(SEAMLESS_AND_LATER) else "key_value_states"
+            y = part(x, **{name: states}) if hasattr(part, "config") else part(x, states, states, None)
+            found.append(y[0] if isinstance(y, tuple) else y)
+        return torch.cat(found, 1)
+
+
+def _called(parts):
+    x, states = (torch.randn(3, n, WIDTH, generator=numbers(n)) for n in (4, 9))
+    return Attentions(parts), lambda model: [model(x, states)]
+
+
+def cross_attentions():
+    """Those of transformers."""
+    return _called([MAKERS[name]()[0].get_submodule(path) for name, path in PLACES.items()])
+
+
+def projecting_attentions():
+    """FireRedASR's and NeMo's, whose searches project the frames at every step."""
+    firered = pytest.importorskip("fireredasr.models.module.transformer_decoder")
+    _, nemo, _ = nemo_encoder.load_decoder()
+    parts = (
+        firered.DecoderMultiHeadAttention(WIDTH, HEADS),
+        nemo.MultiHeadAttention(WIDTH, HEADS, 0.1, 0.1, True),
+    )
+    return _called(parts)
