@@ -114,14 +114,16 @@ def measure(
         flops, limit = _least(shipped, features, tokens)
         for n, case in asked.items():
             runs = {key: _generate(model, features, n, tokens) for key, model in models.items() if model}
+            for call in runs.values():
+                call()  # Products are chosen before CTranslate2's threads exist, which wait on the cores between calls.
             try:
                 runs |= _peers(shipped, features, n, tokens)
             except upstream.MissingUpstream as reason:
                 run.report(f"{NAME}: CTranslate2 is left out: {reason}")
             run.report(f"{NAME}: {shape}, {case}: {', '.join(runs)}")
             variants = {key: Variant(call) for key, call in runs.items()}
-            reps = run.reps or 5
-            yield run.rows(variants, flops, limit, reps=reps, case=case, shape=shape, pass_=FORWARD)
+            fields = {"case": case, "shape": shape, "pass_": FORWARD}
+            yield run.rows(variants, flops, limit, reps=run.reps or 3, warmup=1, **fields)
 
 
 def table(rows: Sequence[Row]) -> str:
