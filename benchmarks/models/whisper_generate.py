@@ -6,9 +6,13 @@ Weights are random and the number of tokens is fixed. The least time is that of 
 token that of reading the decoder's weights and the keys and values of the frames once.
 """
 
+import contextlib
 import copy
+import multiprocessing
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from multiprocessing.connection import Connection
 
 import torch
 
@@ -31,6 +35,7 @@ from fastasr.benchmarks.rows import Row
 from fastasr.benchmarks.table import Unit, duration, percent, times
 
 NAME = "whisper_generate"
+SPAWN = multiprocessing.get_context("spawn")
 CTRANSLATE2 = {"ctranslate2": "float32", "ctranslate2 int8": "int8"}
 # width, layers, heads
 SIZES = {"base": (512, 6, 8), "small": (768, 12, 12), "tiny": (16, 1, 2)}
@@ -69,22 +74,46 @@ def _converted(model: torch.nn.Module, folder: str) -> None:
     spec.save(folder)
 
 
-def _peers(model: torch.nn.Module, features: torch.Tensor, beams: int, tokens: int) -> dict[str, Callable]:
-    """Returns the calls of CTranslate2. Raises ``upstream.MissingUpstream``."""
+@contextlib.contextmanager
+def _peers(
+    model: torch.nn.Module, features: torch.Tensor, beams: int, tokens: int
+) -> Iterator[dict[str, Callable]]:
+    """Yields the calls of CTranslate2, each in a process of its own: in a process with two runtimes of OpenMP torch's
+    threads sleep between short products, and waking them takes longer than the products. Raises
+    ``upstream.MissingUpstream``."""
+    upstream.module("ctranslate2")
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        _converted(model, folder)
+        calls = {}
+        for name, kind in CTRANSLATE2.items():
+            ours, theirs = SPAWN.Pipe()
+            given = folder, kind, torch.get_num_threads(), features.numpy(), beams, tokens
+            process = SPAWN.Process(target=_serve, args=(theirs, *given), daemon=True)
+            process.start()
+            stack.callback(process.kill)
+            ours.recv()
+            calls[name] = partial(_asked, ours)
+        yield calls
+
+
+def _asked(pipe: Connection) -> None:
+    pipe.send(None)
+    pipe.recv()
+
+
+def _serve(pipe: Connection, folder: str, kind: str, threads: int, features, beams: int, tokens: int) -> None:
+    """Generates once, and again at every message, each of which it answers when it is done."""
     engine = upstream.module("ctranslate2")
-    given = engine.StorageView.from_array(features.numpy())
-
-    def made(kind: str) -> Callable:
-        with tempfile.TemporaryDirectory() as folder:
-            _converted(model, folder)
-            loaded = engine.models.Whisper(folder, compute_type=kind, intra_threads=torch.get_num_threads())
-        # It makes half of max_length's tokens at most.
-        options = {"beam_size": beams, "max_length": 2 * (tokens + len(PROMPT)), "suppress_blank": False}
-        found = loaded.generate(given, [list(PROMPT)], **options)[0].sequences_ids[0]
-        options["max_length"] -= 2 * (len(found) - tokens)
-        return lambda: loaded.generate(given, [list(PROMPT)], **options)
-
-    return {name: made(kind) for name, kind in CTRANSLATE2.items()}
+    model = engine.models.Whisper(folder, compute_type=kind, intra_threads=threads)
+    given, prompts = engine.StorageView.from_array(features), [list(PROMPT)]
+    # It makes half of max_length's tokens at most.
+    options = {"beam_size": beams, "max_length": 2 * (tokens + len(PROMPT)), "suppress_blank": False}
+    found = model.generate(given, prompts, **options)[0].sequences_ids[0]
+    options["max_length"] -= 2 * (len(found) - tokens)
+    while True:
+        model.generate(given, prompts, **options)
+        pipe.send(None)
+        pipe.recv()
 
 
 def _least(model: torch.nn.Module, features: torch.Tensor, tokens: int) -> tuple[int, tuple[float, str]]:
@@ -114,16 +143,16 @@ def measure(
         flops, limit = _least(shipped, features, tokens)
         for n, case in asked.items():
             runs = {key: _generate(model, features, n, tokens) for key, model in models.items() if model}
-            for call in runs.values():
-                call()  # Products are chosen before CTranslate2's threads exist, which wait on the cores between calls.
-            try:
-                runs |= _peers(shipped, features, n, tokens)
-            except upstream.MissingUpstream as reason:
-                run.report(f"{NAME}: CTranslate2 is left out: {reason}")
-            run.report(f"{NAME}: {shape}, {case}: {', '.join(runs)}")
-            variants = {key: Variant(call) for key, call in runs.items()}
             fields = {"case": case, "shape": shape, "pass_": FORWARD}
-            yield run.rows(variants, flops, limit, reps=run.reps or 3, warmup=1, **fields)
+            with contextlib.ExitStack() as stack:
+                try:
+                    runs |= stack.enter_context(_peers(shipped, features, n, tokens))
+                except upstream.MissingUpstream as reason:
+                    run.report(f"{NAME}: CTranslate2 is left out: {reason}")
+                run.report(f"{NAME}: {shape}, {case}: {', '.join(runs)}")
+                variants = {key: Variant(call) for key, call in runs.items()}
+                rows = run.rows(variants, flops, limit, reps=run.reps or 3, warmup=1, **fields)
+            yield rows
 
 
 def table(rows: Sequence[Row]) -> str:
