@@ -7,7 +7,6 @@ token that of reading the decoder's weights and the keys and values of the frame
 """
 
 import contextlib
-import copy
 import multiprocessing
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -139,7 +138,7 @@ def measure(
         if not asked:
             continue
         shipped = whisper(size)
-        models = {UPSTREAM: shipped, FASTASR: swapped(shipped), INT8: reduced(copy.deepcopy(shipped), "int8")}
+        models = {UPSTREAM: shipped, FASTASR: swapped(shipped), INT8: reduced(shipped, "int8")}
         flops, limit = _least(shipped, features, tokens)
         for n, case in asked.items():
             runs = {key: _generate(model, features, n, tokens) for key, model in models.items() if model}
