@@ -2,13 +2,13 @@
 #include <array>
 
 #include "bindings/layer_parts.h"
+#include "bindings/layer_products.h"
 #include "bindings/packed.h"
 #include "bindings/pooled.h"
 #include "bindings/written/bias_norm.h"
 #include "bindings/written/bypass.h"
 #include "bindings/written/gated_depthwise_conv.h"
 #include "bindings/written/zipformer_attention_weights.h"
-#include "cpu/attention/attention_rows.h"
 #include "cpu/conv/gated_depthwise_conv.h"
 #include "cpu/streaming/zipformer_layer.h"
 
@@ -20,37 +20,15 @@ namespace {
 
 constexpr const char* kOp = "zipformer_layer";
 
-// The way a product is computed. The last two are cpu::WeightFormat's formats, after kReduced.
-constexpr int64_t kTorch = 0, kGemm = 1, kFewRows = 2, kReduced = 2;
-
 // The kernel for few columns computes the first head's sums up to so many columns, and of recordings up to this length
 // for any number of columns, as in fastasr/models/zipformer/packed_weights.py.
 constexpr int64_t kFewColumns = 32, kMostFrames = 128;
 
+using namespace layer_products;
 using Tensors = std::vector<Tensor>;
 using Ints = std::vector<int64_t>;
 
-struct Product {
-  const Tensor *weight, *bias;  // the weight is a matrix, or a packed copy where `way` says so
-  int64_t way, inputs, outputs;
-};
 using Products = cpu::ZipformerProducts<Product>;
-
-Tensor by_torch(const char* name, std::array<StableIValue, 3> stack) {
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
-// Adds x to y and returns it.
-Tensor plus(const Tensor& x, Tensor y) {
-  check_same_size(x, y, kOp, "a sum");
-  const auto& kernel = cpu::kernels<cpu::AttentionRows<float>>();
-  const float* const xp = data<float>(x);
-  float* const yp = mutable_data<float>(y);
-  parallel_range(y.numel(), kGrain,
-                 [&](int64_t begin, int64_t end) { kernel.add_scaled(yp + begin, xp + begin, end - begin, 1); });
-  return y;
-}
 
 // The modules, see cpu::run_zipformer_layer.
 struct Layer {
@@ -84,7 +62,7 @@ struct Layer {
     if (m.in.way != kGemm || m.out.way > kReduced)
       x = linear(m.out, linear(m.in, x), cpu::ReducedInput::swoosh_l, x);
     else
-      x = linear(m.out, multiplied(m.in, x, {}, true), cpu::ReducedInput::x, x);
+      x = linear(m.out, swoosh_l_of_linear(m.in, x), cpu::ReducedInput::x, x);
   }
 
   void nonlin_attention() {
@@ -119,48 +97,6 @@ struct Layer {
  private:
   // Returns a tensor behind the convolutions': mid, bypass, bias and log_scale, from the end.
   const Tensor& table(size_t from_end) const { return tables[tables.size() - 1 - from_end]; }
-
-  // Returns f(x) weightᵀ + bias, where f is SwooshL, SwooshR or nothing, and `onto` more if that is given.
-  static Tensor linear(const Product& p, const Tensor& x, cpu::ReducedInput f = cpu::ReducedInput::x,
-                       const Optional& onto = {}) {
-    if (p.way > kReduced) {
-      const Tensor y = new_pooled(x, {x.size(0), x.size(1), p.outputs});
-      cpu::ReducedGemm g{};
-      g.x = data<float>(x), g.x_row = g.k = x.size(2), g.bias = data_or_null<float>(bias(p));
-      g.y = mutable_data<float>(y), g.y_row = g.n = p.outputs, g.m = x.size(0) * x.size(1);
-      g.format = static_cast<cpu::WeightFormat>(p.way - kReduced), g.input = f;
-      reduced_gemm::multiply(g, *p.weight);
-      return onto ? plus(*onto, y) : y;
-    }
-    if (f != cpu::ReducedInput::x)
-      return multiplied(p, swoosh::swoosh_forward(x, f == cpu::ReducedInput::swoosh_r, {}, -1, {}), onto);
-    return multiplied(p, x, onto);
-  }
-
-  static Optional bias(const Product& p) { return p.bias->numel() ? Optional(*p.bias) : Optional(); }
-
-  static Tensor multiplied(const Product& p, const Tensor& x, const Optional& onto, bool swoosh_l = false) {
-    using torch::stable::detail::from;
-    const Tensor& weight = *p.weight;
-    if (p.way == kTorch || p.way == kFewRows) {
-      const Tensor y = p.way == kTorch ? by_torch("aten::linear", {from(x), from(weight), from(bias(p))})
-                                       : gemm::linear_few_rows(x, weight, bias(p));
-      return onto ? plus(*onto, y) : y;
-    }
-    const Tensor y = new_pooled(x, {x.size(0), x.size(1), p.outputs});
-    cpu::Gemm<float> g{};
-    g.a = data<float>(x), g.a_row = p.inputs, g.a_depth = 1;
-    g.bias = data_or_null<float>(bias(p));
-    g.c = mutable_data<float>(y), g.c_row = p.outputs, g.m = x.size(0) * x.size(1), g.n = p.outputs, g.k = p.inputs;
-    g.swoosh_l = swoosh_l;
-    if (onto) {
-      check_same_size(y, *onto, kOp, "a sum");
-      g.onto = data<float>(*onto), g.onto_row = p.outputs;
-    }
-    g.b = data<float>(weight), g.b_depth = weight.stride(1), g.b_column = weight.stride(0);
-    gemm::multiply(g);
-    return y;
-  }
 
   // Returns weights (B, T, T) times values (T, B, channels), (B, T, channels).
   static Tensor batched(const Tensor& weights, const Tensor& values) {
@@ -251,24 +187,16 @@ Tensor zipformer_layer(Ints numbers, const Tensor& src, const Tensor& positions,
     starts = new_contiguous(src, {static_cast<int64_t>(rows.size())}, ScalarType::Long);
     std::copy(rows.begin(), rows.end(), mutable_data<int64_t>(*starts));
   }
-  for (const Tensors* list : {&weights, &biases, &tables})
-    for (const Tensor& t : *list)
-      check(t.is_cpu() && t.is_contiguous() && dtype_of(t) == ScalarType::Float, kOp, "a parameter");
+  for (const Tensor& t : tables)
+    check(t.is_cpu() && t.is_contiguous() && dtype_of(t) == ScalarType::Float, kOp, "a parameter");
   check(tables.size() == 8 || tables.size() == 14, kOp, "tables");
   check(weights.size() == biases.size() && ways.size() == weights.size() + 1, kOp, "products");
-  size_t count = 0;
-  const auto read = [&](const char* name, Product& p, int64_t inputs, int64_t outputs) {
-    const size_t i = count++;
-    check(i < weights.size(), kOp, name, " is missing");
-    p = {&weights[i], &biases[i], ways[i], inputs, outputs};
-    check(p.way > kReduced || (p.weight->dim() == 2 && has_sizes(*p.weight, {outputs, inputs})), kOp, name,
-          " has another shape");
-    check(p.bias->numel() == 0 || p.bias->numel() == outputs, kOp, "the bias of ", name, " has another size");
-  };
+  layer_products::Reader reader(weights, biases, ways, kOp);
   Products products{};
-  products.each_product(n, read);
-  Product of_positions{};
-  read("self_attn_weights.linear_pos", of_positions, positions.size(2), n.heads * n.pos);
+  products.each_product(n, [&](const char* name, Product& p, int64_t inputs, int64_t outputs) {
+    p = reader.next(name, inputs, outputs);
+  });
+  const Product of_positions = reader.next("self_attn_weights.linear_pos", positions.size(2), n.heads * n.pos);
   Layer layer{n,       products, of_positions, ways.back(), src,   positions,   tables,
               padding, mask,     lengths,      starts,      chunk, left_chunks, conv_chunk};
   cpu::run_zipformer_layer(layer);

@@ -11,13 +11,13 @@ states stay upstream's tensors. The first call of either kind compares an exampl
 import random
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fastasr import _left
+from fastasr.models.common import layer_products
 from fastasr.models.common.linear import Linear
 from fastasr.models.common.packed_layers import PackedLayer, PackedLayers, may_call, may_serve, note_declined
 from fastasr.models.common.plain import is_plain, runs
@@ -29,7 +29,7 @@ from fastasr.models.zipformer.nonlin_attention import NonlinAttention
 from fastasr.models.zipformer.normalization import BiasNorm
 from fastasr.models.zipformer.packing import PRODUCTS, Packed, ZipformerSizes, pack_layer
 from fastasr.models.zipformer.self_attention import SelfAttention
-from fastasr.ops import _gemm, _reduced_weights
+from fastasr.ops import _gemm
 
 if TYPE_CHECKING:
     from fastasr.models.zipformer.layer import ZipformerEncoderLayer
@@ -41,8 +41,6 @@ MOST_ROWS = 128
 
 # The number of chunk sizes for which a layer keeps its small tables.
 CHUNK_SIZES = 4
-
-_WAYS = {"torch": 0, "native": 1, "few rows": 2, "bf16": 3, "int8": 4}  # of csrc/bindings/zipformer_layer.cpp
 
 _POSITIONS = "self_attn_weights.linear_pos"
 _ALL_PRODUCTS = (*PRODUCTS, _POSITIONS)
@@ -146,16 +144,6 @@ def _wave(step: float, *shape: int) -> Tensor:
     return torch.arange(1.0, n + 1, dtype=torch.float32, device="cpu").mul_(step).sin_().view(shape)
 
 
-@dataclass
-class _Products:
-    """The products of calls of one size: matrices or their copies in fewer bits, and the ways to multiply, of which
-    the last is the first head's."""
-
-    weights: list
-    ways: list
-    copies: list
-
-
 class _Sequences(PackedLayer["ZipformerEncoderLayer"]):
     OPERATIONS, COPIES = "submodules", False
 
@@ -186,7 +174,7 @@ class _Sequences(PackedLayer["ZipformerEncoderLayer"]):
         self._causal = len(self._tables) > 4
         self._tables += [layer.bypass_mid.bypass_scale, layer.bypass.bypass_scale]
         self._tables += [layer.norm.bias, layer.norm.log_scale]
-        self._products: dict[tuple[Any, ...], _Products] = {}
+        self._products: dict[tuple[Any, ...], layer_products.Products] = {}
 
     def _example(self, by_submodules: Callable[..., Any]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """Computes two sequences of 5 frames, of which one is shorter, both ways."""
@@ -226,48 +214,27 @@ class _Sequences(PackedLayer["ZipformerEncoderLayer"]):
 
     def products(
         self, src: Tensor, pos_emb: Tensor, chunk_size: int, masks: dict[str, Any], lengths: list[int]
-    ) -> _Products | None:
-        """Returns the products of this call, or None if one has not been measured or is watched."""
-        modes = torch.are_deterministic_algorithms_enabled(), _reduced_weights.is_suspended()
-        generations = _gemm.generation(), _reduced_weights.generation()
-        key = *src.shape[:2], *pos_emb.shape[:2], bool(lengths), torch.get_num_threads(), *modes, *generations
+    ) -> layer_products.Products | None:
+        """Returns the products of this call and the way of the first head's, or None if one has not been measured or
+        is watched."""
+        key = *src.shape[:2], *pos_emb.shape[:2], bool(lengths), *layer_products.key()
         found = self._products.get(key)
         if found is None:
-            found = self._measured(src, pos_emb, lengths)
-            if found is None:
+            frames = len(src)
+            first_head = "torch" if lengths else _gemm.known_batched(frames, frames, self.sizes.hidden)
+            inputs = (pos_emb if name == _POSITIONS else src for name in _ALL_PRODUCTS)
+            found = layer_products.of(self._state, zip(inputs, self._weights, strict=True))
+            if found is None or first_head is None:
                 return None
+            found.ways.append(layer_products.WAYS[first_head])
             while len(self._products) >= 16:
                 self._products.pop(next(iter(self._products)), None)
             self._products[key] = found
-        return None if any(copy.watch is not None for copy in found.copies) else found
-
-    def _measured(self, src: Tensor, pos_emb: Tensor, lengths: list[int]) -> _Products | None:
-        frames = len(src)
-        first_head_way = "torch" if lengths else _gemm.known_batched(frames, frames, self.sizes.hidden)
-        if first_head_way is None:
-            return None
-        found = _Products([], [], [])
-        if _reduced_weights.copies:
-            self._state.compare()
-        for name, weight in zip(_ALL_PRODUCTS, self._weights, strict=True):
-            x = pos_emb if name == _POSITIONS else src
-            copy = _reduced_weights.of(x, weight) if _reduced_weights.copies else None
-            if copy is None:
-                way = _gemm.chosen_product("forward", x.shape[0] * x.shape[1], *weight.shape)
-                found.weights.append(weight)
-            else:
-                way = copy.format
-                found.copies.append(copy)
-                found.weights.append(copy.packed)
-            if way is None:
-                return None
-            found.ways.append(_WAYS[way])
-        found.ways.append(_WAYS[first_head_way])
-        return found
+        return None if found.watched() else found
 
     def run(
         self,
-        products: _Products,
+        products: layer_products.Products,
         src: Tensor,
         pos_emb: Tensor,
         chunk_size: int,
