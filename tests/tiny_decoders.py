@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiny models of transformers with an encoder and a decoder, and the attention of decoders to an encoder's frames.
+"""Tiny models of transformers with an encoder and a decoder, and layers of decoders or their attention.
 ``tests/families.py`` says what a maker returns."""
 
 import nemo_encoder
@@ -36,9 +36,9 @@ def batch(frames, *shape, name="input_features"):
     return features(*shape, name=name) | {"attention_mask": mask.long()}
 
 
-def whisper():
+def whisper(**more):
     sizes = {"num_mel_bins": 5, "max_source_positions": 12, "max_target_positions": 30}
-    config = _package().WhisperConfig(**BART, **sizes)
+    config = _package().WhisperConfig(**BART | sizes | more)
     return _package().WhisperForConditionalGeneration(config), features(5, 24)
 
 
@@ -97,14 +97,13 @@ def cohere_asr():
 MAKERS = {f.__name__: f for f in (whisper, speech2text, moonshine, moonshine_streaming, canary, cohere_asr)}
 MAKERS |= {"seamless": seamless, "seamless v2": lambda: seamless("v2")}
 
-# Where the attention to the encoder's frames is
-PLACES = dict.fromkeys(MAKERS, "model.decoder.layers.0.encoder_attn")
-PLACES |= dict.fromkeys(("seamless", "seamless v2"), "text_decoder.layers.0.cross_attention")
-SEAMLESS_AND_LATER = "SeamlessM4T", "Canary", "Cohere"  # they call the frames otherwise
+# Where a decoder's layer is
+PLACES = dict.fromkeys(MAKERS, "model.decoder.layers.0")
+PLACES |= dict.fromkeys(("seamless", "seamless v2"), "text_decoder.layers.0")
 
 
-class Attentions(torch.nn.Module):
-    """Attention of several decoders to the same frames. Their outputs lie one behind the other."""
+class Decoders(torch.nn.Module):
+    """Layers of several decoders, or their attention, with the same frames. Their outputs lie one behind the other."""
 
     def __init__(self, parts):
         super().__init__()
@@ -113,19 +112,23 @@ class Attentions(torch.nn.Module):
     def forward(self, x, states):
         found = []
         for part in self.parts:
-            kind = type(part).__name__
-            name = "encoder_hidden_states" if kind.startswith(SEAMLESS_AND_LATER) else "key_value_states"
-            y = part(x, **{name: states}) if hasattr(part, "config") else part(x, states, states, None)
+            if hasattr(part, "self_attn"):
+                angles = torch.linspace(0, 2, x.shape[1] * 4, dtype=x.dtype).view(1, -1, 4)
+                rotary = type(part).__name__.startswith("Moonshine")
+                more = {"position_embeddings": (angles.cos(), angles.sin())} if rotary else {}
+                y = part(x, encoder_hidden_states=states, **more)
+            else:
+                y = part(x, states, states, None)
             found.append(y[0] if isinstance(y, tuple) else y)
         return torch.cat(found, 1)
 
 
 def _called(parts):
     x, states = (torch.randn(3, n, WIDTH, generator=numbers(n)) for n in (4, 9))
-    return Attentions(parts), lambda model: [model(x, states)]
+    return Decoders(parts), lambda model: [model(x, states)]
 
 
-def cross_attentions():
+def decoder_layers():
     """Those of transformers."""
     return _called([MAKERS[name]()[0].get_submodule(path) for name, path in PLACES.items()])
 

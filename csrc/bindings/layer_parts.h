@@ -19,6 +19,11 @@ namespace reduced_gemm {
 void multiply(cpu::ReducedGemm g, const Tensor& packed);
 }  // namespace reduced_gemm
 
+namespace linear_activation {
+Tensor linear_activation_forward(const Tensor& z, int64_t activation, bool in_place, bool gated, double p,
+                                 const Optional& seed, const Optional& keep);
+}  // namespace linear_activation
+
 namespace swoosh {
 Tensor swoosh_forward(const Tensor& x, bool swoosh_r, const Optional& mask, int64_t shared_dim,
                       const Optional& mask_row);

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/rows/linear_activation.h"
 
+#include "bindings/layer_parts.h"
 #include "bindings/pooled.h"
 #include "bindings/row_sums.h"
 #include "cpu/math/activation.h"
@@ -75,6 +76,8 @@ Tensor gated_forward(const Tensor& z, int64_t activation, const Dropped& dropped
   return y;
 }
 
+}  // namespace
+
 // Returns act(z), with dropout where p > 0; in z's own memory, and then as z itself, where the caller asks for that.
 // Dropout of float32 may have a mask `keep` in place of a seed. The gated form takes no mask and never z's memory.
 Tensor linear_activation_forward(const Tensor& z, int64_t activation, bool in_place, bool gated, double p,
@@ -99,6 +102,8 @@ Tensor linear_activation_forward(const Tensor& z, int64_t activation, bool in_pl
   });
   return y;
 }
+
+namespace {
 
 // Returns (dz, dbias); dbias has no elements unless the caller asks for it.
 std::tuple<Tensor, Tensor> linear_activation_backward(const Tensor& grad, const Tensor& z, int64_t activation,

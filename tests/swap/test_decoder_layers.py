@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layers of transformers' decoders, of which native calls compute a token: results are upstream's, and so is the code
+wherever a call is of another kind."""
+
+import copy
+
+import pytest
+import torch
+from steps import moved, numbers, seeded
+from tiny_decoders import MAKERS
+
+import fastasr
+from fastasr.ops import _dispatch, _reduced_weights
+from fastasr.swap.forwards import decoder_layer
+
+transformers = pytest.importorskip("transformers")
+cache_utils = pytest.importorskip("transformers.cache_utils")
+pytestmark = pytest.mark.skipif(bool(_dispatch.why_not_native()), reason="no native library")
+
+
+@pytest.fixture
+def tokens(monkeypatch):
+    """Collects the rows of every token that the native calls compute."""
+    rows = []
+    result = decoder_layer._Step.result
+
+    def counted(self, products, x, *others):
+        rows.append(len(x))
+        return result(self, products, x, *others)
+
+    monkeypatch.setattr(decoder_layer._Step, "result", counted)
+    return rows
+
+
+def made(name, **sizes):
+    """Returns upstream's model in float32, a swapped copy and their inputs."""
+    seeded(name)
+    model, inputs = MAKERS[name](**sizes)
+    theirs = moved(model, 0.3).float().eval()
+    # neither an end nor padding, which generate cuts
+    theirs.generation_config.suppress_tokens = [0, 2]
+    ours = copy.deepcopy(theirs)
+    fastasr.accelerate(ours)
+    return theirs, ours, {k: v.float() if v.is_floating_point() else v for k, v in inputs.items()}
+
+
+def generated(models, **options):
+    options = {"max_new_tokens": 7, "output_scores": True, "return_dict_in_generate": True} | options
+    return [model.generate(**options) for model in models]
+
+
+def close(found, rtol=2e-4):
+    """Compares the tokens and their scores."""
+    theirs, ours = found
+    assert torch.equal(theirs.sequences, ours.sequences)
+    for a, b in zip(theirs.scores, ours.scores, strict=True):
+        seen = a.isfinite()
+        assert torch.equal(seen, b.isfinite())
+        torch.testing.assert_close(b[seen], a[seen], rtol=rtol, atol=rtol)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("name", MAKERS)
+def test_generate(name, beams, tokens):
+    """Two recordings, of which one has padding if the model has masks."""
+    theirs, ours, inputs = made(name)
+    close(generated([theirs, ours], **inputs, num_beams=beams))
+    assert len(tokens) >= 12
+    assert set(tokens) == {2, 2 * beams}  # the examples of both layers have two rows
+    assert not fastasr.why(ours).to_dict()
+
+
+@pytest.mark.parametrize("beams", [9, 16])
+def test_many_rows(beams, tokens):
+    """The products of more than 15 rows are those that have been measured; 16 beams of a recording are too many."""
+    theirs, ours, inputs = made("whisper")
+    for _ in range(2):
+        close(generated([theirs, ours], **inputs, num_beams=beams))
+    assert set(tokens) == ({2, 18} if beams == 9 else set())
+
+
+@pytest.mark.parametrize("weights", ["int8", "bf16"])
+def test_weights_in_fewer_bits(weights, tokens, monkeypatch):
+    """The native calls read the copies that the modules' products read."""
+    if reason := _reduced_weights.why_not(weights):
+        pytest.skip(reason)
+    theirs, ours, inputs = made("whisper", d_model=64, decoder_ffn_dim=80)
+    assert fastasr.accelerate(ours, weights=weights).weights.reduced
+    found = generated([ours], **inputs)
+    assert len(tokens) >= 12
+    monkeypatch.setattr(decoder_layer, "_kept_frames", lambda *call: None)
+    expected = generated([ours, theirs], **inputs)
+    close([expected[0], *found], 0.02)
+    scores = [torch.stack(result.scores)[..., 3:] for result in (*found, *expected)]
+    apart = (scores[0] - scores[1]).norm() / (scores[2] - scores[1]).norm()
+    assert apart < 0.2  # it is far nearer to the copies' results than those are to float32's
+
+
+def step(model, cache=None, rows=2, length=1, **kwargs):
+    """Returns a step of the first layer with a cache that holds a prompt of 3 tokens, and the cache."""
+    layer = model.model.decoder.layers[0]
+    states = torch.randn(rows, 5, 16, generator=numbers(2))
+    prompt, x = (torch.randn(rows, n, 16, generator=numbers(n)) for n in (3, length))
+    cache = cache or cache_utils.EncoderDecoderCache(cache_utils.DynamicCache(), cache_utils.DynamicCache())
+    with torch.no_grad():
+        layer(prompt, None, states, cache=cache)
+    return layer(x, None, states, cache=cache, **kwargs), cache
+
+
+def both(theirs, ours, act=lambda model: None, grad=False, **kwargs):
+    """Compares the step of both models, after ``act``, and what it leaves in the cache."""
+    found = []
+    for model in (theirs, ours):
+        act(model)
+        with torch.set_grad_enabled(grad):
+            found.append(step(model, **kwargs))
+    (y, kept), (z, kept_of_ours) = found
+    torch.testing.assert_close(z, y, rtol=1e-5, atol=1e-5)
+    for name in ("self_attention_cache", "cross_attention_cache"):
+        for layer in zip(*(getattr(cache, name).layers[:1] for cache in (kept, kept_of_ours)), strict=True):
+            a, b = layer
+            torch.testing.assert_close(b.keys, a.keys, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(b.values, a.values, rtol=1e-5, atol=1e-5)
+
+
+def test_step(tokens):
+    theirs, ours, _ = made("whisper")
+    both(theirs, ours)
+    assert tokens == [2, 2]
+    both(theirs, ours, rows=64)
+    both(theirs, ours, rows=64)
+    both(theirs, ours, rows=65)
+    assert set(tokens) <= {2, 64}
+
+
+def test_two_tokens_or_gradients_run_upstreams(tokens):
+    theirs, ours, _ = made("whisper")
+    both(theirs, ours, length=2)
+    both(theirs, ours, grad=True)
+    both(theirs.train(), ours.train())
+    assert not tokens
+
+
+MASKS = {
+    "bools": torch.tensor([[True, False, True, True], [False, True, True, True]]),
+    "numbers": torch.tensor([[0.0, -1.5, float("-inf"), 0.5], [0.0, 0.0, 0.0, torch.finfo().min]]),
+    "one row": torch.tensor([[True, True, False, True]]),
+    "nothing": torch.tensor([[False, False, False, False], [True, True, True, True]]),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_masks(name, tokens):
+    theirs, ours, _ = made("whisper")
+    found = []
+    for model in (theirs, ours):
+        layer = model.model.decoder.layers[0]
+        states, prompt, x = (torch.randn(2, n, 16, generator=numbers(n)) for n in (4, 3, 1))
+        cache = cache_utils.EncoderDecoderCache(cache_utils.DynamicCache(), cache_utils.DynamicCache())
+        with torch.no_grad():
+            layer(prompt, None, states, cache=cache)
+            mask = MASKS[name][:, None, None]
+            found.append(layer(x, mask, states, encoder_attention_mask=mask.flip(-1), cache=cache))
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+    assert tokens == [2, 2]
+
+
+def test_other_caches(tokens):
+    theirs, ours, inputs = made("whisper")
+    close(generated([theirs, ours], **inputs, cache_implementation="static"))
+    close(generated([theirs, ours], **inputs, use_cache=False))
+    assert not tokens
+
+
+class Doubled(torch.nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def doubled(model):
+    layer, made = model.model.decoder.layers[0], Doubled(16, 16).eval()
+    made.load_state_dict(layer.self_attn.v_proj.state_dict())
+    layer.self_attn.v_proj = made
+
+
+def watched(model):
+    model.model.decoder.layers[0].fc1.register_forward_hook(lambda module, inputs, y: 3 * y)
+
+
+def other_activation(model):
+    model.model.decoder.layers[0].activation_fn = torch.nn.Softplus().eval()
+
+
+def wider(model):
+    layer = model.model.decoder.layers[0]
+    layer.final_layer_norm = torch.nn.Sequential(layer.final_layer_norm, torch.nn.Tanh()).eval()
+
+
+CHANGES = {
+    "a projection": (doubled, "not a plain torch.nn.Linear"),
+    "a hook": (watched, "fc1 has hooks"),
+    "an activation": (other_activation, "Softplus"),
+    "a norm": (wider, "a norm is not"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_changed_parts(name, tokens):
+    """A layer that a user has changed, before its first token or between two, runs upstream's code, and says why."""
+    act, reason = CHANGES[name]
+    theirs, ours, _ = made("whisper")
+    both(theirs, ours)
+    both(theirs, ours, act)
+    assert tokens == [2, 2]
+    (noted,) = fastasr.why(ours).to_dict().values()
+    assert reason in noted
+    theirs, ours, _ = made("whisper")
+    both(theirs, ours, act)
+    assert tokens == [2, 2]
+
+
+def test_weights_change(tokens):
+    """Parameters that are written, in place or by another tensor, count from the next token on."""
+    theirs, ours, _ = made("whisper")
+    both(theirs, ours)
+
+    def written(model):
+        with torch.no_grad():
+            model.model.decoder.layers[0].fc1.weight.mul_(1.5)
+            model.model.decoder.layers[0].encoder_attn_layer_norm.bias.add_(1)
+
+    def replaced(model):
+        layer = model.model.decoder.layers[0]
+        layer.fc2.weight = torch.nn.Parameter(torch.randn(16, 32, generator=numbers(3)))
+
+    both(theirs, ours, written)
+    both(theirs, ours, replaced)
+    assert len(tokens) >= 4
+
+
+def test_autocast(tokens):
+    theirs, ours, _ = made("whisper")
+    with torch.autocast("cpu", torch.bfloat16):
+        found = [step(model)[0] for model in (theirs.requires_grad_(False), ours.requires_grad_(False))]
+    torch.testing.assert_close(found[1].float(), found[0].float(), rtol=0.05, atol=0.05)
+    assert not tokens
+
+
+def test_restored(tokens):
+    theirs, ours, _ = made("whisper")
+    fastasr.restore(ours)
+    both(theirs, ours)
+    assert not tokens
