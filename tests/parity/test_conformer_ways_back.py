@@ -378,7 +378,25 @@ def frames_before_those_of_a_call():
     return beside(ours, theirs, run, "layers.0.self_attn.forward", OTHER_KEYS)
 
 
+def hooked_part_of_a_decoder_layer():
+    ours, theirs, _ = copies("decoders of transformers")
+    caches = pytest.importorskip("transformers.cache_utils")
+    x = torch.linspace(-2, 1, 7 * WIDTH).sin().view(1, 7, WIDTH)
+    for model in (ours, theirs):
+        model.parts[0].fc1.register_forward_hook(lambda module, args, y: 2 * y)
+
+    @torch.no_grad()
+    def run(model):
+        cache = caches.EncoderDecoderCache(caches.DynamicCache(), caches.DynamicCache())
+        for tokens in (x[:, :2], x[:, 2:3]):
+            y = model.parts[0](tokens, None, x, cache=cache)
+        return y
+
+    return beside(ours, theirs, run, "parts.0.forward", "fc1 has hooks")
+
+
 OTHERS = (
+    hooked_part_of_a_decoder_layer,
     frames_before_those_of_a_call,
     hooked_convolution_of_nemo,
     weights_of_wav2vec2,

@@ -61,8 +61,8 @@ def test_parameters_that_are_offloaded(name, after):
         fastasr.accelerate(ours)
     try:
         accelerate.cpu_offload(theirs, execution_device="cpu")
-        outputs(theirs, run)
-    except (RuntimeError, ValueError, NotImplementedError, KeyError) as error:
+        close(outputs(theirs, run), expected, 1e-4)  # openai-whisper's decoder gives zeros
+    except (AssertionError, RuntimeError, ValueError, NotImplementedError, KeyError) as error:
         pytest.skip(f"upstream's model cannot be offloaded: {error}")
     accelerate.cpu_offload(ours, execution_device="cpu")
     if not after:
