@@ -159,6 +159,14 @@ def openai_whisper(frames=24, layers=2):
     return made
 
 
+def openai_whisper_decoder():
+    """The decoder of the same package: its logits."""
+    model = load_openai_whisper().TextDecoder(23, 9, WIDTH, HEADS, 2)
+    torch.nn.init.normal_(model.positional_embedding)
+    tokens, x = torch.tensor([[1, 5, 3], [2, 7, 11]]), torch.randn(2, 6, WIDTH, generator=numbers(1))
+    return model, lambda model: [model(tokens, x)]
+
+
 def nemo_joint(kind="rnnt", name="pytorch", **options):
     """NeMo's fused joint: its loss."""
 
@@ -238,6 +246,7 @@ FAMILIES = {
     "speech2text": speech2text(),
     "speecht5": speecht5(),
     "openai whisper": openai_whisper(),
+    "openai whisper, decoder": openai_whisper_decoder,
     "wav2vec2": wav2vec2("Wav2Vec2", layers=2),
     "wav2vec2 large": wav2vec2("Wav2Vec2", norms=("StableLayerNorm",), layers=2),
     "wav2vec2's copies": wav2vec2(*WAV2VEC2S[1:], norms=("", "StableLayerNorm")),

@@ -58,6 +58,7 @@ NOT_IN_HALF_PRECISION = {
     "speechbrain conformer",
     "emformer stream",
     "openai whisper",
+    "openai whisper, decoder",
 }  # upstream's positions, states or norms are float32
 
 

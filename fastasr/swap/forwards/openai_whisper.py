@@ -45,6 +45,18 @@ def block(
     return x + _mlp(self, self.mlp_ln(x))
 
 
+def decoder(self: Upstream, x: Tensor, xa: Tensor, kv_cache: dict[Any, Tensor] | None = None) -> Tensor:
+    """Serves the decoder: tokens (B, T), the encoder's frames and upstream's cache -> logits (B, T, vocabulary) in
+    float32. The product with the embeddings is most of a token's work in a small model."""
+    first = next(iter(kv_cache.values())).shape[1] if kv_cache else 0
+    y = self.token_embedding(x) + self.positional_embedding[first : first + x.shape[-1]]
+    y = y.to(xa.dtype)
+    for layer in self.blocks:
+        y = layer(y, xa, mask=self.mask, kv_cache=kv_cache)
+    y = self.ln(y)
+    return ops.linear(y, self.token_embedding.weight.to(y.dtype)).float()
+
+
 def _attention_to_frames(attention: Upstream, x: Tensor, frames: Any, cache: Any) -> Tensor:
     beams = len(x) if frames is not None and len(frames) == 1 else 1
     y: Tensor = attention(x if beams == 1 else queries(x, beams), frames, kv_cache=cache)[0]

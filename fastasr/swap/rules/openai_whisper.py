@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules for the layers of the package openai-whisper (whisper/model.py), and for their linear layers."""
+"""Rules for the layers of the package openai-whisper (whisper/model.py), its decoder, and its linear layers."""
 
 from fastasr.swap.forwards import openai_whisper as models
 from fastasr.swap.rule import Known, Rule, Upstream, check_parts, unread_child
@@ -25,6 +25,22 @@ BLOCK = Rule(
     known={"c66cdac0f55d2599e30b1662": _WHISPER},
 )
 
+
+def _decoder_structure(module: Upstream) -> str | None:
+    shapes = {"positional_embedding": module.positional_embedding.shape}
+    return check_parts(module, ("token_embedding", "blocks", "ln"), shapes, buffers=("mask",))
+
+
+DECODER = Rule(
+    name="openai_whisper.decoder",
+    class_name="TextDecoder",
+    forward=models.decoder,
+    structure=_decoder_structure,
+    kernels=("linear",),
+    known={"825b4deb15c2e6bb07140104": _WHISPER},
+    shallow=True,
+)
+
 LINEAR = Rule(
     name="openai_whisper.linear",
     class_name="Linear",
@@ -35,4 +51,4 @@ LINEAR = Rule(
     companion=True,
 )
 
-RULES = (BLOCK, LINEAR)
+RULES = (BLOCK, DECODER, LINEAR)
