@@ -75,6 +75,13 @@ def speechbrain_transformer(lengths=(21, 13, 5), masked=True, **options):
     return made
 
 
+def speechbrain_decoder():
+    module = pytest.importorskip("speechbrain.lobes.models.transformer.Transformer")
+    model = module.TransformerDecoder(2, HEADS, HIDDEN, d_model=WIDTH, dropout=0.1, normalize_before=True)
+    x, states = (torch.randn(3, n, WIDTH, generator=numbers(n)) for n in (5, 9))
+    return model, lambda model: [model(x, states, tgt_mask=module.get_lookahead_mask(x))[0]]
+
+
 def nemo_transformer(lengths=(80, 51, 0), **options):
     def made():
         sizes = {"d_model": 32, "n_heads": HEADS, "n_layers": 2, "ff_expansion": 1.5}
@@ -207,6 +214,7 @@ FAMILIES = {
     "nemo transformer": nemo_transformer(),
     "nemo transformer, causal": nemo_transformer(attn_mode="causal", qk_norm=True, qkv_bias=True),
     "speechbrain transformer": speechbrain_transformer(),
+    "speechbrain decoder": speechbrain_decoder,
     "nemo joint": nemo_joint(),
     "fireredasr": firered(),
     "funasr": funasr(),

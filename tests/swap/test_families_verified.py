@@ -56,6 +56,7 @@ def test_a_mask_that_is_added_has_no_gradient(make, dtype):
 
 NOT_IN_HALF_PRECISION = {
     "speechbrain conformer",
+    "speechbrain decoder",
     "emformer stream",
     "openai whisper",
     "openai whisper, decoder",

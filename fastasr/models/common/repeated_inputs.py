@@ -49,7 +49,7 @@ def result(layer: Any, x: Tensor, find: Callable[[Any, Tensor], Tensor]) -> Tens
         return find(layer, x)
     parameters = [*filter(torch.is_tensor, (layer.weight, layer.bias))]
     form = layer.weight.dtype, _dispatch.forced_backend(), _reduced_weights.of(x, layer.weight)
-    return _of(layer, x, parameters, form, partial(find, layer))
+    return of(layer, x, parameters, form, partial(find, layer))
 
 
 def without_copies(module: torch.nn.Module, x: Tensor) -> tuple[int, Tensor]:
@@ -59,7 +59,7 @@ def without_copies(module: torch.nn.Module, x: Tensor) -> tuple[int, Tensor]:
         return 1, x
     if x.stride(0) == 0:
         return len(x), x[:1]
-    n, rows = _of(module, x, [], (), _first_rows, otherwise=lambda _: (1, None))
+    n, rows = of(module, x, [], (), _first_rows, otherwise=lambda _: (1, None))
     return n, x if rows is None else rows
 
 
@@ -69,7 +69,7 @@ def _first_rows(x: Tensor) -> tuple[int, Tensor | None]:
     return n, None if n == 1 else _gemm.owned(x[::n])
 
 
-def _of(
+def of(
     place: torch.nn.Module,
     x: Tensor,
     parameters: list[Tensor],

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rules for SpeechBrain's Conformer and Transformer (speechbrain/lobes/models/transformer)."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from torch import nn
 
 from fastasr.swap.forwards import speechbrain as models
-from fastasr.swap.forwards import torch_attention
-from fastasr.swap.rule import Known, Upstream, check_parts, check_sequence, holds, unread_child
+from fastasr.swap.forwards import speechbrain_decoder, torch_attention
+from fastasr.swap.rule import Known, Rule, Upstream, check_parts, check_sequence, holds, unread_child
 from fastasr.swap.rules.conformer import attention_rule, feed_forward_rule, norm_convolution_rule
 
 _SPEECHBRAIN = Known("speechbrain 1.1.2")
@@ -75,4 +76,32 @@ FEED_FORWARD = feed_forward_rule(
     known={"4d170277bea5bfc5641e7f74": _SPEECHBRAIN},
 )
 
-RULES = (ATTENTION, PLAIN_ATTENTION, CONVOLUTION, FEED_FORWARD)
+
+def _decoder_code(module: Upstream) -> list[Callable]:
+    layer = module.layers[0]
+    return [type(part).forward for part in (module, layer, layer.self_attn)]
+
+
+def _decoder_structure(module: Upstream) -> str | None:
+    reason = check_parts(module, ("layers", "norm"))
+    kinds = {
+        type(part).__name__ for layer in module.layers for part in (layer.self_attn, layer.multihead_attn)
+    }
+    return reason or (
+        None if kinds == {"MultiheadAttention"} else f"its attention is {', '.join(sorted(kinds))}"
+    )
+
+
+DECODER = Rule(
+    name="speechbrain.decoder",
+    class_name="TransformerDecoder",
+    forward=speechbrain_decoder.decoder,
+    structure=_decoder_structure,
+    kernels=("linear",),
+    functions=_decoder_code,
+    known={"490c0e05f2686e0d3422a9af": _SPEECHBRAIN},
+    shallow=True,
+    note="in a search on a CPU each step computes its own tokens alone, else upstream's code",
+)
+
+RULES = (ATTENTION, PLAIN_ATTENTION, CONVOLUTION, FEED_FORWARD, DECODER)
