@@ -23,7 +23,7 @@ FRAMEWORKS = (
     ("torchaudio", "torchaudio.md", ("torchaudio.",)),
     ("openai-whisper", "openai_whisper.md", ("openai_whisper.",)),
     ("ESPnet", "espnet.md", ("espnet.",)),
-    ("icefall and the PyPI package `zipformer`", "icefall.md", ("zipformer.", "icefall.")),
+    ("icefall and the PyPI package `zipformer`", "icefall.md", ("zipformer.",)),
     ("torch, beside a class above", "../swap.md#what-is-replaced", ("torch.",)),
 )
 

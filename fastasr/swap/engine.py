@@ -53,7 +53,11 @@ class Decision:
     later: "Decision | None" = None
 
 
+# the frameworks that have rules, and packages with other names than their framework's rules
+_FRAMEWORKS = {rule.name.partition(".")[0] for family in FAMILIES for rule in family}
+_OTHER_NAMES = {"espnet2": "espnet", "whisper": "openai_whisper"}
 _CONTAINER = "container: see its submodules"
+_ALONE = "is replaced only beside other classes, which this model lacks"
 _NO_RULE = "no rule for this class"
 # why the calls of an encoder are not recorded that gets frames without padding
 _RAGGED = "it runs without padding, in another shape at every call"
@@ -393,7 +397,7 @@ def _plan(
         unbound = binding.bound_forward(module) is None
         if rule is not None and unbound and rule.companion and rule not in companions:
             if fits:
-                decision = Decision(rule, False, "no other module of this model is of a family with it")
+                decision = Decision(rule, False, _ALONE)
             elif rule.known is None and rule is not LINEAR:  # a class of torch's, which few families list
                 decision = Decision(None, False, _NO_RULE)
         elif rule is not None and unbound and fits:
@@ -433,7 +437,7 @@ def _rule_for(module: nn.Module) -> Rule | None:
         for family in FAMILIES
         for rule in family
         if (bound in rule.forwards and (bound is not rule.replay_part or rule.class_name in names))
-        or (bound is None and rule.class_name in names)
+        or (bound is None and rule.class_name in names and _may_be(rule, module))
     )
     if len(rules) < 2:
         return next(iter(rules), None)
@@ -446,6 +450,21 @@ def _rule_for(module: nn.Module) -> Rule | None:
             rule.asked(rule.structure, module) is None,
         ),
     )
+
+
+def _may_be(rule: Rule, module: nn.Module) -> bool:
+    """Says whether a class with the name of the rule's can be this class. A class of another framework that has rules
+    is one only if it has the same code, and torch's classes are nowhere but in torch."""
+    if rule.forward is None:
+        return True
+    framework = rule.name.partition(".")[0]
+    homes = {
+        cls.__module__.partition(".")[0] for cls in type(module).__mro__ if cls.__name__ == rule.class_name
+    }
+    homes = {_OTHER_NAMES.get(home, home) for home in homes}
+    if rule.known is None or framework in homes:
+        return framework in homes
+    return not homes <= _FRAMEWORKS or rule.asked(lambda m: _recognise(rule, m).apply, module) is True
 
 
 def _why_not(module: nn.Module, rule: Rule) -> str | None:

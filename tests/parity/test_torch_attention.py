@@ -84,7 +84,7 @@ def test_attention_elsewhere_is_left_alone():
     model, _ = families.make("torchaudio wavlm")
     rows = fastasr.accelerate(model).skipped
     reasons = {row.reason for row in rows if row.class_name == "MultiheadAttention"}
-    assert reasons == {"no other module of this model is of a family with it"}
+    assert reasons == {"is replaced only beside other classes, which this model lacks"}
 
 
 @pytest.mark.parametrize("weights", [True, False])

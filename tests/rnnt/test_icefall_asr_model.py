@@ -24,5 +24,5 @@ def test_ragged_labels_give_the_losses_of_lists():
 @icefall_checkout.needed
 def test_the_recipes_model_both_ways():
     status, rule, error = icefall_checkout.printed(__file__, "icefall_loss.py").split()
-    assert (status, rule) == ("replaced", "icefall.asr_model")
+    assert (status, rule) == ("replaced", "zipformer.asr_model")
     assert float(error) < 1e-5

@@ -639,7 +639,7 @@ def test_every_rule_has_a_model():
 
 # Checkouts of icefall and ZipVoice have some, and one is no framework's.
 NOT_INSTALLED = {
-    "icefall.asr_model",
+    "zipformer.asr_model",
     "recorded.FastConformerEncoder",
     "recorded.TTSZipformer",
     "recorded.TTSZipformerTwoStream",

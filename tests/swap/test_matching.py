@@ -5,6 +5,7 @@ import ast
 import inspect
 import random
 
+import families
 import pytest
 import torch
 from steps import close, seeded
@@ -346,11 +347,38 @@ def test_an_unrelated_class_of_the_same_name():
     assert "lacks an attribute of upstream's BiasNorm" in _reason(BiasNorm())
 
 
+loaded = families.without_init
+# classes of one framework with the names of another's, or of torch's
+NAMESAKES = {
+    "linear layer": lambda: loaded("speechbrain.nnet.linear").Linear(3, input_size=4),
+    "feed-forward": lambda: loaded("fireredasr.models.module.transformer_decoder").PositionwiseFeedForward(
+        4, 8
+    ),
+    "front end": lambda: loaded("fireredasr.models.module.conformer_encoder").Conv2dSubsampling(20, 4),
+    "joint": lambda: loaded("gigaam.decoder").RNNTJoint(4, 5, 6, 7),
+    "attention": lambda: families.load_openai_whisper().MultiHeadAttention(4, 2),
+}
+
+
+@pytest.mark.parametrize("name", NAMESAKES)
+def test_namesakes_of_other_frameworks(name):
+    """They have no rule: the report does not tell how they differ from the other framework's class."""
+    assert _reason(NAMESAKES[name]()) == "container: see its submodules"
+
+
+def test_copies_in_other_frameworks():
+    """FunASR has ESPnet's code of this class."""
+    home = loaded("funasr.models.transformer.positionwise_feed_forward")
+    feed_forward = home.PositionwiseFeedForward(4, 8, 0.1)
+    row = fastasr.accelerate(feed_forward)[""]
+    assert (row.status, row.rule) == ("replaced", "espnet.positionwise_feed_forward")
+
+
 def test_linear_alone_is_left_alone_and_subclasses_too(norm):
     class Adapted(torch.nn.Linear):
         pass
 
-    assert _reason(torch.nn.Linear(3, 3)) == "no other module of this model is of a family with it"
+    assert _reason(torch.nn.Linear(3, 3)) == "is replaced only beside other classes, which this model lacks"
     report = fastasr.accelerate(torch.nn.Sequential(norm, Adapted(3, 3), torch.nn.Linear(3, 3)))
     assert "is a subclass of torch.nn.Linear" in report["1"].reason
     assert report["2"].status == "replaced"

@@ -69,7 +69,7 @@ ASR_MODEL = Rule(
 
 ICEFALL_MODEL = replace(
     ASR_MODEL,
-    name="icefall.asr_model",
+    name="zipformer.asr_model",
     methods=(("forward_transducer", _ragged),),
     known=dict.fromkeys(  # they spell the context that switches autocast off in three ways
         ("e96fa3faa8136d8968ff0a10", "109e3b3e7e2493302adfe928", "a6b7d6cb864a8e34e22de525"), ICEFALL
