@@ -109,7 +109,9 @@ def test_speechbrain(kind, weights):
             y = model.layers[0].self_att(x, x, x, return_attn_weights=weights, **given)
         found.append(y[0] if weights else y)
     torch.testing.assert_close(*found, rtol=1e-10, atol=1e-10, equal_nan=True)
-    assert bool(fastasr.why(ours).to_dict()) == (kind in ("pairs", "positions"))
+    left = fastasr.why(ours).to_dict()
+    assert bool(left) == (kind in ("pairs", "positions"))
+    assert all("a mask of pairs of frames, as that of a decoder" in reason for reason in left.values())
 
 
 def test_a_decoder_of_speechbrain():

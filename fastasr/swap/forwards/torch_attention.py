@@ -15,6 +15,10 @@ from fastasr.swap.forwards.beams import keeps_copies, queries, rows
 from fastasr.swap.forwards.common import has_other_keys, is_mask
 from fastasr.swap.rule import Upstream
 
+PAIRS = (
+    "a mask of pairs of frames, as that of a decoder's attention to its own tokens, or positions as a mask"
+)
+
 
 def multihead_attention(
     self: Upstream,
@@ -63,9 +67,11 @@ def speechbrain_attention(
             return found
     y, attention = None, self.att
     if not has_other_keys(self, query, key, value):
-        fits = attn_mask is None and pos_embs is None and is_plain(attention, torch.nn.MultiheadAttention)
-        fits = fits and why_not(attention) is None and not attention.batch_first
-        y = _attended(self, attention, query, key_padding_mask, None, None if fits else OTHER)
+        fits = is_plain(attention, torch.nn.MultiheadAttention) and not attention.batch_first
+        reason = None if fits and why_not(attention) is None else OTHER
+        if attn_mask is not None or pos_embs is not None:
+            reason = PAIRS
+        y = _attended(self, attention, query, key_padding_mask, None, reason)
     if y is None:
         masks = attn_mask, key_padding_mask, return_attn_weights
         return type(self).forward(self, query, key, value, *masks, pos_embs)
