@@ -145,15 +145,19 @@ MASKS = {
     "bools": torch.tensor([[True, False, True, True], [False, True, True, True]]),
     "numbers": torch.tensor([[0.0, -1.5, float("-inf"), 0.5], [0.0, 0.0, 0.0, torch.finfo().min]]),
     "one row": torch.tensor([[True, True, False, True]]),
-    "nothing": torch.tensor([[False, False, False, False], [True, True, True, True]]),
+    "no bools": torch.tensor([[False, False, False, False], [True, True, True, True]]),
+    "no numbers": torch.tensor([[float("-inf")] * 4, [0.0] * 4]),
 }
 
 
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", MASKS)
-def test_masks(name, tokens):
+def test_masks(name, implementation, tokens):
+    """``eager`` adds bools as numbers, and gives NaN to a query that sees no key."""
     theirs, ours, _ = made("whisper")
     found = []
     for model in (theirs, ours):
+        model.set_attn_implementation(implementation)
         layer = model.model.decoder.layers[0]
         states, prompt, x = (torch.randn(2, n, 16, generator=numbers(n)) for n in (4, 3, 1))
         cache = cache_utils.EncoderDecoderCache(cache_utils.DynamicCache(), cache_utils.DynamicCache())
@@ -161,8 +165,50 @@ def test_masks(name, tokens):
             layer(prompt, None, states, cache=cache)
             mask = MASKS[name][:, None, None]
             found.append(layer(x, mask, states, encoder_attention_mask=mask.flip(-1), cache=cache))
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5, equal_nan=True)
+    by_upstream = implementation == "eager" and name != "numbers"
+    assert tokens == ([] if by_upstream else [2, 2])
+
+
+def other_tokens(cache):
+    cache.self_attention_cache = cache_utils.DynamicCache()
+
+
+def static_tokens(cache):
+    kept, cache.self_attention_cache = cache.self_attention_cache, cache_utils.DynamicCache()
+    cache.self_attention_cache.layers = [Shifted(*kept.layers[:1])]
+
+
+class Shifted(cache_utils.DynamicLayer):
+    """A layer of a user, which reads what it has otherwise."""
+
+    def __init__(self, kept):
+        super().__init__()
+        vars(self).update(vars(kept))
+
+    def update(self, *states, **kwargs):
+        keys, values = super().update(*states, **kwargs)
+        return keys + 1, values
+
+
+def wanting_gradients(cache):
+    layer = cache.cross_attention_cache.layers[0]
+    layer.values = layer.values.detach().requires_grad_()
+
+
+@pytest.mark.parametrize("change", [other_tokens, static_tokens, wanting_gradients])
+def test_changed_caches(change, tokens):
+    found = []
+    for model in made("whisper")[:2]:
+        _, cache = step(model.requires_grad_(False))
+        tokens.clear()
+        change(cache)
+        layer = model.model.decoder.layers[0]
+        states, x = (torch.randn(2, n, 16, generator=numbers(n)) for n in (5, 1))
+        found.append(layer(x, None, states, cache=cache))
+        assert found[-1].requires_grad == (change is wanting_gradients)
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
-    assert tokens == [2, 2]
+    assert not tokens
 
 
 def test_other_caches(tokens):

@@ -130,7 +130,8 @@ def _kept_frames(
         return None
     if any(value is not None and value is not False for name, value in given.items() if name not in _UNREAD):
         return None
-    own, of_frames = cache.self_attention_cache.layers[index], held.layers[index]
+    tokens, of_frames = cache.self_attention_cache, held.layers[index]
+    own: Any = tokens.layers[index] if index < len(tokens.layers) else None
     shared = isinstance(of_frames, SharedRows)
     if type(own).__name__ != "DynamicLayer" or not (shared or type(of_frames).__name__ == "DynamicLayer"):
         return None
@@ -138,22 +139,41 @@ def _kept_frames(
         map(of_frames.held.get, ("keys", "values")) if shared else (of_frames.keys, of_frames.values)
     )
     beams = of_frames.beams if shared else 1
-    if keys is None or keys.dtype is not torch.float32 or beams > layer_products.FEW_ROWS:
+    if not all(map(_is_read, (own.keys, own.values, keys, values))) or keys.shape != values.shape:
         return None
-    seen = own.get_seq_length() + 1, keys.shape[2]
-    if len(keys) * beams != rows or not all(map(partial(_is_mask, rows), masks, seen)):
+    seen, name = (own.get_seq_length() + 1, keys.shape[2]), implementation(self.self_attn.config)
+    fits = len(keys) * beams == rows and beams <= layer_products.FEW_ROWS
+    if not fits or not all(map(partial(_is_mask, name, rows), masks, seen)):
         return None
-    served = implementation(self.self_attn.config) in STANDARD and not held.offloading
-    if not served or not may_call(self, hidden_states, self.self_attn.q_proj.weight):
+    plain = name in STANDARD and type(tokens).__name__ == "DynamicCache"
+    if (
+        not plain
+        or tokens.offloading
+        or held.offloading
+        or not may_call(self, hidden_states, self.self_attn.q_proj.weight)
+    ):
         return None
     return keys, values, *masks
 
 
-def _is_mask(rows: int, mask: Any, keys: int) -> bool:
+def _is_read(t: Any) -> bool:
+    """Says whether the native calls read this tensor: it is in float32 on the CPU, and wants no gradients."""
+    plain = (
+        type(t) is Tensor and t.dtype is torch.float32 and t.is_cpu and t.numel() > 0 and t.stride(-1) == 1
+    )
+    return plain and not (torch.is_grad_enabled() and t.requires_grad)
+
+
+def _is_mask(implementation: str | None, rows: int, mask: Any, keys: int) -> bool:
+    """Says whether the native calls do with a mask what this implementation of attention does. All but sdpa add the
+    numbers of bools, and give NaN to a query that sees no key."""
     if mask is None:
         return True
-    shapes = (rows, 1, 1, keys), (1, 1, 1, keys)
-    return isinstance(mask, Tensor) and mask.shape in shapes and mask.dtype in (torch.bool, torch.float32)
+    if not isinstance(mask, Tensor) or mask.shape not in ((rows, 1, 1, keys), (1, 1, 1, keys)):
+        return False
+    if implementation == "sdpa" and mask.dtype is torch.bool:
+        return True
+    return _is_read(mask) and (implementation == "sdpa" or bool((mask > -torch.inf).any(-1).all()))
 
 
 class _Step(PackedLayer[Upstream]):
