@@ -203,9 +203,10 @@ class _Step(PackedLayer[Upstream]):
         name = fused_name(parts[names.activation])
         if name is None:
             return f"its activation is {type(parts[names.activation]).__name__}"
-        gated = type(layer).__name__ in _ROTARY
+        kind = upstream_class(layer)
+        gated = kind.__name__ in _ROTARY
         self._numbers = width // own.head_dim, self._linears[7].in_features, _activation.NUMBERS[name], gated
-        self._rotate = sys.modules[type(layer).__module__].apply_rotary_pos_emb if gated else None
+        self._rotate = sys.modules[kind.__module__].apply_rotary_pos_emb if gated else None
         self._scales = [float(own.scaling), float(frames.scaling)]
         return ""
 
