@@ -196,7 +196,42 @@ def wanting_gradients(cache):
     layer.values = layer.values.detach().requires_grad_()
 
 
-@pytest.mark.parametrize("change", [other_tokens, static_tokens, wanting_gradients])
+class Doubling(cache_utils.DynamicCache):
+    def update(self, *args, **kwargs):
+        return [2 * t for t in super().update(*args, **kwargs)]
+
+
+def doubled_tokens(cache):
+    kept, cache.self_attention_cache = cache.self_attention_cache, Doubling()
+    cache.self_attention_cache.layers = kept.layers
+
+
+def no_tokens(cache):
+    cache.self_attention_cache.crop(-cache.get_seq_length())
+
+
+def spread_channels(cache):
+    layer = cache.cross_attention_cache.layers[0]
+    layer.keys = layer.keys.mT.contiguous().mT
+
+
+def no_frames(cache):
+    layer = cache.cross_attention_cache.layers[0]
+    layer.keys, layer.values = layer.keys[:, :, :0], layer.values[:, :, :0]
+
+
+CHANGED_CACHES = (
+    other_tokens,
+    static_tokens,
+    wanting_gradients,
+    doubled_tokens,
+    no_tokens,
+    spread_channels,
+    no_frames,
+)
+
+
+@pytest.mark.parametrize("change", CHANGED_CACHES)
 def test_changed_caches(change, tokens):
     found = []
     for model in made("whisper")[:2]:
