@@ -89,6 +89,7 @@ def _peers(
             given = folder, kind, torch.get_num_threads(), features.numpy(), beams, tokens
             process = SPAWN.Process(target=_serve, args=(theirs, *given), daemon=True)
             process.start()
+            theirs.close()  # If the process ends, reading its answer raises EOFError.
             stack.callback(process.kill)
             ours.recv()
             calls[name] = partial(_asked, ours)
