@@ -46,7 +46,9 @@ class _Search:
     def __init__(self, layers: Any, frames: Tensor, padding: Tensor | None) -> None:
         self.padding = None if padding is None else padding.clone()
         self.beams = repeated_inputs.equal_rows(frames) if len(frames) > 1 else 1
-        if padding is not None and not torch.equal(padding, _spread(padding[:: self.beams], self.beams)):
+        if padding is not None and not torch.equal(
+            padding, padding[:: self.beams].repeat_interleave(self.beams, 0)
+        ):
             self.beams = 1
         attentions = [layer.multihead_attn.att for layer in layers]
         self.keys = [_projected(a, frames[:: self.beams], a.embed_dim) for a in attentions]
@@ -138,9 +140,10 @@ def _search(self: Upstream, memory: Tensor, padding: Tensor | None) -> _Search |
     search: _Search | None = repeated_inputs.of(
         self, memory, [*self.parameters()], (), find, lambda frames: None
     )
-    if search is None or (padding is None) != (search.padding is None):
+    if search is None:
         return None
-    same = padding is None or (search.padding is not None and torch.equal(padding, search.padding))
+    kept = search.padding
+    same = padding is kept if padding is None or kept is None else torch.equal(padding, kept)
     return search if same else None
 
 
@@ -203,7 +206,3 @@ def _attended(
     weights = scores.softmax(-1)
     y = (weights @ v).transpose(1, 2).flatten(2)
     return ops.linear(y, attention.out_proj.weight, attention.out_proj.bias), weights.mean(1)
-
-
-def _spread(t: Tensor, beams: int) -> Tensor:
-    return t.repeat_interleave(beams, 0)
