@@ -94,6 +94,16 @@ def cohere_asr():
     return _package().CohereAsrForConditionalGeneration(config), batch(64, 64, 24)
 
 
+def speechbrain_recogniser(tokens, width, inputs=None, layers=2, first=True):
+    """SpeechBrain's Transformer with its output layer, for frames of ``inputs`` channels. ``first``: norms come before
+    the blocks."""
+    home = pytest.importorskip("speechbrain.lobes.models.transformer.TransformerASR")
+    last = pytest.importorskip("speechbrain.nnet.linear").Linear(tokens, input_size=width)
+    sizes = {"d_model": width, "nhead": 2, "num_encoder_layers": 1, "num_decoder_layers": layers, "d_ffn": 32}
+    asr = home.TransformerASR(tokens, inputs or width, **sizes, normalize_before=first, causal=False)
+    return torch.nn.ModuleList((asr, last))
+
+
 MAKERS = {f.__name__: f for f in (whisper, speech2text, moonshine, moonshine_streaming, canary, cohere_asr)}
 MAKERS |= {"seamless": seamless, "seamless v2": lambda: seamless("v2")}
 

@@ -9,6 +9,7 @@ import nemo_encoder
 import pytest
 import torch
 from steps import moved, numbers, seeded
+from tiny_decoders import speechbrain_recogniser
 
 import fastasr
 from fastasr.models.common import linear, repeated_inputs
@@ -83,12 +84,8 @@ def espnet(kind):
 
 
 def speechbrain():
-    home = pytest.importorskip("speechbrain.lobes.models.transformer.TransformerASR")
+    theirs, ours = copies(speechbrain_recogniser(TOKENS, WIDTH))
     searches = pytest.importorskip("speechbrain.decoders.seq2seq")
-    sizes = {"d_model": WIDTH, "nhead": HEADS, "num_encoder_layers": 1, "num_decoder_layers": 2, "d_ffn": 32}
-    model = home.TransformerASR(TOKENS, WIDTH, **sizes, normalize_before=True, causal=False)
-    last = pytest.importorskip("speechbrain.nnet.linear").Linear(TOKENS, input_size=WIDTH)
-    theirs, ours = copies(torch.nn.ModuleList((model, last)))
     theirs.float(), ours.float()  # upstream's mask is in float32
 
     def search(model):

@@ -6,6 +6,7 @@ import copy
 import pytest
 import torch
 from steps import moved, numbers, seeded
+from tiny_decoders import speechbrain_recogniser
 
 import fastasr
 from fastasr.swap.forwards import speechbrain_decoder
@@ -16,12 +17,6 @@ WIDTH, TOKENS, FRAMES = 16, 19, 9
 def speechbrain(name):
     """Returns a module of the package. Imported with this file, its lazy parts would be there for other tests."""
     return pytest.importorskip(f"speechbrain.{name}")
-
-
-def recogniser(**options):
-    sizes = {"nhead": 2, "num_encoder_layers": 1, "num_decoder_layers": 2, "d_ffn": 32, "causal": False}
-    home = speechbrain("lobes.models.transformer.TransformerASR")
-    return home.TransformerASR(TOKENS, WIDTH, WIDTH, **sizes, **options)
 
 
 def lookahead_mask(x):
@@ -45,8 +40,7 @@ def steps(monkeypatch):
 def made(first=True):
     """Returns upstream's recogniser with its last layer, and a swapped copy."""
     seeded(f"speechbrain decoder {first}")
-    last = speechbrain("nnet.linear").Linear(TOKENS, input_size=WIDTH)
-    theirs = moved(torch.nn.ModuleList((recogniser(normalize_before=first), last)), 0.3).eval()
+    theirs = moved(speechbrain_recogniser(TOKENS, WIDTH, first=first), 0.3).eval()
     ours = copy.deepcopy(theirs)
     fastasr.accelerate(ours)
     return theirs, ours

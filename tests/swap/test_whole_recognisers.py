@@ -10,6 +10,7 @@ import pytest
 import torch
 from steps import moved, numbers, seeded
 from tiny_conformers import nemo_conformer, with_position_biases
+from tiny_decoders import speechbrain_recogniser
 
 import fastasr
 
@@ -57,11 +58,8 @@ def espnet():
 
 
 def speechbrain():
-    home = pytest.importorskip("speechbrain.lobes.models.transformer.TransformerASR")
+    model, last = speechbrain_recogniser(TOKENS, WIDTH, MELS, layers=1)
     searches = pytest.importorskip("speechbrain.decoders.seq2seq")
-    sizes = {"d_model": WIDTH, "nhead": HEADS, "num_encoder_layers": 1, "num_decoder_layers": 1, "d_ffn": 32}
-    model = home.TransformerASR(TOKENS, MELS, **sizes, normalize_before=True, causal=False)
-    last = pytest.importorskip("speechbrain.nnet.linear").Linear(TOKENS, input_size=WIDTH)
     searcher = searches.S2STransformerBeamSearcher(
         [model, last], 1.0, bos_index=1, eos_index=2, min_decode_ratio=0.1, max_decode_ratio=0.2, beam_size=4
     )
