@@ -34,7 +34,7 @@ from tiny_conformers import (
     w2v_bert,
     with_position_biases,
 )
-from tiny_decoders import decoder_layers, projecting_attentions
+from tiny_decoders import decoder_layers, projecting_layers
 from tiny_espnet import PLAIN_ATTENTION, e_branchformer, espnet_front_ends, espnet_transformer, mega
 from tiny_parakeet import STILL, lasr, nemotron, parakeet, parakeet_transducer
 from tiny_torchaudio import LARGE, emformer, emformer_rnnt, torchaudio_wav2vec2
@@ -271,7 +271,7 @@ FAMILIES = {
     "moonshine streaming": moonshine_streaming(),
     "voxtral realtime": voxtral_realtime(),
     "decoders of transformers": decoder_layers,
-    "decoders that project": projecting_attentions,
+    "decoders that project": projecting_layers,
     "nemotron transcribe": nemotron_encoder(),
     "nemotron diarization": nemotron_encoder("Nemotron3Diarization", "nemotron3_diarization"),
     "mimi": mimi(),

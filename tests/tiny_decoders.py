@@ -113,24 +113,28 @@ PLACES |= dict.fromkeys(("seamless", "seamless v2"), "text_decoder.layers.0")
 
 
 class Decoders(torch.nn.Module):
-    """Layers of several decoders, or their attention, with the same frames. Their outputs lie one behind the other."""
+    """Layers of several decoders with the same frames. Their outputs lie one behind the other."""
 
     def __init__(self, parts):
         super().__init__()
         self.parts = torch.nn.ModuleList(parts)
 
     def forward(self, x, states):
-        found = []
-        for part in self.parts:
-            if hasattr(part, "self_attn"):
-                angles = torch.linspace(0, 2, x.shape[1] * 4, dtype=x.dtype).view(1, -1, 4)
-                rotary = type(part).__name__.startswith("Moonshine")
-                more = {"position_embeddings": (angles.cos(), angles.sin())} if rotary else {}
-                y = part(x, encoder_hidden_states=states, **more)
-            else:
-                y = part(x, states, states, None)
-            found.append(y[0] if isinstance(y, tuple) else y)
-        return torch.cat(found, 1)
+        found = [_of_layer(part, x, states) for part in self.parts]
+        return torch.cat([y[0] if isinstance(y, tuple) else y for y in found], 1)
+
+
+def _of_layer(layer, x, states):
+    if hasattr(layer, "first_sub_layer"):  # NeMo's
+        return layer(x, None, x, states, None)
+    if hasattr(layer, "src_attn"):  # ESPnet's
+        return layer(x, None, states, None)
+    if hasattr(layer, "self_attn_norm"):  # FireRedASR's
+        return layer(x, states, None, None)
+    angles = torch.linspace(0, 2, x.shape[1] * 4, dtype=x.dtype).view(1, -1, 4)
+    rotary = type(layer).__name__.startswith("Moonshine")
+    more = {"position_embeddings": (angles.cos(), angles.sin())} if rotary else {}
+    return layer(x, encoder_hidden_states=states, **more)
 
 
 def _called(parts):
@@ -143,12 +147,25 @@ def decoder_layers():
     return _called([MAKERS[name]()[0].get_submodule(path) for name, path in PLACES.items()])
 
 
-def projecting_attentions():
-    """FireRedASR's and NeMo's, whose searches project the frames at every step."""
-    firered = pytest.importorskip("fireredasr.models.module.transformer_decoder")
-    _, nemo, _ = nemo_encoder.load_decoder()
-    parts = (
-        firered.DecoderMultiHeadAttention(WIDTH, HEADS),
-        nemo.MultiHeadAttention(WIDTH, HEADS, 0.1, 0.1, True),
-    )
-    return _called(parts)
+def espnet_layer(width=WIDTH):
+    home = pytest.importorskip("espnet2.asr.decoder.transformer_decoder")
+    sizes = {"attention_heads": HEADS, "linear_units": 2 * width, "num_blocks": 1}
+    return home.TransformerDecoder(9, width, **sizes).decoders[0]
+
+
+def firered_layer(width=WIDTH):
+    home = pytest.importorskip("fireredasr.models.module.transformer_decoder")
+    return home.DecoderLayer(width, HEADS, 0.1)
+
+
+def nemo_layer(width=WIDTH):
+    decoders = nemo_encoder.load_decoder()[0]
+    return decoders.TransformerDecoderBlock(width, 2 * width, HEADS, 0.1, 0.1, 0.1, pre_ln=True)
+
+
+PROJECTING = {"espnet": espnet_layer, "fireredasr": firered_layer, "nemo": nemo_layer}
+
+
+def projecting_layers():
+    """Those whose searches project the frames, and earlier tokens, at every step."""
+    return _called([make() for make in PROJECTING.values()])

@@ -10,9 +10,9 @@
 #include "cpu/rows/add_norm.h"
 #include "cpu/rows/norm_activation.h"
 
-// One token of each hypothesis through a layer of a Transformer's decoder in inference, in float32. Norms come before
-// the blocks:
-//   x + attention(norm(x), earlier tokens), then + attention(norm, an encoder's frames), then + feed_forward(norm).
+// One token of each hypothesis through a layer of a Transformer's decoder in inference, in float32:
+//   x + attention(norm(x), earlier tokens), then + attention(norm, an encoder's frames), then + feed_forward(norm),
+// or, where norms come behind the blocks, norm(x + attention(x, earlier tokens)) and so on.
 // Between the two operators the caller appends keys and values to its cache. The hypotheses of one recording read its
 // frames once.
 namespace fastasr::bindings::decoder_layer {
@@ -74,18 +74,22 @@ Optional added_to_scores(const Optional& mask, int64_t rows, int64_t keys) {
 }
 
 // Returns the attention (R, 1, width) of queries (R, 1, width) to keys and values (B, heads, K, width / heads), where
-// R is a multiple of B.
+// R is a multiple of B. weights: gets its weights (R, heads, 1, K), if not null.
 Tensor attention(const Tensor& q, const Tensor& keys, const Tensor& values, const Optional& mask, int64_t heads,
-                 double scale) {
+                 double scale, Tensors* weights) {
   const int64_t rows = q.size(0), width = q.size(2), batch = keys.dim() == 4 ? keys.size(0) : 0;
   check(batch > 0 && rows % batch == 0 && heads > 0 && width % heads == 0, kOp, "keys and hypotheses");
-  check(rows / batch <= cpu::kFewRows, kOp, "at most ", cpu::kFewRows, " hypotheses of a recording");
   const int64_t dim = width / heads, count = keys.size(2);
   for (const Tensor* t : {&keys, &values})
     check(t->is_cpu() && dtype_of(*t) == ScalarType::Float && has_sizes(*t, {batch, heads, count, dim}) && count > 0 &&
               (dim == 1 || t->stride(3) == 1),
           kOp, "keys or values");
   const Tensor y = new_pooled_like(q);
+  float* wp = nullptr;
+  if (weights) {
+    weights->push_back(new_contiguous(q, {rows, heads, 1, count}));
+    wp = mutable_data<float>(weights->back());
+  }
   const int64_t beams = rows / batch;
   const Optional added = added_to_scores(mask, rows, count);
   const float* const mp = data_or_null<float>(added);
@@ -101,33 +105,39 @@ Tensor attention(const Tensor& q, const Tensor& keys, const Tensor& values, cons
                       values.stride(2),
                       nullptr,
                       width,
-                      beams,
+                      std::min(beams, cpu::kFewRows),
                       count,
                       dim,
                       dim,
                       static_cast<float>(scale),
                       nullptr,
-                      mask_row};
+                      mask_row,
+                      nullptr,
+                      heads * count};
     const Scratch<float> scratch(a.scratch());
     for (int64_t i = begin; i < end; i++) {
-      const int64_t b = i / heads, head = i % heads, at = b * beams * width + head * dim;
-      a.q = qp + at, a.y = yp + at;
-      if (mp) a.mask = mp + b * beams * mask_row;
+      const int64_t b = i / heads, head = i % heads;
       a.k = kp + b * keys.stride(0) + head * keys.stride(1);
       a.v = vp + b * values.stride(0) + head * values.stride(1);
-      cpu::kernels<cpu::FewQueriesKernels>().attend(a, scratch.data());
+      for (int64_t row = b * beams; row < (b + 1) * beams; row += a.queries) {
+        a.queries = std::min((b + 1) * beams - row, cpu::kFewRows);
+        a.q = qp + row * width + head * dim, a.y = yp + row * width + head * dim;
+        if (mp) a.mask = mp + row * mask_row;
+        if (wp) a.weights = wp + (row * heads + head) * count;
+        cpu::kernels<cpu::FewQueriesKernels>().attend(a, scratch.data());
+      }
     }
   });
   return y;
 }
 
-// Returns the queries, keys and values (R, 1, width) of x (R, 1, width). norm: weight and bias. weights, biases and
-// ways: those of queries, keys and values.
-Tensors decoder_layer_projections(const Tensor& x, Tensors norm, double eps, Tensors weights, Tensors biases,
+// Returns the queries, keys and values (R, 1, width) of x (R, 1, width). norm: weight and bias, or nothing if there is
+// none before them. weights, biases and ways: those of queries, keys and values.
+Tensors decoder_layer_projections(const Tensor& x, Tensors norm, Doubles eps, Tensors weights, Tensors biases,
                                   Ints ways) {
   check_token(x);
-  check(norm.size() == 2, kOp, "a norm");
-  const Tensor y = with_norm(x, {}, norm.data(), eps).second;
+  check(eps.size() <= 1 && norm.size() == 2 * eps.size(), kOp, "a norm");
+  const Tensor y = norm.empty() ? x : with_norm(x, {}, norm.data(), eps[0]).second;
   Reader reader(weights, biases, ways, kOp);
   Tensors found;
   for (const char* name : {"queries", "keys", "values"})
@@ -136,37 +146,51 @@ Tensors decoder_layer_projections(const Tensor& x, Tensors norm, double eps, Ten
 }
 
 // Returns the layer's output (R, 1, width) for its input x, the queries (R, 1, width), keys and values (R, heads, T,
-// width / heads) of all tokens, and those of the frames (B, heads, K, width / heads), with their masks. weights, biases
-// and ways: those behind the first attention, of the second one's queries, behind it, and of the feed-forward block.
-// norms: weight and bias of the second and of the third norm. hidden: the channels inside the feed-forward block.
-// scales: of the scores of both attentions.
-Tensor decoder_layer(const Tensor& x, const Tensor& queries, const Tensor& keys, const Tensor& values,
-                     const Tensor& frame_keys, const Tensor& frame_values, const Optional& mask,
-                     const Optional& frame_mask, Tensors norms, Doubles eps, Tensors weights, Tensors biases, Ints ways,
-                     int64_t heads, int64_t hidden, int64_t activation, bool gated, Doubles scales) {
+// width / heads) of all tokens, and those of the frames (B, heads, K, width / heads), with their masks; and, if
+// `attended`, the weights (R, heads, 1, T) and (R, heads, 1, K) of both attentions. weights, biases and ways: those
+// behind the first attention, of the second one's queries, behind it, and of the feed-forward block. norms: weight and
+// bias of the second and of the third norm, or of all three if they come behind the blocks. hidden: the channels inside
+// the feed-forward block. scales: of the scores of both attentions.
+Tensors decoder_layer(const Tensor& x, const Tensor& queries, const Tensor& keys, const Tensor& values,
+                      const Tensor& frame_keys, const Tensor& frame_values, const Optional& mask,
+                      const Optional& frame_mask, Tensors norms, Doubles eps, Tensors weights, Tensors biases,
+                      Ints ways, int64_t heads, int64_t hidden, int64_t activation, bool gated, Doubles scales,
+                      bool attended) {
   check_token(x);
-  check(norms.size() == 4 && eps.size() == 2 && scales.size() == 2 && weights.size() == 5, kOp, "norms or products");
+  const bool behind = norms.size() == 6;
+  check((behind || norms.size() == 4) && eps.size() * 2 == norms.size(), kOp, "norms");
+  check(scales.size() == 2 && weights.size() == 5, kOp, "scales or products");
   check(queries.is_cpu() && is_floats(queries, x.sizes()), kOp, "queries");
   check(keys.dim() == 4 && keys.size(0) == x.size(0), kOp, "keys");
   const int64_t width = x.size(2);
   Reader reader(weights, biases, ways, kOp);
-  const Tensor own = linear(reader.next("the first attention's output", width, width),
-                            attention(queries, keys, values, mask, heads, scales[0]));
-  const auto [first, to_frames] = with_norm(x, own, norms.data(), eps[0]);
-  const Tensor of_frames = attention(linear(reader.next("the second attention's queries", width, width), to_frames),
-                                     frame_keys, frame_values, frame_mask, heads, scales[1]);
-  const auto [second, inner] = with_norm(
-      first, linear(reader.next("the second attention's output", width, width), of_frames), norms.data() + 2, eps[1]);
+  Tensors kept;
+  Tensors* const keep = attended ? &kept : nullptr;
+  const auto projected = [&](const char* name, const Tensor& t) { return linear(reader.next(name, width, width), t); };
+  // what the next block's result is added to, and the block's input
+  const auto behind_block = [&](const Tensor& to, const Tensor& update, size_t norm) {
+    const auto [sum, normed] = with_norm(to, update, norms.data() + 2 * norm, eps[norm]);
+    return std::pair(behind ? normed : sum, normed);
+  };
+  const Tensor own =
+      projected("the first attention's output", attention(queries, keys, values, mask, heads, scales[0], keep));
+  const auto [first, to_frames] = behind_block(x, own, 0);
+  const Tensor of_frames = attention(projected("the second attention's queries", to_frames), frame_keys, frame_values,
+                                     frame_mask, heads, scales[1], keep);
+  const auto [second, inner] = behind_block(first, projected("the second attention's output", of_frames), 1);
   const Tensor z =
       linear(reader.next("the feed-forward block's first product", width, gated ? 2 * hidden : hidden), inner);
   const Tensor h = linear_activation::linear_activation_forward(z, activation, true, gated, 0, {}, {});
-  return linear(reader.next("the feed-forward block's second product", hidden, width), h, cpu::ReducedInput::x, second);
+  const Tensor y =
+      linear(reader.next("the feed-forward block's second product", hidden, width), h, cpu::ReducedInput::x, second);
+  kept.insert(kept.begin(), behind ? with_norm(y, {}, norms.data() + 4, eps[2]).second : y);
+  return kept;
 }
 
 }  // namespace
 
 FASTASR_UNDECLARED(
-    "fastasr/swap/forwards/decoder_layer.py calls it without gradients, with tensors of a layer that it checked",
+    "fastasr/swap/forwards/decoder_step.py calls it without gradients, with tensors of a layer that it checked",
     FASTASR_TYPED(decoder_layer_projections), FASTASR_TYPED(decoder_layer))
 
 }  // namespace fastasr::bindings::decoder_layer

@@ -11,7 +11,7 @@ struct Problem {
                                              y_row = value_dim + 5;
   Random random{static_cast<uint64_t>(queries * 977 + keys * 31 + key_dim)};
   Buffer<float> q{queries * q_row, 2, random}, k{keys * k_row, 1, random}, v{keys * v_row, 1, random},
-      y{queries * y_row, 2};
+      y{queries * y_row, 2}, weights{queries * (keys + 2), 2};
   Buffer<float> mask{queries * (keys + 1), 1, random};
   float scale = 0.3f;
   bool masked = false;
@@ -19,6 +19,7 @@ struct Problem {
   void run() {
     cpu::FewQueries a{q, q_row, k, k_row, v, v_row, y, y_row, queries, keys, key_dim, value_dim, scale};
     if (masked) a.mask = mask, a.mask_row = keys + 1;
+    if (keys % 2) a.weights = weights, a.weights_row = keys + 2;
     Buffer<float> scratch(a.scratch());
     cpu::kernels<cpu::FewQueriesKernels>().attend(a, scratch);
   }
@@ -42,6 +43,13 @@ void attention(int64_t queries, int64_t keys, int64_t key_dim, int64_t value_dim
     const bool none = top == -INFINITY;
     for (int64_t j = 0; j < keys; j++) sum += weights.emplace_back(none ? 0 : std::exp(p.score(i, j) - top));
     if (none) sum = 1;
+    for (int64_t j = 0; j < keys + 2; j++) {
+      const int64_t at = i * (keys + 2) + j;
+      if (keys % 2 && j < keys)
+        EXPECT_WITHIN(p.weights, at, static_cast<double>(weights[static_cast<size_t>(j)] / sum), 0x1p-18L);
+      else
+        CHECK(p.weights.unset(at), "wrote behind the weights, or without being asked");
+    }
     for (int64_t c = 0; c < p.y_row; c++) {
       if (c >= value_dim) {
         CHECK(p.y.unset(i * p.y_row + c), "wrote behind the channels");

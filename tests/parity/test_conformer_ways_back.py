@@ -395,8 +395,26 @@ def hooked_part_of_a_decoder_layer():
     return beside(ours, theirs, run, "parts.0.forward", "fc1 has hooks")
 
 
+def hooked_part_of_espnets_decoder_layer():
+    ours, theirs, _ = copies("decoders that project")
+    x = torch.linspace(-2, 1, 7 * WIDTH).sin().view(1, 7, WIDTH)
+    for model in (ours, theirs):
+        model.parts[0].norm3.register_forward_hook(lambda module, args, y: 2 * y)
+    run = lambda model: model.parts[0](x[:, :3], None, x, None, cache=x[:, :2])[0]  # noqa: E731
+    return beside(ours, theirs, run, "parts.0.forward", "norm3 has hooks")
+
+
+def hooked_part_of_speechbrains_decoder():
+    ours, theirs, run = copies("speechbrain decoder")
+    for model in (ours, theirs):
+        model.layers[1].norm2.register_forward_hook(lambda module, args, y: 2 * y)
+    return beside(ours, theirs, run, "forward", "norm2 has hooks")
+
+
 OTHERS = (
     hooked_part_of_a_decoder_layer,
+    hooked_part_of_espnets_decoder_layer,
+    hooked_part_of_speechbrains_decoder,
     frames_before_those_of_a_call,
     hooked_convolution_of_nemo,
     weights_of_wav2vec2,

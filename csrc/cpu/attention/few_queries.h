@@ -27,6 +27,8 @@ struct FewQueries {
   float scale;
   const float* mask = nullptr;  // a row for each query, mask_row apart, or null
   int64_t mask_row = 0;
+  float* weights = nullptr;  // softmax_j, a row for each query, weights_row apart, or null
+  int64_t weights_row = 0;
 
   int64_t padded_keys() const { return (keys + 31) / 32 * 32; }
   int64_t scratch() const { return queries * (padded_keys() + value_dim); }  // floats

@@ -101,6 +101,8 @@ void attend(const FewQueries& a, float* scratch) {
       std::fill_n(w, row, 0.0f), sums[i] = 1;
     else
       sums[i] = rows.exponentials(w, row, top);
+    if (a.weights)
+      for (int64_t j = 0; j < a.keys; j++) a.weights[i * a.weights_row + j] = w[j] / sums[i];
   }
   std::fill_n(total, a.queries * a.value_dim, 0.0f);
   for (int64_t j = 0; j < a.keys; j += kFewQueriesChain) {

@@ -8,6 +8,7 @@ from functools import partial
 from fastasr.models.fast_conformer.attention import release
 from fastasr.swap.forwards import layers
 from fastasr.swap.forwards.beams import attention_to_frames
+from fastasr.swap.forwards.decoder_step import STEPS
 from fastasr.swap.rule import Known, Ragged, Rule, check_parameters
 
 FROM_5_18 = Known("transformers 5.18 to 5.24")
@@ -24,6 +25,12 @@ decoder_rule = partial(
     Rule,
     forward=attention_to_frames,
     note="upstream's code, which projects an encoder's frames once for all steps and beams of a search",
+)
+decoder_layer_rule = partial(
+    Rule,
+    shallow=True,
+    release=STEPS.release,
+    note="on a CPU one token of a search in two native calls, else upstream's code",
 )
 
 

@@ -8,15 +8,19 @@ rules recognise them there as well.
 from dataclasses import replace
 from typing import Any
 
+from torch import nn
+
 from fastasr.graphs.module import OnRow
 from fastasr.models import e_branchformer as models
 from fastasr.models.e_branchformer import row
 from fastasr.swap.forwards import espnet, front_ends
+from fastasr.swap.forwards.hidden_state_decoders import espnet_layer
 from fastasr.swap.rule import (
     Known,
     Ragged,
     Rule,
     Upstream,
+    check_children,
     check_ints,
     check_parts,
     holds,
@@ -25,13 +29,15 @@ from fastasr.swap.rule import (
     unread_code,
     upstream_forward,
 )
-from fastasr.swap.rules.conformer import convolution_rule, feed_forward_rule
+from fastasr.swap.rules.conformer import convolution_rule, decoder_layer_rule, feed_forward_rule
 
 _ESPNET = Known("espnet 202511")
 
 _SWISH = "Swish", {"89208fb66a55805df70fc892"}  # x sigmoid(x)
 _LAYER_NORM = "LayerNorm", {"5405c51d4c0d397a26eb042d"}  # torch's, over the dimension ``dim``
 
+_PLAIN_ATTENTION = {"fab753438155fad4412bd29b"}
+_FEED_FORWARD = {"a832391b864ae7c1dd5108ee"}
 _ENCODER = {"f5a95ea11fcf2729daf156e3"}
 _POSITIONS = {"0d5ecf9134ceab875981e16c"}
 _FRONTS = {  # the end of the name of ESPnet's Conv2dSubsampling
@@ -43,6 +49,13 @@ _FRONTS = {  # the end of the name of ESPnet's Conv2dSubsampling
 }
 
 _CONVOLUTIONS = ("pointwise_conv1", "depthwise_conv", "norm", "activation", "pointwise_conv2")
+_DECODER_LAYER: dict[str, Any] = {
+    "self_attn": "MultiHeadedAttention",
+    "src_attn": "MultiHeadedAttention",
+    "feed_forward": "PositionwiseFeedForward",
+    **dict.fromkeys(("norm1", "norm2", "norm3"), "LayerNorm"),
+    "dropout": nn.Dropout,
+}
 _ATTENTION = ("linear_q", "linear_k", "linear_v", "linear_out", "dropout", "q_norm", "k_norm")
 
 
@@ -76,6 +89,21 @@ def _layer_structure(module: Upstream) -> str | None:
     return reason
 
 
+def _decoder_layer_structure(module: Upstream) -> str | None:
+    reason = check_parts(module, _DECODER_LAYER) or check_children(module, _DECODER_LAYER)
+    if reason is None and module.concat_after:
+        return "concatenates the input and the result of its attentions"
+    for name in ("self_attn", "src_attn"):
+        reason = reason or unread_child(module, name, _DECODER_LAYER[name], _PLAIN_ATTENTION)
+        if reason is None and not _projects_alone(getattr(module, name)):
+            return f"{name} normalises queries or keys"
+    return reason or unread_child(module, "feed_forward", "PositionwiseFeedForward", _FEED_FORWARD)
+
+
+def _projects_alone(attention: Upstream) -> bool:
+    return all(type(norm) is nn.Identity for norm in (attention.q_norm, attention.k_norm))
+
+
 ATTENTION = Rule(
     name="espnet.rel_position_attention",
     class_name="RelPositionMultiHeadedAttention",
@@ -93,7 +121,7 @@ PLAIN_ATTENTION = replace(
     class_name="MultiHeadedAttention",
     forward=espnet.espnet_attention,
     structure=_plain_attention_structure,
-    known={"fab753438155fad4412bd29b": _ESPNET},
+    known=dict.fromkeys(_PLAIN_ATTENTION, _ESPNET),
 )
 
 GATE = Rule(
@@ -127,7 +155,15 @@ FEED_FORWARD = feed_forward_rule(
     class_name="PositionwiseFeedForward",
     forward=models.PositionwiseFeedForward.forward,
     structure=holds("w_1", "w_2", "dropout", "activation", activation=_SWISH),
-    known={"a832391b864ae7c1dd5108ee": _ESPNET},
+    known=dict.fromkeys(_FEED_FORWARD, _ESPNET),
+)
+
+DECODER_LAYER = decoder_layer_rule(
+    name="espnet.decoder_layer",
+    class_name="DecoderLayer",
+    forward=espnet_layer,
+    structure=_decoder_layer_structure,
+    known={"bf9ee7d1a7d96dd1f1b87cd0": _ESPNET},
 )
 
 LAYER = Rule(
@@ -173,4 +209,14 @@ SUBSAMPLINGS = tuple(
     if end != "8"
 )
 
-RULES = (*SUBSAMPLINGS, LAYER, ATTENTION, PLAIN_ATTENTION, GATING_MLP, GATE, CONVOLUTION, FEED_FORWARD)
+RULES = (
+    *SUBSAMPLINGS,
+    LAYER,
+    ATTENTION,
+    PLAIN_ATTENTION,
+    GATING_MLP,
+    GATE,
+    CONVOLUTION,
+    FEED_FORWARD,
+    DECODER_LAYER,
+)

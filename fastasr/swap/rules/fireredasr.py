@@ -2,24 +2,29 @@
 """Rules for FireRedASR's Conformer and its decoder's attention (fireredasr/models/module)."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch.nn.functional as F
 from torch import nn
 
 from fastasr.swap.forwards import fireredasr as models
 from fastasr.swap.forwards import layers
+from fastasr.swap.forwards.hidden_state_decoders import firered_layer
 from fastasr.swap.rule import (
     Known,
     Upstream,
+    check_children,
     check_parts,
     check_sequence,
     holds,
+    own_forward,
     unread_child,
     unread_code,
     upstream_class,
 )
 from fastasr.swap.rules.conformer import (
     attention_rule,
+    decoder_layer_rule,
     decoder_rule,
     feed_forward_rule,
     layer_rule,
@@ -29,6 +34,14 @@ from fastasr.swap.rules.conformer import (
 _FIRERED = Known("fireredasr 0.0.2")
 _SWISH = {"89208fb66a55805df70fc892"}
 _WEIGHTS = {"199227fbb871a18aee42ca29"}
+_DECODER_ATTENTION = {"68d531145b9e1fa44dc53e00"}
+_SOFTMAX = {"8fe4348975cddc4a62707bfa"}
+_MLP = {"12840fd70b288741e8b2514c"}
+_DECODER_LAYER: dict[str, Any] = {
+    **dict.fromkeys(("self_attn", "cross_attn"), "DecoderMultiHeadAttention"),
+    **dict.fromkeys(("self_attn_norm", "cross_attn_norm", "mlp_norm"), nn.LayerNorm),
+    "mlp": "PositionwiseFeedForward",
+}
 _LINEARS = ("w_qs", "w_ks", "w_vs", "fc", "linear_pos")
 _NORMS = ("layer_norm_q", "layer_norm_k", "layer_norm_v")
 
@@ -60,6 +73,14 @@ def _feed_forward_structure(module: Upstream) -> str | None:
     return reason or unread_child(module.net, "2", "Swish", _SWISH)
 
 
+def _decoder_layer_structure(module: Upstream) -> str | None:
+    reason = check_parts(module, _DECODER_LAYER) or check_children(module, _DECODER_LAYER)
+    for name in ("self_attn", "cross_attn"):
+        reason = reason or unread_child(module, name, _DECODER_LAYER[name], _DECODER_ATTENTION)
+        reason = reason or unread_code("attention", getattr(module, name).attention, own_forward, _SOFTMAX)
+    return reason or unread_child(module, "mlp", "PositionwiseFeedForward", _MLP)
+
+
 RULES = (
     attention_rule(
         name="fireredasr.rel_position_attention",
@@ -88,7 +109,14 @@ RULES = (
         name="fireredasr.decoder_attention",
         class_name="DecoderMultiHeadAttention",
         structure=holds("w_qs", "w_ks", "w_vs", "attention", "fc", "dropout"),
-        known={"68d531145b9e1fa44dc53e00": _FIRERED},
+        known=dict.fromkeys(_DECODER_ATTENTION, _FIRERED),
+    ),
+    decoder_layer_rule(
+        name="fireredasr.decoder_layer",
+        class_name="DecoderLayer",
+        forward=firered_layer,
+        structure=_decoder_layer_structure,
+        known={"22573f965ff856d71df246b8": _FIRERED},
     ),
     layer_rule(
         "fireredasr.block",

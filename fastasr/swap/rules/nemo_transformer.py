@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules for NeMo's TransformerEncoder (nemo/collections/asr/modules/transformer_encoder.py), and for the attention of
-its decoders (nemo/collections/asr/modules/transformer), as Canary's."""
+"""Rules for NeMo's TransformerEncoder (nemo/collections/asr/modules/transformer_encoder.py), and for its decoders'
+layers and attention (nemo/collections/asr/modules/transformer), as Canary's."""
+
+from typing import Any
 
 import torch
 
 from fastasr.swap.forwards import nemo as models
-from fastasr.swap.rule import Known, Upstream, check_parts, check_sequence
-from fastasr.swap.rules.conformer import attention_rule, decoder_rule, feed_forward_rule
+from fastasr.swap.forwards.hidden_state_decoders import nemo_layer
+from fastasr.swap.rule import Known, Upstream, check_children, check_parts, check_sequence, unread_child
+from fastasr.swap.rules.conformer import attention_rule, decoder_layer_rule, decoder_rule, feed_forward_rule
 
 _NEMO = Known("nemo_toolkit 3.0")
 
@@ -42,6 +45,7 @@ FEED_FORWARD = feed_forward_rule(
     known={"86f338468c3c8d09995b8f5c": _NEMO},
 )
 
+_DECODER_ATTENTION = {"d0b5e227522be4c057eafb14"}
 _PARTS = "query_net", "key_net", "value_net", "out_projection", "attn_dropout", "layer_dropout"
 
 
@@ -55,7 +59,30 @@ DECODER = decoder_rule(
     name="nemo.decoder_attention",
     class_name="MultiHeadAttention",
     structure=_decoder_structure,
-    known={"d0b5e227522be4c057eafb14": _NEMO},
+    known=dict.fromkeys(_DECODER_ATTENTION, _NEMO),
 )
 
-RULES = (ATTENTION, FEED_FORWARD, DECODER)
+_LAYER: dict[str, Any] = {
+    **dict.fromkeys(("first_sub_layer", "second_sub_layer"), "MultiHeadAttention"),
+    "third_sub_layer": "PositionWiseFF",
+    **dict.fromkeys(("layer_norm_1", "layer_norm_2", "layer_norm_3"), torch.nn.LayerNorm),
+}
+_DECODER_FEED_FORWARD = {"7ad99cbaec7eaef4085f9288"}
+
+
+def _layer_structure(module: Upstream) -> str | None:
+    reason = check_parts(module, _LAYER) or check_children(module, _LAYER)
+    for name in ("first_sub_layer", "second_sub_layer"):
+        reason = reason or unread_child(module, name, _LAYER[name], _DECODER_ATTENTION)
+    return reason or unread_child(module, "third_sub_layer", "PositionWiseFF", _DECODER_FEED_FORWARD)
+
+
+DECODER_LAYER = decoder_layer_rule(
+    name="nemo.decoder_layer",
+    class_name="TransformerDecoderBlock",
+    forward=nemo_layer,
+    structure=_layer_structure,
+    known={"7a90e6002bd8beb35d7d6af4": _NEMO},
+)
+
+RULES = (ATTENTION, FEED_FORWARD, DECODER, DECODER_LAYER)

@@ -3,7 +3,8 @@
 encoder's frames, which beams share in ``generate``. Moonshine's attention has the class, and so the rule, of its
 encoder's."""
 
-from fastasr.swap.forwards.decoder_layer import STEPS, decoder_layer, names_of
+from fastasr.swap.forwards.decoder_layer import decoder_layer, names_of
+from fastasr.swap.forwards.decoder_step import STEPS
 from fastasr.swap.forwards.transformers_beams import cross_attention
 from fastasr.swap.rule import Known, Rule, Upstream, check_parts, upstream_class
 from fastasr.swap.rules.torch import CONVOLUTIONS
@@ -47,7 +48,7 @@ _SEAMLESS = "activation_fn", "attn_dropout", "ffn_dropout"
 
 def _layer_structure(module: Upstream) -> str | None:
     idle = _SEAMLESS if upstream_class(module).__name__.startswith("Seamless") else ()
-    return check_parts(module, {*idle, *(name.partition(".")[0] for name in names_of(module))})
+    return check_parts(module, {*idle, *names_of(module).children()})
 
 
 _LAYER = Rule(
