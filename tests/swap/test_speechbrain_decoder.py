@@ -29,9 +29,9 @@ def steps(monkeypatch):
     found = []
     compute = speechbrain_decoder._with_next
 
-    def watched(self, search, kept, x):
+    def watched(self, steps, products, search, kept, x):
         found.append(x.shape[1])
-        return compute(self, search, kept, x)
+        return compute(self, steps, products, search, kept, x)
 
     monkeypatch.setattr(speechbrain_decoder, "_with_next", watched)
     return found
@@ -134,7 +134,7 @@ def test_beams_share_frames(steps):
         kept[3] for kept in speechbrain_decoder.repeated_inputs._results.values() if kept[3] is not None
     )
     assert search.beams == 2
-    assert len(search.keys[0]) == 2
+    assert len(search.frames[0][0]) == 2
     assert steps == [1, 2, 3]
 
 
