@@ -37,6 +37,7 @@ from tiny_conformers import (
 from tiny_decoders import decoder_layers, projecting_layers
 from tiny_espnet import PLAIN_ATTENTION, e_branchformer, espnet_front_ends, espnet_transformer, mega
 from tiny_parakeet import STILL, lasr, nemotron, parakeet, parakeet_transducer
+from tiny_searches import espnet_searches, speechbrain_searches
 from tiny_torchaudio import LARGE, emformer, emformer_rnnt, torchaudio_wav2vec2
 from tiny_transformers import (
     HEADS,
@@ -272,6 +273,8 @@ FAMILIES = {
     "voxtral realtime": voxtral_realtime(),
     "decoders of transformers": decoder_layers,
     "decoders that project": projecting_layers,
+    "espnet searches": espnet_searches,
+    "speechbrain searches": speechbrain_searches,
     "nemotron transcribe": nemotron_encoder(),
     "nemotron diarization": nemotron_encoder("Nemotron3Diarization", "nemotron3_diarization"),
     "mimi": mimi(),

@@ -12,7 +12,8 @@
 
 // One token of each hypothesis through a layer of a Transformer's decoder in inference, in float32:
 //   x + attention(norm(x), earlier tokens), then + attention(norm, an encoder's frames), then + feed_forward(norm),
-// or, where norms come behind the blocks, norm(x + attention(x, earlier tokens)) and so on.
+// or, where norms come behind the blocks, norm(x + attention(x, earlier tokens)) and so on. A language model's layer
+// has no frames.
 // Between the two operators the caller appends keys and values to its cache. The hypotheses of one recording read its
 // frames once.
 namespace fastasr::bindings::decoder_layer {
@@ -146,20 +147,22 @@ Tensors decoder_layer_projections(const Tensor& x, Tensors norm, Doubles eps, Te
 }
 
 // Returns the layer's output (R, 1, width) for its input x, the queries (R, 1, width), keys and values (R, heads, T,
-// width / heads) of all tokens, and those of the frames (B, heads, K, width / heads), with their masks; and, if
-// `attended`, the weights (R, heads, 1, T) and (R, heads, 1, K) of both attentions. weights, biases and ways: those
-// behind the first attention, of the second one's queries, behind it, and of the feed-forward block. norms: weight and
-// bias of the second and of the third norm, or of all three if they come behind the blocks. hidden: the channels inside
-// the feed-forward block. scales: of the scores of both attentions.
+// width / heads) of all tokens, and those of the frames (B, heads, K, width / heads), if there are any, with their
+// masks; and, if `attended`, the weights (R, heads, 1, T) and (R, heads, 1, K) of the attentions. weights, biases and
+// ways: those behind the first attention, of the second one's queries, behind it, and of the feed-forward block. norms:
+// weight and bias of all norms but the first one, or of all if they come behind the blocks. hidden: the channels inside
+// the feed-forward block. scales: of the scores of the attentions.
 Tensors decoder_layer(const Tensor& x, const Tensor& queries, const Tensor& keys, const Tensor& values,
-                      const Tensor& frame_keys, const Tensor& frame_values, const Optional& mask,
+                      const Optional& frame_keys, const Optional& frame_values, const Optional& mask,
                       const Optional& frame_mask, Tensors norms, Doubles eps, Tensors weights, Tensors biases,
                       Ints ways, int64_t heads, int64_t hidden, int64_t activation, bool gated, Doubles scales,
                       bool attended) {
   check_token(x);
-  const bool behind = norms.size() == 6;
-  check((behind || norms.size() == 4) && eps.size() * 2 == norms.size(), kOp, "norms");
-  check(scales.size() == 2 && weights.size() == 5, kOp, "scales or products");
+  check(frame_keys.has_value() == frame_values.has_value(), kOp, "keys and values of the frames");
+  const size_t attentions = frame_keys ? 2 : 1;
+  const bool behind = eps.size() == attentions + 1;
+  check((behind || eps.size() == attentions) && eps.size() * 2 == norms.size(), kOp, "norms");
+  check(scales.size() == attentions && weights.size() == 1 + 2 * attentions, kOp, "scales or products");
   check(queries.is_cpu() && is_floats(queries, x.sizes()), kOp, "queries");
   check(keys.dim() == 4 && keys.size(0) == x.size(0), kOp, "keys");
   const int64_t width = x.size(2);
@@ -168,22 +171,25 @@ Tensors decoder_layer(const Tensor& x, const Tensor& queries, const Tensor& keys
   Tensors* const keep = attended ? &kept : nullptr;
   const auto projected = [&](const char* name, const Tensor& t) { return linear(reader.next(name, width, width), t); };
   // what the next block's result is added to, and the block's input
-  const auto behind_block = [&](const Tensor& to, const Tensor& update, size_t norm) {
-    const auto [sum, normed] = with_norm(to, update, norms.data() + 2 * norm, eps[norm]);
-    return std::pair(behind ? normed : sum, normed);
+  std::pair<Tensor, Tensor> now(x, x);
+  size_t norm = 0;
+  const auto add = [&](const Tensor& update) {
+    now = with_norm(now.first, update, norms.data() + 2 * norm, eps[norm]);
+    if (behind) now.first = now.second;
+    norm++;
   };
-  const Tensor own =
-      projected("the first attention's output", attention(queries, keys, values, mask, heads, scales[0], keep));
-  const auto [first, to_frames] = behind_block(x, own, 0);
-  const Tensor of_frames = attention(projected("the second attention's queries", to_frames), frame_keys, frame_values,
-                                     frame_mask, heads, scales[1], keep);
-  const auto [second, inner] = behind_block(first, projected("the second attention's output", of_frames), 1);
+  add(projected("the first attention's output", attention(queries, keys, values, mask, heads, scales[0], keep)));
+  if (frame_keys) {
+    const Tensor q = projected("the second attention's queries", now.second);
+    add(projected("the second attention's output",
+                  attention(q, *frame_keys, *frame_values, frame_mask, heads, scales[1], keep)));
+  }
   const Tensor z =
-      linear(reader.next("the feed-forward block's first product", width, gated ? 2 * hidden : hidden), inner);
+      linear(reader.next("the feed-forward block's first product", width, gated ? 2 * hidden : hidden), now.second);
   const Tensor h = linear_activation::linear_activation_forward(z, activation, true, gated, 0, {}, {});
   const Tensor y =
-      linear(reader.next("the feed-forward block's second product", hidden, width), h, cpu::ReducedInput::x, second);
-  kept.insert(kept.begin(), behind ? with_norm(y, {}, norms.data() + 4, eps[2]).second : y);
+      linear(reader.next("the feed-forward block's second product", hidden, width), h, cpu::ReducedInput::x, now.first);
+  kept.insert(kept.begin(), behind ? with_norm(y, {}, norms.data() + 2 * norm, eps[norm]).second : y);
   return kept;
 }
 

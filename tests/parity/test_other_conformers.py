@@ -43,7 +43,7 @@ REPLACED = {
         "MultiHeadedAttention",
         "PositionwiseFeedForward",
     },
-    "espnet transformer": {"MultiHeadedAttention", "PositionwiseFeedForward"},
+    "espnet transformer": {"EncoderLayer", "MultiHeadedAttention", "PositionwiseFeedForward"},
     "phi-4": classes("Phi4MultimodalAudio", "NemoConvSubsampling", "Attention", "ConvModule", "MLP", "Model"),
     "fun-asr-nano": classes("FunAsrNano", "Attention", "FSMN", "MLP"),
     "funasr": {"MultiHeadedAttentionSANM", "PositionwiseFeedForward"},
@@ -105,6 +105,8 @@ REPLACED = {
 }
 CHUNKS = {"speech_encoder_chunk_size": 8}
 # The same models otherwise: family -> name -> how it is made
+# Classes that stay upstream's in a variant
+LEFT = {"espnet transformer: norms behind": {"EncoderLayer"}}  # concat_after
 OTHERWISE = {
     "seamless m4t v2": {
         "chunks": families.seamless_v2(**CHUNKS, speech_encoder_left_chunk_num=1),
@@ -363,7 +365,8 @@ def pair(name):
         theirs = moved(model, 0.1)
     ours = copy.deepcopy(theirs)
     report = fastasr.accelerate(ours)
-    assert {row.class_name for row in report.replaced} - {"Linear"} == REPLACED[family]
+    expected = REPLACED[family] - LEFT.get(name, set())
+    assert {row.class_name for row in report.replaced} - {"Linear"} == expected
     return theirs, ours, call
 
 

@@ -15,6 +15,8 @@ UNCALLED = {  # a call reaches other methods of these, runs packed frames, or le
     "emformer stream": {"torchaudio.emformer", "torchaudio.emformer_layer"},
     "zipformer, causal": {"zipformer.causal_encoder"},
     "zipformer, ragged": {"zipformer.encoder"},
+    "espnet searches": {"espnet.beam_search", "espnet.batch_beam_search", "espnet.decoder_layer"},
+    "speechbrain searches": {"speechbrain.beam_search", "speechbrain.greedy_search", "speechbrain.decoder"},
     "wav2vec2 conformer": {"transformers.Wav2Vec2ConformerPositionalConvEmbedding"},
 }
 
@@ -57,6 +59,7 @@ def test_a_mask_that_is_added_has_no_gradient(make, dtype):
 NOT_IN_HALF_PRECISION = {
     "speechbrain conformer",
     "speechbrain decoder",
+    "speechbrain searches",
     "emformer stream",
     "openai whisper",
     "openai whisper, decoder",

@@ -15,7 +15,7 @@ from fastasr import _left
 from fastasr.models.common.packed_layers import may_call
 from fastasr.models.fast_conformer.attention import STANDARD
 from fastasr.models.fast_conformer.masks import implementation
-from fastasr.swap.forwards.decoder_step import MOST_ROWS, STEPS, Names, Rotate
+from fastasr.swap.forwards.decoder_step import MOST_ROWS, STEPS, Names, Rotate, later
 from fastasr.swap.forwards.transformers_cache import SharedRows
 from fastasr.swap.rule import Upstream, upstream_class
 
@@ -95,8 +95,7 @@ def decoder_layer(self: Upstream, hidden_states: Tensor, *others: Any, **kwargs:
 
 def _by_modules(upstream: Any, x: Tensor, frames: Tensor, *positions: Any) -> Tensor:
     more = dict(zip(("position_embeddings",), positions, strict=False))
-    later = torch.full((1, 1, 2, 2), -torch.inf, dtype=x.dtype, device="cpu").triu_(1)
-    y: Tensor = upstream(x, attention_mask=later, encoder_hidden_states=frames, **more)
+    y: Tensor = upstream(x, attention_mask=later(x)[None, None], encoder_hidden_states=frames, **more)
     return y[:, 1:]
 
 

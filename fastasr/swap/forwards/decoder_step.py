@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A token of each hypothesis through a layer of a Transformer's decoder in inference on a CPU, in two native calls.
+"""A token of each hypothesis through a layer of a Transformer's decoder, or of a language model, in inference on a CPU,
+in two native calls.
 
 csrc/bindings/decoder_layer.cpp computes the layer's norms, products and both attentions on the layer's own weights, or
 on their copies in fewer bits. Between the calls the caller adds the token's keys and values to those of earlier tokens.
@@ -7,6 +8,7 @@ Python and torch's dispatcher take as long as a small model's products.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -18,7 +20,7 @@ from fastasr.models.common import layer_products, plumbing
 from fastasr.models.common.activations import fused_name
 from fastasr.models.common.layer_products import Products
 from fastasr.models.common.packed_layers import PackedLayer, PackedLayers
-from fastasr.models.common.plain import weight_and_bias
+from fastasr.models.common.plain import is_upstreams, weight_and_bias
 from fastasr.ops import _activation, _reduced_weights
 from fastasr.swap.forwards.torch_attention import why_not
 from fastasr.swap.rule import Upstream
@@ -26,7 +28,7 @@ from fastasr.swap.rule import Upstream
 _native = torch.ops.fastasr_cpu
 MOST_ROWS = 256  # With more rows, the time between products is a small part.
 # Computes the layer's output (R, 1, width) for the second of two tokens by its modules, from both tokens (R, 2, width),
-# the encoder's frames (R, K, width) and the positions of both, if the layer rotates queries and keys
+# the encoder's frames (R, K, width), if there are any, and the positions of both, if the layer rotates queries and keys
 ByModules = Callable[..., Tensor]
 # Rotates queries and keys (R, H, 1, d) by positions
 Rotate = Callable[..., tuple[Tensor, Tensor]]
@@ -37,7 +39,7 @@ class Names(NamedTuple):
 
     own: str  # attention to earlier tokens
     own_norm: str
-    frames: str  # attention to the encoder's frames
+    frames: str  # attention to the encoder's frames; "" and "" in a language model
     frames_norm: str
     first: str  # the products of the feed-forward block
     activation: str
@@ -50,7 +52,7 @@ class Names(NamedTuple):
     norm_first: str = ""  # whether norms come before the blocks; always, if ""
 
     def children(self) -> set[str]:
-        return {name.partition(".")[0] for name in self[:8]}
+        return {name.partition(".")[0] for name in self[:8] if name}
 
 
 class _Projection(NamedTuple):
@@ -85,30 +87,34 @@ class Step(PackedLayer[Upstream]):
 
     def _why_parts_do_not_fit(self, layer: Upstream) -> str:
         names = self._names
-        own, frames = attrgetter(names.own, names.frames)(layer)
-        norms = attrgetter(names.own_norm, names.frames_norm, names.last_norm)(layer)
+        attentions = [attrgetter(name)(layer) for name in (names.own, names.frames) if name]
+        norms = [
+            attrgetter(name)(layer) for name in (names.own_norm, names.frames_norm, names.last_norm) if name
+        ]
         first, second = attrgetter(names.first, names.second)(layer)
-        if not names.projections and (reason := why_not(own) or why_not(frames)):
+        if not names.projections and (reason := next(filter(None, map(why_not, attentions)), "")):
             return reason
-        of_own, (q, *self._of_frames, output) = map(self._projections, (own, frames))
-        self._linears = [*of_own, q, output, first, second]
+        of_own, *others = map(self._projections, attentions)
+        self._of_frames = [part for _, *of_frames, _ in others for part in of_frames]
+        around = [part for q, _, _, output in others for part in (q, output)]
+        self._linears = [*of_own, *around, first, second]
         plain = (part for part in (*self._linears, *self._of_frames) if not isinstance(part, _Projection))
         if not all(map(_is_norm, norms)):
             return "a norm is not torch's LayerNorm over the channels with a weight"
         if not all(map(plumbing.is_plain_linear, plain)):
             return "a product is not a plain torch.nn.Linear"
-        width = q.weight.shape[1]
-        if any(part.weight.shape != (width, width) for part in self._linears[:6]):
+        width = first.weight.shape[1]
+        if any(part.weight.shape != (width, width) for part in self._linears[:-2]):
             return "keys or values have other channels than the layer"
         activation = attrgetter(names.activation)(layer)
         name = _activation_name(activation)
         if name is None:
             return f"its activation is {type(activation).__name__}"
-        dims = [getattr(attention, names.head_dim) for attention in (own, frames)]
+        dims = [getattr(attention, names.head_dim) for attention in attentions]
         self.heads = width // dims[0]
         self._numbers = self.heads, second.weight.shape[1], _activation.NUMBERS[name], self._gated
         self._scales = [
-            float(getattr(part, "scaling", dim**-0.5)) for part, dim in zip((own, frames), dims, strict=True)
+            float(getattr(part, "scaling", dim**-0.5)) for part, dim in zip(attentions, dims, strict=True)
         ]
         # The native calls are before and behind the cache.
         before = 1 if not names.norm_first or getattr(layer, names.norm_first) else 0
@@ -137,18 +143,19 @@ class Step(PackedLayer[Upstream]):
     def _example(self, by_modules: ByModules) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """Computes the second token of two hypotheses with three frames each both ways, in float32."""
         x = _wave(2, 2, self._linears[0].weight.shape[1])
-        frames = _wave(2, 3, self._of_frames[0].weight.shape[1])
+        frames = [_wave(2, 3, part.weight.shape[1]) for part in self._of_frames[:1]]
         angles = _wave(1, 2, 2)
         positions = [(angles.cos(), angles.sin())] if self._rotate else []
         with _reduced_weights.suspended(), _left.ignored():
-            expected = by_modules(x, frames, *positions)
+            expected = by_modules(x, *frames, *positions)
             first, second = (x[:, i : i + 1].contiguous() for i in range(2))
             products: Any = self.products(second)
             places = [[[t[:, i : i + 1] for t in pair] for pair in positions] for i in range(2)]
             _, *before = self.projections(products, first, *places[0])
             q, *own = self.projections(products, second, *places[1])
             own = [torch.cat(pair, 2) for pair in zip(before, own, strict=True)]
-            native = self.result(products, second, q, *own, *self.of_frames(frames), None, None)
+            of_frames = self.of_frames(*frames) if frames else (None, None)
+            native = self.result(products, second, q, *own, *of_frames, None, None)
             return native, [expected]
 
     def products(self, x: Tensor) -> Products | None:
@@ -196,7 +203,8 @@ class Step(PackedLayer[Upstream]):
         self, products: Products, x: Tensor, q: Tensor, *others: Tensor | None, attended: bool = False
     ) -> list[Tensor]:
         """Returns the layer's output (R, 1, width), and with ``attended`` the weights of both attentions (R, H, 1, T)
-        and (R, H, 1, K). The keys and values of all tokens come first, then those of the frames and both masks."""
+        and (R, H, 1, K). The keys and values of all tokens come first, then those of the frames, None in a language
+        model, and both masks."""
         weights, ways = products.weights, products.ways
         found: list[Tensor] = _native.decoder_layer.default(
             x,
@@ -232,4 +240,31 @@ def _wave(*shape: int) -> Tensor:
     return torch.arange(1.0, n + 1, dtype=torch.float32, device="cpu").sin_().view(shape)
 
 
+def later(x: Tensor) -> Tensor:
+    """Returns the mask (2, 2) that hides the second of two tokens from the first, to add to scores of x's dtype."""
+    return torch.full((2, 2), -torch.inf, dtype=x.dtype, device="cpu").triu_(1)
+
+
 STEPS = PackedLayers(Step)
+
+
+def products_of(steps: list[Step], x: Tensor) -> list[Products] | None:
+    """Returns the products of all steps of x (R, 1, width), or None where one has none."""
+    found = [products for step in steps if (products := step.products(x)) is not None]
+    return found if len(found) == len(steps) else None
+
+
+def steps_of(
+    owner: Upstream, layers: Any, by_modules: Callable[..., Tensor], names: Names
+) -> list[Step] | None:
+    """Returns those of all layers of ``owner``, or None where a layer must run upstream's code, and notes why.
+    ``by_modules`` gets the layer first."""
+    steps = []
+    for layer in layers:
+        if layer.training or not is_upstreams(layer, owner):
+            return None
+        steps.append(STEPS.of(layer, partial(by_modules, layer), names))
+        if steps[-1].reason:
+            _left.note(owner, steps[-1].why(layer))
+            return None
+    return steps

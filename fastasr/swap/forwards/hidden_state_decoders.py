@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers of the decoders of ESPnet, FireRedASR and NeMo, of which native calls compute a token (``decoder_step``).
+"""Layers of the decoders of ESPnet, FireRedASR and NeMo, and of ESPnet's language model, of which native calls compute
+a token (``decoder_step``).
 
 A step of their searches gives a layer its input of all tokens so far, which upstream projects to keys and values anew.
-Here those of earlier tokens stay as long as the encoder's frames exist. They are found again by the layer's input,
-because beams change places. Upstream's code serves all other calls: prompts of several tokens, and calls with
-gradients, hooks or autocast.
+Here those of earlier tokens stay as long as the encoder's frames exist, in a language model as long as the search
+lasts. They are found again by the layer's input, because beams change places. Upstream's code serves all other calls:
+prompts of several tokens, and calls with gradients, hooks or autocast.
 """
 
 from functools import partial
@@ -17,6 +18,7 @@ from torch import Tensor
 from fastasr import _left
 from fastasr.models.common import layer_products, repeated_inputs
 from fastasr.models.common.packed_layers import may_call
+from fastasr.swap.forwards import searches
 from fastasr.swap.forwards.decoder_step import MOST_ROWS, STEPS, ByModules, Names, Step
 from fastasr.swap.rule import Upstream
 
@@ -33,6 +35,7 @@ ESPNET = Names(
     "d_k",
     "normalize_before",
 )
+ESPNET_LANGUAGE_MODEL = ESPNET._replace(frames="", frames_norm="", last_norm="norm2")
 FIRERED = Names(
     "self_attn",
     "self_attn_norm",
@@ -69,10 +72,11 @@ class _Tokens(NamedTuple):
 
 
 class _Search:
-    """What stays with the frames (B, K, width): their keys and values (B, H, K, d), and the tokens so far."""
+    """What stays: the keys and values (B, H, K, d) of the frames (B, K, width), if there are any, and the tokens so
+    far."""
 
-    def __init__(self, step: Step, frames: Tensor) -> None:
-        self.keys, self.values = step.of_frames(frames)
+    def __init__(self, step: Step, frames: Tensor | None = None) -> None:
+        self.of_frames: list[Any] = [None, None] if frames is None else step.of_frames(frames)
         self.tokens: _Tokens | None = None
 
     def with_next(self, step: Step, x: Tensor, keys: Tensor, values: Tensor) -> _Tokens:
@@ -104,20 +108,24 @@ def _token(
     names: Names,
     by_modules: ByModules,
     x: Tensor,
-    frames: Tensor,
+    frames: Tensor | None,
     masks: tuple[Tensor | None, Tensor | None],
     attended: bool = False,
     query: Tensor | None = None,
 ) -> list[Tensor] | None:
     """Returns the layer's output (R, 1, width) of the last token of x (R, T, width), and with ``attended`` the weights
-    of both attentions (R, H, 1, T) and (R, H, 1, K). None where upstream's code is to run. frames: (R, K, width).
+    of both attentions (R, H, 1, T) and (R, H, 1, K). None where upstream's code is to run. frames: (R, K, width) or
+    None.
     masks: (R or 1, 1, 1, keys) of both attentions, True at keys that are seen, or added to the scores. query: what
     upstream takes for the last token, if not that of x."""
-    if not (_is_floats(x, frames) and x.shape[::2] == frames.shape[::2] and 0 < len(x) <= MOST_ROWS):
+    if not (_is_floats(x) and len(x) <= MOST_ROWS and _is_mask(len(x), masks[0], x.shape[1])):
         return None
-    sizes = x.shape[1], frames.shape[1]
-    if not all(map(partial(_is_mask, len(x)), masks, sizes)):
+    if frames is None and not searches.is_running():
         return None
+    if frames is not None:
+        fits = _is_floats(frames) and x.shape[::2] == frames.shape[::2]
+        if not fits or not _is_mask(len(x), masks[1], frames.shape[1]):
+            return None
     own, last = getattr(self, names.own), x[:, -1:].contiguous()
     if not may_call(self, last, attrgetter(f"{names.own}.{names.projections[0]}.weight")(self)):
         return None
@@ -130,23 +138,23 @@ def _token(
     products = step.products(last)
     if products is None:
         return None
-    _, frames = repeated_inputs.without_copies(self, frames)
     form = step, layer_products.key()
-    search = repeated_inputs.of(own, frames, [], form, partial(_Search, step), otherwise=lambda _: None)
+    if frames is None:
+        search = searches.kept(self, form, partial(_Search, step))
+    else:
+        _, frames = repeated_inputs.without_copies(self, frames)
+        search = repeated_inputs.of(own, frames, [], form, partial(_Search, step), otherwise=lambda _: None)
     if search is None:
         return None
     q, k, v = step.projections(products, last)
     tokens = search.with_next(step, x, k.view(last.shape), v.view(last.shape))
     keys, values = map(step.in_heads, tokens[1:])
-    return step.result(products, last, q, keys, values, search.keys, search.values, *masks, attended=attended)
+    return step.result(products, last, q, keys, values, *search.of_frames, *masks, attended=attended)
 
 
-def _is_floats(*tensors: Any) -> bool:
-    """Says whether these are tensors (R, T, width) of float32 on the CPU, with elements."""
-    return all(
-        type(t) is Tensor and t.dtype is torch.float32 and t.is_cpu and t.dim() == 3 and t.numel() > 0
-        for t in tensors
-    )
+def _is_floats(t: Any) -> bool:
+    """Says whether this is a tensor (R, T, width) of float32 on the CPU, with elements."""
+    return type(t) is Tensor and t.dtype is torch.float32 and t.is_cpu and t.dim() == 3 and t.numel() > 0
 
 
 def _is_mask(rows: int, mask: Tensor | None, keys: int) -> bool:
@@ -192,6 +200,32 @@ def espnet_layer(
     if weights:
         own.attn, source.attn = weights
     return torch.cat((cache, y), 1), tgt_mask, memory, memory_mask
+
+
+def espnet_encoder_layer(
+    self: Upstream, x: Tensor, mask: Tensor | None, cache: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Serves the layer of ESPnet's Transformer language model in a search: as ``espnet_layer``, without frames. Layers
+    of encoders are upstream's."""
+    upstream = partial(type(self).forward, self)
+    own, found = self.self_attn, None
+    whole = x.shape[0], x.shape[1] - 1, self.size
+    if cache is not None and cache.shape == whole and not own.use_flash_attn:
+
+        def by_modules(x: Tensor) -> Tensor:
+            y: Tensor = upstream(x, None, x[:, :1])[0]
+            return y[:, 1:]
+
+        mask = None if mask is None else mask[:, -1:]
+        masks = _seen(mask), None
+        found = _token(self, ESPNET_LANGUAGE_MODEL, by_modules, x, None, masks, not own.use_sdpa)
+    if cache is None or found is None:
+        result: tuple[Tensor, Tensor | None] = upstream(x, mask, cache)
+        return result
+    y, *weights = found
+    if weights:
+        (own.attn,) = weights
+    return torch.cat((cache, y), 1), mask
 
 
 def firered_layer(

@@ -6,17 +6,15 @@ before, in other rows where beams changed places. The last tokens alone are comp
 that are kept of the others, because a token does not see later ones. They stay as long as the encoder's frames exist.
 """
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastasr import _left
 from fastasr.models.common import layer_products, repeated_inputs
 from fastasr.models.common.packed_layers import may_call
-from fastasr.models.common.plain import is_upstreams
-from fastasr.swap.forwards.decoder_step import MOST_ROWS, STEPS, Names, Step
+from fastasr.swap.forwards import searches
+from fastasr.swap.forwards.decoder_step import MOST_ROWS, Names, Step, later, products_of, steps_of
 from fastasr.swap.rule import Upstream
 
 _NAMES = Names(
@@ -80,8 +78,8 @@ def decoder(
     pos_embs_src: Tensor | None = None,
 ) -> Any:
     """Serves the decoder: tokens (R, T, width), the encoder's frames (R, K, width), the mask (T, T) that hides later
-    tokens and the frames' padding (R, K), True at padding -> the output (R, T, width) and lists of the weights of both
-    attentions."""
+    tokens and the frames' padding (R, K), True at padding -> the output (R, T, width), in a swapped search that of the
+    last token (R, 1, width), and lists of the weights of both attentions."""
     others = memory_mask, tgt_key_padding_mask, pos_embs_tgt, pos_embs_src
     now = None
     if all(other is None for other in others) and _fits(self, tgt, memory, tgt_mask, memory_key_padding_mask):
@@ -99,7 +97,8 @@ def decoder(
             pos_embs_src,
         )
         return found
-    return now.y.clone(), [t.clone() for t in now.own], [t.clone() for t in now.to_frames]
+    y = now.y[:, -1:] if searches.reads_last_token(self) else now.y
+    return y.clone(), [t.clone() for t in now.own], [t.clone() for t in now.to_frames]
 
 
 def _fits(self: Upstream, tgt: Tensor, memory: Tensor, mask: Tensor | None, padding: Tensor | None) -> bool:
@@ -111,23 +110,18 @@ def _fits(self: Upstream, tgt: Tensor, memory: Tensor, mask: Tensor | None, padd
         return False
     if padding is not None and (padding.dtype is not torch.bool or padding.shape != memory.shape[:2]):
         return False
-    later = torch.full((tgt.shape[1],) * 2, -torch.inf, dtype=torch.float32, device="cpu").triu_(1)
-    return torch.equal(mask, later) and memory.numel() > 0
+    hidden = torch.full((tgt.shape[1],) * 2, -torch.inf, dtype=torch.float32, device="cpu").triu_(1)
+    return torch.equal(mask, hidden) and memory.numel() > 0
 
 
 def _computed(self: Upstream, x: Tensor, memory: Tensor, padding: Tensor | None) -> _Tokens | None:
     """Returns the tokens so far with the last ones of x (R, T, width), or None where upstream's code is to run."""
-    steps = []
-    for layer in self.layers:
-        if layer.training or not is_upstreams(layer, self):
-            return None
-        steps.append(STEPS.of(layer, partial(_by_modules, layer), _NAMES))
-        if steps[-1].reason:
-            _left.note(self, steps[-1].why(layer))
-            return None
+    steps = steps_of(self, self.layers, _by_modules, _NAMES)
+    if steps is None:
+        return None
     last = x[:, -1:].contiguous()
-    products = [step.products(last) for step in steps]
-    if any(found is None for found in products):
+    products = products_of(steps, last)
+    if products is None:
         return None
     form = *steps, layer_products.key()
     search: _Search | None = repeated_inputs.of(
@@ -143,8 +137,7 @@ def _computed(self: Upstream, x: Tensor, memory: Tensor, padding: Tensor | None)
 
 
 def _by_modules(layer: Upstream, x: Tensor, frames: Tensor) -> Tensor:
-    later = torch.full((2, 2), -torch.inf, dtype=x.dtype, device="cpu").triu_(1)
-    y: Tensor = type(layer).forward(layer, x, frames, later)[0]
+    y: Tensor = type(layer).forward(layer, x, frames, later(x))[0]
     return y[:, 1:]
 
 

@@ -14,7 +14,8 @@ from fastasr.graphs.module import OnRow
 from fastasr.models import e_branchformer as models
 from fastasr.models.e_branchformer import row
 from fastasr.swap.forwards import espnet, front_ends
-from fastasr.swap.forwards.hidden_state_decoders import espnet_layer
+from fastasr.swap.forwards.hidden_state_decoders import espnet_encoder_layer, espnet_layer
+from fastasr.swap.forwards.searches import search
 from fastasr.swap.rule import (
     Known,
     Ragged,
@@ -56,6 +57,7 @@ _DECODER_LAYER: dict[str, Any] = {
     **dict.fromkeys(("norm1", "norm2", "norm3"), "LayerNorm"),
     "dropout": nn.Dropout,
 }
+_ENCODER_LAYER = {name: kind for name, kind in _DECODER_LAYER.items() if name not in ("src_attn", "norm3")}
 _ATTENTION = ("linear_q", "linear_k", "linear_v", "linear_out", "dropout", "q_norm", "k_norm")
 
 
@@ -97,6 +99,16 @@ def _decoder_layer_structure(module: Upstream) -> str | None:
         reason = reason or unread_child(module, name, _DECODER_LAYER[name], _PLAIN_ATTENTION)
         if reason is None and not _projects_alone(getattr(module, name)):
             return f"{name} normalises queries or keys"
+    return reason or unread_child(module, "feed_forward", "PositionwiseFeedForward", _FEED_FORWARD)
+
+
+def _encoder_layer_structure(module: Upstream) -> str | None:
+    reason = check_parts(module, _ENCODER_LAYER) or check_children(module, _ENCODER_LAYER)
+    if reason is None and module.concat_after:
+        return "concatenates the input and the result of its attention"
+    reason = reason or unread_child(module, "self_attn", "MultiHeadedAttention", _PLAIN_ATTENTION)
+    if reason is None and not _projects_alone(module.self_attn):
+        return "self_attn normalises queries or keys"
     return reason or unread_child(module, "feed_forward", "PositionwiseFeedForward", _FEED_FORWARD)
 
 
@@ -166,6 +178,25 @@ DECODER_LAYER = decoder_layer_rule(
     known={"bf9ee7d1a7d96dd1f1b87cd0": _ESPNET},
 )
 
+ENCODER_LAYER = decoder_layer_rule(
+    name="espnet.encoder_layer",
+    class_name="EncoderLayer",
+    forward=espnet_encoder_layer,
+    structure=_encoder_layer_structure,
+    known={"d0ab0a0ac8365af84cfc8107": _ESPNET},
+    note="a language model's, in a swapped search on a CPU one token in two native calls, else upstream's code",
+)
+
+SEARCH = Rule(
+    name="espnet.beam_search",
+    class_name="BeamSearch",
+    forward=search,
+    structure=lambda module: None,
+    known={"e1683361868b36613c7b34f6": _ESPNET},
+    shallow=True,
+    note="upstream's search, while which language models keep keys and values",
+)
+
 LAYER = Rule(
     name="espnet.e_branchformer_layer",
     class_name="EBranchformerEncoderLayer",
@@ -219,4 +250,7 @@ RULES = (
     CONVOLUTION,
     FEED_FORWARD,
     DECODER_LAYER,
+    ENCODER_LAYER,
+    SEARCH,
+    SEARCH.like("espnet.batch_beam_search", "BatchBeamSearch", {"a3f228dface0c7598ef9b270": _ESPNET}),
 )

@@ -7,7 +7,7 @@ from dataclasses import replace
 from torch import nn
 
 from fastasr.swap.forwards import speechbrain as models
-from fastasr.swap.forwards import speechbrain_decoder, torch_attention
+from fastasr.swap.forwards import speechbrain_decoder, speechbrain_search, torch_attention
 from fastasr.swap.rule import Known, Rule, Upstream, check_parts, check_sequence, holds, unread_child
 from fastasr.swap.rules.conformer import attention_rule, feed_forward_rule, norm_convolution_rule
 
@@ -104,4 +104,52 @@ DECODER = Rule(
     note="in a search on a CPU each step computes its own tokens alone, else upstream's code",
 )
 
-RULES = (ATTENTION, PLAIN_ATTENTION, CONVOLUTION, FEED_FORWARD, DECODER)
+SEARCH = Rule(
+    name="speechbrain.beam_search",
+    class_name="S2STransformerBeamSearcher",
+    forward=speechbrain_search.search,
+    structure=lambda module: None,
+    functions=lambda module: [type(module).forward, type(module).forward_step],
+    known={"eee247a953972dab7d86d2ee": _SPEECHBRAIN},
+    shallow=True,
+    note="upstream's search; its decoder and language model compute the last tokens alone",
+)
+
+
+def _language_model_code(module: Upstream) -> list[Callable]:
+    layer = module.encoder.layers[0]
+    return [type(part).forward for part in (module, module.encoder, layer, layer.self_att)]
+
+
+def _language_model_structure(module: Upstream) -> str | None:
+    if not module.num_encoder_layers or module.num_decoder_layers:
+        return "has no encoder, or a decoder"
+    kinds = {type(layer.self_att).__name__ for layer in module.encoder.layers}
+    return None if kinds == {"MultiheadAttention"} else f"its attention is {', '.join(sorted(kinds))}"
+
+
+LANGUAGE_MODEL = Rule(
+    name="speechbrain.language_model",
+    class_name="TransformerLM",
+    forward=speechbrain_search.language_model,
+    structure=_language_model_structure,
+    functions=_language_model_code,
+    known={"64e22cd77cd1d2d4916f29ca": _SPEECHBRAIN},
+    shallow=True,
+    note="in a swapped search on a CPU each step computes its own tokens alone, else upstream's code",
+)
+
+RULES = (
+    SEARCH,
+    SEARCH.like(
+        "speechbrain.greedy_search",
+        "S2STransformerGreedySearcher",
+        {"0b1b64bab4e997d6ee53ef28": _SPEECHBRAIN},
+    ),
+    LANGUAGE_MODEL,
+    ATTENTION,
+    PLAIN_ATTENTION,
+    CONVOLUTION,
+    FEED_FORWARD,
+    DECODER,
+)
