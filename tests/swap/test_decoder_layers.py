@@ -300,6 +300,21 @@ def test_changed_parts(name, tokens):
     assert tokens == [2, 2]
 
 
+def test_hook_of_the_layer(tokens, monkeypatch):
+    """A layer's own hooks run around its native calls, before its first token too."""
+    made_steps, shapes = [], []
+    packed = decoder_step.Step.__init__
+    monkeypatch.setattr(decoder_step.Step, "__init__", lambda *given: made_steps.append(packed(*given)))
+    theirs, ours, inputs = made("whisper")
+    for model in (theirs, ours):
+        layer = model.model.decoder.layers[0]
+        layer.register_forward_hook(lambda module, given, y: shapes.append(y.shape))
+    close(generated([theirs, ours], **inputs))
+    assert len(tokens) == 14
+    assert len(made_steps) == 2
+    assert shapes[: len(shapes) // 2] == shapes[len(shapes) // 2 :]
+
+
 def test_weights_change(tokens):
     """Parameters that are written, in place or by another tensor, count from the next token on."""
     theirs, ours, _ = made("whisper")

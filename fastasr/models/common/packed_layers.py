@@ -24,7 +24,7 @@ from fastasr import _left
 from fastasr._recording import is_traced
 from fastasr.models.common.inference import is_plain_inference
 from fastasr.models.common.module_state import ModuleState
-from fastasr.models.common.plain import any_watched, first_watched, has_known_forward, is_of_framework
+from fastasr.models.common.plain import first_watched, has_known_forward, is_of_framework
 from fastasr.ops import _dispatch
 
 # The native call is used if the relative rms difference of its results from those of the operations is below this.
@@ -115,8 +115,6 @@ class PackedLayer(Packed[L], abc.ABC):
     def __init__(self, layer: L, by_operations: Callable[..., Any]) -> None:
         super().__init__(layer)
         self.reason = self.reason or _why_no_weights(layer) or self._why_not_ever(layer)
-        if not self.reason and any_watched(layer.modules()):
-            self.reason = _WATCHED
         if not self.reason:  # The example would call the part that has a reason.
             foreign = (n for n, part in layer.named_modules() if n and _runs_foreign_code(part, type(layer)))
             self.reason = next((f"{name} {_FOREIGN}" for name in foreign), "")
