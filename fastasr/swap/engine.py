@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 from fastasr.graphs import Graphs
 from fastasr.graphs import module as recording
 from fastasr.graphs.module import OnRow
-from fastasr.models.common.plain import hooks_of
+from fastasr.models.common.plain import full_name, hooks_of
 from fastasr.models.common.ragged import why_not_hooked
 from fastasr.ops import _kept
 from fastasr.ops._dispatch import why_eager
@@ -481,7 +481,7 @@ def _why_not(module: nn.Module, rule: Rule) -> str | None:
         return f"has parametrizations on {', '.join(names)}"
     kinds = "forward pre-hook", "forward hook", "backward pre-hook", "backward hook"
     for what, hooks in zip(kinds, hooks_of(module), strict=True):
-        unknown = [h for h in hooks.values() if _full_name(h) not in rule.hooks]
+        unknown = [h for h in hooks.values() if full_name(h) not in rule.hooks]
         if unknown:
             names = [getattr(h, "__qualname__", type(h).__name__) for h in unknown]
             return f"has a {what}: {', '.join(names)}"
@@ -490,10 +490,6 @@ def _why_not(module: nn.Module, rule: Rule) -> str | None:
 
 def _is_own(module: nn.Module) -> bool:
     return type(module).__module__.startswith("fastasr.")
-
-
-def _full_name(function: Any) -> str:
-    return f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', '')}"
 
 
 def _recognise(rule: Rule, module: nn.Module) -> Decision:

@@ -300,6 +300,25 @@ def test_changed_parts(name, tokens):
     assert tokens == [2, 2]
 
 
+@pytest.mark.parametrize("name", MAKERS)
+def test_outputs_that_a_call_collected(name, tokens):
+    """The hooks with which transformers collects outputs stay. Later calls that ask for none are native."""
+    theirs, ours, inputs = made(name)
+    for model in (theirs, ours):
+        model.set_attn_implementation("eager")
+    asked = {"output_attentions": True, "output_hidden_states": True}
+    for options in (asked, {}, asked):
+        tokens.clear()
+        found = generated([theirs, ours], **inputs, **options)
+        close(found)
+        assert len(tokens) == (0 if options else 14)  # with an example of each layer
+        if options:
+            for part in ("cross_attentions", "decoder_attentions", "decoder_hidden_states"):
+                for a, b in zip(*(getattr(result, part) for result in found), strict=True):
+                    torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-4)
+    assert "decoder" not in "".join(fastasr.why(ours).to_dict())
+
+
 def test_hook_of_the_layer(tokens, monkeypatch):
     """A layer's own hooks run around its native calls, before its first token too."""
     made_steps, shapes = [], []

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastasr.models.common.plain import global_hooks, hooks_of
+from fastasr.models.common.plain import are_active, global_hooks, hooks_of
 from fastasr.ops import _kept
 
 
@@ -60,7 +60,7 @@ class ModuleState:
         """Says whether a submodule has hooks now, or one selected by ``drops`` is in training mode."""
         # A module of torch.compile or TorchScript has no mode of its own in its ``__dict__``.
         modes = map(dict.get, self._dropping, itertools.repeat("training"))
-        return any(self._hooks) or any(modes)
+        return any(modes) or (any(self._hooks) and any(map(are_active, self._hooks)))
 
     def unchanged(self) -> bool:
         """Says whether the module still equals the record, except in hooks and modes."""

@@ -27,6 +27,9 @@ _GLOBAL_HOOKS = (
     _nn._global_backward_hooks,
     _nn._global_backward_pre_hooks,
 )
+# The hook with which transformers collects a module's outputs. It stays once a call has asked for outputs.
+_OUTPUTS = "transformers.utils.output_capturing"
+COLLECTING = f"{_OUTPUTS}.install_output_capuring_hook.<locals>.output_capturing_hook"
 # torch's forwards as they were on import: somebody may replace a class's forward
 _OF_TORCH = {
     cls: cls.forward
@@ -58,12 +61,31 @@ def any_global_hook() -> bool:
 def is_watched(module: torch.nn.Module) -> bool:
     """Says whether a call of this module runs hooks of any kind: then it must be called as upstream calls it."""
     return bool(
-        module._forward_hooks
+        (module._forward_hooks and are_active(module._forward_hooks))
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
         or any_global_hook()
     )
+
+
+def are_active(hooks: dict[int, Any]) -> bool:
+    """Says whether one of these hooks may do something now. Those of transformers do nothing while no call in this
+    thread collects outputs."""
+    return bool(hooks) and not (
+        _collects_nothing() and all(full_name(h) == COLLECTING for h in hooks.values())
+    )
+
+
+def _collects_nothing() -> bool:
+    # torch.compile cannot trace this variable, which each thread has for itself.
+    known = not torch.compiler.is_compiling()
+    collector = getattr(sys.modules.get(_OUTPUTS), "_active_collector", None) if known else None
+    return collector is not None and not collector.get()
+
+
+def full_name(function: Any) -> str:
+    return f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', '')}"
 
 
 def any_watched(modules: Iterable[torch.nn.Module]) -> bool:

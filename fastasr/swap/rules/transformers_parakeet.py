@@ -12,6 +12,7 @@ from fastasr._recording import on_host
 from fastasr.graphs.module import OnRow
 from fastasr.graphs.recording import Unrecordable
 from fastasr.models import fast_conformer as models
+from fastasr.models.common.plain import COLLECTING
 from fastasr.models.common.row import Capacity, RowCall
 from fastasr.models.fast_conformer import positions, ragged, row
 from fastasr.models.fast_conformer.encoder import padded
@@ -31,9 +32,7 @@ from fastasr.swap.rule import (
 from fastasr.swap.rules.conformer import attention_rule, convolution_rule, feed_forward_rule
 
 _FROM_5_6 = Known("transformers 5.6 to 5.24")
-CAPTURING = (
-    "transformers.utils.output_capturing.install_output_capuring_hook.<locals>.output_capturing_hook",
-)
+CAPTURING = (COLLECTING,)
 # The activations that fastasr's forwards do not call, and their known code
 ACTIVATIONS = ("GELUActivation", "SiLUActivation"), {"1903e0da4ab1fe14975183ec", "bbb3a89cc2c8993670072487"}
 _BLOCK = "c6cc6c4c6c123d55235c5852"
