@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from steps import moved, numbers, seeded
-from tiny_decoders import MAKERS
+from tiny_decoders import MAKERS, PLACES
 
 import fastasr
 from fastasr.ops import _dispatch, _reduced_weights
@@ -351,6 +351,20 @@ def test_weights_change(tokens):
     both(theirs, ours, written)
     both(theirs, ours, replaced)
     assert len(tokens) >= 4
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_scaling_changes(name, tokens):
+    """The factor of an attention's scores counts from the next token on, as in other swapped attention."""
+    theirs, ours, inputs = made(name)
+    close(generated([theirs, ours], **inputs))
+    for model in (theirs, ours):
+        layer = model.get_submodule(PLACES[name])
+        for part in decoder_layer.names_of(layer)[0:3:2]:
+            layer.get_submodule(part).scaling *= 1.7
+    tokens.clear()
+    close(generated([theirs, ours], **inputs))
+    assert len(tokens) == 12
 
 
 def test_autocast(tokens):

@@ -113,9 +113,7 @@ class Step(PackedLayer[Upstream]):
         dims = [getattr(attention, names.head_dim) for attention in attentions]
         self.heads = width // dims[0]
         self._numbers = self.heads, second.weight.shape[1], _activation.NUMBERS[name], self._gated
-        self._scales = [
-            float(getattr(part, "scaling", dim**-0.5)) for part, dim in zip(attentions, dims, strict=True)
-        ]
+        self._attentions = [(part, dim**-0.5) for part, dim in zip(attentions, dims, strict=True)]
         # The native calls are before and behind the cache.
         before = 1 if not names.norm_first or getattr(layer, names.norm_first) else 0
         self._norms = norms[:before], norms[before:]
@@ -216,7 +214,7 @@ class Step(PackedLayer[Upstream]):
             self._biases[3:],
             ways[3:],
             *self._numbers,
-            self._scales,
+            [float(getattr(part, "scaling", scale)) for part, scale in self._attentions],
             attended,
         )
         return found
