@@ -11,6 +11,8 @@ import torch
 from steps import moved, numbers, seeded
 
 import fastasr
+from fastasr.swap.forwards import openai_whisper
+from fastasr.swap.forwards.beams import queries
 
 
 def whisper():
@@ -58,17 +60,34 @@ def test_a_search():
     assert not fastasr.why(ours).to_dict()
 
 
-def test_beams():
+def test_beams(monkeypatch):
     theirs, ours, _ = whisper()
     seen = []
-    for block in ours.decoder.blocks:
-        block.cross_attn.register_forward_hook(lambda module, args, y: seen.append(args[0].shape[:2]))
+    monkeypatch.setattr(openai_whisper, "queries", lambda *given: seen.append(queries(*given)) or seen[-1])
     with torch.no_grad():
         (found, logits), (expected, exact) = (searched(model, recordings=1) for model in (ours, theirs))
     assert torch.equal(found, expected)
     torch.testing.assert_close(logits, exact, rtol=1e-4, atol=1e-4)
-    assert {shape[0] for shape in seen} == {1}
-    assert seen[-1] == (1, 2)
+    assert len(seen) == 20
+    assert {len(x) for x in seen} == {1}
+    assert seen[-1].shape[:2] == (1, 2)
+
+
+@pytest.mark.parametrize("part", ["cross_attn", "cross_attn.query", "cross_attn.out"])
+def test_hooks_see_rows_of_beams(part):
+    """Hooks on the attention to the frames, as of packages that align words, see a row of each beam."""
+    found = []
+    for model in whisper()[:2]:
+        seen = []
+        for block in model.decoder.blocks:
+            block.get_submodule(part).register_forward_hook(
+                lambda _, given, y, to=seen: to.append((given[0], y))
+            )
+        with torch.no_grad():
+            tokens, logits = searched(model, 1)
+        found.append((tokens, logits, seen))
+    assert len(found[0][2]) == 20
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
 
 
 def test_scores_for_times_of_words():

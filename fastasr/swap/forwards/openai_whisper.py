@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastasr import _left, ops
 from fastasr.models.common import activations
-from fastasr.models.common.plain import weight_and_bias
+from fastasr.models.common.plain import any_watched, is_watched, weight_and_bias
 from fastasr.models.fast_conformer.masks import OTHER
 from fastasr.swap.forwards.beams import queries, rows
 from fastasr.swap.forwards.common import in_sequential, is_part
@@ -58,9 +58,16 @@ def decoder(self: Upstream, x: Tensor, xa: Tensor, kv_cache: dict[Any, Tensor] |
 
 
 def _attention_to_frames(attention: Upstream, x: Tensor, frames: Any, cache: Any) -> Tensor:
-    beams = len(x) if frames is not None and len(frames) == 1 else 1
+    shared = frames is not None and len(frames) == 1 and not _is_watched(attention)
+    beams = len(x) if shared else 1
     y: Tensor = attention(x if beams == 1 else queries(x, beams), frames, kv_cache=cache)[0]
     return y if beams == 1 else rows(y, beams)
+
+
+def _is_watched(attention: Upstream) -> bool:
+    """Says whether a hook would see the rows of beams. Upstream's cache watches the products of the frames."""
+    parts = (part for name, part in attention.named_children() if name not in ("key", "value"))
+    return is_watched(attention) or any_watched(parts)
 
 
 def _attention(self: Upstream, x: Tensor) -> Tensor:
