@@ -3,6 +3,7 @@
 wherever a call is of another kind."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -150,24 +151,34 @@ MASKS = {
 }
 
 
+def masked(model, implementation, mask, call=lambda layer: layer):
+    """Returns the step of the first layer that sees what ``mask`` (R, T) says of tokens and, from behind, of frames."""
+    model.set_attn_implementation(implementation)
+    layer, mask = model.model.decoder.layers[0], mask[:, None, None]
+    states, prompt, x = (torch.randn(2, n, 16, generator=numbers(n)) for n in (4, 3, 1))
+    cache = cache_utils.EncoderDecoderCache(cache_utils.DynamicCache(), cache_utils.DynamicCache())
+    with torch.no_grad():
+        layer(prompt, None, states, cache=cache)
+        return call(layer)(x, mask, states, encoder_attention_mask=mask.flip(-1), cache=cache)
+
+
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", MASKS)
 def test_masks(name, implementation, tokens):
     """``eager`` adds bools as numbers, and gives NaN to a query that sees no key."""
-    theirs, ours, _ = made("whisper")
-    found = []
-    for model in (theirs, ours):
-        model.set_attn_implementation(implementation)
-        layer = model.model.decoder.layers[0]
-        states, prompt, x = (torch.randn(2, n, 16, generator=numbers(n)) for n in (4, 3, 1))
-        cache = cache_utils.EncoderDecoderCache(cache_utils.DynamicCache(), cache_utils.DynamicCache())
-        with torch.no_grad():
-            layer(prompt, None, states, cache=cache)
-            mask = MASKS[name][:, None, None]
-            found.append(layer(x, mask, states, encoder_attention_mask=mask.flip(-1), cache=cache))
+    found = [masked(model, implementation, MASKS[name]) for model in made("whisper")[:2]]
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5, equal_nan=True)
     by_upstream = implementation == "eager" and name != "numbers"
     assert tokens == ([] if by_upstream else [2, 2])
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_compiled(implementation, tokens):
+    """torch.compile makes one graph of a step, as of upstream's."""
+    compiled = partial(torch.compile, backend="eager", fullgraph=True)
+    found = [masked(model, implementation, MASKS["numbers"], compiled) for model in made("whisper")[:2]]
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+    assert not tokens
 
 
 def other_tokens(cache):

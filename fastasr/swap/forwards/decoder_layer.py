@@ -132,16 +132,13 @@ def _kept_frames(
     beams = of_frames.beams if shared else 1
     if not all(map(_is_read, (own.keys, own.values, keys, values))) or keys.shape != values.shape:
         return None
-    seen, name = (own.get_seq_length() + 1, keys.shape[2]), implementation(self.self_attn.config)
-    if len(keys) * beams != rows or not all(map(partial(_is_mask, name, rows), masks, seen)):
+    plain = type(tokens).__name__ == "DynamicCache" and not (tokens.offloading or held.offloading)
+    # before the masks, whose values torch.compile and vmap cannot read
+    if not plain or not may_call(self, hidden_states, self.self_attn.q_proj.weight):
         return None
-    plain = name in STANDARD and type(tokens).__name__ == "DynamicCache"
-    if (
-        not plain
-        or tokens.offloading
-        or held.offloading
-        or not may_call(self, hidden_states, self.self_attn.q_proj.weight)
-    ):
+    seen, name = (own.get_seq_length() + 1, keys.shape[2]), implementation(self.self_attn.config)
+    fits = len(keys) * beams == rows and name in STANDARD
+    if not fits or not all(map(partial(_is_mask, name, rows), masks, seen)):
         return None
     return keys, values, *masks
 
