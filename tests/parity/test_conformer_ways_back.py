@@ -378,12 +378,12 @@ def frames_before_those_of_a_call():
     return beside(ours, theirs, run, "layers.0.self_attn.forward", OTHER_KEYS)
 
 
-def hooked_part_of_a_decoder_layer():
+def of_a_decoder_layer(reason, rows=1, act=lambda layer: None):
     ours, theirs, _ = copies("decoders of transformers")
     caches = pytest.importorskip("transformers.cache_utils")
-    x = torch.linspace(-2, 1, 7 * WIDTH).sin().view(1, 7, WIDTH)
+    x = torch.linspace(-2, 1, 7 * WIDTH).sin().expand(rows, -1).view(rows, 7, WIDTH)
     for model in (ours, theirs):
-        model.parts[0].fc1.register_forward_hook(lambda module, args, y: 2 * y)
+        act(model.parts[0])
 
     @torch.no_grad()
     def run(model):
@@ -392,7 +392,16 @@ def hooked_part_of_a_decoder_layer():
             y = model.parts[0](tokens, None, x, cache=cache)
         return y
 
-    return beside(ours, theirs, run, "parts.0.forward", "fc1 has hooks")
+    return beside(ours, theirs, run, "parts.0.forward", reason)
+
+
+def hooked_part_of_a_decoder_layer():
+    act = lambda layer: layer.fc1.register_forward_hook(lambda module, args, y: 2 * y)  # noqa: E731
+    return of_a_decoder_layer("fc1 has hooks", act=act)
+
+
+def many_rows_of_a_decoder_layer():
+    return of_a_decoder_layer("more than 256 hypotheses", 257)
 
 
 def hooked_part_of_espnets_decoder_layer():
@@ -415,6 +424,7 @@ OTHERS = (
     hooked_part_of_a_decoder_layer,
     hooked_part_of_espnets_decoder_layer,
     hooked_part_of_speechbrains_decoder,
+    many_rows_of_a_decoder_layer,
     frames_before_those_of_a_call,
     hooked_convolution_of_nemo,
     weights_of_wav2vec2,

@@ -89,7 +89,7 @@ def test_weights_in_fewer_bits(weights, tokens, monkeypatch):
     assert fastasr.accelerate(ours, weights=weights).weights.reduced
     found = generated([ours], **inputs)
     assert len(tokens) >= 12
-    monkeypatch.setattr(decoder_layer, "_kept_frames", lambda *call: None)
+    monkeypatch.setattr(decoder_layer, "_kept_frames", lambda *call: "")
     expected = generated([ours, theirs], **inputs)
     close([expected[0], *found], 0.02)
     scores = [torch.stack(result.scores)[..., 3:] for result in (*found, *expected)]
@@ -264,6 +264,44 @@ def test_other_caches(tokens):
     assert not tokens
 
 
+REASONS = {
+    "static cache": ({"cache_implementation": "static"}, "the cache is not transformers' DynamicCache"),
+    "rows": ({"num_return_sequences": 129, "do_sample": True}, "more than 256 hypotheses"),
+    "outputs": ({"output_attentions": True}, "the call has output_attentions"),
+}
+
+
+@pytest.mark.parametrize("name", REASONS)
+def test_reasons(name, tokens):
+    """``fastasr.why`` tells why upstream's code computes tokens after the prompt."""
+    options, reason = REASONS[name]
+    _, ours, inputs = made("whisper")
+    ours.generate(**inputs, max_new_tokens=2)
+    assert not fastasr.why(ours).to_dict()
+    tokens.clear()
+    ours.generate(**inputs, max_new_tokens=2, **options)
+    assert reason in fastasr.why(ours)["model.decoder.layers.1.forward"]
+    assert not tokens
+
+
+@pytest.mark.parametrize("implementation", ["of_a_user", "eager"])
+def test_reasons_of_attention(implementation, tokens):
+    """An implementation that a user registered, and a mask of which ``eager`` makes NaN."""
+    functions = transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS
+    functions.register("of_a_user", functions["sdpa"])
+    _, ours, _ = made("whisper")
+    try:
+        masked(ours, implementation, MASKS["no numbers"])
+    finally:
+        del functions._global_mapping["of_a_user"]
+    reason = {
+        "of_a_user": "the attention implementation is of_a_user",
+        "eager": "what its attention does with a mask",
+    }
+    assert reason[implementation] in fastasr.why(ours)["model.decoder.layers.0.forward"]
+    assert not tokens
+
+
 class Doubled(torch.nn.Linear):
     def forward(self, x):
         return 2 * super().forward(x)
@@ -327,7 +365,8 @@ def test_outputs_that_a_call_collected(name, tokens):
             for part in ("cross_attentions", "decoder_attentions", "decoder_hidden_states"):
                 for a, b in zip(*(getattr(result, part) for result in found), strict=True):
                     torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-4)
-    assert "decoder" not in "".join(fastasr.why(ours).to_dict())
+    noted = fastasr.why(ours)[f"{PLACES[name]}.forward"]
+    assert noted == "the call has output_attentions and output_hidden_states"
 
 
 def test_hook_of_the_layer(tokens, monkeypatch):
@@ -383,6 +422,7 @@ def test_autocast(tokens):
     with torch.autocast("cpu", torch.bfloat16):
         found = [step(model)[0] for model in (theirs.requires_grad_(False), ours.requires_grad_(False))]
     torch.testing.assert_close(found[1].float(), found[0].float(), rtol=0.05, atol=0.05)
+    assert fastasr.why(ours)["model.decoder.layers.0.forward"] == "autocast is on"
     assert not tokens
 
 

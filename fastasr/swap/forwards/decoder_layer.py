@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from fastasr import _left
-from fastasr.models.common.packed_layers import may_call
+from fastasr.models.common.packed_layers import may_call, note_declined
 from fastasr.models.fast_conformer.attention import STANDARD
-from fastasr.models.fast_conformer.masks import implementation
+from fastasr.models.fast_conformer.masks import implementation, unread
 from fastasr.swap.forwards.decoder_step import MOST_ROWS, STEPS, Names, Rotate, later
 from fastasr.swap.forwards.transformers_cache import SharedRows
 from fastasr.swap.rule import Upstream, upstream_class
@@ -77,7 +77,9 @@ def decoder_layer(self: Upstream, hidden_states: Tensor, *others: Any, **kwargs:
     (R, K, width) and an ``EncoderDecoderCache`` -> (R, T, width)."""
     upstream = partial(type(self).forward, self)
     kept = _kept_frames(self, hidden_states, others, kwargs)
-    if kept is None:
+    if isinstance(kept, str):
+        if kept:
+            _left.note(self, kept)
         return upstream(hidden_states, *others, **kwargs)
     rotate = _rotate_of(self)
     step = STEPS.of(self, partial(_by_modules, upstream), names_of(self), rotate, rotate is not None)
@@ -106,40 +108,49 @@ def _rotate_of(layer: Upstream) -> Rotate | None:
 
 def _kept_frames(
     self: Upstream, hidden_states: Tensor, others: tuple, kwargs: dict[str, Any]
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None:
-    """Returns the frames' keys and values (B, H, K, d) in the cache and the masks of both attentions where the native
-    calls can serve, else None. Each of B recordings has R / B hypotheses."""
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None] | str:
+    """Returns the frames' keys and values (B, H, K, d) in the cache and the masks of both attentions, each of B
+    recordings with R / B hypotheses; or why the native calls cannot serve, "" for calls that are of another kind."""
     rows = len(hidden_states)
-    if hidden_states.shape[1:2] != (1,) or rows > MOST_ROWS or len(others) > len(_ARGUMENTS):
-        return None
+    is_token = hidden_states.shape[1:2] == (1,) and hidden_states.dtype is torch.float32
+    if not is_token or self.training or len(others) > len(_ARGUMENTS):
+        return ""
     given = dict(zip(_ARGUMENTS, others, strict=False)) | kwargs
     cache, frames, *masks = (given.pop(name, None) for name in ("cache", "encoder_hidden_states", *_MASKS))
     if upstream_class(self).__name__ in _ROTARY and given.pop("position_embeddings", None) is None:
-        return None
+        return ""
     index, held = self.self_attn.layer_idx, getattr(cache, "cross_attention_cache", None)
     if frames is None or held is None or not cache.is_updated.get(index):
-        return None
-    if any(value is not None and value is not False for name, value in given.items() if name not in _UNREAD):
-        return None
+        return ""
+    weight = self.self_attn.q_proj.weight
+    # before the masks, whose values torch.compile and vmap cannot read
+    if not may_call(self, hidden_states, weight):
+        note_declined(self, hidden_states, weight, "forward")
+        return ""
+    unread_ones = [n for n, value in given.items() if not (value is None or value is False or n in _UNREAD)]
+    if unread_ones:
+        return f"the call has {' and '.join(unread_ones)}"
+    if rows > MOST_ROWS:
+        return f"more than {MOST_ROWS} hypotheses"
+    name = implementation(self.self_attn.config)
+    if name not in STANDARD:
+        return unread(False, name)
     tokens, of_frames = cache.self_attention_cache, held.layers[index]
     own: Any = tokens.layers[index] if index < len(tokens.layers) else None
     shared = isinstance(of_frames, SharedRows)
-    if type(own).__name__ != "DynamicLayer" or not (shared or type(of_frames).__name__ == "DynamicLayer"):
-        return None
+    dynamic = type(own).__name__ == "DynamicLayer" and (shared or type(of_frames).__name__ == "DynamicLayer")
+    if not dynamic or type(tokens).__name__ != "DynamicCache" or tokens.offloading or held.offloading:
+        return "the cache is not transformers' DynamicCache, or has no tokens, or is offloaded"
     keys, values = (
         map(of_frames.held.get, ("keys", "values")) if shared else (of_frames.keys, of_frames.values)
     )
     beams = of_frames.beams if shared else 1
-    if not all(map(_is_read, (own.keys, own.values, keys, values))) or keys.shape != values.shape:
-        return None
-    plain = type(tokens).__name__ == "DynamicCache" and not (tokens.offloading or held.offloading)
-    # before the masks, whose values torch.compile and vmap cannot read
-    if not plain or not may_call(self, hidden_states, self.self_attn.q_proj.weight):
-        return None
-    seen, name = (own.get_seq_length() + 1, keys.shape[2]), implementation(self.self_attn.config)
-    fits = len(keys) * beams == rows and name in STANDARD
-    if not fits or not all(map(partial(_is_mask, name, rows), masks, seen)):
-        return None
+    seen = own.get_seq_length() + 1, keys.shape[2]
+    fits = len(keys) * beams == rows and keys.shape == values.shape
+    if not fits or not all(map(_is_read, (own.keys, own.values, keys, values))):
+        return "the cache has no float32 tensors of these hypotheses, or they want gradients"
+    if not all(map(partial(_is_mask, name, rows), masks, seen)):
+        return "the native calls do not compute what its attention does with a mask"
     return keys, values, *masks
 
 
