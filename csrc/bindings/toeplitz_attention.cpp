@@ -78,9 +78,9 @@ void pack_units(const Tasks<T>& all, bool backward, int64_t first, int64_t units
                 const cpu::ToeplitzUnit<cpu::compute_t<T>>* operands) {
   const cpu::ToeplitzAttention<T>& p = all.p;
   const auto& kernel = cpu::kernels<cpu::ToeplitzAttentionKernels<T>>();
-  const int64_t panels = p.v_panels();
-  all.run(units, panels + 1, p.rows() * cpu::kPanel * 16, [&](int64_t u, int64_t task, auto* scratch) {
-    if (task == panels)
+  const int64_t blocks = p.blocks();
+  all.run(units, blocks + 1, cpu::kPanel * p.v * 16, [&](int64_t u, int64_t task, auto* scratch) {
+    if (task == blocks)
       kernel.pack(p, first + u, backward, operands[u], scratch);
     else
       kernel.pack_value(p, first + u, task, operands[u]);
@@ -113,7 +113,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> toeplitz_attention_ba
     const auto p = problem<T>(a);
     cpu::ToeplitzGradients<T> g{sequence<T>(a.grad_y), sequence<T>(a.mixed), mutable_data<T>(dquery_key),
                                 mutable_data<T>(dgate), mutable_data<T>(dvalue)};
-    const int64_t blocks = p.blocks(), panels = p.v_panels() + p.d_panels(), distances = 2 * p.size - 1;
+    const int64_t blocks = p.blocks(), distances = 2 * p.size - 1;
     const int64_t width = 4 * p.d + distances;
     std::vector<double> parts(p.units() * width);
     for_groups(p, true, [&](int64_t first, int64_t units, const cpu::ToeplitzUnit<C>* operands, const Tasks<T>& all) {
@@ -121,8 +121,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> toeplitz_attention_ba
       all.run(units, blocks, cpu::kPanel * p.rows() * (2 * p.d + p.v), [&](int64_t u, int64_t task, C* scratch) {
         kernel.backward(p, g, first + u, folded(task, blocks), operands[u], scratch);
       });
-      all.run(units, panels, cpu::kPanel * p.rows() * p.rows(), [&](int64_t u, int64_t task, C* scratch) {
-        kernel.backward_keys(p, g, first + u, task, operands[u], scratch);
+      all.run(units, blocks, cpu::kPanel * p.rows() * (p.d + p.v), [&](int64_t u, int64_t task, C* scratch) {
+        kernel.backward_keys(p, g, first + u, folded(task, blocks), operands[u], scratch);
       });
       all.run(units, 1, p.rows() * (16 * p.d + 4 * p.rows()), [&](int64_t u, int64_t, C* scratch) {
         double* part = parts.data() + (first + u) * width;

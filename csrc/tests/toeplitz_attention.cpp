@@ -88,11 +88,10 @@ struct Call {
       Buffer<C> memory(cpu::toeplitz_unit_elements(p, true)), scratch(cpu::toeplitz_scratch_elements(p));
       const auto u = cpu::toeplitz_unit(p, true, memory);
       kernel.pack(p, unit, true, u, scratch);
-      for (int64_t panel = 0; panel < p.v_panels(); panel++) kernel.pack_value(p, unit, panel, u);
+      for (int64_t block = 0; block < p.blocks(); block++) kernel.pack_value(p, unit, block, u);
       for (int64_t block = p.blocks(); block-- > 0;) kernel.forward(p, unit, block, u, y, mixed, scratch);
       for (int64_t block = p.blocks(); block-- > 0;) kernel.backward(p, g, unit, block, u, scratch);
-      for (int64_t panel = 0; panel < p.v_panels() + p.d_panels(); panel++)
-        kernel.backward_keys(p, g, unit, panel, u, scratch);
+      for (int64_t block = p.blocks(); block-- > 0;) kernel.backward_keys(p, g, unit, block, u, scratch);
       std::vector<double> part(static_cast<size_t>(width));
       kernel.backward_parameters(p, g, unit, u, part.data(), part.data() + 4 * p.d, scratch);
       for (int64_t i = 0; i < width; i++) sums[i] += part[i];
@@ -105,7 +104,7 @@ const Shape kShapes[] = {
     {1, 1, 1, 1, 0, true, false, false, false},   {7, 2, 5, 9, 0, true, true, false, true},
     {33, 1, 33, 34, 0, true, false, true, false}, {40, 2, 16, 31, 0, false, true, false, false},
     {45, 1, 8, 40, 20, true, true, true, true},   {70, 1, 40, 33, 33, false, false, false, true},
-    {100, 1, 4, 8, 0, true, true, false, false},
+    {100, 1, 4, 8, 0, true, true, false, false},  {36, 1, 8, 150, 0, true, false, false, true},
 };
 
 template <typename T>

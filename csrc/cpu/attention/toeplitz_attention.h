@@ -73,10 +73,13 @@ ToeplitzUnit<compute_t<T>> toeplitz_unit(const ToeplitzAttention<T>& p, bool bac
   return u;
 }
 
-// A call on one block or panel needs this many elements of C for itself.
+// Frames of a sequence lie far apart: their values and gates are read and written this many panels at a time.
+constexpr int64_t kToeplitzPanels = 4;
+
+// A call on one block needs this many elements of C for itself.
 template <typename T>
 int64_t toeplitz_scratch_elements(const ToeplitzAttention<T>& p) {
-  return std::max(p.rows(), p.v_panels() * kPanel) * kPanel + 3 * kPanel * kPanel;
+  return std::max(p.rows() + 2 * kPanel, (3 * kToeplitzPanels + 1) * kPanel) * kPanel;
 }
 
 // The backward reads and writes these beside the unit. Gradients are contiguous.
@@ -91,15 +94,15 @@ template <typename T>
 struct ToeplitzAttentionKernels {
   using C = compute_t<T>;
   void (*pack)(const ToeplitzAttention<T>& p, int64_t unit, bool backward, const ToeplitzUnit<C>& u, C* scratch);
-  void (*pack_value)(const ToeplitzAttention<T>& p, int64_t unit, int64_t panel, const ToeplitzUnit<C>& u);
+  void (*pack_value)(const ToeplitzAttention<T>& p, int64_t unit, int64_t block, const ToeplitzUnit<C>& u);
   // Computes y and, when h is not null, h of one block.
   void (*forward)(const ToeplitzAttention<T>& p, int64_t unit, int64_t block, const ToeplitzUnit<C>& u, T* y, T* mixed,
                   C* scratch);
   // Computes dgate, and into u the weights, dscores, grad and dquery of one block.
   void (*backward)(const ToeplitzAttention<T>& p, const ToeplitzGradients<T>& g, int64_t unit, int64_t block,
                    const ToeplitzUnit<C>& u, C* scratch);
-  // Computes dvalue of a panel of v, or dkey (into u) of panel - v_panels.
-  void (*backward_keys)(const ToeplitzAttention<T>& p, const ToeplitzGradients<T>& g, int64_t unit, int64_t panel,
+  // Computes dvalue, and dkey into u, of the 32 keys of a block.
+  void (*backward_keys)(const ToeplitzAttention<T>& p, const ToeplitzGradients<T>& g, int64_t unit, int64_t block,
                         const ToeplitzUnit<C>& u, C* scratch);
   // Computes dquery_key and this unit's sums: dparameters (4, d) holds dweight's rows 0 and 1 and dbias's rows 0 and 1;
   // dposition (2 size - 1)

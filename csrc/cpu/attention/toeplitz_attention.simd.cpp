@@ -5,9 +5,11 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #include "cpu/attention/softmax_backward.simd.h"
 #include "cpu/math/activation.h"
+#include "cpu/simd/vectors.simd.h"
 
 namespace fastasr::cpu {
 namespace {
@@ -30,44 +32,75 @@ FASTASR_INLINE int64_t keys_of(const ToeplitzSizes& p, int64_t block) {
 
 // out[j][l] = in[l][j], 32 by 32, of which only `rows` rows of the input exist: the others are zeros.
 template <typename C>
-__attribute__((noinline)) void transpose(const C* __restrict in, int64_t rows, C* __restrict out) {
-  if (rows == kPanel) {
-    for (int64_t l = 0; l < kPanel; l++)
-      for (int64_t j = 0; j < kPanel; j++) out[j * kPanel + l] = in[l * kPanel + j];
-    return;
-  }
-  std::memset(out, 0, sizeof(C) * kTile);
-  for (int64_t l = 0; l < rows; l++)
-    for (int64_t j = 0; j < kPanel; j++) out[j * kPanel + l] = in[l * kPanel + j];
+__attribute__((noinline)) void transpose_tile(const C* in, int64_t rows, C* out) {
+  constexpr int n = Lanes<C>::count;
+  for (int64_t l = 0; l < kPanel; l += n)
+    for (int64_t j = 0; j < kPanel; j += n) {
+      Vector<C> r[n];
+#pragma GCC unroll 16
+      for (int i = 0; i < n; i++) r[i] = l + i < rows ? at(in + (l + i) * kPanel + j) : Vector<C>{};
+      transpose<C>(r);
+#pragma GCC unroll 16
+      for (int i = 0; i < n; i++) put(out + (j + i) * kPanel + l, r[i]);
+    }
 }
 
-// Copies [first, first + 32) of channels of `rows` frames from frame t on into rows of 32, with zeros beyond `frames`
-// and `channels`.
+// Copies a panel's row. The compiler would call memmove for a loop of one type.
+template <typename From, typename To>
+FASTASR_INLINE void convert(const From* __restrict in, To* __restrict out) {
+  if constexpr (std::is_same_v<From, To>) {
+    std::memcpy(out, in, sizeof(To) * kPanel);
+  } else {
+#pragma omp simd
+    for (int64_t j = 0; j < kPanel; j++) store(&out[j], load(in[j]));
+  }
+}
+
+// Copies channels from `first` on of `rows` frames from frame t on into rows of 32 in `panels` panels, which lie
+// `stride` apart, with zeros beyond `frames` and `channels`.
 template <typename T>
 __attribute__((noinline)) void fetch(const Sequence<const T>& x, int64_t t, int64_t b, int64_t first, int64_t channels,
-                                     int64_t frames, int64_t rows, compute_t<T>* __restrict out) {
-  const int64_t n = std::min(kPanel, channels - first);
-  for (int64_t i = 0; i < rows; i++, out += kPanel) {
-    const int64_t m = i < frames ? n : 0;
-    const T* __restrict in = i < frames ? x.at(t + i, b) + first : nullptr;
-    if (m == kPanel) {
-#pragma omp simd
-      for (int64_t j = 0; j < kPanel; j++) out[j] = load(in[j]);
-      continue;
+                                     int64_t frames, int64_t rows, compute_t<T>* out, int64_t panels = 1,
+                                     int64_t stride = kTile) {
+  for (int64_t i = 0; i < rows; i++) {
+    for (int64_t panel = 0; panel < panels; panel++) {
+      const int64_t from = first + panel * kPanel, n = i < frames ? std::min(kPanel, channels - from) : 0;
+      const T* __restrict in = n > 0 ? x.at(t + i, b) + from : nullptr;
+      compute_t<T>* __restrict to = out + panel * stride + i * kPanel;
+      if (n == kPanel) {
+        convert(in, to);
+        continue;
+      }
+      for (int64_t j = 0; j < n; j++) to[j] = load(in[j]);
+      for (int64_t j = n; j < kPanel; j++) to[j] = 0;
     }
-    for (int64_t j = 0; j < m; j++) out[j] = load(in[j]);
-    for (int64_t j = m; j < kPanel; j++) out[j] = 0;
   }
 }
 
+// Prefetches a row of what fetch reads next: memory works while the processor multiplies.
 template <typename T>
-FASTASR_INLINE void put(T* __restrict out, const compute_t<T>* __restrict in, int64_t n) {
-  if (n == kPanel) {
-#pragma omp simd
-    for (int64_t j = 0; j < kPanel; j++) store(&out[j], in[j]);
-    return;
-  }
+FASTASR_INLINE void prefetch(const Sequence<const T>& x, int64_t t, int64_t b, int64_t first, int64_t channels) {
+  const char* from = reinterpret_cast<const char*>(x.at(t, b) + first);
+  const int64_t bytes = std::min(kToeplitzPanels * kPanel, channels - first) * static_cast<int64_t>(sizeof(T));
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i);
+}
+
+template <typename T>
+FASTASR_INLINE void put_row(T* __restrict out, const compute_t<T>* __restrict in, int64_t n) {
+  if (n == kPanel) return convert(in, out);
   for (int64_t j = 0; j < n; j++) store(&out[j], in[j]);
+}
+
+// Writes `rows` frames of (L, B, channels), channels from `first` on of `panels` tiles.
+template <typename T>
+__attribute__((noinline)) void deliver(const ToeplitzSizes& p, T* x, int64_t t, int64_t b, int64_t first,
+                                       int64_t channels, int64_t rows, const compute_t<T>* in, int64_t panels) {
+  for (int64_t i = 0; i < rows; i++)
+    for (int64_t panel = 0; panel < panels; panel++) {
+      const int64_t from = first + panel * kPanel;
+      put_row(x + ((t + i) * p.batch + b) * channels + from, in + panel * kTile + i * kPanel,
+              std::min(kPanel, channels - from));
+    }
 }
 
 template <typename T, typename C = compute_t<T>>
@@ -94,7 +127,7 @@ void pack(const ToeplitzAttention<T>& p, int64_t unit, bool backward, const Toep
         }
       }
       std::memset(key + (i0 + frames) * kPanel, 0, sizeof(C) * static_cast<size_t>(kPanel - frames) * kPanel);
-      transpose(q, frames, u.query_t + i0 * p.d_panels() * kPanel + panel * kTile);
+      transpose_tile(q, frames, u.query_t + i0 * p.d_panels() * kPanel + panel * kTile);
       if (backward) std::copy_n(q, frames * kPanel, u.query + (panel * rows + i0) * kPanel);
     }
   }
@@ -107,12 +140,19 @@ void pack(const ToeplitzAttention<T>& p, int64_t unit, bool backward, const Toep
     u.hidden[j] = j >= s.length || (p.padding && !all && p.padding[s.batch * p.length + s.first + j]);
 }
 
+// Packs the values of the 32 keys of a block.
 template <typename T, typename C = compute_t<T>>
-void pack_value(const ToeplitzAttention<T>& p, int64_t unit, int64_t panel, const ToeplitzUnit<C>& u) {
+void pack_value(const ToeplitzAttention<T>& p, int64_t unit, int64_t block, const ToeplitzUnit<C>& u) {
   const Span s = span_of(p, unit);
-  C* out = u.value + panel * p.rows() * kPanel;
-  fetch(p.value, s.first, s.batch, panel * kPanel, p.v, s.length, p.keys(), out);
-  if (p.activate_value) activate(p.activation, out, s.length * kPanel);
+  const int64_t j0 = block * kPanel, stride = p.rows() * kPanel;
+  const int64_t frames = std::clamp<int64_t>(s.length - j0, 0, kPanel);
+  for (int64_t panel = 0; panel < p.v_panels(); panel += kToeplitzPanels) {
+    const int64_t panels = std::min(kToeplitzPanels, p.v_panels() - panel);
+    C* const out = u.value + panel * stride + j0 * kPanel;
+    fetch(p.value, s.first + j0, s.batch, panel * kPanel, p.v, frames, std::min(kPanel, p.keys() - j0), out, panels,
+          stride);
+    for (int64_t i = 0; p.activate_value && i < panels; i++) activate(p.activation, out + i * stride, frames * kPanel);
+  }
 }
 
 // S[j][l] = q_l k_j, j < keys.
@@ -230,34 +270,37 @@ void forward(const ToeplitzAttention<T>& p, int64_t unit, int64_t block, const T
 #pragma omp simd
       for (int64_t c = 0; c < kPanel; c++) hl[c] *= inverse[l], gl[c] *= hl[c];
       const int64_t at = ((span.first + i0 + l) * p.batch + span.batch) * p.v + first;
-      put(y + at, gl, n);
-      if (mixed) put(mixed + at, hl, n);
+      put_row(y + at, gl, n);
+      if (mixed) put_row(mixed + at, hl, n);
     }
   }
 }
 
-// Computes g = dy act(gate) of a block: panels into u.grad, transposed ([v][32]) into gt; dgate = dy h act'(gate).
+// Computes g = dy act(gate) of some panels of a block into u.grad, and transposed ([v][32]) into gt; dgate = dy h
+// act'(gate).
 template <typename T, typename C = compute_t<T>>
 FASTASR_INLINE void ungate(const ToeplitzAttention<T>& p, const ToeplitzGradients<T>& g, const Span& span, int64_t i0,
-                           int64_t queries, const ToeplitzUnit<C>& u, C* __restrict gt, C* __restrict scratch) {
-  C* __restrict gate = scratch, * __restrict slope = gate + kTile, * __restrict mixed = slope + kTile;
-  const int64_t t = span.first + i0;
-  for (int64_t panel = 0; panel < p.v_panels(); panel++) {
-    const int64_t first = panel * kPanel, n = std::min(kPanel, p.v - first);
-    C* __restrict out = u.grad + (panel * p.rows() + i0) * kPanel;
-    fetch(p.gate, t, span.batch, first, p.v, queries, queries, gate);
-    fetch(g.grad, t, span.batch, first, p.v, queries, queries, out);
-    fetch(g.mixed, t, span.batch, first, p.v, queries, queries, mixed);
+                           int64_t queries, int64_t panel, int64_t panels, const ToeplitzUnit<C>& u, C* gt,
+                           C* scratch) {
+  C *const gates = scratch, *const mixtures = gates + kToeplitzPanels * kTile;
+  C* __restrict slope = mixtures + kToeplitzPanels * kTile;
+  const int64_t t = span.first + i0, stride = p.rows() * kPanel, first = panel * kPanel;
+  C* const grads = u.grad + panel * stride + i0 * kPanel;
+  fetch(p.gate, t, span.batch, first, p.v, queries, queries, gates, panels);
+  fetch(g.grad, t, span.batch, first, p.v, queries, queries, grads, panels, stride);
+  fetch(g.mixed, t, span.batch, first, p.v, queries, queries, mixtures, panels);
+  for (int64_t k = 0; k < panels; k++) {
+    C* __restrict gate = gates + k * kTile, * __restrict mixed = mixtures + k * kTile;
+    C* __restrict out = grads + k * stride;
     activate_with_slope(p.activation, gate, slope, queries * kPanel);
 #pragma omp simd
     for (int64_t i = 0; i < queries * kPanel; i++) {
       mixed[i] *= out[i] * slope[i];
       out[i] *= gate[i];
     }
-    for (int64_t l = 0; l < queries; l++)
-      put(g.dgate + ((t + l) * p.batch + span.batch) * p.v + first, mixed + l * kPanel, n);
-    transpose(out, queries, gt + panel * kTile);
+    transpose_tile(out, queries, gt + k * kTile);
   }
+  deliver(p, g.dgate, t, span.batch, first, p.v, queries, mixtures, panels);
 }
 
 template <typename T, typename C = compute_t<T>>
@@ -268,16 +311,26 @@ void backward(const ToeplitzAttention<T>& p, const ToeplitzGradients<T>& g, int6
   const int64_t queries = std::min(kPanel, span.length - i0);
   if (queries <= 0) return;  // backward_keys ends with the last query
   C *a = u.weights + block * rows * kPanel, *ds = u.dscores + block * rows * kPanel;
-  C *gt = scratch, *rest = gt + p.v_panels() * kTile;
+  C *gt = scratch, *rest = gt + kToeplitzPanels * kTile;
   alignas(64) C m[kPanel];
   alignas(64) double total[kPanel];
   products(p, u, block, keys, a);
   bias_and_maximum(p, u, i0, keys, a, m);
   exponentials(p, u, i0, keys, m, a, total);
   normalise(m, total, a, keys);
-  ungate(p, g, span, i0, queries, u, gt, rest);
-  for (int64_t j = 0; j < keys; j += kTileRows)
-    tile_rows(u.value + j * kPanel, rows * kPanel, gt, p.v_panels() * kPanel, ds + j * kPanel, false);
+  for (int64_t panel = 0; panel == 0 || panel < p.v_panels(); panel += kToeplitzPanels) {
+    const int64_t panels = std::min(kToeplitzPanels, p.v_panels() - panel), next = (panel + kToeplitzPanels) * kPanel;
+    ungate(p, g, span, i0, queries, panel, panels, u, gt, rest);
+    for (int64_t j = 0; j < keys; j += kTileRows) {
+      tile_rows(u.value + (panel * rows + j) * kPanel, rows * kPanel, gt, panels * kPanel, ds + j * kPanel, panel > 0);
+      if (next >= p.v) continue;
+      for (int64_t i = j * queries / keys; i < (j + kTileRows) * queries / keys; i++) {
+        prefetch(p.gate, span.first + i0 + i, span.batch, next, p.v);
+        prefetch(g.grad, span.first + i0 + i, span.batch, next, p.v);
+        prefetch(g.mixed, span.first + i0 + i, span.batch, next, p.v);
+      }
+    }
+  }
   if (p.dropout) drop(p, p.dropout, unit, i0, keys, ds);
   softmax_backward<kPanel>(keys, a, ds);
   if (p.dropout) drop(p, p.dropout, unit, i0, keys, a);
@@ -288,30 +341,38 @@ void backward(const ToeplitzAttention<T>& p, const ToeplitzGradients<T>& g, int6
 }
 
 template <typename T, typename C = compute_t<T>>
-void backward_keys(const ToeplitzAttention<T>& p, const ToeplitzGradients<T>& g, int64_t unit, int64_t panel,
+void backward_keys(const ToeplitzAttention<T>& p, const ToeplitzGradients<T>& g, int64_t unit, int64_t block,
                    const ToeplitzUnit<C>& u, C* __restrict scratch) {
   const Span span = span_of(p, unit);
-  const int64_t rows = p.rows();
-  const bool of_key = panel >= p.v_panels();
-  const C* a = of_key ? u.dscores : u.weights;
-  const C* b = of_key ? u.query + (panel - p.v_panels()) * rows * kPanel : u.grad + panel * rows * kPanel;
-  C *out = scratch, *slope = out + kTile, *value = slope + kTile;
-  for (int64_t j0 = 0; j0 < span.length; j0 += kPanel) {
-    const int64_t n = std::min(kPanel, span.length - j0), first = p.causal ? j0 / kPanel : 0;
-    C* to = of_key ? u.dkey + ((panel - p.v_panels()) * rows + j0) * kPanel : out;
+  const int64_t j0 = block * kPanel, stride = p.rows() * kPanel, n = std::min(kPanel, span.length - j0);
+  if (n <= 0) return;
+  // out[j] = sum over queries i of a_ij b_i
+  const int64_t first = p.causal ? j0 : 0;
+  const auto sums = [&](const C* a, const C* b, C* out) {
     for (int64_t j = 0; j < n; j += kTileRows)
-      tile_rows(a + (first * rows + j0 + j) * kPanel, rows * kPanel, b + first * kTile, span.length - first * kPanel,
-                to + j * kPanel, false);
-    if (of_key) continue;
-    const int64_t channel = panel * kPanel, width = std::min(kPanel, p.v - channel);
-    if (p.activate_value) {
-      fetch(p.value, span.first + j0, span.batch, channel, p.v, n, n, value);
-      activate_with_slope(p.activation, value, slope, n * kPanel);
+      tile_rows(a + first * p.rows() + (j0 + j) * kPanel, stride, b + first * kPanel, span.length - first,
+                out + j * kPanel, false);
+  };
+  for (int64_t panel = 0; panel < p.d_panels(); panel++)
+    sums(u.dscores, u.query + panel * stride, u.dkey + panel * stride + j0 * kPanel);
+  C *const outs = scratch, *const values = outs + kToeplitzPanels * kTile;
+  C* __restrict slope = values + kToeplitzPanels * kTile;
+  for (int64_t panel = 0; panel < p.v_panels(); panel += kToeplitzPanels) {
+    const int64_t channel = panel * kPanel, panels = std::min(kToeplitzPanels, p.v_panels() - panel);
+    if (p.activate_value) fetch(p.value, span.first + j0, span.batch, channel, p.v, n, n, values, panels);
+    for (int64_t k = 0; k < panels; k++) {
+      C* __restrict out = outs + k * kTile;
+      const int64_t next = channel + kToeplitzPanels * kPanel;
+      if (p.activate_value && next < p.v)
+        for (int64_t j = k * n / panels; j < (k + 1) * n / panels; j++)
+          prefetch(p.value, span.first + j0 + j, span.batch, next, p.v);
+      sums(u.weights, u.grad + (panel + k) * stride, out);
+      if (!p.activate_value) continue;
+      activate_with_slope(p.activation, values + k * kTile, slope, n * kPanel);
 #pragma omp simd
       for (int64_t i = 0; i < n * kPanel; i++) out[i] *= slope[i];
     }
-    for (int64_t j = 0; j < n; j++)
-      put(g.dvalue + ((span.first + j0 + j) * p.batch + span.batch) * p.v + channel, out + j * kPanel, width);
+    deliver(p, g.dvalue, span.first + j0, span.batch, channel, p.v, n, outs, panels);
   }
 }
 
@@ -349,7 +410,7 @@ void backward_parameters(const ToeplitzAttention<T>& p, const ToeplitzGradients<
           sums[3][j] += static_cast<double>(k) * 0;
           dz[j] = (q * qw[j] + k * kw[j]) * slope[at];
         }
-        put(g.dquery_key + ((span.first + i0 + i) * p.batch + span.batch) * p.d + first, dz, n);
+        put_row(g.dquery_key + ((span.first + i0 + i) * p.batch + span.batch) * p.d + first, dz, n);
       }
     }
     for (int64_t r = 0; r < 4; r++)
