@@ -436,6 +436,16 @@ def weight_grad(grad: Tensor, x: Tensor) -> Tensor:
     return _choice("weight_grad", n, k, rows, grad, x)(grad, x)
 
 
+def add_weight_grad(c: Tensor, grad: Tensor, x: Tensor) -> None:
+    """Adds gradᵀ x to c, whose rows are contiguous, for grad (M, N), x (M, K)."""
+    (rows, n), k = grad.shape, x.shape[1]
+    native = _PRODUCTS["native"]["weight_grad"]
+    if rows * n * k >= SMALL and _choice("weight_grad", n, k, rows, grad, x) is native:
+        add_product(c, grad.t(), x)
+    else:
+        c.addmm_(grad.t(), x)
+
+
 def conv2d_grads(
     grad: Tensor, x: Tensor, weight: Tensor, stride: tuple, padding: tuple, needs: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

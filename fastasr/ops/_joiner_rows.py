@@ -94,8 +94,10 @@ class Joiner:
         if self.short:
             d, hidden = d.bfloat16(), hidden.bfloat16()
         if needs[2]:
-            add = _gemm.add_product if self.short else Tensor.addmm_
-            add(dweight, d.t(), hidden)
+            if self.short:
+                _gemm.add_product(dweight, d.t(), hidden)
+            else:
+                _gemm.add_weight_grad(dweight, d, hidden)
         if not (needs[0] or needs[1]):
             return None
         if self.short:

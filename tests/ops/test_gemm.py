@@ -83,6 +83,21 @@ def test_few_columns_have_the_bits_of_many(monkeypatch, columns):
 
 
 @needs_both
+@pytest.mark.parametrize("policy", ["torch", "native"])
+def test_a_weight_gradient_is_added_by_the_product_of_choice(monkeypatch, policy):
+    monkeypatch.setenv("FASTASR_GEMM", policy)
+    _gemm.forget()
+    c, grad, x = torch.randn(61, 40), torch.randn(600, 61), torch.randn(600, 40)
+    exact = c.double() + grad.double().t() @ x.double()
+    theirs, native = c.addmm(grad.t(), x), c.clone()
+    _gemm.add_product(native, grad.t(), x)
+    _gemm.add_weight_grad(c, grad, x)
+    assert torch.equal(c, native if policy == "native" else theirs)
+    error, allowed = ((t - exact).square().mean().sqrt() for t in (c, theirs))
+    assert error <= 1.5 * allowed + 1e-7
+
+
+@needs_both
 @pytest.mark.parametrize("rows", [1, 3, 4, 7, 15])
 def test_few_rows(rows):
     """The error is that of torch's product, and rows, threads and strides do not change a bit."""

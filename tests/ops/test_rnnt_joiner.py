@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from largest import Largest
 
 from fastasr import ops
-from fastasr.ops import _dispatch, _joiner_rows
+from fastasr.ops import _dispatch, _gemm, _joiner_rows
 from fastasr.testing import seeded
 
 pytestmark = pytest.mark.skipif(
@@ -87,6 +87,16 @@ def test_a_second_backward_gives_the_same_bits():
     first = torch.autograd.grad(outputs, tensors, grads, retain_graph=True)
     for a, b in zip(first, torch.autograd.grad(outputs, tensors, grads), strict=True):
         assert torch.equal(a, b)
+
+
+def test_the_weights_gradient_takes_the_product_of_choice(monkeypatch):
+    monkeypatch.setenv("FASTASR_GEMM", "native")
+    _gemm.forget()
+    added, add_product = [], _gemm.add_product
+    monkeypatch.setattr(_gemm, "add_product", lambda *a: added.append(a[0].shape) or add_product(*a))
+    tensors, indices = _inputs(v=80)
+    _both(ops.rnnt_joiner, tensors, indices)
+    assert added == [tensors[2].shape]
 
 
 def test_one_result_may_go_unused():
