@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Searches of decoders that attend to an encoder's frames, as shipped and swapped: those of FireRedASR, ESPnet,
 SpeechBrain and NeMo, with random weights and a part of the published number of layers, for a recording whose encoder
-gave 250 frames.
+gave 250 frames. ESPnet's and SpeechBrain's also ask a language model and CTC, as their recipes do.
 
-The least time is that of projecting the frames once, and for each token that of reading the decoder's weights and the
-keys and values of the frames.
+The least time is that of projecting the frames once, and for each token that of reading the weights of the decoder and
+of the language model, and the keys and values of the frames.
 """
 
 import logging
@@ -25,11 +25,13 @@ QUICK = {"width": 64, "layers": 1, "frames": 9, "tokens": 3}
 
 @dataclass(frozen=True)
 class Search:
-    """``make(width, layers)`` returns a decoder, ``call(decoder, frames, tokens)`` searches with so many beams."""
+    """``make(width, layers)`` returns a decoder or a search, ``call(model, frames, tokens)`` searches with so many
+    beams. ``scored``: it asks a language model and CTC."""
 
     beams: int
     make: Callable[[int, int], torch.nn.Module]
     call: Callable[[torch.nn.Module, torch.Tensor, int], object]
+    scored: bool = False
 
 
 VOCABULARY = 4000
@@ -45,38 +47,70 @@ def _firered_search(decoder: torch.nn.Module, frames: torch.Tensor, tokens: int)
     return decoder.batch_beam_search(frames, mask, beam_size=3, decode_max_len=tokens)
 
 
-def _espnet(width: int, layers: int) -> torch.nn.Module:
+def _espnet(width: int, layers: int, scored: bool = False) -> torch.nn.Module:
     home = upstream.module("espnet2.asr.decoder.transformer_decoder")
+    search = upstream.module("espnet.nets.batch_beam_search").BatchBeamSearch
     logging.getLogger("espnet.nets.beam_search").setLevel(
         logging.ERROR
     )  # It warns of a search that is cut off.
-    return home.TransformerDecoder(
+    decoder = home.TransformerDecoder(
         VOCABULARY, width, attention_heads=width // 64, linear_units=4 * width, num_blocks=layers
     )
+    scorers, weights, end = {"decoder": decoder}, {"decoder": 1.0}, VOCABULARY - 1
+    if scored:
+        sizes = {"att_unit": width, "head": width // 64, "unit": 4 * width, "layer": layers}
+        scorers["lm"] = upstream.module("espnet2.lm.transformer_lm").TransformerLM(VOCABULARY, **sizes)
+        ctc = upstream.module("espnet2.asr.ctc").CTC(VOCABULARY, width)
+        scorers["ctc"] = upstream.module("espnet.nets.scorers.ctc").CTCPrefixScorer(ctc, end)
+        weights = {"decoder": 0.7, "lm": 0.6, "ctc": 0.3}
+    key = "full" if scored else None
+    made: torch.nn.Module = search(scorers, weights, 10, VOCABULARY, end, end, pre_beam_score_key=key)
+    return made
 
 
-def _espnet_search(decoder: torch.nn.Module, frames: torch.Tensor, tokens: int) -> object:
-    home, end = upstream.module("espnet.nets.batch_beam_search"), VOCABULARY - 1
-    search = home.BatchBeamSearch(
-        {"decoder": decoder}, {"decoder": 1.0}, 10, VOCABULARY, end, end, pre_beam_score_key=None
-    )
+def _espnet_search(search: torch.nn.Module, frames: torch.Tensor, tokens: int) -> object:
     return search(frames[0], maxlenratio=-tokens)  # negative: a number of tokens
 
 
-def _speechbrain(width: int, layers: int) -> torch.nn.Module:
+def _speechbrain(width: int, layers: int, scored: bool = False) -> torch.nn.Module:
     home = upstream.module("speechbrain.lobes.models.transformer.TransformerASR")
-    last = upstream.module("speechbrain.nnet.linear").Linear(VOCABULARY, input_size=width)
-    sizes = {"nhead": width // 64, "num_encoder_layers": 1, "num_decoder_layers": layers, "d_ffn": 4 * width}
-    options = {"normalize_before": True, "causal": False}
-    return torch.nn.ModuleList((home.TransformerASR(VOCABULARY, width, width, **sizes, **options), last))
+    linear = partial(upstream.module("speechbrain.nnet.linear").Linear, VOCABULARY, input_size=width)
+    sizes = {"nhead": width // 64, "d_ffn": 4 * width}
+    options = {
+        "num_encoder_layers": 1,
+        "num_decoder_layers": layers,
+        "normalize_before": True,
+        "causal": False,
+    }
+    model = home.TransformerASR(VOCABULARY, width, width, **sizes, **options)
+    scorer, parts = None, []
+    if scored:
+        scorers = upstream.module("speechbrain.decoders.scorer")
+        language = upstream.module("speechbrain.lobes.models.transformer.TransformerLM")
+        parts = [language.TransformerLM(VOCABULARY, width, num_encoder_layers=layers, **sizes)]
+        scorer = scorers.ScorerBuilder(
+            weights={"transformerlm": 0.6, "ctc": 0.4},
+            full_scorers=[scorers.TransformerLMScorer(*parts)],
+            partial_scorers=[scorers.CTCScorer(linear(), blank_index=0, eos_index=2)],
+            scorer_beam_scale=1.5,
+        )
+    search = upstream.module("speechbrain.decoders.seq2seq").S2STransformerBeamSearcher(
+        [model, linear()],
+        1.0,
+        bos_index=1,
+        eos_index=2,
+        beam_size=10,
+        using_eos_threshold=False,
+        min_decode_ratio=0.0,
+        max_decode_ratio=0.0,
+        scorer=scorer,
+    )
+    return torch.nn.ModuleList((search, *parts))
 
 
 def _speechbrain_search(model: torch.nn.Module, frames: torch.Tensor, tokens: int) -> object:
-    home, ratio = upstream.module("speechbrain.decoders.seq2seq"), tokens / frames.shape[1]
-    ratios = {"min_decode_ratio": ratio, "max_decode_ratio": ratio}
-    search = home.S2STransformerBeamSearcher(
-        [*model], 1.0, bos_index=1, eos_index=2, beam_size=10, using_eos_threshold=False, **ratios
-    )
+    search = model[0]
+    search.min_decode_ratio = search.max_decode_ratio = tokens / frames.shape[1]
     return search(frames, frames.new_ones(1))
 
 
@@ -97,10 +131,29 @@ def _nemo_search(decoder: torch.nn.Module, frames: torch.Tensor, tokens: int) ->
 SEARCHES = {
     "FireRedASR": Search(3, _firered, _firered_search),
     "ESPnet's Transformer": Search(10, _espnet, _espnet_search),
+    "ESPnet's Transformer, language model and CTC": Search(
+        10, partial(_espnet, scored=True), _espnet_search, True
+    ),
     "SpeechBrain's Transformer": Search(10, _speechbrain, _speechbrain_search),
+    "SpeechBrain's Transformer, language model and CTC": Search(
+        10, partial(_speechbrain, scored=True), _speechbrain_search, True
+    ),
     "NeMo's Transformer": Search(1, _nemo, _nemo_search),
 }
 WIDTHS = {"FireRedASR": 1280, "NeMo's Transformer": 1024}  # others: 512
+
+
+def _read_at_each_token(model: torch.nn.Module) -> int:
+    """Returns the number of elements of the matrices by which a step multiplies."""
+    return sum(
+        parameter.numel()
+        for path, part in model.named_modules()
+        for parameter in part.parameters(recurse=False)
+        if parameter.dim() == 2
+        and not isinstance(part, torch.nn.Embedding)
+        and "model.encoder" not in path  # SpeechBrain's model has the encoder of the recogniser, too.
+        and "model.custom_src_module" not in path
+    )
 
 
 @benchmark(NAME)
@@ -120,13 +173,10 @@ def measure(
         except upstream.MissingUpstream as reason:
             run.report(f"{NAME}: {case} is left out: {reason}")
             continue
-        weights = sum(
-            part.weight.numel()
-            for path, part in shipped.named_modules()
-            if isinstance(part, torch.nn.Linear) and not {"encoder", "custom_src_module"} & {*path.split(".")}
-        )
         projections, states = 2 * layers * size * size, 2 * layers * frames * size
-        limit = steps_limit(2 * frames * projections, 4 * tokens * (weights - projections + states))
+        once = projections + (size * VOCABULARY if search.scored else 0)
+        read = _read_at_each_token(shipped) - projections + states
+        limit = steps_limit(2 * frames * once, 4 * tokens * read)
         x = torch.randn(1, frames, size)
         models = {UPSTREAM: shipped, FASTASR: swapped(shipped)}
         variants = {
@@ -135,4 +185,4 @@ def measure(
         }
         run.report(f"{NAME}: {case}")
         fields = {"case": case, "shape": shape, "pass_": FORWARD}
-        yield run.rows(variants, 2 * frames * projections, limit, reps=run.reps or 5, **fields)
+        yield run.rows(variants, 2 * frames * once, limit, reps=run.reps or 5, **fields)
