@@ -120,7 +120,7 @@ void products(const Gemm<float>& g, int64_t begin, int64_t end) {
         for (int64_t r = 0; r < rows; r++)
           for (int64_t c = own - j; c < t.columns; c++) {
             float& y = g.c[(i + r) * g.c_row + j + c];
-            y = (k ? y : g.bias ? g.bias[j + c] : 0.0f) + out[r * t.columns + c];
+            y = (k || g.add ? y : g.bias ? g.bias[j + c] : 0.0f) + out[r * t.columns + c];
           }
       }
     }

@@ -4,9 +4,11 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
+#include "cpu/gemm/gemm.h"
 #include "cpu/math/activation.h"
 #include "cpu/simd/vectors.simd.h"
 
@@ -87,11 +89,26 @@ FASTASR_INLINE void add_products_of(const C* w, int64_t rows, int64_t depth, con
     for (int64_t b = from; b < to; b++) gates[b * gate_row + r] += dot_product(w + r * depth, h + b * depth, depth);
 }
 
-// Computes gates[b][r] += w[r] . h[b] for the rows of one gate in a unit.
+// Computes gates[b][r] += w[r] . h[b] for the rows of one gate in a unit. Fours, two sequences or one fill
+// dot_products; for others the product of few rows, with larger tiles, takes 0.7 to 0.9 of its time.
 template <typename C>
 __attribute__((noinline)) void add_products(const C* w, int64_t rows, int64_t depth, const C* h, int64_t batch,
                                             C* gates, int64_t gate_row) {
   constexpr int four = Lanes<C>::count >= 4 ? 4 : 2;
+  if constexpr (std::is_same_v<C, float>) {
+    if (batch > 2 && batch % four && rows >= kFewColumns) {
+      const int64_t parts = (batch + kFewRows - 1) / kFewRows;
+      for (int64_t part = 0; part < parts; part++) {
+        const int64_t b = batch * part / parts, end = batch * (part + 1) / parts;
+        const C *x = h + b * depth, *no_bias = nullptr;
+        C* out = gates + b * gate_row;
+        Gemm<float> g{x, depth, 1, w, 1, depth, no_bias, out, gate_row, end - b, rows, depth};
+        g.add = true;
+        kernels<FewRowsGemm>().products(g, 0, kernels<FewRowsGemm>().groups(g));
+      }
+      return;
+    }
+  }
   const int64_t fours = batch / four * four, twos = batch / 2 * 2;
   add_products_of<four>(w, rows, depth, h, 0, fours, gates, gate_row);
   add_products_of<2>(w, rows, depth, h, fours, twos, gates, gate_row);
