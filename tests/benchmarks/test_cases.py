@@ -250,7 +250,9 @@ MEASURED = {
             for case in (
                 "FireRedASR, 3 beams",
                 "ESPnet's Transformer, 10 beams",
+                "ESPnet's Transformer, language model and CTC, 10 beams",
                 "SpeechBrain's Transformer, 10 beams",
+                "SpeechBrain's Transformer, language model and CTC, 10 beams",
                 "NeMo's Transformer, greedy",
             )
         ],
