@@ -7,17 +7,18 @@ of Watanabe et al., "Hybrid CTC/Attention Architecture for End-to-End Speech Rec
     ψ(g c) = Σ_t φ_t−1(g, c) p_t(c),        φ_t(g, c) = γⁿ_t(g) + γᵇ_t(g), without γⁿ if c is g's last token,
 
 where frames up to t give g and end with its last token (γⁿ) or with a blank (γᵇ). Upstream computes γ of all
-candidates, frame by frame. But ψ needs γ of g alone, and so it is a product of matrices for all candidates; γ is
-computed for the candidates alone that a search chooses. Numbers are of float64, because a product has no logarithms.
+candidates, frame by frame. But ψ needs γ of g alone, and so it is a product of matrices for all tokens; γ is computed
+for the candidates alone that a search chooses. Numbers are of float64, because a product has no logarithms.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-_CHUNK = 1 << 12  # candidates of which logarithms are added at a time
+_CHUNK = 1 << 12  # tokens of which logarithms are added at a time
 _SMALL = -690.0  # Below e to this power float64 loses digits.
 
 
@@ -45,8 +46,11 @@ class PrefixScores:
 
     def __init__(self, x: Tensor, ends: Tensor, blank: int, end: int, lowest: float) -> None:
         self._x = x.transpose(1, 2).contiguous()
-        self._probabilities = self._x.double().exp_()
         self._ends, self._blank, self._end, self._lowest = ends, blank, end, lowest
+
+    @functools.cached_property
+    def _probabilities(self) -> Tensor:
+        return self._x.double().exp_()
 
     def start(self, last: Tensor) -> Hypotheses:
         """Returns hypotheses without tokens but the first one, which is none of CTC's."""
@@ -56,27 +60,17 @@ class PrefixScores:
     def scores(self, of: Hypotheses, length: int, candidates: Tensor | None) -> Scores:
         """Returns the scores of the continuations of ``of`` by all tokens, or by ``candidates`` (n, S)."""
         rows, start = len(of.last), max(1, length)
-        recordings = self._recordings(rows)
+        recordings, last = self._recordings(rows), of.last[:, None]
         both = torch.logaddexp(of.token, of.blank)
-        before, last = both[:, start - 1 : -1], of.last[:, None]
-        top = before.amax(1, keepdim=True) if before.shape[1] else both.new_zeros(rows, 1)
-        share = (before - top).exp_()
-        if candidates is None:
-            by_recording = share.unflatten(0, (len(self._x), -1))
-            sums = (by_recording @ self._probabilities[..., start:].mT).flatten(0, 1)
-            found, same = sums.log_(), last
-        else:
-            places = candidates + recordings[:, None] * self._x.shape[1]
-            chosen = self._probabilities.flatten(0, 1)[places][..., start:]
-            found = (chosen @ share[..., None]).squeeze(2).log_()
-            same = candidates
-        small = found < _SMALL
-        self._add_logarithms(found.add_(top), small, candidates, before, start)
+        before = both[:, start - 1 : -1]
         after_blank = torch.logsumexp(of.blank[:, start - 1 : -1] + self._of_tokens(of.last)[:, start:], 1)
         if candidates is None:
-            found.scatter_(1, same, after_blank[:, None])
+            found = self._of_all(before, start).scatter_(1, last, after_blank[:, None])
         else:
-            found = torch.where(same == last, after_blank[:, None], found)
+            places = candidates + recordings[:, None] * self._x.shape[1]
+            x = self._x.flatten(0, 1)[places][..., start:]
+            found = torch.logsumexp(before[:, None] + x, 2)
+            found = torch.where(candidates == last, after_blank[:, None], found)
         if length == 0:
             first = self._x[..., 0].double()[recordings]
             found = torch.logaddexp(found, first if candidates is None else first.gather(1, candidates))
@@ -107,13 +101,18 @@ class PrefixScores:
         """Returns the log-probabilities (n, T) of a token of each hypothesis."""
         return self._x[self._recordings(len(tokens)), tokens].double()
 
-    def _add_logarithms(
-        self, found: Tensor, small: Tensor, candidates: Tensor | None, before: Tensor, start: int
-    ) -> None:
-        """Finds the scores again whose probabilities are too small for float64, where frames are left."""
-        left = start <= self._ends[self._recordings(len(found))]
-        rows, places = (small & left[:, None]).nonzero(as_tuple=True)
-        for at, place in zip(rows.split(_CHUNK), places.split(_CHUNK), strict=True):
-            tokens = place if candidates is None else candidates[at, place]
-            x = self._x[self._recordings(len(found))[at], tokens, start:].double()
-            found[at, place] = torch.logsumexp(before[at] + x, 1)
+    def _of_all(self, before: Tensor, start: int) -> Tensor:
+        """Returns Σ_t φ_t−1 p_t (n, V) of all tokens, as logarithms, without regard to repeated ones. ``before``: log φ
+        of the frames from ``start`` - 1 on (n, T)."""
+        if not before.shape[1]:
+            return before.new_full((len(before), self._x.shape[1]), -torch.inf)
+        top = before.amax(1, keepdim=True)
+        share = (before - top).exp_().unflatten(0, (len(self._x), -1))
+        found = (share @ self._probabilities[..., start:].mT).flatten(0, 1).log_()
+        recordings = self._recordings(len(found))
+        small = (found < _SMALL) & (start <= self._ends[recordings])[:, None]  # and frames are left
+        found += top
+        for rows, tokens in zip(*(t.split(_CHUNK) for t in small.nonzero(as_tuple=True)), strict=True):
+            x = self._x[recordings[rows], tokens, start:]
+            found[rows, tokens] = torch.logsumexp(before[rows] + x, 1)
+        return found
