@@ -3,23 +3,24 @@
 ``fastasr.why`` names the reason. ``tests/swap/test_ways_back.py`` has those of all other models."""
 
 import contextlib
-import copy
 import logging
+import math
 
 import families
 import pytest
 import torch
 import torch.nn.attention.flex_attention
 from leaving import beside, check, unreached
+from steps import swapped
 from test_conformer import ATTENTION, pair
 from tiny_conformers import TAPS, WIDTH
-
-import fastasr
 
 WATCHED = "the attention has hooks, which may read its weights"
 REL_ATTENTION = "an input, a mask or positions that rel_attention does not take"
 OTHER_KEYS = "the call has frames before its own, or keys of another sequence"
+ASKED = "attention weights are asked for"
 WEIGHTS_DROPOUT = "the dropout of attention weights has hooks"
+OF_TORCHAUDIO = "encoder.transformer.layers.0.attention"
 # family, the block that leaves, the part of it that has a hook, the reason
 HOOKED = (
     ("wav2vec2 conformer", "layers.0.conv_module", "glu", "glu is not a plain GLU"),
@@ -83,9 +84,11 @@ HOOKED = (
 def copies(family, **options):
     """Returns the swapped model, upstream's, and a call of them."""
     theirs, run = families.make(family)
-    ours = copy.deepcopy(theirs)
-    fastasr.accelerate(ours, **options)
-    return ours, theirs, run
+    return swapped(theirs, **options), theirs, run
+
+
+def wave(*shape):
+    return torch.linspace(-1, 1, math.prod(shape)).sin().view(shape)
 
 
 def hooked(family, block, part, reason):
@@ -108,7 +111,7 @@ def of_attention(name, reason, run, change=lambda ours, theirs: None):
 
 
 def table(batch=1):
-    return torch.linspace(-1, 1, 41 * WIDTH).sin().view(1, -1, WIDTH).expand(batch, -1, -1)
+    return wave(1, 41, WIDTH).expand(batch, -1, -1)
 
 
 def weights_of_wav2vec2():
@@ -131,23 +134,6 @@ def a_query_without_keys():
     return of_attention("wav2vec2", "a query sees no key", run)
 
 
-def positions_of_each_sequence():
-    return of_attention("wav2vec2", REL_ATTENTION, lambda module, x: module(x, None, table(3))[0])
-
-
-def weights_of_fastspeech2():
-    def run(module, x):
-        return module(x, None, table(), output_attentions=True)
-
-    return of_attention("fastspeech2", "attention weights are asked for", run)
-
-
-def other_keys_of_nemo():
-    return of_attention(
-        "nemo", REL_ATTENTION, lambda module, x: module(x, x.flip(0), x.flip(0), None, table())
-    )
-
-
 def with_other_keys(family, path):
     ours, theirs, _ = copies(family)
     x, keys = torch.randn(2, 3, 21, WIDTH)
@@ -157,10 +143,6 @@ def with_other_keys(family, path):
         return found[0] if isinstance(found, tuple) else found
 
     return beside(ours, theirs, run, f"{path}.forward", REL_ATTENTION)
-
-
-def other_keys_of_firered():
-    return with_other_keys("fireredasr", "layer_stack.0.mhsa")
 
 
 def other_keys_of_rotary_gigaam():
@@ -181,10 +163,6 @@ def other_keys_of_espnet():
     return beside(ours, theirs, run, "encoders.0.self_attn.forward", OTHER_KEYS, level=logging.INFO)
 
 
-def other_keys_of_gigaam():
-    return with_other_keys("gigaam", "layers.0.self_attn")
-
-
 def cache_of_a_hooked_convolution():
     ours, theirs = nets("nemo", conv_context_size="causal", conv_norm_type="layer_norm")
     ours.layers[0].conv.depthwise_conv.register_forward_hook(lambda *_: None)
@@ -203,7 +181,7 @@ def mask_of_nemo_transformer():
         mask = flex.create_block_mask(
             lambda b, h, q, k: (q - k).abs() < 3, B=2, H=1, Q_LEN=5, KV_LEN=5, device="cpu"
         )
-        x, positions = torch.linspace(-1, 1, 2 * 5 * 32).sin().view(2, 5, 32), torch.ones(1, 9, 32)
+        x, positions = wave(2, 5, 32), torch.ones(1, 9, 32)
         return model.layers[0].attn(x, mask, positions)
 
     return beside(ours, theirs, run, "layers.0.attn.forward", REL_ATTENTION)
@@ -229,60 +207,30 @@ def mask_of_gemma4():
     def run(model):
         mask = torch.zeros(1, 1, 2, 12, 24)
         mask[..., 5] = -1.0
-        x, positions = torch.linspace(-1, 1, 20 * WIDTH).sin().view(1, 20, WIDTH), torch.ones(1, 13, WIDTH)
+        x, positions = wave(1, 20, WIDTH), torch.ones(1, 13, WIDTH)
         return model.layers[0].self_attn(x, positions, mask)
 
     return beside(ours, theirs, run, "layers.0.self_attn.forward", REL_ATTENTION)
 
 
-def bias_of_pairs_of_wavlm():
+def bias_of_pairs(family, first):
     """Without a swap of the first layer's attention, the others get upstream's bias."""
-    ours, theirs, run = copies("wavlm", exclude=["layers.0.attention"])
-    reason = "the position bias has every pair of frames"
-    return beside(ours, theirs, run, "layers.1.attention.forward", reason)
-
-
-def bias_of_pairs_of_torchaudio():
-    first = "encoder.transformer.layers.0.attention"
-    ours, theirs, run = copies("torchaudio wavlm", exclude=[first])
+    ours, theirs, run = copies(family, exclude=[first])
     reason = "the position bias has every pair of frames"
     return beside(ours, theirs, run, f"{first.replace('0', '1')}.forward", reason)
 
 
-def padding_of_torchaudio():
-    """Upstream's encoder never gives it."""
-    hidden = torch.arange(9).expand(1, 9) > 5
-    path = "encoder.transformer.layers.0.attention"
-    return of_the_attention("torchaudio wavlm", path, REL_ATTENTION, key_padding_mask=hidden)
-
-
 def of_the_attention(family, path, reason, **given):
     ours, theirs, _ = copies(family)
-    x = torch.linspace(-1, 1, 9 * WIDTH).sin().view(1, 9, WIDTH)
+    x = wave(1, 9, WIDTH)
     run = lambda model: model.get_submodule(path)(x, **given)[0]  # noqa: E731
     return beside(ours, theirs, run, f"{path}.forward", reason)
-
-
-def weights_of_speecht5():
-    reason = "attention weights are asked for"
-    return of_the_attention("speecht5", "layers.0.attention", reason, output_attentions=True)
-
-
-def bias_of_pairs_of_speecht5():
-    """It is not of offsets."""
-    bias = torch.linspace(-1, 1, 81 * WIDTH // 2).sin().view(9, 9, -1)
-    return of_the_attention("speecht5", "layers.0.attention", REL_ATTENTION, position_bias=bias)
 
 
 def training_of_speecht5():
     ours, theirs, run = copies("speecht5")
     reason = "the table of positions has gradients"
     return beside(ours, theirs, run, "layers.0.attention.forward", reason, gradients=True, level=logging.INFO)
-
-
-def weights_of_whisper():
-    reason = "attention weights are asked for"
-    return of_the_attention("whisper", "layers.0.self_attn", reason, output_attentions=True)
 
 
 @contextlib.contextmanager
@@ -301,14 +249,10 @@ def doubled_queries():
         del functions["sdpa"]
 
 
-def registered_function(family="wav2vec2", path="layers.0.attention"):
+def registered_function(family, path):
     ours, theirs, run = copies(family)
     reason = "doubled_queries.<locals>.doubled, registered as sdpa"
     return beside(ours, theirs, run, f"{path}.forward", reason, around=doubled_queries)
-
-
-def registered_function_of_parakeet():
-    return registered_function("parakeet", "layers.0.self_attn")
 
 
 def scale_of(family, path):
@@ -319,43 +263,21 @@ def scale_of(family, path):
     return beside(ours, theirs, run, f"{path}.forward", "scaling is 3.0, expected 1 / √8")
 
 
-def scale_of_wav2vec2():
-    return scale_of("wav2vec2", "layers.1.attention")
-
-
-def scale_of_qwen():
-    return scale_of("qwen2.5-omni", "layers.1.self_attn")
-
-
 def mask_of_openai_whisper():
     mask = torch.full((9, 9), -torch.inf).triu(1)
     ours, theirs, _ = copies("openai whisper")
-    x = torch.linspace(-1, 1, 9 * WIDTH).sin().view(1, 9, WIDTH)
+    x = wave(1, 9, WIDTH)
     return beside(
         ours, theirs, lambda model: model.blocks[0](x, mask=mask), "blocks.0.forward", REL_ATTENTION
     )
 
 
-def other_keys_of_wav2vec2():
-    keys = torch.linspace(-2, 1, 9 * WIDTH).sin().view(1, 9, WIDTH)
-    return of_the_attention("wav2vec2", "layers.0.attention", REL_ATTENTION, key_value_states=keys)
-
-
 def mask_of_torchaudio(reason, hidden):
     mask = torch.zeros(2, 1, 9, 9)
     mask[1, :, :, hidden:] = -10000.0 if reason != REL_ATTENTION else -1.0
-    path, x = "encoder.transformer.layers.0.attention", torch.linspace(-1, 1, 18 * WIDTH).sin()
-    ours, theirs, _ = copies("torchaudio wav2vec2")
-    run = lambda model: model.get_submodule(path)(x.view(2, 9, WIDTH), mask)[0]  # noqa: E731
-    return beside(ours, theirs, run, f"{path}.forward", reason)
-
-
-def no_frames_of_torchaudio():
-    return mask_of_torchaudio("a query sees no key", 0)
-
-
-def other_numbers_of_torchaudio():
-    return mask_of_torchaudio(REL_ATTENTION, 5)
+    x, (ours, theirs, _) = wave(2, 9, WIDTH), copies("torchaudio wav2vec2")
+    run = lambda model: model.get_submodule(OF_TORCHAUDIO)(x, mask)[0]  # noqa: E731
+    return beside(ours, theirs, run, f"{OF_TORCHAUDIO}.forward", reason)
 
 
 def hooked_convolution_of_nemo():
@@ -369,7 +291,7 @@ def hooked_convolution_of_nemo():
 
 def frames_before_those_of_a_call():
     ours, theirs, _ = copies("voxtral realtime")
-    x = torch.linspace(-1, 1, 20 * WIDTH).sin().view(1, 20, WIDTH)
+    x = wave(1, 20, WIDTH)
 
     def run(model):
         found = model(inputs_embeds=x[:, :12], use_cache=True)
@@ -420,43 +342,64 @@ def hooked_part_of_speechbrains_decoder():
     return beside(ours, theirs, run, "forward", "norm2 has hooks")
 
 
-OTHERS = (
-    hooked_part_of_a_decoder_layer,
-    hooked_part_of_espnets_decoder_layer,
-    hooked_part_of_speechbrains_decoder,
-    many_rows_of_a_decoder_layer,
-    frames_before_those_of_a_call,
-    hooked_convolution_of_nemo,
-    weights_of_wav2vec2,
-    a_query_without_keys,
-    positions_of_each_sequence,
-    weights_of_fastspeech2,
-    other_keys_of_nemo,
-    other_keys_of_firered,
-    other_keys_of_espnet,
-    other_keys_of_gigaam,
-    other_keys_of_rotary_gigaam,
-    cache_of_a_hooked_convolution,
-    mask_of_nemo_transformer,
-    pairs_of_phi4,
-    chunks_of_funasr,
-    mask_of_gemma4,
-    bias_of_pairs_of_wavlm,
-    weights_of_whisper,
-    weights_of_speecht5,
-    bias_of_pairs_of_speecht5,
-    training_of_speecht5,
-    scale_of_wav2vec2,
-    scale_of_qwen,
-    registered_function,
-    registered_function_of_parakeet,
-    other_keys_of_wav2vec2,
-    mask_of_openai_whisper,
-    bias_of_pairs_of_torchaudio,
-    padding_of_torchaudio,
-    no_frames_of_torchaudio,
-    other_numbers_of_torchaudio,
-)
+OTHERS = {
+    "asked weights of fastspeech2": lambda: of_attention(
+        "fastspeech2", ASKED, lambda module, x: module(x, None, table(), output_attentions=True)
+    ),
+    "asked weights of whisper": lambda: of_the_attention(
+        "whisper", "layers.0.self_attn", ASKED, output_attentions=True
+    ),
+    "asked weights of speecht5": lambda: of_the_attention(
+        "speecht5", "layers.0.attention", ASKED, output_attentions=True
+    ),
+    "positions of each sequence": lambda: of_attention(
+        "wav2vec2", REL_ATTENTION, lambda module, x: module(x, None, table(3))[0]
+    ),
+    "a bias of pairs that is not of offsets": lambda: of_the_attention(
+        "speecht5", "layers.0.attention", REL_ATTENTION, position_bias=wave(9, 9, WIDTH // 2)
+    ),
+    "bias of pairs of wavlm": lambda: bias_of_pairs("wavlm", "layers.0.attention"),
+    "bias of pairs of torchaudio": lambda: bias_of_pairs("torchaudio wavlm", OF_TORCHAUDIO),
+    "padding, which torchaudio's encoder never gives": lambda: of_the_attention(
+        "torchaudio wavlm", OF_TORCHAUDIO, REL_ATTENTION, key_padding_mask=torch.arange(9).expand(1, 9) > 5
+    ),
+    "no frames of torchaudio": lambda: mask_of_torchaudio("a query sees no key", 0),
+    "other numbers of torchaudio": lambda: mask_of_torchaudio(REL_ATTENTION, 5),
+    "other keys of nemo": lambda: of_attention(
+        "nemo", REL_ATTENTION, lambda module, x: module(x, x.flip(0), x.flip(0), None, table())
+    ),
+    "other keys of wav2vec2": lambda: of_the_attention(
+        "wav2vec2", "layers.0.attention", REL_ATTENTION, key_value_states=wave(1, 9, WIDTH).flip(1)
+    ),
+    "other keys of fireredasr": lambda: with_other_keys("fireredasr", "layer_stack.0.mhsa"),
+    "other keys of gigaam": lambda: with_other_keys("gigaam", "layers.0.self_attn"),
+    "scale of wav2vec2": lambda: scale_of("wav2vec2", "layers.1.attention"),
+    "scale of qwen": lambda: scale_of("qwen2.5-omni", "layers.1.self_attn"),
+    "registered function of wav2vec2": lambda: registered_function("wav2vec2", "layers.0.attention"),
+    "registered function of parakeet": lambda: registered_function("parakeet", "layers.0.self_attn"),
+}
+OTHERS |= {
+    make.__name__: make
+    for make in (
+        hooked_part_of_a_decoder_layer,
+        hooked_part_of_espnets_decoder_layer,
+        hooked_part_of_speechbrains_decoder,
+        many_rows_of_a_decoder_layer,
+        frames_before_those_of_a_call,
+        hooked_convolution_of_nemo,
+        weights_of_wav2vec2,
+        a_query_without_keys,
+        other_keys_of_espnet,
+        other_keys_of_rotary_gigaam,
+        cache_of_a_hooked_convolution,
+        mask_of_nemo_transformer,
+        pairs_of_phi4,
+        chunks_of_funasr,
+        mask_of_gemma4,
+        training_of_speecht5,
+        mask_of_openai_whisper,
+    )
+}
 
 
 @pytest.mark.parametrize("row", HOOKED, ids=lambda row: " ".join(row[:3]))
@@ -464,11 +407,11 @@ def test_hooks(row, caplog):
     check(hooked(*row), caplog)
 
 
-@pytest.mark.parametrize("make", OTHERS)
-def test_a_way_back(make, caplog):
-    check(make(), caplog)
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_way_back(name, caplog):
+    check(OTHERS[name](), caplog)
 
 
 def test_no_way_back_is_missing(monkeypatch):
-    made = [*(hooked(*row) for row in HOOKED), *(make() for make in OTHERS)]
+    made = [*(hooked(*row) for row in HOOKED), *(make() for make in OTHERS.values())]
     assert unreached(made, monkeypatch, conformers=True) == set()
