@@ -7,7 +7,7 @@ import copy
 import families
 import pytest
 import torch
-from steps import moved, outcome, same, seeded
+from steps import moved, outcome, same, seeded, swapped
 from tiny_conformers import torchaudio_conformer
 
 import fastasr
@@ -93,8 +93,7 @@ def test_speechbrain(kind, weights):
     """Upstream gives NaN for a recording without frames if it is asked for weights."""
     seeded("speechbrain")
     theirs = families.make("speechbrain transformer")[0].double()
-    ours = copy.deepcopy(theirs)
-    fastasr.accelerate(ours)
+    ours = swapped(theirs)
     x = torch.randn(B, T, WIDTH, dtype=torch.float64)
     given = {
         "no mask": {},
@@ -120,8 +119,7 @@ def test_a_decoder_of_speechbrain():
     seeded("decoder")
     sizes = {"d_ffn": families.HIDDEN, "nhead": families.HEADS, "d_model": WIDTH}
     theirs = moved(module.TransformerDecoder(2, **sizes), 0.1).double().eval()
-    ours = copy.deepcopy(theirs)
-    fastasr.accelerate(ours)
+    ours = swapped(theirs)
     memory, x = torch.randn(2, B, T, WIDTH, dtype=torch.float64)
     mask = torch.zeros(T, T, dtype=torch.float64).masked_fill(FUTURE, -torch.inf)
     with torch.no_grad():
