@@ -48,5 +48,4 @@ def table(t: Tensor, key: Hashable, make: Callable[[], T]) -> T:
         return make()
     if key not in tables:
         tables[key] = make()
-    found: T = tables[key]
-    return found
+    return tables[key]

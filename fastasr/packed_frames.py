@@ -134,8 +134,7 @@ def moved(rows: Tensor, before: Tensor, after: Tensor, lengths: Tensor, count: i
 def taken(rows: Tensor, places: Places, back: Places) -> Tensor:
     """Returns the rows at ``places``, and 0 where they have none. ``back`` are the places of the given rows among
     these."""
-    result: Tensor = _Moved.apply(rows, places, back)
-    return result
+    return _Moved.apply(rows, places, back)
 
 
 def places(begins: Tensor, lengths: Tensor, count: int, others: Tensor) -> Places:

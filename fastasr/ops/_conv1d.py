@@ -169,5 +169,4 @@ def convolution(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, groups: int
 ) -> Tensor:
     """Returns the convolution of x (B, C, T), of any strides, as (B, outputs, T') with channels last in memory."""
-    y: Tensor = _Convolution.apply(x, weight, bias, stride, padding, groups)
-    return y
+    return _Convolution.apply(x, weight, bias, stride, padding, groups)

@@ -172,5 +172,4 @@ def convolution(
 ) -> Tensor:
     """Returns the convolution of ReLU(x), or of x, with channels last, for maps x (batch, channels, frames,
     frequencies) of any strides."""
-    y: Tensor = _Convolution.apply(x, weight, bias, stride, padding, relu)
-    return y
+    return _Convolution.apply(x, weight, bias, stride, padding, relu)

@@ -29,8 +29,7 @@ def folded(conv: Any, norm: Any) -> tuple[Tensor, Tensor]:
         if kernels is not None:
             launchers: Any = kernels.forward
             try:
-                found: tuple[Tensor, Tensor] = launchers.folded(*tensors, norm.eps)
-                return found
+                return launchers.folded(*tensors, norm.eps)
             except Unlaunchable as error:
                 FAMILY.give_up(error, *given)
     scale = norm.weight.to(wide) * torch.rsqrt(variance.to(wide) + norm.eps)

@@ -60,8 +60,7 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None, chain: int = 0) ->
     """Returns a b + bias for matrices of any strides, in float32 or bfloat16, from fastasr's own product. Its sums run
     in chains of at most ``chain`` terms, or if it is 0 of as many as are fastest. In float32 a may be (maps, lines,
     rows, parts of a row, terms) of any strides but the last one's, which is 1."""
-    y: Tensor = torch.ops.fastasr_cpu.gemm.default(a, b, bias, chain)
-    return y
+    return torch.ops.fastasr_cpu.gemm.default(a, b, bias, chain)
 
 
 def add_product(c: Tensor, a: Tensor, b: Tensor, chain: int = 0) -> None:
@@ -72,8 +71,7 @@ def add_product(c: Tensor, a: Tensor, b: Tensor, chain: int = 0) -> None:
 def product_of_rows(a: Tensor, b: Tensor) -> Tensor:
     """Returns aᵀ b, summed over the rows of a (maps, lines, rows, M) and b (maps * lines * rows, N), in float32. The
     last stride of a is 1."""
-    y: Tensor = torch.ops.fastasr_cpu.gemm_of_rows.default(a, b)
-    return y
+    return torch.ops.fastasr_cpu.gemm_of_rows.default(a, b)
 
 
 def memory(like: Tensor, *sizes: int) -> Tensor:

@@ -130,8 +130,7 @@ def on(owner: Any, name: str, version: object, find: Callable[[], T]) -> T:
     if kept is None or kept[0] != version:
         kept = version, find()
         setattr(owner, name, kept)
-    found: T = kept[1]
-    return found
+    return kept[1]
 
 
 def are_counted(tensors: Sequence[Tensor]) -> bool:

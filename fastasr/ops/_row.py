@@ -57,8 +57,7 @@ def moved(rows: Tensor, before: Tensor, after: Tensor, lengths: Tensor, count: i
     """Does what ``packed_frames.moved`` does."""
     if not len(lengths) or FAMILY.kernels(rows) is None:
         return packed_frames.moved(rows, before, after, lengths, count)
-    found: Tensor = _Moved.apply(rows, before, after, lengths, count)
-    return found
+    return _Moved.apply(rows, before, after, lengths, count)
 
 
 class _Moved(Function):
@@ -77,8 +76,7 @@ class _Moved(Function):
 
 def _moved(rows: Tensor, *places: Any) -> Tensor:
     kernels: Any = FAMILY.kernels(rows)
-    found: Tensor = kernels.forward.moved(rows.contiguous(), *places)
-    return found
+    return kernels.forward.moved(rows.contiguous(), *places)
 
 
 def averaged(rows: Tensor, left: Tensor | None, weights: Tensor) -> Tensor:
@@ -91,8 +89,7 @@ def averaged(rows: Tensor, left: Tensor | None, weights: Tensor) -> Tensor:
     """
     traced = torch.compiler.is_compiling() or is_transformed()
     if not traced and FAMILY.kernels(rows, weights) is not None:
-        found: Tensor = _Averaged.apply(rows, left, weights)
-        return found
+        return _Averaged.apply(rows, left, weights)
     factor, shares = len(weights), weights
     if left is None:
         missing = -len(rows) % factor
@@ -113,8 +110,7 @@ class _Averaged(Function):
         rows = rows.contiguous()
         ctx.save_for_backward(rows, left, weights)
         kernels: Any = FAMILY.kernels(rows)
-        found: Tensor = kernels.forward.averaged(rows, left, weights)
-        return found
+        return kernels.forward.averaged(rows, left, weights)
 
     @staticmethod
     @once_differentiable

@@ -38,8 +38,7 @@ def block(
         x = x + _attention_to_frames(self.cross_attn, self.cross_attn_ln(x), xa, kv_cache)
     elif mask is not None or kv_cache is not None:
         _left.note(self, OTHER)
-        y: Tensor = type(self).forward(self, x, xa, mask, kv_cache)
-        return y
+        return type(self).forward(self, x, xa, mask, kv_cache)
     else:
         x = x + _attention(self, self.attn_ln(x))
     return x + _mlp(self, self.mlp_ln(x))
@@ -73,21 +72,17 @@ def _is_watched(attention: Upstream) -> bool:
 def _attention(self: Upstream, x: Tensor) -> Tensor:
     attn = self.attn
     if not _is_named("MultiHeadAttention", attn, self):
-        other: Tensor = attn(x)[0]
-        return other
+        return attn(x)[0]
     q, k, v = (layer(x).unflatten(-1, (attn.n_head, -1)) for layer in (attn.query, attn.key, attn.value))
-    y: Tensor = attn.out(ops.rel_attention(q, k, v).flatten(2))
-    return y
+    return attn.out(ops.rel_attention(q, k, v).flatten(2))
 
 
 def _mlp(self: Upstream, x: Tensor) -> Tensor:
     layers = in_sequential(self.mlp, 3)
     name = None if layers is None else activations.fused_name(layers[1], identity=False)
     if layers is None or name is None or not _is_named("Linear", layers[0], self):
-        other: Tensor = self.mlp(x)
-        return other
-    y: Tensor = layers[2](ops.linear_activation(x, *_parameters(layers[0], x), name))
-    return y
+        return self.mlp(x)
+    return layers[2](ops.linear_activation(x, *_parameters(layers[0], x), name))
 
 
 def _is_named(name: str, part: Upstream, owner: Upstream) -> bool:

@@ -46,8 +46,7 @@ def speecht5_attention(
         hidden = hidden_keys(self, hidden_states, attention_mask, fits)
     if hidden is None:
         states = hidden_states, key_value_states, cache, attention_mask, position_bias, output_attentions
-        upstream: tuple[Tensor, Any] = type(self).forward(self, *states, **kwargs)
-        return upstream
+        return type(self).forward(self, *states, **kwargs)
     q, k, v = projections(hidden_states, (self.num_heads, -1), self.q_proj, self.k_proj, self.v_proj)
     y = ops.rel_attention(q, k, v, rows, **hidden)
     return plumbing.linear(self.out_proj, y.flatten(2)), None

@@ -41,10 +41,7 @@ def multihead_attention(
         y = _attended(self, self, x, key_padding_mask, attn_mask, reason)
     if y is None:
         masks = key_padding_mask, need_weights, attn_mask
-        upstream: tuple[Tensor, Tensor | None] = type(self).forward(
-            self, query, key, value, *masks, *more, **kwargs
-        )
-        return upstream
+        return type(self).forward(self, query, key, value, *masks, *more, **kwargs)
     return (y if self.batch_first else y.transpose(0, 1)), None
 
 

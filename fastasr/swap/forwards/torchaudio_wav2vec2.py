@@ -130,8 +130,7 @@ def wavlm_attention(
     upstream = partial(type(self).forward, self, query, key_padding_mask, mask)
     if dropout is None:
         if rows is None or rows.ndim != 2:
-            found: tuple[Tensor, Tensor | None] = upstream(position_bias)
-            return found
+            return upstream(position_bias)
         return upstream(_pairs(rows, batch))[0], rows
     if rows is None and self.rel_attn_embed is not None:
         rows = wavlm.bias_by_offset(self, query)

@@ -71,10 +71,7 @@ def rotary_attention(
     None). A cache gets the keys and values. Upstream's code serves a call whose cache has frames already. In
     Moonshine's decoder beams share the encoder's frames."""
     if kwargs.get("key_value_states") is not None and position_embeddings is None and not more:
-        found: tuple[Tensor, Any] = cross_attention(
-            self, hidden_states, attention_mask=attention_mask, **kwargs
-        )
-        return found
+        return cross_attention(self, hidden_states, attention_mask=attention_mask, **kwargs)
     y = _rotary(self, hidden_states, position_embeddings, attention_mask, bool(more), **kwargs)
     if y is None:
         upstream = type(self).forward

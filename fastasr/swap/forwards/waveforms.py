@@ -14,8 +14,7 @@ from fastasr.swap.rule import Upstream
 # --------------------------------------------------------------------------- the waveform: (B, C, T) -> (B, C', T')
 def convolution(self: Upstream, hidden_states: Tensor) -> Tensor:
     """Serves a layer without a norm."""
-    y: Tensor = self.activation(over_time(self.conv, hidden_states))
-    return y
+    return self.activation(over_time(self.conv, hidden_states))
 
 
 def norm_convolution(self: Upstream, hidden_states: Tensor) -> Tensor:
@@ -35,8 +34,7 @@ def channels_activated(norm: Upstream, activation: torch.nn.Module, x: Tensor) -
     by_channel = is_plain(norm, torch.nn.GroupNorm) and norm.num_groups == norm.num_channels == x.shape[1]
     # torch's norm reads channels first, as torch's convolution writes them.
     if name is None or not by_channel or norm.weight is None or x.is_contiguous():
-        y: Tensor = activation(norm(x))
-        return y
+        return activation(norm(x))
     found = [
         ops.batch_norm_activation(one, norm.weight, norm.bias, eps=norm.eps, activation=name)[0]
         for one in x.transpose(1, 2)
@@ -52,8 +50,7 @@ def release(self: Upstream) -> None:
 
 def sew_positions(self: Upstream, hidden_states: Tensor) -> Tensor:
     """Serves SEW's: (B, width, T) -> (B, width, T')."""
-    y: Tensor = self.activation(self.padding(over_time(self.conv, hidden_states)))
-    return y
+    return self.activation(self.padding(over_time(self.conv, hidden_states)))
 
 
 def positions(self: Upstream, hidden_states: Tensor) -> Tensor:

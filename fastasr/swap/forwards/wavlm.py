@@ -63,8 +63,7 @@ def wavlm_attention(
 def bias_by_offset(module: Upstream, x: Tensor) -> Tensor:
     """Returns the bias of positions (2T − 1, H) for x (B, T, width)."""
     offsets = torch.arange(1 - x.shape[1], x.shape[1], dtype=torch.int64, device=x.device)
-    rows: Tensor = module.rel_attn_embed(module._relative_positions_bucket(offsets))
-    return rows
+    return module.rel_attn_embed(module._relative_positions_bucket(offsets))
 
 
 def gate_of_queries(module: Upstream, x: Tensor) -> Tensor:
@@ -72,8 +71,7 @@ def gate_of_queries(module: Upstream, x: Tensor) -> Tensor:
     heads = module.num_heads
     gates = module.gru_rel_pos_linear(x.unflatten(-1, (heads, -1)))
     a, b = torch.sigmoid(gates.unflatten(-1, (2, 4)).sum(-1)).unbind(-1)
-    gate: Tensor = a * (b * module.gru_rel_pos_const.view(heads) - 1.0) + 2.0
-    return gate
+    return a * (b * module.gru_rel_pos_const.view(heads) - 1.0) + 2.0
 
 
 def wavlm_encoder(

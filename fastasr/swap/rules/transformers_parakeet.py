@@ -109,8 +109,7 @@ def ragged_encoder(
     if isinstance(input_features, PackedFrames):
 
         def encode(batch: Tensor, mask: Tensor) -> Tensor:
-            found: Tensor = ragged_encoder(self, batch, mask, False).last_hidden_state
-            return found
+            return ragged_encoder(self, batch, mask, False).last_hidden_state
 
         return _output(self, ragged.of_packed(self, input_features, attention_mask, encode, reason), None)
     lengths = ragged.lengths(self, input_features, attention_mask, reason)
