@@ -299,60 +299,40 @@ def quantised(model, path, seen):
     torch.ao.quantization.quantize_dynamic(model, {path}, dtype=torch.qint8, inplace=True)
 
 
-def _other_convolution(model, path, **options):
-    """Puts a convolution in the place that differs in these options, with the weights if they fit."""
-    module = model.get_submodule(path)
-    names = (
-        "in_channels",
-        "out_channels",
-        "kernel_size",
-        "stride",
-        "padding",
-        "dilation",
-        "groups",
-        "padding_mode",
-    )
-    own = {name: getattr(module, name) for name in names} | {"bias": module.bias is not None}
-    other = type(module)(**own | options)
-    if other.weight.shape == module.weight.shape:
-        other.load_state_dict(module.state_dict())
-    _replace(model, path, other.train(module.training))
+OF_CONVOLUTIONS = (
+    *("in_channels", "out_channels", "kernel_size", "stride"),
+    *("padding", "dilation", "groups", "padding_mode"),
+)
 
 
-def padded_to_the_same_length(model, path, seen):
-    _other_convolution(model, path, padding="same")
+def _convolution(name, **changed):
+    """Returns the change that puts a convolution in the place with these options, or with functions of the module's
+    own, and with its weights if they fit."""
+
+    def change(model, path, seen):
+        module = model.get_submodule(path)
+        options = {option: getattr(module, option) for option in OF_CONVOLUTIONS}
+        for option, value in changed.items():
+            options[option] = value(options[option]) if callable(value) else value
+        other = type(module)(**options, bias=module.bias is not None)
+        if other.weight.shape == module.weight.shape:
+            other.load_state_dict(module.state_dict())
+        _replace(model, path, other.train(module.training))
+
+    change.__name__ = name
+    return change
 
 
-def padded_nowhere(model, path, seen):
-    _other_convolution(model, path, padding="valid")
-
-
-def padded_in_a_circle(model, path, seen):
-    _other_convolution(model, path, padding_mode="circular")
-
-
-def dilated(model, path, seen):
-    _other_convolution(model, path, padding="same", dilation=2)
-
-
-def even_taps(model, path, seen):
-    taps = model.get_submodule(path).kernel_size
-    _other_convolution(model, path, padding="same", kernel_size=[k + 1 for k in taps])
-
-
-def fewer_taps(model, path, seen):
-    taps = model.get_submodule(path).kernel_size
-    _other_convolution(model, path, padding="same", kernel_size=[max(1, k - 2) for k in taps])
-
-
-def strided(model, path, seen):
-    _other_convolution(model, path, stride=[s + 1 for s in model.get_submodule(path).stride])
-
-
-def other_groups(model, path, seen):
-    _other_convolution(model, path, groups=2 if model.get_submodule(path).groups == 1 else 1)
-
-
+CONVOLUTIONS = (
+    _convolution("padded to the same length", padding="same"),
+    _convolution("padded nowhere", padding="valid"),
+    _convolution("padded in a circle", padding_mode="circular"),
+    _convolution("dilated", padding="same", dilation=2),
+    _convolution("even taps", padding="same", kernel_size=lambda taps: [k + 1 for k in taps]),
+    _convolution("fewer taps", padding="same", kernel_size=lambda taps: [max(1, k - 2) for k in taps]),
+    _convolution("strided", stride=lambda strides: [s + 1 for s in strides]),
+    _convolution("other groups", groups=lambda groups: 2 if groups == 1 else 1),
+)
 ANY = (
     forward_hook,
     pre_hook,
@@ -367,10 +347,6 @@ ANY = (
 )
 LOW_RANK = {"loralib": low_rank_by_loralib, "peft": low_rank_by_peft}
 LINEAR = (*(change for package, change in LOW_RANK.items() if importlib.util.find_spec(package)), quantised)
-CONVOLUTIONS = (
-    *(padded_to_the_same_length, padded_nowhere, padded_in_a_circle, dilated),
-    *(even_taps, fewer_taps, strided, other_groups),
-)
 WEIGHTS = (old_weight_norm, new_weight_norm, spectral_norm, counted, frozen, tied, other_dtype)
 ACTIVATIONS = (nn.ReLU, nn.SiLU, nn.GELU, nn.Tanh, nn.Sigmoid)
 ONLY_IN = {  # quantised layers have no gradients
