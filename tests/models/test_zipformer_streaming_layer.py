@@ -6,25 +6,13 @@ from functools import partial
 
 import pytest
 import torch
-from packed_layers import assert_near, check_declined, zipformer_layer
+from packed_layers import assert_near, check_declined, chunk_of, zipformer_layer
 
 from fastasr.models.zipformer import native_layer
 from fastasr.models.zipformer.layer import _stream_by_submodules
 from fastasr.models.zipformer.packing import PRODUCTS, EncoderSizes, ZipformerSizes
 
 _layer = partial(zipformer_layer, causal=True)
-
-
-def _chunk(layer, frames=4, streams=2, left=6, masked=None):
-    heads, dim = layer.self_attn_weights.num_heads, layer.embed_dim
-    values = layer.self_attn1.in_proj.out_features
-    pad = layer.conv_module1.depthwise_conv.kernel_size // 2
-    shapes = [(left, streams, heads * layer.self_attn_weights.query_head_dim)]
-    shapes += [(1, streams, left, 3 * dim // 4), (left, streams, values), (left, streams, values)]
-    shapes += [(streams, dim, pad)] * 2
-    states = [torch.randn(shape) for shape in shapes]
-    pos_emb = torch.randn(1, left + 2 * frames - 1, layer.self_attn_weights.linear_pos.in_features)
-    return torch.randn(frames, streams, dim), pos_emb, *states, left, masked
 
 
 def _wide(chunk):
@@ -60,7 +48,7 @@ def test_a_chunk(dim, kernel, frames, streams, left):
     exact = copy.deepcopy(layer).double()
     masks = torch.rand(streams, left + frames) < 0.3
     for masked in (None, masks, torch.zeros_like(masks), torch.ones_like(masks)):
-        chunk = _chunk(layer, frames, streams, left, masked)
+        chunk = chunk_of(layer, frames, streams, left, masked)
         got = _served(layer, chunk)
         assert_near(got, _by_submodules(exact, _wide(chunk)))
         assert all(torch.equal(a, b) for a, b in zip(layer.streaming_forward(*chunk), got, strict=True))
@@ -74,7 +62,7 @@ def test_sizes_and_products_have_the_names_of_the_native_structs():
 @torch.no_grad()
 def test_streams_and_threads_change_no_bit():
     layer = _layer(96, 15)
-    *tensors, left, _ = _chunk(layer, 8, 3, 5)
+    *tensors, left, _ = chunk_of(layer, 8, 3, 5)
     x, pos_emb, key, hidden, val1, val2, conv1, conv2 = tensors
     together = _served(layer, (*tensors, left, None))
     torch.set_num_threads(2)
@@ -102,9 +90,9 @@ def _declined(layer, chunk):
 
 def test_what_is_declined():
     layer = _layer()
-    chunk = _chunk(layer)
+    chunk = chunk_of(layer)
     x, pos_emb, *rest = chunk
-    others = _chunk(layer, frames=65), (x, pos_emb.expand(2, -1, -1), *rest)
+    others = chunk_of(layer, frames=65), (x, pos_emb.expand(2, -1, -1), *rest)
     trained = layer.feed_forward3.out_proj
     check_declined(
         layer, chunk, _declined, lambda: layer.streaming_forward(*chunk), layer.norm, trained, others
@@ -117,7 +105,7 @@ def test_what_is_declined():
 @torch.no_grad()
 def test_a_submodule_that_computes_something_else_is_called():
     layer = _layer()
-    chunk = _chunk(layer)
+    chunk = chunk_of(layer)
     forward = layer.feed_forward1.forward
     layer.feed_forward1.forward = lambda x: 2.0 * forward(x)
     assert _declined(layer, chunk)

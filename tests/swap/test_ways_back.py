@@ -12,6 +12,7 @@ import pytest
 import tiny_emformer_rnnt
 import torch
 from leaving import Case, beside, check, unreached
+from packed_layers import chunk_of
 from steps import moved, numbers, seeded, swapped
 from test_parakeet_generate import batch, parakeet
 from tiny_parakeet import SIZES, STILL
@@ -155,11 +156,9 @@ def generate_of_a_duration_that_wins():
 def generate_of_a_model_with(what, reason):
     seeded(0)
     durations = None if what == "symbols" else (0, 1, 2)
-    model, inputs, more = (
-        parakeet(durations=durations, hidden_act="gelu" if what == "gelu" else "relu"),
-        batch(),
-        {},
-    )
+    model = parakeet(durations=durations, hidden_act="gelu" if what == "gelu" else "relu")
+    inputs = batch()
+    more = {}
     if what == "float64":
         model.double()
         inputs["input_features"] = inputs["input_features"].double()
@@ -280,20 +279,6 @@ def whole(layer):
     )
 
 
-def chunk(layer, frames=3, streams=2, left=4):
-    """Returns the arguments of ``streaming_forward``."""
-    seeded("chunk")
-    weights, values = layer.self_attn_weights, layer.self_attn1.in_proj.out_features
-    dim, heads = layer.embed_dim, weights.num_heads
-    shapes = [(left, streams, heads * weights.query_head_dim), (1, streams, left, 3 * dim // 4)]
-    shapes += [(left, streams, values)] * 2 + [
-        (streams, dim, layer.conv_module1.depthwise_conv.kernel_size // 2)
-    ] * 2
-    positions = torch.randn(1, left + 2 * frames - 1, weights.linear_pos.in_features)
-    masked = torch.zeros(streams, left + frames, dtype=torch.bool)
-    return torch.randn(frames, streams, dim), positions, *map(torch.randn, shapes), left, masked
-
-
 @cases("autocast", "eager", "gradients", "hooks", "training", "library", "transform")
 def zipformer_layer(name):
     layer = causal_layer()
@@ -303,7 +288,8 @@ def zipformer_layer(name):
 @cases(*DECLINED)
 def chunk_of_a_zipformer_layer(name):
     layer = causal_layer()
-    x, positions, *others = arguments = chunk(layer)
+    seeded("chunk")
+    x, positions, *others = arguments = chunk_of(layer, masked=torch.zeros(2, 10, dtype=torch.bool))
     unread = x, positions.expand(2, -1, -1), *others
     return declined(
         name, layer, lambda m, *a: m.streaming_forward(*a), arguments, unread, "", "norm", "streaming_forward"

@@ -32,30 +32,40 @@ def zipformer_layer(dim=20, kernel=7, causal=False, **changes):
     return moved(ZipformerEncoderLayer(dim, **sizes), 0.1).eval()
 
 
-def check_declined(layer, chunk, declined, run, hooked, trained, others):
-    """Asserts where the native call leaves a chunk to the submodules: with gradients, with a hook on the module
+def chunk_of(layer, frames=4, streams=2, left=6, masked=None):
+    """Returns the arguments of a Zipformer layer's ``streaming_forward``."""
+    weights, dim = layer.self_attn_weights, layer.embed_dim
+    values, taps = layer.self_attn1.in_proj.out_features, layer.conv_module1.depthwise_conv.kernel_size
+    shapes = [(left, streams, weights.num_heads * weights.query_head_dim), (1, streams, left, 3 * dim // 4)]
+    shapes += [(left, streams, values)] * 2 + [(streams, dim, taps // 2)] * 2
+    positions = torch.randn(1, left + 2 * frames - 1, weights.linear_pos.in_features)
+    return torch.randn(frames, streams, dim), positions, *map(torch.randn, shapes), left, masked
+
+
+def check_declined(layer, call, declined, run, hooked, trained, others):
+    """Asserts where the native call leaves ``call`` to the submodules: with gradients, with a hook on the module
     ``hooked``, with ``trained`` in training mode, forced to eager, switched off, under autocast, and for ``others``.
     """
-    assert declined(layer, chunk)  # gradients
+    assert declined(layer, call)  # gradients
     with torch.no_grad():
-        assert not declined(layer, chunk)
+        assert not declined(layer, call)
         seen = []
         hook = hooked.register_forward_hook(lambda *a: seen.append(1))
-        assert declined(layer, chunk)
+        assert declined(layer, call)
         run()
         assert seen == [1]
         hook.remove()
-        assert not declined(layer, chunk)
+        assert not declined(layer, call)
         trained.train()
-        assert declined(layer, chunk)
+        assert declined(layer, call)
         layer.eval()
-        assert not declined(layer, chunk)
+        assert not declined(layer, call)
         with fastasr.backend("eager"):
-            assert declined(layer, chunk)
+            assert declined(layer, call)
         layer.packed_streaming = False
-        assert declined(layer, chunk)
+        assert declined(layer, call)
         layer.packed_streaming = True
         with torch.autocast("cpu", torch.bfloat16):
-            assert declined(layer, chunk)
+            assert declined(layer, call)
         for other in others:
             assert declined(layer, other)
