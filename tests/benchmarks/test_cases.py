@@ -2,7 +2,6 @@
 """The tables of cases, and a measurement from a case to its rows."""
 
 import contextlib
-import importlib
 import types
 from dataclasses import replace
 
@@ -19,9 +18,7 @@ from fastasr.benchmarks.encoders import ENCODERS, Encoder
 from fastasr.benchmarks.harness import Timing, in_fresh_process
 from fastasr.benchmarks.markdown import HEADLINES
 from fastasr.benchmarks.models import (
-    attention_search,
     encoders,
-    fast_conformer,
     nemotron_streaming,
     pruned_transducer,
     ragged,
@@ -30,8 +27,6 @@ from fastasr.benchmarks.models import (
     streaming_engine,
     tdt_loss,
     transcribe,
-    transducer_generate,
-    whisper_generate,
 )
 from fastasr.benchmarks.models.unit import first, product_flops, swapped
 from fastasr.benchmarks.studies import transducer_memory
@@ -182,23 +177,17 @@ def test_upstream_that_cannot_be_imported_is_unavailable(monkeypatch):
         upstream_member("zipformer.modules.nowhere.Nothing")
 
 
-# Benchmark of models -> its sizes, the case, shape and pass of each unit, and the implementations that it compares
+# Benchmark of models -> the case, shape and pass of each unit of a quick run, and the implementations that it compares
 MEASURED = {
     "streaming_engine": (
-        {"size": "tiny", "chunks": (16,), "streams": (1, 2), "inner_compile": False},
         [
             ("one chunk of 16", "tiny 1 stream, left context 128", FORWARD),
             ("one chunk of 16", "tiny 2 streams, left context 128", FORWARD),
         ],
         ["upstream", *streaming_engine.PEERS],
     ),
-    "mega_step": (
-        {"size": "tiny", "histories": (0, 3), "batches": (2,)},
-        [(f"history {count}", "B=2", FORWARD) for count in (0, 3)],
-        ["upstream", "fastasr"],
-    ),
+    "mega_step": ([(f"history {count}", "B=2", FORWARD) for count in (0, 3)], ["upstream", "fastasr"]),
     "emformer": (
-        {"size": "tiny", "segments": ((4, 1),), "batch": 2, "frames": 20},
         [
             ("segment 4, right 1", "tiny 2x20", FORWARD),
             ("segment 4, right 1", "tiny 2x20", BOTH),
@@ -207,12 +196,10 @@ MEASURED = {
         ["upstream", "upstream+linear", "fastasr", "fastasr own"],
     ),
     "e_branchformer": (
-        {"size": "tiny", "batch": 2, "frames": 9},
-        [("layer", "tiny 2x9", pass_) for pass_ in (FORWARD, BOTH)],
+        [("layer", "tiny 2x20", pass_) for pass_ in (FORWARD, BOTH)],
         ["upstream", "upstream+linear", "fastasr", "fastasr own"],
     ),
     "fast_conformer": (
-        fast_conformer.QUICK,
         [
             (part, "tiny, 1 of its layers, 2 x 2 s", pass_)
             for part, pass_ in (("encoder", FORWARD), ("front end", FORWARD), ("encoder", BOTH))
@@ -220,8 +207,6 @@ MEASURED = {
         ["upstream", "fastasr"],
     ),
     "ragged": (
-        ragged.QUICK
-        | {"skip": lambda case, shape, _: "w2v-BERT" in case and ", sorted" in shape},  # it is wide
         [
             (f"{encoder}'s encoder", f"{size}, 3 short commands, {order}", pass_)
             for encoder, size, orders in (
@@ -235,7 +220,6 @@ MEASURED = {
         ["upstream", "fastasr", "fastasr, ragged"],
     ),
     "transducer_generate": (
-        transducer_generate.QUICK,
         [
             ("TDT", "B=2, T=20, 5 steps", FORWARD),
             ("RNNT", "B=2, T=20, 5 steps", FORWARD),
@@ -244,7 +228,6 @@ MEASURED = {
         ["upstream", "fastasr"],
     ),
     "attention_search": (
-        attention_search.QUICK,
         [
             (case, "1 layers of 64, 9 frames, 3 tokens", FORWARD)
             for case in (
@@ -259,12 +242,10 @@ MEASURED = {
         ["upstream", "fastasr"],
     ),
     "whisper_generate": (
-        whisper_generate.QUICK,
         [("greedy", "tiny, 1 x 30 s, 3 tokens", FORWARD), ("2 beams", "tiny, 1 x 30 s, 3 tokens", FORWARD)],
         ["upstream", "fastasr", "fastasr int8"],
     ),
     "emformer_rnnt": (
-        {"size": "tiny", "sequences": ((2, 3),), "steps": (2,), "compile_model": False},
         [
             ("predictor", "tiny 2x3", FORWARD),
             ("predictor", "tiny 2x3", BOTH),
@@ -273,12 +254,18 @@ MEASURED = {
         ["upstream", "upstream+linear", "fastasr"],
     ),
 }
+# beside those of a quick run
+OPTIONS = {
+    "mega_step": {"histories": (0, 3)},
+    "ragged": {"skip": lambda case, shape, _: "w2v-BERT" in case and ", sorted" in shape},  # it is wide
+}
 
 
 @pytest.mark.parametrize("name", MEASURED)
 def test_measurements_of_models(name):
-    sizes, expected, implementations = MEASURED[name]
-    module = importlib.import_module(f"fastasr.benchmarks.models.{name}")
+    expected, implementations = MEASURED[name]
+    module = models.MODULES[name]
+    sizes = module.QUICK | OPTIONS.get(name, {})
     if name == "attention_search":
         nemo_encoder.load_decoder()
     with peer():
