@@ -17,7 +17,7 @@ import types
 import nemo_encoder
 import pytest
 import torch
-from steps import moved, numbers, seeded
+from steps import maker, moved, numbers, seeded
 from tiny_conformers import (
     MODELS,
     TAPS,
@@ -64,16 +64,14 @@ from tiny_transformers import (
 from tiny_zipformer import causal_zipformer, zipformer, zipformer_recogniser, zipvoice
 
 
+@maker
 def speechbrain_transformer(lengths=(21, 13, 5), masked=True, **options):
-    def made():
-        module = pytest.importorskip("speechbrain.lobes.models.transformer.Transformer")
-        sizes = {"normalize_before": True, "dropout": 0.1}
-        model = module.TransformerEncoder(3, HEADS, HIDDEN, d_model=WIDTH, **sizes | options)
-        x = torch.randn(len(lengths), max(lengths), WIDTH, generator=numbers(1))
-        hidden = torch.arange(max(lengths)) >= torch.tensor(lengths)[:, None] if masked else None
-        return model, lambda model: [model(x, src_key_padding_mask=hidden)[0]]
-
-    return made
+    module = pytest.importorskip("speechbrain.lobes.models.transformer.Transformer")
+    sizes = {"normalize_before": True, "dropout": 0.1}
+    model = module.TransformerEncoder(3, HEADS, HIDDEN, d_model=WIDTH, **sizes | options)
+    x = torch.randn(len(lengths), max(lengths), WIDTH, generator=numbers(1))
+    hidden = torch.arange(max(lengths)) >= torch.tensor(lengths)[:, None] if masked else None
+    return model, lambda model: [model(x, src_key_padding_mask=hidden)[0]]
 
 
 def speechbrain_decoder():
@@ -83,26 +81,22 @@ def speechbrain_decoder():
     return model, lambda model: [model(x, states, tgt_mask=module.get_lookahead_mask(x))[0]]
 
 
+@maker
 def nemo_transformer(lengths=(80, 51, 0), **options):
-    def made():
-        sizes = {"d_model": 32, "n_heads": HEADS, "n_layers": 2, "ff_expansion": 1.5}
-        model = nemo_encoder.load_transformer().TransformerEncoder(feat_in=WIDTH, **sizes, **options)
-        x = torch.randn(len(lengths), WIDTH, max(lengths), generator=numbers(1))
-        return model, lambda model: [model(x, torch.tensor(lengths))[0]]
-
-    return made
+    sizes = {"d_model": 32, "n_heads": HEADS, "n_layers": 2, "ff_expansion": 1.5}
+    model = nemo_encoder.load_transformer().TransformerEncoder(feat_in=WIDTH, **sizes, **options)
+    x = torch.randn(len(lengths), WIDTH, max(lengths), generator=numbers(1))
+    return model, lambda model: [model(x, torch.tensor(lengths))[0]]
 
 
+@maker
 def firered(lengths=(83, 51, 30), dropout=0.1):
-    def made():
-        module = pytest.importorskip("fireredasr.models.module.conformer_encoder")
-        sizes = {"idim": 20, "n_layers": 2, "n_head": HEADS, "d_model": WIDTH, "kernel_size": TAPS}
-        rates = dict.fromkeys(("residual_dropout", "dropout_rate"), dropout)
-        x = torch.randn(len(lengths), max(lengths), 20, generator=numbers(1))
-        model = module.ConformerEncoder(**sizes, **rates, pe_maxlen=64)
-        return model, lambda model: [model(x, torch.tensor(lengths))[0]]
-
-    return made
+    module = pytest.importorskip("fireredasr.models.module.conformer_encoder")
+    sizes = {"idim": 20, "n_layers": 2, "n_head": HEADS, "d_model": WIDTH, "kernel_size": TAPS}
+    rates = dict.fromkeys(("residual_dropout", "dropout_rate"), dropout)
+    x = torch.randn(len(lengths), max(lengths), 20, generator=numbers(1))
+    model = module.ConformerEncoder(**sizes, **rates, pe_maxlen=64)
+    return model, lambda model: [model(x, torch.tensor(lengths))[0]]
 
 
 def without_init(name):
@@ -118,28 +112,23 @@ def without_init(name):
     return importlib.import_module(name)
 
 
+@maker
 def funasr(lengths=(43, 21, 9), **options):
     """Paraformer's encoder; SenseVoice's has the same classes of layers."""
-
-    def made():
-        module = without_init("funasr.models.sanm.encoder")
-        sizes = {"output_size": WIDTH, "attention_heads": HEADS, "linear_units": HIDDEN, "num_blocks": 3}
-        model = module.SANMEncoder(20, **sizes | {"input_layer": "pe", "kernel_size": 7} | options)
-        x = torch.randn(len(lengths), max(lengths), 20, generator=numbers(1))
-        return model, lambda model: [model(x, torch.tensor(lengths))[0]]
-
-    return made
+    module = without_init("funasr.models.sanm.encoder")
+    sizes = {"output_size": WIDTH, "attention_heads": HEADS, "linear_units": HIDDEN, "num_blocks": 3}
+    model = module.SANMEncoder(20, **sizes | {"input_layer": "pe", "kernel_size": 7} | options)
+    x = torch.randn(len(lengths), max(lengths), 20, generator=numbers(1))
+    return model, lambda model: [model(x, torch.tensor(lengths))[0]]
 
 
+@maker
 def gigaam(kind, lengths=(83, 51, 30)):
-    def made():
-        module = without_init("gigaam.encoder")
-        sizes = {"feat_in": 20, "n_layers": 2, "d_model": WIDTH, "n_heads": HEADS, "conv_kernel_size": TAPS}
-        model = module.ConformerEncoder(**sizes, self_attention_model=kind, pos_emb_max_len=64)
-        x = torch.randn(len(lengths), 20, max(lengths), generator=numbers(1))
-        return with_position_biases(model), lambda model: [model(x, torch.tensor(lengths))[0]]
-
-    return made
+    module = without_init("gigaam.encoder")
+    sizes = {"feat_in": 20, "n_layers": 2, "d_model": WIDTH, "n_heads": HEADS, "conv_kernel_size": TAPS}
+    model = module.ConformerEncoder(**sizes, self_attention_model=kind, pos_emb_max_len=64)
+    x = torch.randn(len(lengths), 20, max(lengths), generator=numbers(1))
+    return with_position_biases(model), lambda model: [model(x, torch.tensor(lengths))[0]]
 
 
 def load_openai_whisper():
@@ -155,16 +144,13 @@ def load_openai_whisper():
             del sys.modules[name]
 
 
+@maker
 def openai_whisper(frames=24, layers=2):
     """The encoder of the package openai-whisper."""
-
-    def made():
-        module = load_openai_whisper()
-        model = module.AudioEncoder(5, frames // 2, WIDTH, HEADS, layers)
-        x = torch.randn(2, 5, frames, generator=numbers(1))
-        return model, lambda model: [model(x)]
-
-    return made
+    module = load_openai_whisper()
+    model = module.AudioEncoder(5, frames // 2, WIDTH, HEADS, layers)
+    x = torch.randn(2, 5, frames, generator=numbers(1))
+    return model, lambda model: [model(x)]
 
 
 def openai_whisper_decoder():
@@ -175,33 +161,30 @@ def openai_whisper_decoder():
     return model, lambda model: [model(tokens, x)]
 
 
+@maker
 def nemo_joint(kind="rnnt", name="pytorch", **options):
     """NeMo's fused joint: its loss."""
-
-    def made():
-        joints, losses = nemo_encoder.load_transducer()
-        joint = joints.RNNTJoint(
-            {"encoder_hidden": 5, "pred_hidden": 4, "joint_hidden": 8, "activation": "relu", "dropout": 0.1},
-            num_classes=6,
-            num_extra_outputs=len(options.get("durations", ())),
-            fuse_loss_wer=True,
-            fused_batch_size=2,
-        )
-        loss = losses.RNNTLoss(6, "mean_batch", name, dict(options))
-        loss._force_float32 = False
-        joint.set_loss(loss)
-        joint.set_wer(_Wer())
-        draw = numbers(1)
-        inputs = {
-            "encoder_outputs": torch.randn(3, 5, 8, generator=draw),
-            "decoder_outputs": torch.randn(3, 4, 5, generator=draw),
-            "encoder_lengths": torch.tensor([7, 5, 6]),
-            "transcripts": torch.randint(0, 6, (3, 4), generator=draw),
-            "transcript_lengths": torch.tensor([3, 1, 2]),
-        }
-        return joint, lambda model: [model(**inputs, compute_wer=False)[0]]
-
-    return made
+    joints, losses = nemo_encoder.load_transducer()
+    joint = joints.RNNTJoint(
+        {"encoder_hidden": 5, "pred_hidden": 4, "joint_hidden": 8, "activation": "relu", "dropout": 0.1},
+        num_classes=6,
+        num_extra_outputs=len(options.get("durations", ())),
+        fuse_loss_wer=True,
+        fused_batch_size=2,
+    )
+    loss = losses.RNNTLoss(6, "mean_batch", name, dict(options))
+    loss._force_float32 = False
+    joint.set_loss(loss)
+    joint.set_wer(_Wer())
+    draw = numbers(1)
+    inputs = {
+        "encoder_outputs": torch.randn(3, 5, 8, generator=draw),
+        "decoder_outputs": torch.randn(3, 4, 5, generator=draw),
+        "encoder_lengths": torch.tensor([7, 5, 6]),
+        "transcripts": torch.randint(0, 6, (3, 4), generator=draw),
+        "transcript_lengths": torch.tensor([3, 1, 2]),
+    }
+    return joint, lambda model: [model(**inputs, compute_wer=False)[0]]
 
 
 class _Wer:

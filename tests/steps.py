@@ -71,6 +71,16 @@ def set_batch_count(model, count):
     return model
 
 
+def maker(make):
+    """Makes a function of options that returns ``make`` with them, to be called without arguments."""
+
+    @functools.wraps(make)
+    def of_options(*args, **options):
+        return functools.partial(make, *args, **options)
+
+    return of_options
+
+
 def swapped(model, **options):
     """Returns a copy of the model, swapped."""
     copied = copy.deepcopy(model)

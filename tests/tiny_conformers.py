@@ -5,8 +5,8 @@
 import nemo_encoder
 import pytest
 import torch
-from steps import numbers
-from tiny_transformers import HEADS, HIDDEN, WIDTH, transformers_encoder
+from steps import maker, numbers
+from tiny_transformers import HEADS, HIDDEN, WIDTH, batch, transformers_encoder
 
 TAPS = 7
 
@@ -121,13 +121,10 @@ def call(name, net, x, lengths):
     return net(x.clone(), attention_mask=mask)[0]
 
 
-def conformer(name):
-    def made(**options):
-        model = MODELS[name](**options)
-        x, lengths = torch.randn(3, 21, WIDTH, generator=numbers(1)), torch.tensor([21, 13, 5])
-        return model, lambda model: [call(name, model, x, lengths)]
-
-    return made
+@maker
+def conformer(name, **options):
+    x, lengths = torch.randn(3, 21, WIDTH, generator=numbers(1)), torch.tensor([21, 13, 5])
+    return MODELS[name](**options), lambda model: [call(name, model, x, lengths)]
 
 
 def torchaudio_padded(lengths=(21, 13, 5), **options):
@@ -153,25 +150,20 @@ def nemo_striding(**options):
     return made, lambda model: [call("nemo", model, x, lengths)]
 
 
+@maker
 def of_wav2vec2(
     package, class_name, config_name, lengths=(21, 13, 5), masked=True, implementation="sdpa", **options
 ):
     """An encoder with modules of Wav2Vec2Conformer's code. ``lengths``: those of the batch."""
+    sizes = {"hidden_size": WIDTH, "conv_depthwise_kernel_size": TAPS}
+    encoder = transformers_encoder(package, class_name, config_name, sizes, implementation, **options)
+    x, mask = batch(lengths, WIDTH)
 
-    def made():
-        sizes = {"hidden_size": WIDTH, "conv_depthwise_kernel_size": TAPS}
-        encoder = transformers_encoder(package, class_name, config_name, sizes, implementation, **options)
-        frames = max(lengths)
-        x = torch.randn(len(lengths), frames, WIDTH, generator=numbers(1))
-        mask = torch.arange(frames) < torch.tensor(lengths)[:, None]
+    def run(model):
+        found = model(x.clone(), attention_mask=mask if masked else None)
+        return [found if isinstance(found, torch.Tensor) else found[0]]
 
-        def run(model):
-            found = model(x.clone(), attention_mask=mask if masked else None)
-            return [found if isinstance(found, torch.Tensor) else found[0]]
-
-        return encoder, run
-
-    return made
+    return encoder, run
 
 
 SEAMLESS = {
@@ -205,21 +197,16 @@ def w2v_bert(**options):
     return of_wav2vec2("wav2vec2_bert", "Wav2Vec2BertEncoder", "Wav2Vec2BertConfig", **W2V_BERT, **options)
 
 
+@maker
 def granite_speech(kind="", frames=53, **options):
     """Padding is frames of 0, which the encoder cannot tell from others."""
-
-    def made():
-        sizes = {"input_dim": 20, "hidden_dim": WIDTH, "num_layers": 2, "num_heads": HEADS, "dim_head": 12}
-        sizes |= {"output_dim": 11, "context_size": 20, "max_pos_emb": 24, "conv_kernel_size": TAPS}
-        folder, name = f"granite_speech_{kind.lower()}".rstrip("_"), f"GraniteSpeech{kind}"
-        model = transformers_encoder(
-            folder, f"{name}CTCEncoder", f"{name}EncoderConfig", sizes, None, **options
-        )
-        x = torch.randn(2, frames, 20, generator=numbers(1))
-        x[1, frames // 2 :] = 0.0
-        return model, lambda model: [model(x).last_hidden_state]
-
-    return made
+    sizes = {"input_dim": 20, "hidden_dim": WIDTH, "num_layers": 2, "num_heads": HEADS, "dim_head": 12}
+    sizes |= {"output_dim": 11, "context_size": 20, "max_pos_emb": 24, "conv_kernel_size": TAPS}
+    folder, name = f"granite_speech_{kind.lower()}".rstrip("_"), f"GraniteSpeech{kind}"
+    model = transformers_encoder(folder, f"{name}CTCEncoder", f"{name}EncoderConfig", sizes, None, **options)
+    x = torch.randn(2, frames, 20, generator=numbers(1))
+    x[1, frames // 2 :] = 0.0
+    return model, lambda model: [model(x).last_hidden_state]
 
 
 def granite_speech5(lengths=(44, 30), **options):
@@ -227,60 +214,50 @@ def granite_speech5(lengths=(44, 30), **options):
     sizes |= {"vocab_size": 11, "num_mel_bins": 5, "context_size": 8, "activation_dropout": 0.1}
     names = "granite_speech5", "GraniteSpeech5Encoder", "GraniteSpeech5EncoderConfig"
     model = transformers_encoder(*names, sizes, None, **options)
-    x = torch.randn(len(lengths), max(lengths), 20, generator=numbers(1))
-    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    x, mask = batch(lengths, 20)
     return model, lambda model: [model(x, attention_mask=mask).last_hidden_state]
 
 
+@maker
 def phi4_audio(frames=83, lengths=(83, 60), masked=True, **options):
     """Padding is hardly hidden: upstream adds its mask to the scores as 0 and 1. It cannot cut several recordings of
     more than 500 frames behind the front end."""
-
-    def made():
-        sizes = {"hidden_size": 32, "intermediate_size": 40, "num_blocks": 1, "num_attention_heads": HEADS}
-        sizes |= {"nemo_conv_channels": 8, "input_size": 20, "ext_pw_out_channel": 32}
-        sizes |= {"depthwise_separable_out_channel": 32}
-        names = "phi4_multimodal", "Phi4MultimodalAudioModel", "Phi4MultimodalAudioConfig"
-        model = transformers_encoder(*names, sizes, **options)
-        x = torch.randn(len(lengths), frames, 20, generator=numbers(1))
-        mask = torch.arange(frames) < torch.tensor(lengths)[:, None] if masked else None
-        return model, lambda model: [model(x, mask)]
-
-    return made
+    sizes = {"hidden_size": 32, "intermediate_size": 40, "num_blocks": 1, "num_attention_heads": HEADS}
+    sizes |= {"nemo_conv_channels": 8, "input_size": 20, "ext_pw_out_channel": 32}
+    sizes |= {"depthwise_separable_out_channel": 32}
+    names = "phi4_multimodal", "Phi4MultimodalAudioModel", "Phi4MultimodalAudioConfig"
+    model = transformers_encoder(*names, sizes, **options)
+    x = torch.randn(len(lengths), frames, 20, generator=numbers(1))
+    mask = torch.arange(frames) < torch.tensor(lengths)[:, None] if masked else None
+    return model, lambda model: [model(x, mask)]
 
 
 # Each of these acts on some numbers of a tower of random weights.
 GEMMA_BOUNDS = {"input_min": -0.9, "input_max": 1.1, "output_min": -0.17, "output_max": 0.16}
 
 
+@maker
 def gemma4(lengths=(41, 15), bounds=GEMMA_BOUNDS, **options):
     """The audio tower of Gemma 4, of ``lengths`` frames behind its front end, with these bounds of linear layers."""
-
-    def made():
-        sizes = {"hidden_size": WIDTH, "num_attention_heads": HEADS, "num_hidden_layers": 2}
-        sizes |= {"output_proj_dims": 8, "subsampling_conv_channels": [16, 4]}
-        names = "gemma4", "Gemma4AudioModel", "Gemma4AudioConfig"
-        model = transformers_encoder(*names, sizes, None, **options)
-        x = torch.randn(len(lengths), 4 * max(lengths), 16, generator=numbers(1))
-        mask = torch.arange(4 * max(lengths)) < 4 * torch.tensor(lengths)[:, None]
-        for name, buffer in model.named_buffers():
-            if name.rpartition(".")[2] in bounds:
-                buffer.fill_(bounds[name.rpartition(".")[2]])
-        return model, lambda model: [model(x, mask).last_hidden_state]
-
-    return made
+    sizes = {"hidden_size": WIDTH, "num_attention_heads": HEADS, "num_hidden_layers": 2}
+    sizes |= {"output_proj_dims": 8, "subsampling_conv_channels": [16, 4]}
+    names = "gemma4", "Gemma4AudioModel", "Gemma4AudioConfig"
+    model = transformers_encoder(*names, sizes, None, **options)
+    x = torch.randn(len(lengths), 4 * max(lengths), 16, generator=numbers(1))
+    mask = torch.arange(4 * max(lengths)) < 4 * torch.tensor(lengths)[:, None]
+    for name, buffer in model.named_buffers():
+        if name.rpartition(".")[2] in bounds:
+            buffer.fill_(bounds[name.rpartition(".")[2]])
+    return model, lambda model: [model(x, mask).last_hidden_state]
 
 
+@maker
 def gemma3n(lengths=(41, 15), **options):
     """The audio tower of Gemma 3n, of ``lengths`` frames behind its front end."""
-
-    def made():
-        sizes = {"hidden_size": WIDTH, "conf_num_attention_heads": HEADS, "conf_num_hidden_layers": 2}
-        sizes |= {"input_feat_size": 16, "sscp_conv_channel_size": [4, 2], "conf_reduction_factor": 1}
-        names = "gemma3n", "Gemma3nAudioEncoder", "Gemma3nAudioConfig"
-        model = transformers_encoder(*names, sizes, None, **options)
-        x = torch.randn(len(lengths), 4 * max(lengths), 16, generator=numbers(1))
-        mask = torch.arange(4 * max(lengths)) >= 4 * torch.tensor(lengths)[:, None]
-        return model, lambda model: [model(x, mask).last_hidden_state]
-
-    return made
+    sizes = {"hidden_size": WIDTH, "conf_num_attention_heads": HEADS, "conf_num_hidden_layers": 2}
+    sizes |= {"input_feat_size": 16, "sscp_conv_channel_size": [4, 2], "conf_reduction_factor": 1}
+    names = "gemma3n", "Gemma3nAudioEncoder", "Gemma3nAudioConfig"
+    model = transformers_encoder(*names, sizes, None, **options)
+    x = torch.randn(len(lengths), 4 * max(lengths), 16, generator=numbers(1))
+    mask = torch.arange(4 * max(lengths)) >= 4 * torch.tensor(lengths)[:, None]
+    return model, lambda model: [model(x, mask).last_hidden_state]

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from steps import numbers
+from steps import maker, numbers
 from tiny_transformers import HEADS, HIDDEN, WIDTH
 
 
@@ -28,15 +28,13 @@ def e_branchformer(**options):
 PLAIN_ATTENTION = {"attention_layer_type": "selfattn", "pos_enc_layer_type": "abs_pos"}  # as OWSM's
 
 
+@maker
 def espnet_transformer(lengths=(27, 20, 11), **options):
-    def made():
-        module = pytest.importorskip("espnet2.asr.encoder.transformer_encoder")
-        sizes = {"output_size": WIDTH, "attention_heads": HEADS, "linear_units": HIDDEN, "num_blocks": 2}
-        x = torch.randn(len(lengths), max(lengths), 20, generator=numbers(1))
-        model = module.TransformerEncoder(20, **sizes | {"input_layer": "linear"} | options)
-        return model, lambda model: [model(x, torch.tensor(lengths))[0]]
-
-    return made
+    module = pytest.importorskip("espnet2.asr.encoder.transformer_encoder")
+    sizes = {"output_size": WIDTH, "attention_heads": HEADS, "linear_units": HIDDEN, "num_blocks": 2}
+    x = torch.randn(len(lengths), max(lengths), 20, generator=numbers(1))
+    model = module.TransformerEncoder(20, **sizes | {"input_layer": "linear"} | options)
+    return model, lambda model: [model(x, torch.tensor(lengths))[0]]
 
 
 class FrontEnds(torch.nn.Module):

@@ -5,8 +5,8 @@
 
 import pytest
 import torch
-from steps import numbers
-from tiny_transformers import transformers_encoder
+from steps import maker, numbers
+from tiny_transformers import batch, transformers_encoder
 
 SIZES = {
     "hidden_size": 24,
@@ -40,45 +40,41 @@ def transducer(kind, sizes, **options):
 def parakeet(lengths=(75, 50, 9), **options):
     names = "parakeet", "ParakeetEncoder", "ParakeetEncoderConfig"
     model = transformers_encoder(*names, SIZES, None, **options)
-    x = torch.randn(3, 75, SIZES["num_mel_bins"], generator=numbers(1))
-    mask = (torch.arange(75) < torch.tensor(lengths)[:, None]).long()
-    return model, lambda model: [model(x, attention_mask=mask).last_hidden_state]
+    x, mask = batch(lengths, SIZES["num_mel_bins"])
+    return model, lambda model: [model(x, attention_mask=mask.long()).last_hidden_state]
 
 
+@maker
 def parakeet_transducer(kind):
     """The loss in training, ``generate`` in eval mode."""
+    model = transducer(kind, SIZES | {"num_hidden_layers": 1})
+    model.generation_config.decoder_start_token_id = 11
+    if kind == "TDT":
+        model.generation_config.suppress_tokens = list(range(12, 17))
+    with torch.no_grad():
+        for parameter in [*model.decoder.parameters(), *model.joint.parameters()]:
+            parameter.normal_(std=0.8)
+        model.encoder_projector.weight.normal_(std=2.0)
+    lengths = torch.tensor([90, 61, 75])
+    labels = torch.randint(1, 11, (3, 4), generator=numbers(2))
+    inputs = {
+        "input_features": torch.randn(3, 90, SIZES["num_mel_bins"], generator=numbers(1)),
+        "attention_mask": (torch.arange(90) < lengths[:, None]).long(),
+    }
+    contexts = torch.nn.functional.pad(labels, (1, 0), value=11)
 
-    def made():
-        model = transducer(kind, SIZES | {"num_hidden_layers": 1})
-        model.generation_config.decoder_start_token_id = 11
-        if kind == "TDT":
-            model.generation_config.suppress_tokens = list(range(12, 17))
-        with torch.no_grad():
-            for parameter in [*model.decoder.parameters(), *model.joint.parameters()]:
-                parameter.normal_(std=0.8)
-            model.encoder_projector.weight.normal_(std=2.0)
-        lengths = torch.tensor([90, 61, 75])
-        labels = torch.randint(1, 11, (3, 4), generator=numbers(2))
-        inputs = {
-            "input_features": torch.randn(3, 90, SIZES["num_mel_bins"], generator=numbers(1)),
-            "attention_mask": (torch.arange(90) < lengths[:, None]).long(),
-        }
-        contexts = torch.nn.functional.pad(labels, (1, 0), value=11)
+    def run(model):
+        if not model.training:
+            return [model.generate(**inputs, max_new_tokens=20).sequences.float()]
+        import fastasr.compat.torchaudio
 
-        def run(model):
-            if not model.training:
-                return [model.generate(**inputs, max_new_tokens=20).sequences.float()]
-            import fastasr.compat.torchaudio
+        fastasr.compat.torchaudio.install()  # upstream's RNN-T loss needs a torchaudio
+        try:
+            return [model(**inputs, decoder_input_ids=contexts, labels=labels).loss]
+        finally:
+            fastasr.compat.torchaudio.uninstall()
 
-            fastasr.compat.torchaudio.install()  # upstream's RNN-T loss needs a torchaudio
-            try:
-                return [model(**inputs, decoder_input_ids=contexts, labels=labels).loss]
-            finally:
-                fastasr.compat.torchaudio.uninstall()
-
-        return model, run
-
-    return made
+    return model, run
 
 
 def nemotron(**options):
@@ -89,10 +85,9 @@ def nemotron(**options):
     )
 
     config = configuration.NemotronAsrStreamingEncoderConfig(**{**SIZES, "sliding_window": 15, **options})
-    x = torch.randn(3, 75, SIZES["num_mel_bins"], generator=numbers(1))
-    mask = (torch.arange(75) < torch.tensor([75, 50, 9])[:, None]).long()
+    x, mask = batch((75, 50, 9), SIZES["num_mel_bins"])
     model = NemotronAsrStreamingEncoder(config)
-    return model, lambda model: [model(input_features=x, attention_mask=mask).last_hidden_state]
+    return model, lambda model: [model(input_features=x, attention_mask=mask.long()).last_hidden_state]
 
 
 def lasr():
@@ -100,6 +95,5 @@ def lasr():
     sizes = {name: SIZES[name] for name in shared} | {"hidden_size": 24, "num_attention_heads": 2}
     sizes |= {"conv_kernel_size": 6, "layerdrop": 0.0}
     model = transformers_encoder("lasr", "LasrEncoder", "LasrEncoderConfig", sizes, None)
-    x = torch.randn(3, 75, sizes["num_mel_bins"], generator=numbers(1))
-    mask = torch.arange(75) < torch.tensor([75, 50, 30])[:, None]
+    x, mask = batch((75, 50, 30), sizes["num_mel_bins"])
     return model, lambda model: [model(x, attention_mask=mask).last_hidden_state]

@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 import torch
-from steps import numbers
+from steps import maker, numbers
 
 WIDTH, HIDDEN, HEADS = 16, 32, 2
 
@@ -22,6 +22,12 @@ class Encoders(torch.nn.Module):
     def forward(self, x, **masks):
         # The encoders of wav2vec 2.0 set padding to 0 in their input.
         return torch.cat([encoder(x.clone(), **masks).last_hidden_state for encoder in self.encoders], 1)
+
+
+def batch(lengths, width):
+    """Returns frames of recordings (B, T, width), and which of them exist, bool (B, T)."""
+    x = torch.randn(len(lengths), max(lengths), width, generator=numbers(1))
+    return x, torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
 
 
 def transformers_encoder(folder, class_name, config_name, sizes, implementation="sdpa", **options):
@@ -50,61 +56,51 @@ WHISPERS = {
 }
 
 
+@maker
 def whisper(*folders, layers=1, frames=24, lengths=None, **options):
     """Encoders of Whisper and its copies. ``lengths``: those of the recordings, which Audio Flamingo 3 alone takes."""
-
-    def made():
-        rates = dict.fromkeys(_RATES, 0.1)
-        more = {"num_mel_bins": 5, "max_source_positions": frames // 2} | rates | options
-        encoders = []
-        for folder in folders:
-            class_name, config_name, names = WHISPERS[folder]
-            sizes = dict(zip(names, (WIDTH, layers, HEADS, HIDDEN), strict=True))
-            encoders.append(transformers_encoder(folder, class_name, config_name, sizes, **more))
-        batch = 2 if lengths is None else len(lengths)
-        x = torch.randn(batch, 5, frames, generator=numbers(1))
-        given = {}
-        if lengths is not None:
-            given["input_features_mask"] = torch.arange(frames) < torch.tensor(lengths)[:, None]
-        if len(encoders) == 1:
-            return encoders[0], lambda model: [model(x, **given).last_hidden_state]
-        return Encoders(encoders), lambda model: [model(x, **given)]
-
-    return made
+    rates = dict.fromkeys(_RATES, 0.1)
+    more = {"num_mel_bins": 5, "max_source_positions": frames // 2} | rates | options
+    encoders = []
+    for folder in folders:
+        class_name, config_name, names = WHISPERS[folder]
+        sizes = dict(zip(names, (WIDTH, layers, HEADS, HIDDEN), strict=True))
+        encoders.append(transformers_encoder(folder, class_name, config_name, sizes, **more))
+    batch = 2 if lengths is None else len(lengths)
+    x = torch.randn(batch, 5, frames, generator=numbers(1))
+    given = {}
+    if lengths is not None:
+        given["input_features_mask"] = torch.arange(frames) < torch.tensor(lengths)[:, None]
+    if len(encoders) == 1:
+        return encoders[0], lambda model: [model(x, **given).last_hidden_state]
+    return Encoders(encoders), lambda model: [model(x, **given)]
 
 
+@maker
 def speech2text(lengths=(43, 30, 9), masked=True, **options):
     """Speech2Text's encoder, which has no other attention than "eager" and halves the frames twice."""
-
-    def made():
-        sizes = dict(zip(_OF_WHISPER, (WIDTH, 2, HEADS, HIDDEN), strict=True))
-        sizes |= {"input_feat_per_channel": 8, "conv_channels": 12} | dict.fromkeys(_RATES, 0.1)
-        names = "speech_to_text", "Speech2TextEncoder", "Speech2TextConfig"
-        model = transformers_encoder(
-            *names, sizes, **{"implementation": "eager", "encoder_layerdrop": 0.0} | options
-        )
-        x = torch.randn(len(lengths), max(lengths), 8, generator=numbers(1))
-        mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None] if masked else None
-        given = {} if mask is None else {"attention_mask": mask.long()}
-        return model, lambda model: [model(x, **given).last_hidden_state]
-
-    return made
+    sizes = dict(zip(_OF_WHISPER, (WIDTH, 2, HEADS, HIDDEN), strict=True))
+    sizes |= {"input_feat_per_channel": 8, "conv_channels": 12} | dict.fromkeys(_RATES, 0.1)
+    names = "speech_to_text", "Speech2TextEncoder", "Speech2TextConfig"
+    model = transformers_encoder(
+        *names, sizes, **{"implementation": "eager", "encoder_layerdrop": 0.0} | options
+    )
+    x, mask = batch(lengths, 8)
+    given = {"attention_mask": mask.long()} if masked else {}
+    return model, lambda model: [model(x, **given).last_hidden_state]
 
 
+@maker
 def speecht5(lengths=(21, 13, 5), masked=True, **options):
     """SpeechT5's encoder behind its front end. Recordings of more than 8 frames have clamped positions."""
-
-    def made():
-        sizes = {"hidden_size": WIDTH, "encoder_layers": 2, "encoder_attention_heads": HEADS}
-        sizes |= {"encoder_ffn_dim": HIDDEN, "encoder_max_relative_position": 8, "encoder_layerdrop": 0.0}
-        sizes |= {"num_conv_pos_embedding_groups": 2, "attention_dropout": 0.0}
-        names = "speecht5", "SpeechT5Encoder", "SpeechT5Config"
-        model = transformers_encoder(*names, sizes, **{"implementation": "eager"} | options)
-        x = torch.randn(len(lengths), max(lengths), WIDTH, generator=numbers(1))
-        mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None] if masked else None
-        return model, lambda model: [model(x, attention_mask=mask).last_hidden_state]
-
-    return made
+    sizes = {"hidden_size": WIDTH, "encoder_layers": 2, "encoder_attention_heads": HEADS}
+    sizes |= {"encoder_ffn_dim": HIDDEN, "encoder_max_relative_position": 8, "encoder_layerdrop": 0.0}
+    sizes |= {"num_conv_pos_embedding_groups": 2, "attention_dropout": 0.0}
+    names = "speecht5", "SpeechT5Encoder", "SpeechT5Config"
+    model = transformers_encoder(*names, sizes, **{"implementation": "eager"} | options)
+    x, mask = batch(lengths, WIDTH)
+    given = {"attention_mask": mask} if masked else {}
+    return model, lambda model: [model(x, **given).last_hidden_state]
 
 
 _WAV2VEC2 = {
@@ -119,28 +115,24 @@ _WAV2VEC2 = {
 WAV2VEC2S = ("Wav2Vec2", "Hubert", "UniSpeech", "UniSpeechSat", "SEW", "Data2VecAudio")
 
 
+@maker
 def wav2vec2(*names, norms=("",), layers=1, lengths=(21, 13, 5), masked=True, **options):
     """Encoders of wav2vec 2.0 and its copies. ``norms``: "StableLayerNorm" for those of large models, with norms before
     each part, or ""."""
-
-    def made():
-        sizes = _WAV2VEC2 | {"num_hidden_layers": layers}
-        if "Data2VecAudio" in names:
-            sizes |= {"conv_pos_kernel_size": 3}
-        encoders = []
-        for name, norm in itertools.product(names, norms):
-            folder = "data2vec.data2vec_audio" if name == "Data2VecAudio" else _folder(name)
-            if not norm or name not in ("SEW", "Data2VecAudio"):
-                class_name = f"{name}Encoder{norm}"
-                encoders.append(transformers_encoder(folder, class_name, f"{name}Config", sizes, **options))
-        frames = max(lengths)
-        x = torch.randn(len(lengths), frames, WIDTH, generator=numbers(1))
-        given = {"attention_mask": torch.arange(frames) < torch.tensor(lengths)[:, None]} if masked else {}
-        if len(encoders) == 1:
-            return encoders[0], lambda model: [model(x.clone(), **given).last_hidden_state]
-        return Encoders(encoders), lambda model: [model(x, **given)]
-
-    return made
+    sizes = _WAV2VEC2 | {"num_hidden_layers": layers}
+    if "Data2VecAudio" in names:
+        sizes |= {"conv_pos_kernel_size": 3}
+    encoders = []
+    for name, norm in itertools.product(names, norms):
+        folder = "data2vec.data2vec_audio" if name == "Data2VecAudio" else _folder(name)
+        if not norm or name not in ("SEW", "Data2VecAudio"):
+            class_name = f"{name}Encoder{norm}"
+            encoders.append(transformers_encoder(folder, class_name, f"{name}Config", sizes, **options))
+    x, mask = batch(lengths, WIDTH)
+    given = {"attention_mask": mask} if masked else {}
+    if len(encoders) == 1:
+        return encoders[0], lambda model: [model(x.clone(), **given).last_hidden_state]
+    return Encoders(encoders), lambda model: [model(x, **given)]
 
 
 def _folder(name):
@@ -149,40 +141,32 @@ def _folder(name):
     return folders.get(name, name.lower())
 
 
+@maker
 def omniasr(lengths=(80, 61, 44), **options):
     """OmniASR's encoder with its convolutions on the waveform."""
-
-    def made():
-        sizes = _WAV2VEC2 | {
-            "num_hidden_layers": 2,
-            "conv_dim": (4, 6),
-            "conv_kernel": (4, 2),
-            "conv_stride": (2, 2),
-        }
-        names = "omniasr", "OmniASRAudioModel", "OmniASRAudioConfig"
-        model = transformers_encoder(*names, sizes, **options)
-        x = torch.randn(len(lengths), 1, max(lengths), generator=numbers(1))
-        mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-        return model, lambda model: [model(x, padding_mask=mask).last_hidden_state]
-
-    return made
+    sizes = _WAV2VEC2 | {
+        "num_hidden_layers": 2,
+        "conv_dim": (4, 6),
+        "conv_kernel": (4, 2),
+        "conv_stride": (2, 2),
+    }
+    names = "omniasr", "OmniASRAudioModel", "OmniASRAudioConfig"
+    model = transformers_encoder(*names, sizes, **options)
+    x = torch.randn(len(lengths), 1, max(lengths), generator=numbers(1))
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    return model, lambda model: [model(x, padding_mask=mask).last_hidden_state]
 
 
+@maker
 def wavlm(stable=False, lengths=(21, 13, 5), masked=True, **options):
     """An encoder of WavLM. ``stable``: the large model's, with norms before each part."""
-
-    def made():
-        sizes = _WAV2VEC2 | {"num_hidden_layers": 3, "num_buckets": 8, "max_bucket_distance": 10}
-        class_name = "WavLMEncoderStableLayerNorm" if stable else "WavLMEncoder"
-        model = transformers_encoder("wavlm", class_name, "WavLMConfig", sizes, "eager", **options)
-        frames = max(lengths)
-        x = torch.randn(len(lengths), frames, WIDTH, generator=numbers(1))
-        mask = torch.arange(frames) < torch.tensor(lengths)[:, None]
-        given = {"attention_mask": mask} if masked else {}
-        # Upstream sets padding to 0 in its input.
-        return model, lambda model: [model(x.clone(), **given).last_hidden_state]
-
-    return made
+    sizes = _WAV2VEC2 | {"num_hidden_layers": 3, "num_buckets": 8, "max_bucket_distance": 10}
+    class_name = "WavLMEncoderStableLayerNorm" if stable else "WavLMEncoder"
+    model = transformers_encoder("wavlm", class_name, "WavLMConfig", sizes, "eager", **options)
+    x, mask = batch(lengths, WIDTH)
+    given = {"attention_mask": mask} if masked else {}
+    # Upstream sets padding to 0 in its input.
+    return model, lambda model: [model(x.clone(), **given).last_hidden_state]
 
 
 WAVEFORMS = (*WAV2VEC2S, "WavLM", "Wav2Vec2Conformer", "SEWD", "SpeechT5")
@@ -201,50 +185,44 @@ class Waveforms(torch.nn.Module):
         return read + [layer(x.mT if "SEW" in type(layer).__name__ else x) for layer in self.positions]
 
 
+@maker
 def waveforms(*names, norms=("group", "layer"), samples=150, batch=2, **options):
     """Convolutions on the waveform, with a norm over time in the first layer or norms over channels in all."""
-
-    def made():
-        transformers = pytest.importorskip("transformers")
-        features, positions = [], []
-        for name in names:
-            folder = "data2vec.data2vec_audio" if name == "Data2VecAudio" else _folder(name)
-            package, _, module = folder.rpartition(".")
-            home = importlib.import_module(f"transformers.models.{package or module}.modeling_{module}")
-            for norm in norms[:1] if name == "Data2VecAudio" else norms:
-                sizes = {"conv_dim": (16, 12, 20), "conv_kernel": (4, 3, 2), "conv_stride": (2, 2, 2)}
-                config = getattr(transformers, f"{name}Config")(
-                    feat_extract_norm=norm, **sizes | _WAV2VEC2 | options
-                )
-                features.append(getattr(home, f"{name}FeatureEncoder")(config))
-            if name != "Data2VecAudio":
-                positions.append(getattr(home, f"{name}PositionalConvEmbedding")(config))
-        waveform = torch.randn(batch, samples, generator=numbers(1))
-        x = torch.randn(batch, 21, WIDTH, generator=numbers(2))
-        return Waveforms(features, positions), lambda model: model(waveform.clone(), x)
-
-    return made
+    transformers = pytest.importorskip("transformers")
+    features, positions = [], []
+    for name in names:
+        folder = "data2vec.data2vec_audio" if name == "Data2VecAudio" else _folder(name)
+        package, _, module = folder.rpartition(".")
+        home = importlib.import_module(f"transformers.models.{package or module}.modeling_{module}")
+        for norm in norms[:1] if name == "Data2VecAudio" else norms:
+            sizes = {"conv_dim": (16, 12, 20), "conv_kernel": (4, 3, 2), "conv_stride": (2, 2, 2)}
+            config = getattr(transformers, f"{name}Config")(
+                feat_extract_norm=norm, **sizes | _WAV2VEC2 | options
+            )
+            features.append(getattr(home, f"{name}FeatureEncoder")(config))
+        if name != "Data2VecAudio":
+            positions.append(getattr(home, f"{name}PositionalConvEmbedding")(config))
+    waveform = torch.randn(batch, samples, generator=numbers(1))
+    x = torch.randn(batch, 21, WIDTH, generator=numbers(2))
+    return Waveforms(features, positions), lambda model: model(waveform.clone(), x)
 
 
+@maker
 def qwen_audio(name, lengths=(400, 230, 100), **options):
     """The audio tower of Qwen3-ASR or Qwen Omni, whose layers get a row of windows."""
-
-    def made():
-        sizes = {"d_model": WIDTH, "encoder_layers": 2, "encoder_attention_heads": HEADS, "output_dim": 8}
-        sizes |= {"encoder_ffn_dim": HIDDEN, "num_mel_bins": 16}
-        if name != "Qwen2_5OmniAudio":
-            sizes |= {"downsample_hidden_size": 4, "n_window_infer": 200}
-        x, of = torch.randn(len(lengths), 16, max(lengths), generator=numbers(1)), torch.tensor(lengths)
-        if name == "Qwen3ASR":
-            mask = (torch.arange(max(lengths)) < of[:, None]).long()
-            given = {"input_features": x, "input_features_mask": mask}
-        else:
-            row = torch.cat([recording[:, :n] for recording, n in zip(x, lengths, strict=True)], 1)
-            given = {"input_features": row, "feature_lens": of}
-        model = transformers_encoder(QWEN[name], f"{name}Encoder", f"{name}EncoderConfig", sizes, **options)
-        return model, lambda model: [model(**given).last_hidden_state]
-
-    return made
+    sizes = {"d_model": WIDTH, "encoder_layers": 2, "encoder_attention_heads": HEADS, "output_dim": 8}
+    sizes |= {"encoder_ffn_dim": HIDDEN, "num_mel_bins": 16}
+    if name != "Qwen2_5OmniAudio":
+        sizes |= {"downsample_hidden_size": 4, "n_window_infer": 200}
+    x, of = torch.randn(len(lengths), 16, max(lengths), generator=numbers(1)), torch.tensor(lengths)
+    if name == "Qwen3ASR":
+        mask = (torch.arange(max(lengths)) < of[:, None]).long()
+        given = {"input_features": x, "input_features_mask": mask}
+    else:
+        row = torch.cat([recording[:, :n] for recording, n in zip(x, lengths, strict=True)], 1)
+        given = {"input_features": row, "feature_lens": of}
+    model = transformers_encoder(QWEN[name], f"{name}Encoder", f"{name}EncoderConfig", sizes, **options)
+    return model, lambda model: [model(**given).last_hidden_state]
 
 
 QWEN = {"Qwen3ASR": "qwen3_asr", "Qwen2_5OmniAudio": "qwen2_5_omni", "Qwen3OmniMoeAudio": "qwen3_omni_moe"}
@@ -256,26 +234,21 @@ _PLAIN_LAYERS = {
 }
 
 
+@maker
 def glmasr(frames=81, **options):
     """GLM-ASR's encoder, which takes no lengths."""
-
-    def made():
-        names = "glmasr", "GlmAsrEncoder", "GlmAsrEncoderConfig"
-        model = transformers_encoder(*names, _PLAIN_LAYERS | {"num_mel_bins": 8}, **options)
-        x = torch.randn(2, 8, frames, generator=numbers(1))
-        return model, lambda model: [model(x).last_hidden_state]
-
-    return made
+    names = "glmasr", "GlmAsrEncoder", "GlmAsrEncoderConfig"
+    model = transformers_encoder(*names, _PLAIN_LAYERS | {"num_mel_bins": 8}, **options)
+    x = torch.randn(2, 8, frames, generator=numbers(1))
+    return model, lambda model: [model(x).last_hidden_state]
 
 
+@maker
 def of_waveforms(names, sizes, lengths, masked):
-    def made():
-        model = transformers_encoder(*names, sizes)
-        x = torch.randn(len(lengths), max(lengths), generator=numbers(1))
-        mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long() if masked else None
-        return model, lambda model: [model(x, attention_mask=mask).last_hidden_state]
-
-    return made
+    model = transformers_encoder(*names, sizes)
+    x = torch.randn(len(lengths), max(lengths), generator=numbers(1))
+    mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long() if masked else None
+    return model, lambda model: [model(x, attention_mask=mask).last_hidden_state]
 
 
 def moonshine(lengths=(13000, 8600, 4000), masked=True, **options):
@@ -294,23 +267,21 @@ def moonshine_streaming(lengths=(16000, 9200, 4000), masked=True, **options):
     return of_waveforms(names, sizes | options, lengths, masked)
 
 
+@maker
 def voxtral_realtime(frames=60, lengths=None, left=False, **options):
     """Voxtral Realtime's encoder. ``lengths``: of the recordings behind the front end, or None without a mask;
     ``left``: padding comes before them."""
-
-    def made():
-        sizes = _PLAIN_LAYERS | {"num_mel_bins": 8, "head_dim": 6, "sliding_window": 9}
-        names = "voxtral_realtime", "VoxtralRealtimeEncoder", "VoxtralRealtimeEncoderConfig"
-        x, mask = torch.randn(2, 8, frames, generator=numbers(1)), None
-        if lengths is not None:
-            mask = (torch.arange(frames // 2) < torch.tensor(lengths)[:, None]).long()
-            mask = mask.flip(1) if left else mask
-        model = transformers_encoder(*names, sizes, **options)
-        return model, lambda model: [model(x, attention_mask=mask).last_hidden_state]
-
-    return made
+    sizes = _PLAIN_LAYERS | {"num_mel_bins": 8, "head_dim": 6, "sliding_window": 9}
+    names = "voxtral_realtime", "VoxtralRealtimeEncoder", "VoxtralRealtimeEncoderConfig"
+    x, mask = torch.randn(2, 8, frames, generator=numbers(1)), None
+    if lengths is not None:
+        mask = (torch.arange(frames // 2) < torch.tensor(lengths)[:, None]).long()
+        mask = mask.flip(1) if left else mask
+    model = transformers_encoder(*names, sizes, **options)
+    return model, lambda model: [model(x, attention_mask=mask).last_hidden_state]
 
 
+@maker
 def nemotron_encoder(
     kind="Nemotron3_5TranscribeAsr",
     folder="nemotron3_5_transcribe",
@@ -319,28 +290,21 @@ def nemotron_encoder(
     **options,
 ):
     """The encoder of Nemotron 3.5 Transcribe or of Nemotron 3 Diarization."""
-
-    def made():
-        names = folder, f"{kind}AudioModel", f"{kind}AudioConfig"
-        model = transformers_encoder(*names, _PLAIN_LAYERS | {"num_mel_bins": 8}, **options)
-        x = torch.randn(len(lengths), max(lengths), 8, generator=numbers(1))
-        mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long() if masked else None
-        return model, lambda model: [model(x, attention_mask=mask).last_hidden_state]
-
-    return made
+    names = folder, f"{kind}AudioModel", f"{kind}AudioConfig"
+    model = transformers_encoder(*names, _PLAIN_LAYERS | {"num_mel_bins": 8}, **options)
+    x, mask = batch(lengths, 8)
+    given = {"attention_mask": mask.long()} if masked else {}
+    return model, lambda model: [model(x, **given).last_hidden_state]
 
 
+@maker
 def mimi(samples=180, **options):
     """Mimi's encoder of waveforms, which takes no lengths."""
-
-    def made():
-        sizes = _PLAIN_LAYERS | {"num_filters": 4, "upsampling_ratios": [3, 2], "sliding_window": 9}
-        sizes |= {"num_key_value_heads": HEADS, "layer_scale_initial_scale": 1.0}
-        model = transformers_encoder("mimi", "MimiEncoderModel", "MimiEncoderConfig", sizes, **options)
-        x = torch.randn(2, 1, samples, generator=numbers(1))
-        return model, lambda model: [model(x).latents]
-
-    return made
+    sizes = _PLAIN_LAYERS | {"num_filters": 4, "upsampling_ratios": [3, 2], "sliding_window": 9}
+    sizes |= {"num_key_value_heads": HEADS, "layer_scale_initial_scale": 1.0}
+    model = transformers_encoder("mimi", "MimiEncoderModel", "MimiEncoderConfig", sizes, **options)
+    x = torch.randn(2, 1, samples, generator=numbers(1))
+    return model, lambda model: [model(x).latents]
 
 
 def fun_asr_nano(**options):

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from steps import draws, numbers, seeded, set_batch_count
+from steps import draws, maker, numbers, seeded, set_batch_count
 from tiny_recogniser import RECOGNISER, WHOLE
 from upstream_precision import computing_in
 
@@ -114,11 +114,9 @@ def causal_zipformer():
     with plain_swoosh():
         made = set_batch_count(module.Zipformer(**TINY, **chunks, dropout=0.1), 20000.0)
     x, lengths = torch.randn(32, 2, 32, generator=numbers(1)), torch.tensor([32, 32])
-    of_chunk, mask, start = (
-        torch.tensor([16, 16]),
-        torch.zeros(2, 32, dtype=torch.bool),
-        made.get_init_states(2),
-    )
+    of_chunk = torch.tensor([16, 16])
+    mask = torch.zeros(2, 32, dtype=torch.bool)
+    start = made.get_init_states(2)
 
     def run(model):
         if model.training:
@@ -147,28 +145,25 @@ def zipformer_recogniser():
     return made, run
 
 
+@maker
 def zipvoice(time=2, padded=True, stream=None, **options):
     """ZipVoice's decoder or encoders. ``time``: the dimensions of the time step, or None without. ``stream``: the pairs
     of widths of the dialogue model, and which of them the input has."""
+    pytest.importorskip("zipvoice")
+    from zipvoice.models.modules import zipformer as of_one
+    from zipvoice.models.modules import zipformer_two_stream as of_two
 
-    def made():
-        pytest.importorskip("zipvoice")
-        from zipvoice.models.modules import zipformer as of_one
-        from zipvoice.models.modules import zipformer_two_stream as of_two
-
-        sizes = {"downsampling_factor": (1, 2, 1), "num_encoder_layers": (1, 2, 1), "num_heads": 4}
-        sizes |= {"encoder_dim": 32, "query_head_dim": 8, "value_head_dim": 6, "feedforward_dim": 48}
-        sizes |= {"cnn_module_kernel": (7, 5, 7), "pos_dim": 16, "time_embed_dim": 12}
-        sizes |= {"use_time_embed": time is not None, "in_dim": 10, "out_dim": 6}
-        if stream is None:
-            model, width = of_one.TTSZipformer(**sizes | options), 10
-        else:
-            (first, second), which = stream
-            model = of_two.TTSZipformerTwoStream(**sizes | {"in_dim": (first, second), "out_dim": (6, 12)})
-            width = stream[0][which]
-        x = torch.randn(2, 21, width, generator=numbers(1))
-        t = None if time is None else torch.rand((2, 21)[:time], generator=numbers(2))
-        padding = torch.arange(21) >= torch.tensor([21, 15])[:, None] if padded else None
-        return model, lambda model: [model(x, t, padding)]
-
-    return made
+    sizes = {"downsampling_factor": (1, 2, 1), "num_encoder_layers": (1, 2, 1), "num_heads": 4}
+    sizes |= {"encoder_dim": 32, "query_head_dim": 8, "value_head_dim": 6, "feedforward_dim": 48}
+    sizes |= {"cnn_module_kernel": (7, 5, 7), "pos_dim": 16, "time_embed_dim": 12}
+    sizes |= {"use_time_embed": time is not None, "in_dim": 10, "out_dim": 6}
+    if stream is None:
+        model, width = of_one.TTSZipformer(**sizes | options), 10
+    else:
+        (first, second), which = stream
+        model = of_two.TTSZipformerTwoStream(**sizes | {"in_dim": (first, second), "out_dim": (6, 12)})
+        width = stream[0][which]
+    x = torch.randn(2, 21, width, generator=numbers(1))
+    t = None if time is None else torch.rand((2, 21)[:time], generator=numbers(2))
+    padding = torch.arange(21) >= torch.tensor([21, 15])[:, None] if padded else None
+    return model, lambda model: [model(x, t, padding)]

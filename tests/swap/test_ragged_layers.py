@@ -30,9 +30,9 @@ LAYERS = {
     "fireredasr": (families.firered(dropout=0.0), True),
     "gigaam": (families.gigaam("rel_pos"), False),
     "gigaam, rotary": (families.gigaam("rotary"), False),
-    "nemo conformer": (lambda: families.conformer("nemo")(dropout=0.0), False),
+    "nemo conformer": (families.conformer("nemo", dropout=0.0), False),
     "nemo conformer, layer norm": (
-        lambda: families.conformer("nemo")(dropout=0.0, conv_norm_type="layer_norm"),
+        families.conformer("nemo", dropout=0.0, conv_norm_type="layer_norm"),
         True,
     ),
 }
@@ -186,9 +186,9 @@ def test_reasons():
 
 
 ON_PADDING = {
-    "a limited context": lambda: families.conformer("nemo")(dropout=0.0, att_context_size=[3, 3]),
-    "chunks of a limited context": lambda: families.conformer("nemo")(
-        dropout=0.0, att_context_size=[4, 3], att_context_style="chunked_limited"
+    "a limited context": families.conformer("nemo", dropout=0.0, att_context_size=[3, 3]),
+    "chunks of a limited context": families.conformer(
+        "nemo", dropout=0.0, att_context_size=[4, 3], att_context_style="chunked_limited"
     ),
     "chunks": families.seamless_v2(speech_encoder_chunk_size=8, speech_encoder_left_chunk_num=1),
 }
