@@ -120,13 +120,11 @@ class _Way:
     """One way to run a model on a workload: ``step()`` is what is timed."""
 
     def __init__(self, machine: GPU, model: torch.nn.Module, call: Callable, inputs: tuple, training: bool):
-        self.machine, self.model, self.call, self.inputs, self.training = (
-            machine,
-            model,
-            call,
-            inputs,
-            training,
-        )
+        self.machine = machine
+        self.model = model
+        self.call = call
+        self.inputs = inputs
+        self.training = training
         self.parameters = [p for p in model.parameters() if p.requires_grad]
 
     def output(self) -> Tensor:

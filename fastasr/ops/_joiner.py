@@ -86,10 +86,8 @@ def check(op: Op, a: Arguments, starts: Tensor, outputs: int) -> None:
     symbols = a.symbols
     if a.boundary is not None:
         s_begin, t_begin, s_end, t_end = (column.unsqueeze(1) for column in a.boundary.unbind(1))
-        s, t = (
-            torch.arange(length, dtype=torch.int64, device="cpu"),
-            torch.arange(frames, dtype=torch.int64, device="cpu"),
-        )
+        s = torch.arange(length, dtype=torch.int64, device="cpu")
+        t = torch.arange(frames, dtype=torch.int64, device="cpu")
         symbols = symbols[(s >= s_begin) & (s < s_end)]
         starts = starts[(t >= t_begin) & (t < t_end)]
     for name, values, end in (("symbols", symbols, outputs), ("starts", starts, length + 1)):

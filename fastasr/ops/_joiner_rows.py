@@ -145,15 +145,11 @@ def backward(
     if grad_durations is not None:
         gz = grad_durations.to(p.wide).contiguous()
         active = gy.masked_fill((gz != 0).any(-1), 1.0)
-    dam, dlm = (
-        torch.zeros(p.am.shape, dtype=p.wide, device="cpu"),
-        torch.zeros(p.lm.shape, dtype=p.wide, device="cpu"),
-    )
+    dam = torch.zeros(p.am.shape, dtype=p.wide, device="cpu")
+    dlm = torch.zeros(p.lm.shape, dtype=p.wide, device="cpu")
     am, lm, weight, bias = operands[:4]
-    dweight, dbias = (
-        torch.zeros(weight.shape, dtype=p.wide, device="cpu"),
-        torch.zeros(len(weight), dtype=torch.float64, device="cpu"),
-    )
+    dweight = torch.zeros(weight.shape, dtype=p.wide, device="cpu")
+    dbias = torch.zeros(len(weight), dtype=torch.float64, device="cpu")
     with _without_autocast():
         rows = p.rows(gx, active)
         room = None

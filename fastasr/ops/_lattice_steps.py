@@ -110,10 +110,8 @@ class TdtSteps:
         limits = zip(boundary.unbind(1), (symbols, frames, symbols, frames), strict=True)
         boundary = torch.stack([column.clamp(0, most) for column, most in limits], 1)
         self.s = torch.arange(self.row, device=x.device, dtype=torch.int64)
-        t, t_end = (
-            torch.arange(frames, device=x.device, dtype=torch.int64)[:, None],
-            boundary[:, 3].view(-1, 1, 1),
-        )
+        t = torch.arange(frames, device=x.device, dtype=torch.int64)[:, None]
+        t_end = boundary[:, 3].view(-1, 1, 1)
         inside_x, inside_y = within(boundary, self.s, t, False)
         x, y, poisoned = log_probabilities(F.pad(x, (0, 1)), y, inside_x, inside_y)
         every = z.unbind(3)

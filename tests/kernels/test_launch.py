@@ -254,10 +254,8 @@ def test_a_launch_is_triton_s_own(op):
     with fake_gpu() as gpu:
         forward_and_backward(TABLES[op], TABLES[op].thorough[0], torch.bfloat16)
         first, count = gpu.launches[0], len(gpu.launches)
-        names, constexprs = (
-            first.kernel.arg_names,
-            {first.kernel.arg_names[i] for i in first.kernel.constexprs},
-        )
+        names = first.kernel.arg_names
+        constexprs = {first.kernel.arg_names[i] for i in first.kernel.constexprs}
         given = dict(zip(names, first.arguments, strict=True))
         arguments = [value for name, value in given.items() if name not in constexprs]
         constants = {name: given[name] for name in names if name in constexprs}

@@ -48,10 +48,8 @@ def test_gradients(heads, batch, targets, sources, columns):
     for seed in range(draws):
         seeded(seed)
         weights = torch.randn(heads, batch, targets, sources + 3).softmax(-1)[..., :sources]  # rows apart
-        values, grad = (
-            torch.randn(sources, batch, heads * columns),
-            torch.randn(targets, batch, heads * columns),
-        )
+        values = torch.randn(sources, batch, heads * columns)
+        grad = torch.randn(targets, batch, heads * columns)
 
         def gradients(f, dtype, of=(weights, values), grad=grad):
             of = [t.to(dtype).requires_grad_() for t in of]

@@ -224,11 +224,9 @@ def test_the_passes_do_not_depend_on_the_number_of_threads():
         native.rnnt_joiner_hidden(am, lm, rows, 3, hidden)
         logits = (hidden.double() @ weight.double().T).float() if n == 1 else found[0][1].clone()
         px, py, grads = torch.empty(4, 60, 3), torch.empty(4, 60, 3), torch.ones(4, 60, 3)
-        total, d, dbias = (
-            torch.zeros(4, 60, 3, dtype=torch.float64),
-            torch.empty_like(logits),
-            torch.zeros(200),
-        )
+        total = torch.zeros(4, 60, 3, dtype=torch.float64)
+        d = torch.empty_like(logits)
+        dbias = torch.zeros(200)
         dbias = dbias.double()
         none = torch.empty(4, 60, 3, 0)
         native.rnnt_joiner_scores(logits, rows, 0, False, px, py, none, total)

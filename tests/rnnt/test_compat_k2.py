@@ -51,10 +51,8 @@ def test_all_of_the_transducer_api_is_there():
 def test_windows_of_one_in_a_constrained_lattice():
     """As fast_rnnt: no symbol can be emitted, so the loss of a sequence with symbols is inf. Ours raises an error."""
     logits = torch.randn(2, 4, 1, 5, requires_grad=True)
-    symbols, ranges = (
-        torch.tensor([[1, 2, 3]] * 2),
-        torch.tensor([0, 1, 2, 3]).view(1, 4, 1).expand(2, -1, -1),
-    )
+    symbols = torch.tensor([[1, 2, 3]] * 2)
+    ranges = torch.tensor([0, 1, 2, 3]).view(1, 4, 1).expand(2, -1, -1)
     boundary = torch.tensor([[0, 0, 3, 4], [0, 0, 0, 4]])
     arguments = logits, symbols, ranges, 0
     for reduction in ("mean", "sum"):

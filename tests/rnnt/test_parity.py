@@ -164,13 +164,11 @@ def test_recursion(fast_rnnt):
             px = torch.randn(3, 4, 7 + (not modified), generator=g, dtype=torch.float64)
             py = torch.randn(3, 5, 7, generator=g, dtype=torch.float64)
             for boundary in (None, torch.tensor([[1, 2, 4, 7], [0, 0, 3, 6], [0, 3, 2, 5]])):
-                one, joint = (
-                    [lambda *t, m=m, b=boundary: m.mutual_information_recursion(*t, b, True) for m in both],
-                    [
-                        lambda *t, m=m, b=boundary: m.joint_mutual_information_recursion(t[:3], t[3:], b)
-                        for m in both
-                    ],
-                )
+                one = [lambda *t, m=m, b=boundary: m.mutual_information_recursion(*t, b, True) for m in both]
+                joint = [
+                    lambda *t, m=m, b=boundary: m.joint_mutual_information_recursion(t[:3], t[3:], b)
+                    for m in both
+                ]
                 compare(*one, px, py)
                 parts = [torch.randn(px.shape, generator=g, dtype=torch.float64) for _ in range(3)]
                 parts += [torch.randn(py.shape, generator=g, dtype=torch.float64) for _ in range(3)]

@@ -235,11 +235,9 @@ def test_ragged_boundaries(data):
     frames and unreachable ends included.
     """
     batch = data.draw(st.integers(0, 3))
-    length, frames, classes = (
-        data.draw(st.integers(0, 4)),
-        data.draw(st.integers(0, 5)),
-        data.draw(st.integers(1, 4)),
-    )
+    length = data.draw(st.integers(0, 4))
+    frames = data.draw(st.integers(0, 5))
+    classes = data.draw(st.integers(1, 4))
     rnnt_type = data.draw(st.sampled_from(TYPES))
     rows = []
     for _ in range(batch):

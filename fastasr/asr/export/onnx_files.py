@@ -128,10 +128,8 @@ def _check(model: Any) -> None:
 
 
 def _write_whole(wrapper: Any, path: Path | str, channels: int, ctc: bool) -> None:
-    x, x_lens = (
-        torch.zeros(2, 100, channels, dtype=torch.float32, device="cpu"),
-        torch.tensor([100, 80], dtype=torch.int64, device="cpu"),
-    )
+    x = torch.zeros(2, 100, channels, dtype=torch.float32, device="cpu")
+    x_lens = torch.tensor([100, 80], dtype=torch.int64, device="cpu")
     outputs = ["log_probs", "log_probs_len"] if ctc else ["encoder_out", "encoder_out_lens"]
     names = ["x", "x_lens", *outputs]
     axes = {

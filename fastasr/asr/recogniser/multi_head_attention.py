@@ -98,11 +98,9 @@ class MultiHeadAttention(torch.nn.Module):
         """The masks key_padding_mask (batch, source) and attn_mask (batch, 1 or target, source) are True at hidden
         sources. A target that sees no source gets the bias of ``out_proj``.
         """
-        q, k, v = (
-            self._heads(self.linear_q(query)),
-            self._heads(self.linear_k(key)),
-            self._heads(self.linear_v(value)),
-        )
+        q = self._heads(self.linear_q(query))
+        k = self._heads(self.linear_k(key))
+        v = self._heads(self.linear_v(value))
         seen = self._seen(q, k, key_padding_mask, attn_mask)
         draw_for_log()
         if q.requires_grad:

@@ -51,11 +51,9 @@ def largest_error(folder):
         left_context_frames=(LEFT,),
     )
     engine = StreamingEncoder.from_model(model.eval(), CHUNK, LEFT, backend="native")
-    stream, layers, pad = (
-        engine.open(),
-        model.encoder.get_init_states(1),
-        model.encoder_embed.get_init_states(1),
-    )
+    stream = engine.open()
+    layers = model.encoder.get_init_states(1)
+    pad = model.encoder_embed.get_init_states(1)
     worst = 0.0
     for number in range(9):
         x = torch.randn(1, 2 * CHUNK + 13, BINS)

@@ -18,10 +18,8 @@ def configurations():
 
     def both(channels: int, label: str, types: dict):
         for kernel in ("forward", "backward"):
-            name, function = (
-                f"bias_norm {kernel}, C={channels}, {label}",
-                getattr(bias_norm, f"{kernel}_kernel"),
-            )
+            name = f"bias_norm {kernel}, C={channels}, {label}"
+            function = getattr(bias_norm, f"{kernel}_kernel")
             yield Configuration(name, function, types, tile(kernel, channels), ("C",))
 
     for dtype in DTYPES:

@@ -27,10 +27,8 @@ CALLS = {
 def test_every_row_counts_once(call, monkeypatch):
     monkeypatch.setattr(_parts, "processors", lambda t: 4000)
     function, tensors = call()
-    found, truth = (
-        [t.requires_grad_() for t in tensors],
-        [t.detach().double().requires_grad_() for t in tensors],
-    )
+    found = [t.requires_grad_() for t in tensors]
+    truth = [t.detach().double().requires_grad_() for t in tensors]
     with backend("triton"):
         y = function(*found)
     grad = y.detach() + torch.randn(y.shape)  # sums do not cancel

@@ -255,10 +255,8 @@ def _move(machine, operation, operands):
 
         return pack
     if isinstance(operands[0], tuple):  # unpack
-        targets, a = (
-            [None if o == "_" else machine.slot(o) for o in operands[0]],
-            machine.source(operands[1], kind),
-        )
+        targets = [None if o == "_" else machine.slot(o) for o in operands[0]]
+        a = machine.source(operands[1], kind)
         width = BITS[kind] // len(targets)
         dtype = UNSIGNED[BITS[kind]]
 
