@@ -10,20 +10,25 @@ from torch import Tensor
 from fastasr.ops._lattice import INF, log_add, log_probabilities, occupation, share, whole, within
 
 
+def _inside(boundary: Tensor | None, x: Tensor, symbols: int, frames: int) -> Tensor:
+    """Returns the boundary (B, 4) with no cell outside the lattice, by default that of the whole lattice."""
+    if boundary is None:
+        return whole(torch.full((len(x),), symbols, device=x.device, dtype=torch.int64), frames)
+    limits = zip(boundary.unbind(1), (symbols, frames, symbols, frames), strict=True)
+    return torch.stack([column.clamp(0, most) for column, most in limits], 1)
+
+
 class RnntSteps:
     """A batch of lattices by steps k: a regular lattice's anti-diagonals s + t, a modified one's frames. The arcs that
     leave a step are (K, B, S+1) each, by the s they enter.
     """
 
     def __init__(self, x: Tensor, y: Tensor, boundary: Tensor | None) -> None:
-        batch, symbols, width = x.shape
+        _, symbols, width = x.shape
         frames = y.shape[2]
         self.regular = width > frames
         self.steps = frames + symbols * self.regular
-        if boundary is None:
-            boundary = whole(torch.full((batch,), symbols, device=x.device, dtype=torch.int64), frames)
-        limits = zip(boundary.unbind(1), (symbols, frames, symbols, frames), strict=True)
-        boundary = torch.stack([column.clamp(0, most) for column, most in limits], 1)
+        boundary = _inside(boundary, x, symbols, frames)
         self.row, t = (torch.arange(n, device=x.device, dtype=torch.int64) for n in (symbols + 1, width))
         inside_x, inside_y = within(boundary, self.row[:, None], t, self.regular)
         self.inside = inside_x[:, :-1], inside_y[..., :frames]
@@ -101,14 +106,11 @@ class TdtSteps:
     """A batch of lattices by steps t + s. The arcs that leave a step are (K, B, S+1), by the s that they leave."""
 
     def __init__(self, x: Tensor, y: Tensor, z: Tensor, durations: Tensor, boundary: Tensor | None) -> None:
-        batch, frames, self.row = y.shape
+        _, frames, self.row = y.shape
         symbols = self.row - 1
         # on the meta device any numbers give the shapes
         self.durations = list(range(len(durations))) if durations.is_meta else durations.tolist()
-        if boundary is None:
-            boundary = whole(torch.full((batch,), symbols, device=x.device, dtype=torch.int64), frames)
-        limits = zip(boundary.unbind(1), (symbols, frames, symbols, frames), strict=True)
-        boundary = torch.stack([column.clamp(0, most) for column, most in limits], 1)
+        boundary = _inside(boundary, x, symbols, frames)
         self.s = torch.arange(self.row, device=x.device, dtype=torch.int64)
         t = torch.arange(frames, device=x.device, dtype=torch.int64)[:, None]
         t_end = boundary[:, 3].view(-1, 1, 1)
