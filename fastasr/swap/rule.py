@@ -290,13 +290,13 @@ def check_parts(
 
 
 def holds(
-    *children: str, **code: tuple[str | tuple[str, ...], Collection[str]]
+    *children: str, optional: tuple[str, ...] = (), **code: tuple[str | tuple[str, ...], Collection[str]]
 ) -> Callable[[Upstream], str | None]:
-    """Returns the structure of a module with exactly these children and no parameters. ``code``: child -> the names of
-    its class and the known fingerprints, see ``unread_child``."""
+    """Returns the structure of a module with exactly these children, of which it may lack the optional ones, and no
+    parameters. ``code``: child -> the names of its class and the known fingerprints, see ``unread_child``."""
 
     def structure(module: Upstream) -> str | None:
-        reason = check_parts(module, children)
+        reason = check_parts(module, children, optional=optional)
         for name, known in code.items():
             reason = reason or unread_child(module, name, *known)
         return reason

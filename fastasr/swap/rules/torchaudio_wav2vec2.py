@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from fastasr.swap.forwards import torchaudio_wav2vec2 as models
 from fastasr.swap.forwards import waveforms
-from fastasr.swap.rule import Known, Rule, Upstream, check_parts, holds, unread_child, upstream_class
+from fastasr.swap.rule import Known, Rule, Upstream, check_parts, holds, upstream_class
 from fastasr.swap.rules.conformer import attention_rule, feed_forward_rule
 
 _TORCHAUDIO = Known("torchaudio 2.11")
@@ -13,16 +13,11 @@ _DRAWS = "in training the kernel draws the dropout of the weights itself, see up
 _NORM = "502b2fddb88b60e0ba2037a6"  # its LayerNorm over the channels of (B, C, T)
 
 
-def _convolution_structure(module: Upstream) -> str | None:
-    reason = check_parts(module, ("conv",), optional=("layer_norm",))
-    return reason or unread_child(module, "layer_norm", "LayerNorm", {_NORM})
-
-
 CONVOLUTION = Rule(
     name="torchaudio.wav2vec2_convolution",
     class_name="ConvLayerBlock",
     forward=models.convolution,
-    structure=_convolution_structure,
+    structure=holds("conv", optional=("layer_norm",), layer_norm=("LayerNorm", {_NORM})),
     kernels=("norm_activation", "batch_norm_activation"),
     known={"47cdcb9fa3f78674e25e5153": _TORCHAUDIO},
 )

@@ -2,6 +2,7 @@
 """Rules for transformers' speech encoders whose layers are a Transformer's, without their decoders."""
 
 from collections.abc import Callable
+from typing import Any
 
 from fastasr.swap.forwards import transformers_audio_towers as models
 from fastasr.swap.forwards.common import other_scale
@@ -70,11 +71,12 @@ def _fun_asr_structure(module: Upstream) -> str | None:
 
 
 def _mlp(name: str, class_name: str, activation: str, code: str) -> Rule:
+    code_of: dict[str, Any] = {activation: ACTIVATIONS}
     return feed_forward_rule(
         name=f"transformers.{name}_feed_forward",
         class_name=class_name,
         forward=models.mlp,
-        structure=holds("fc1", activation, "fc2", **{activation: ACTIVATIONS}),
+        structure=holds("fc1", activation, "fc2", **code_of),
         known={code: _READ},
         note="",  # it has no dropout
     )

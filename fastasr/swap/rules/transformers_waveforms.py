@@ -2,38 +2,29 @@
 """Rules for the convolutions on the waveform in transformers' wav2vec 2.0 and its relatives, and for those whose
 results are added as positions."""
 
-from collections.abc import Callable
 from functools import partial
 
 from fastasr.swap.forwards import waveforms as models
-from fastasr.swap.rule import Known, Rule, Upstream, check_parts, unread_child
+from fastasr.swap.rule import Known, Rule, holds
 from fastasr.swap.rules.transformers_parakeet import ACTIVATIONS
 
-
-def _structure(*children: str, optional: tuple[str, ...] = ()) -> Callable[[Upstream], str | None]:
-    def structure(module: Upstream) -> str | None:
-        reason = check_parts(module, ("activation", "conv", *children), optional=optional)
-        return reason or unread_child(module, "activation", *ACTIVATIONS)
-
-    return structure
-
-
-_layer = partial(Rule, forward=models.convolution, structure=_structure())
+_holds = partial(holds, "activation", "conv", activation=ACTIVATIONS)
+_layer = partial(Rule, forward=models.convolution, structure=_holds())
 _norm_layer = partial(
-    Rule, forward=models.norm_convolution, kernels=("norm_activation",), structure=_structure("layer_norm")
+    Rule, forward=models.norm_convolution, kernels=("norm_activation",), structure=_holds("layer_norm")
 )
 _group_norm_layer = partial(
     _norm_layer, forward=models.group_norm_convolution, kernels=("batch_norm_activation",)
 )
 _of_positions = partial(Rule, release=models.release)
 _positions = partial(
-    _of_positions, forward=models.positions, structure=_structure("padding", optional=("batch_norm",))
+    _of_positions, forward=models.positions, structure=_holds("padding", optional=("batch_norm",))
 )
-_sew_positions = partial(_of_positions, forward=models.sew_positions, structure=_structure("padding"))
+_sew_positions = partial(_of_positions, forward=models.sew_positions, structure=_holds("padding"))
 _data2vec_positions = partial(
-    Rule, forward=models.data2vec_positions, structure=_structure("padding", "layer_norm")
+    Rule, forward=models.data2vec_positions, structure=_holds("padding", "layer_norm")
 )
-_omniasr_positions = partial(_of_positions, forward=models.omniasr_positions, structure=_structure())
+_omniasr_positions = partial(_of_positions, forward=models.omniasr_positions, structure=_holds())
 
 _KINDS = "NoLayerNormConvLayer", "LayerNormConvLayer", "GroupNormConvLayer", "PositionalConvEmbedding"
 # Name -> the fingerprints of its classes of these kinds

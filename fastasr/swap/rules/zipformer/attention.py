@@ -11,6 +11,7 @@ from fastasr.swap.rule import (
     Upstream,
     check_ints,
     check_parts,
+    holds,
     is_rate,
     own_forward,
     unread_code,
@@ -51,11 +52,6 @@ def _attention_weights_structure(module: Upstream) -> str | None:
     return None
 
 
-def _self_attention_structure(module: Upstream) -> str | None:
-    """Our forward calls every submodule as upstream's does, so submodules may have any class."""
-    return check_parts(module, ("in_proj", "out_proj", "whiten"))
-
-
 _NONLIN_IDENTITIES = ("identity1", "identity2", "identity3")
 
 _NONLIN_CHILDREN = ("in_proj", "balancer", "tanh", *_NONLIN_IDENTITIES, "out_proj", "whiten1", "whiten2")
@@ -85,7 +81,8 @@ SELF_ATTENTION = Rule(
     methods=(("streaming_forward", models.SelfAttention.streaming_forward),),
     compared=("streaming_forward",),
     kernels=("zipformer_attention",),
-    structure=_self_attention_structure,
+    # Our forward calls every submodule as upstream's does, so submodules may have any class.
+    structure=holds("in_proj", "out_proj", "whiten"),
     functions=forward_and_streaming,
     known={
         "836323bd78272a27e5e90971": BOTH,  # icefall: every version so far
