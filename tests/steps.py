@@ -122,6 +122,13 @@ def step(module, *inputs, seed=0, **options):
     return {"y": y.detach()} | named | {name: p.grad for name, p in module.named_parameters()}, draws()
 
 
+def gradients_by_name(model, loss, x=None):
+    """Returns the gradients of the parameters and of the input x if given, 0 where the loss does not depend on one."""
+    leaves = dict(model.named_parameters()) | ({} if x is None else {"x": x})
+    found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
+    return dict(zip(leaves, found, strict=True))
+
+
 def outcome(model, call, training):
     """Returns what ``step`` does, of ``call(model)[0]`` and without inputs; in eval mode without gradients."""
     model.train(training).zero_grad()

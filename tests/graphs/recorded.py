@@ -4,7 +4,7 @@
 import math
 
 import torch
-from steps import close, cotangent, numbers, same_gradients
+from steps import close, cotangent, gradients_by_name, numbers, same_gradients
 
 import fastasr
 from fastasr import PackedFrames
@@ -71,10 +71,8 @@ def packed_frames(x, lengths, frames=None):
 
 def gradients(model, hidden, x):
     """Returns the gradients by name of the hidden states of recordings, a list of (T, D)."""
-    leaves = dict(model.named_parameters()) | {"features": x}
     loss = sum((y * cotangent(y.cpu(), f"{i}").to(y)).sum() for i, y in enumerate(hidden) if len(y))
-    found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
-    return dict(zip(leaves, found, strict=True))
+    return gradients_by_name(model, loss, x)
 
 
 def padded_step(call, model, x, lengths):
@@ -100,7 +98,7 @@ def packed_step(call, model, x, lengths, frames=None):
     hidden, leaves = list(found.frames[:used].split(found.lengths.tolist())), {}
     if model.training:
         leaves = gradients(model, hidden, given.frames)
-        leaves["features"] = PackedFrames(leaves["features"], lengths).unpacked(x.shape[1])
+        leaves["x"] = PackedFrames(leaves["x"], lengths).unpacked(x.shape[1])
     return hidden, leaves, len(found.frames)
 
 

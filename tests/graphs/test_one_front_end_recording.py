@@ -10,7 +10,7 @@ import pytest
 import tiny_zipformer
 import torch
 from recorded import lengths_on_a_row, on_rows, packed_frames
-from steps import close, cotangent, numbers, same_gradients, seeded
+from steps import close, cotangent, gradients_by_name, numbers, same_gradients, seeded
 from test_one_zipformer_recording import of_whitening, prepared
 
 import fastasr
@@ -194,11 +194,9 @@ def step(model, outputs, x, lengths):
     """Returns values, gradients by name, what Whiten keeps and the state of all generators after a training step."""
     x = x.clone().requires_grad_()
     y = torch.cat(list(outputs(model, x, lengths)))
-    leaves = dict(model.named_parameters()) | {"features": x}
-    loss = (y * cotangent(y)).sum()
-    found = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True, allow_unused=True)
+    found = gradients_by_name(model, (y * cotangent(y)).sum(), x)
     state = of_whitening(model), random.random(), torch.rand(())
-    return y.detach(), dict(zip(leaves, found, strict=True)), state
+    return y.detach(), found, state
 
 
 def on_the_row(model, x, lengths):

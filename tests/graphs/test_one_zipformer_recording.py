@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 import torch
 from recorded import lengths_on_a_row, on_rows, packed_frames, without_padding
-from steps import close, cotangent, moved, numbers, same_gradients, seeded, set_batch_count
+from steps import close, cotangent, gradients_by_name, moved, numbers, same_gradients, seeded, set_batch_count
 
 import fastasr
 from fastasr.models.common import ragged
@@ -123,10 +123,8 @@ def step(model, x, lengths, mask, packed=False):
     assert torch.equal(after, (lengths + 1) // 2)
     if not model.training:
         return y, {}
-    leaves = dict(model.named_parameters()) | {"frames": x}
     loss = (y * cotangent(y.cpu()).to(y) * existing(y, lengths)).sum()
-    found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
-    return y.detach(), dict(zip(leaves, found, strict=True))
+    return y.detach(), gradients_by_name(model, loss, x)
 
 
 def of_whitening(model):

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from ragged_cases import each_of
-from steps import as_on_cpu, close, moved, numbers, same_gradients, seeded, step
+from steps import as_on_cpu, close, gradients_by_name, moved, numbers, same_gradients, seeded, step
 from tiny_parakeet import SIZES, STILL
 
 import fastasr
@@ -64,13 +64,6 @@ def out_frames(length):
     return -(-length // 8)
 
 
-def gradients(model, loss, x=None):
-    """Returns those of the parameters, and of the features x if given, by name."""
-    leaves = dict(model.named_parameters()) | ({} if x is None else {"features": x})
-    found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-    return {name: g for name, g in zip(leaves, found, strict=True) if g is not None}
-
-
 @each_of(LENGTHS, "kind", KINDS)
 def test_each_recording_as_alone(lengths, kind):
     model = upstream().double()
@@ -106,13 +99,13 @@ def test_gradients_as_of_each_recording_alone(lengths, kind):
         len(lengths), out_frames(x.shape[1]), SIZES["hidden_size"], generator=numbers(2)
     ).double()
     x.requires_grad_()
-    found = gradients(ours, (run(x, mask) * weight).sum(), x)
+    found = gradients_by_name(ours, (run(x, mask) * weight).sum(), x)
     expected = 0.0
     for i, n in enumerate(lengths):
         if n:
             alone = model(x[i : i + 1, :n], torch.ones(1, n).long()).last_hidden_state
             expected = expected + (alone * weight[i, : alone.shape[1]]).sum()
-    same_gradients(found, gradients(model, expected, x))
+    same_gradients(found, gradients_by_name(model, expected, x))
 
 
 class NormOfFrames(torch.nn.BatchNorm1d):
@@ -147,7 +140,9 @@ def test_statistics_in_training_are_those_of_the_frames_that_exist(lengths, kind
     y, expected = run(x, mask), model(x, mask).last_hidden_state
     close(y[valid], expected[valid], 1e-11)
     weight = torch.randn(y.shape, generator=numbers(2)).double() * valid[..., None]
-    same_gradients(gradients(ours, (y * weight).sum()), gradients(model, (expected * weight).sum()))
+    same_gradients(
+        gradients_by_name(ours, (y * weight).sum()), gradients_by_name(model, (expected * weight).sum())
+    )
     for a, b in zip(ours.layers, model.layers, strict=True):
         close(a.conv.norm.running_mean, b.conv.norm.running_mean, 1e-11)
         close(a.conv.norm.running_var, b.conv.norm.running_var, 1e-11)
@@ -202,7 +197,7 @@ def test_on_a_gpu(kind, monkeypatch):
         x, mask = (t.to(device) for t in batch(LENGTHS["mixed"], torch.float32))
         x = x.to(dtype).requires_grad_()
         y = run(x, mask)
-        found = {"y": y.detach()} | gradients(ours, y.sin().sum(), x)
+        found = {"y": y.detach()} | gradients_by_name(ours, y.sin().sum(), x)
         return {name: value.cpu() for name, value in found.items()}
 
     as_on_cpu(results, "y", "features")
@@ -321,7 +316,7 @@ def test_gradient_checkpointing():
     found = []
     for _ in range(2):
         loss = model(x, mask).last_hidden_state.sin().sum()
-        found.append(gradients(model, loss))
+        found.append(gradients_by_name(model, loss))
         model.gradient_checkpointing_enable()
     for name, value in found[0].items():
         close(found[1][name], value, 1e-4, name)

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from ragged_cases import each_of
-from steps import as_on_cpu, close, moved, numbers, same_gradients, seeded, set_batch_count
+from steps import as_on_cpu, close, gradients_by_name, moved, numbers, same_gradients, seeded, set_batch_count
 
 import fastasr
 from fastasr.models.common.ragged import Packing
@@ -77,12 +77,6 @@ def alone(model, x, length):
     return model(x[:length], torch.tensor([length]))[0]
 
 
-def gradients(model, loss, x):
-    leaves = dict(model.named_parameters()) | {"frames": x}
-    found = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
-    return dict(zip(leaves, found, strict=True))
-
-
 @each_of(LENGTHS, "causal", [False, True])
 def test_each_recording_as_alone(lengths, causal):
     model = encoder(causal).double()
@@ -105,13 +99,13 @@ def test_gradients_as_of_each_recording_alone(lengths, causal):
     x.requires_grad_()
     y = ours(x, x_lens, mask)[0]
     weight = torch.randn(y.shape, generator=numbers(2)).double()
-    found = gradients(ours, (y * weight).sum(), x)
+    found = gradients_by_name(ours, (y * weight).sum(), x)
     loss = 0.0
     for i, n in enumerate(lengths):
         if n:
             y = alone(model, x[:, i : i + 1], n)
             loss = loss + (y * weight[: len(y), i : i + 1]).sum()
-    expected = gradients(model, loss, x)
+    expected = gradients_by_name(model, loss, x)
     same_gradients(found, expected)
 
 
@@ -130,8 +124,8 @@ def test_a_training_step_as_without_padding(lengths, causal, seed):
         seeded(seed)
         y = each(x, x_lens, mask)[0][: (lengths[0] + 1) // 2]
         loss = (y * torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view_as(y)).sum()
-        found = gradients(each, loss, x)
-        found["frames"] = found["frames"][: lengths[0]]
+        found = gradients_by_name(each, loss, x)
+        found["x"] = found["x"][: lengths[0]]
         results.append((y.detach(), found, torch.get_rng_state(), random.getstate()))
     (y, found, state, of_python), (expected_y, expected, *states) = results
     assert torch.equal(state, states[0])
@@ -214,7 +208,7 @@ def test_on_a_gpu(causal, monkeypatch):
         frames = x.to(device, dtype).requires_grad_()
         y = ours(frames, x_lens.to(device), mask.to(device))[0]
         assert not y.detach().transpose(0, 1)[mask[:, ::2].to(device)].any()
-        found = {"y": y.detach()} | gradients(ours, y.sin().sum(), frames)
+        found = {"y": y.detach()} | gradients_by_name(ours, y.sin().sum(), frames)
         return {name: value.cpu() for name, value in found.items()}
 
     as_on_cpu(results, "y", "frames")
@@ -288,6 +282,6 @@ def test_activation_checkpointing_around_the_encoder():
     results = []
     for call in (model, lambda *inputs: checkpoint(model, *inputs)):
         seeded(3)
-        results.append(gradients(model, call(x, x_lens, mask)[0].sin().sum(), x))
+        results.append(gradients_by_name(model, call(x, x_lens, mask)[0].sin().sum(), x))
     for name, value in results[0].items():
         assert torch.equal(results[1][name], value), name
