@@ -10,7 +10,7 @@ from fastasr import _left, ops
 from fastasr.models.common import activations, plumbing
 from fastasr.models.common.attention_dropout import dropout_of
 from fastasr.models.common.plain import is_plain
-from fastasr.swap.forwards.common import channels_first
+from fastasr.swap.forwards.common import channels_first, dropped
 from fastasr.swap.rule import Upstream
 
 
@@ -40,8 +40,7 @@ def sanm_attention(
     hidden = None if mask is None else mask[:, 0].eq(0)
     q, k, v = plumbing.linear(self.linear_q_k_v, x).chunk(3, -1)
     memory = ops.depthwise_conv_residual(v, conv.weight, conv.bias, padding_mask=hidden, delay=delay)
-    if not plumbing.is_idle(self.dropout):  # upstream draws channels first
-        memory = self.dropout(memory.transpose(1, 2).contiguous()).transpose(1, 2)
+    memory = dropped(self.dropout, memory)
     if hidden is not None:
         memory = memory.masked_fill(hidden.unsqueeze(-1), 0.0)
     q, k, v = (t.unflatten(-1, (self.h, self.d_k)) for t in (q, k, v))
