@@ -49,9 +49,8 @@ def _reasons(function: Callable, seen: set) -> Iterator[str]:
         if isinstance(node, ast.Return) and isinstance(node.value, ast.Constant | ast.JoinedStr):
             parts = node.value.values if isinstance(node.value, ast.JoinedStr) else [node.value]
             text = "".join(str(p.value) if isinstance(p, ast.Constant) else "…" for p in parts)
-            if text != "None" and len(text.split()) > 2 * text.count(
-                "…"
-            ):  # Other texts say nothing without the instance.
+            # Other texts say nothing without the instance.
+            if text != "None" and len(text.split()) > 2 * text.count("…"):
                 yield text
         elif isinstance(node, ast.Call):
             called = names.get(node.func.id) if isinstance(node.func, ast.Name) else None

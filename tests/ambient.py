@@ -19,10 +19,8 @@ from fastasr.testing import seeds
 
 NARROW = torch.bfloat16, torch.float16  # of which the run's seed chooses one
 SETTINGS = NARROW[seeds.seeded("ambient") % 2], torch.float64, torch.device("meta")
-MEASURED = (
-    "fastasr.ops._dispatch",
-    "fastasr.ops._gemm",
-)  # keep what this machine has and which product is faster
+# keep what this machine has and which product is faster
+MEASURED = "fastasr.ops._dispatch", "fastasr.ops._gemm"
 
 
 @contextlib.contextmanager

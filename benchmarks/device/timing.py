@@ -24,9 +24,8 @@ ROUNDS_OF_MODELS = 2
 COMPILE_SECONDS = 60  # A graph that takes longer leaves its column empty; the others are measured.
 NORMS = 0.05  # The norm of all gradients in bfloat16 may differ from eager's in float32 by this share.
 
-Times = dict[
-    str, tuple[list[float], list[float]]
-]  # milliseconds by implementation: on the device, on the host
+# milliseconds by implementation: on the device, on the host
+Times = dict[str, tuple[list[float], list[float]]]
 
 
 def _timed(machine: GPU, variants: dict[str, Variant], rounds: int = ROUNDS) -> Times:

@@ -21,9 +21,8 @@ from fastasr.benchmarks.studies.results import ROOT
 from fastasr.benchmarks.table import title
 
 PREFIX = "length "
-MODELS = {
-    "fast_conformer": re.compile(r"(110M, 2 of its layers, 1 x )(\d+)( s)")
-}  # the part of a row's shape that varies
+# the part of a row's shape that varies
+MODELS = {"fast_conformer": re.compile(r"(110M, 2 of its layers, 1 x )(\d+)( s)")}
 
 
 def lengths(rows: Sequence[Row]) -> dict[str, list[Row]]:

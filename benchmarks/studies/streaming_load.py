@@ -43,9 +43,8 @@ def pace(served, count, period, seconds, batch, features, clock=time.perf_counte
     which every stream sends again and again.
     """
     phases = [period * stream / count for stream in range(count)]
-    due = sorted(
-        (phase + period, stream) for stream, phase in enumerate(phases)
-    )  # when each next chunk is complete
+    # when each next chunk is complete
+    due = sorted((phase + period, stream) for stream, phase in enumerate(phases))
     latencies, began = [], clock()
     while due[0][0] <= seconds:
         now = clock() - began

@@ -37,9 +37,8 @@ from fastasr.ops import _dispatch
 LONGEST = 4096  # frames of a recording in a row, unless Graphs says otherwise: about 40 s
 MAX_KINDS = 1024  # A module remembers at most this many.
 MAX_DROPS = 2  # A kind whose graph was dropped this often, to make room for others, is not recorded again.
-PATIENCE = (
-    8  # A refused kind is tried again once it was seen this many times as often: the cause may be gone.
-)
+# A refused kind is tried again once it was seen this many times as often: the cause may be gone.
+PATIENCE = 8
 CALLS = 1000  # Then a module says if less than half of them were replayed.
 _OUTSTANDING = "not replayed: the backward pass of an earlier call is still to come"
 _NOT_RECORDED = "not recorded: "
@@ -559,9 +558,8 @@ def _cuda_recorder() -> Recorder:
     return CudaRecorder()
 
 
-_GRAPHS: weakref.WeakKeyDictionary[nn.Module, "ModuleGraphs"] = (
-    weakref.WeakKeyDictionary()
-)  # module -> its ModuleGraphs: a copy of the module has none
+# module -> its ModuleGraphs: a copy of the module has none
+_GRAPHS: weakref.WeakKeyDictionary[nn.Module, "ModuleGraphs"] = weakref.WeakKeyDictionary()
 
 
 def keep(module: nn.Module, forward: Forward, options: Graphs, *more: Any, **named: Any) -> ModuleGraphs:

@@ -45,9 +45,8 @@ class Written:
     apply: Callable | None = None  # the node of autograd, called by kernels, direct and the arguments
     differentiate: Any = None  # a function, where there is a node
     differentiable: tuple[str, ...] = ()  # the arguments that have a gradient
-    graded: dict[str, str] = field(
-        default_factory=dict
-    )  # the outputs that have one -> the flag that asks for it
+    # the outputs that have one -> the flag that asks for it
+    graded: dict[str, str] = field(default_factory=dict)
     saves: tuple[str, ...] = ()  # the tensors in Saved, before the options
     kept: tuple[str, ...] = ()
     released: tuple[str, ...] = ()  # the arguments whose memory is released before the backward pass

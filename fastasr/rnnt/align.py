@@ -267,9 +267,8 @@ def _ctc_forward(
     and its score (B,)."""
     batch, frames, _ = log_probs.shape
     width = labels.shape[1]
-    differ = log_probs.new_full(
-        (batch, width), -math.inf, dtype=torch.float64
-    )  # the cost of coming from l - 2
+    # the cost of coming from l - 2
+    differ = log_probs.new_full((batch, width), -math.inf, dtype=torch.float64)
     differ[:, 2:].masked_fill_(labels[:, 2:] != labels[:, :-2], 0.0)
     # It holds two frames in turn. The two columns in front are no states.
     both = log_probs.new_full((2, batch, width + 2), -math.inf, dtype=torch.float64)

@@ -97,9 +97,8 @@ def _arcs(scores: Tensor, number: Tensor, equal_next: Tensor) -> tuple[Tensor, T
     (S,) must have a blank behind it where ``equal_next`` (B, S)."""
     blank, labels = scores[..., :1].mT, scores[..., 1:].mT
     length, frames = labels.shape[1:]
-    behind = number + equal_next.cumsum(
-        1
-    )  # the frames that states must have until this label's blank, (B, S)
+    # the frames that states must have until this label's blank, (B, S)
+    behind = number + equal_next.cumsum(1)
     until, before = behind - equal_next.to(torch.int64), F.pad(behind, (1, 0))
     of_blanks = _Shifted.apply(blank.expand(-1, length + 1, -1), before, frames)
     of_labels = _Shifted.apply(labels, until, frames)

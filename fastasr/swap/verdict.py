@@ -27,9 +27,8 @@ from torch import Tensor
 _NOISE = 2.0  # allowed multiple of upstream's own error, since the largest error of one call is noisy
 _ULPS = 8  # allowed units in the last place of the largest result, for each swapped module on the way to it
 _FP64_ULPS = 4096  # the same in fp64, where upstream's own errors are unknown: torch's batch norm has had 146
-_CANCELLED = (
-    1e-12  # relative to the largest result: below it, a sum of the reference is zero except for rounding
-)
+# relative to the largest result: below it, a sum of the reference is zero except for rounding
+_CANCELLED = 1e-12
 _ROUNDINGS = 4  # allowed multiple of the effect of rounding the inputs once
 _PLAIN_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 

@@ -26,10 +26,8 @@ _WAITS = {
     "aten::repeat_interleave.Tensor", "aten::_assert_async",
 }  # fmt: skip
 _EMPTY = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "empty_permuted"}
-_STATISTICS = {
-    "native_batch_norm": (3, 4),
-    "_native_batch_norm_legit": (3, 4),
-}  # operator -> the arguments that it writes to, which its schema does not mark
+# operator -> the arguments that it writes to, which its schema does not mark
+_STATISTICS = {"native_batch_norm": (3, 4), "_native_batch_norm_legit": (3, 4)}
 
 
 T = TypeVar("T")

@@ -138,9 +138,8 @@ def test_what_a_row_cannot_give_runs_as_it_is():
 
 @pytest.mark.parametrize("rates", [("dropout", "attention_dropout"), ("activation_dropout",)])
 def test_dropout_is_drawn_anew(rates, monkeypatch):
-    monkeypatch.setattr(
-        _dispatch, "serving", lambda family, x: "triton"
-    )  # the kernel draws that of activations
+    # the kernel draws that of activations
+    monkeypatch.setattr(_dispatch, "serving", lambda family, x: "triton")
     ours, graphs = recorded(encoder("swapped", **dict.fromkeys(rates, 0.3)).train(), after=0)
     x, mask = batch([90, 50])
     first, second = (run(ours, x, mask) for _ in range(2))

@@ -172,9 +172,8 @@ def test_every_decision(monkeypatch):
     monkeypatch.setattr(attention, "PENALISED_CALLS", 0.5)
     monkeypatch.setattr(attention, "SCORE_LIMIT", 0.1)
     monkeypatch.setattr(attention, "SCORE_PENALTY", 0.1)
-    monkeypatch.setattr(
-        ragged, "LACKING", 0
-    )  # the penalty acts on hidden scores of recordings that share a call
+    # the penalty acts on hidden scores of recordings that share a call
+    monkeypatch.setattr(ragged, "LACKING", 0)
     model = encoder("ours", 6000.0).train()
     for layer in (m for m in model.modules() if hasattr(m, "const_attention_rate")):
         del layer.const_attention_rate

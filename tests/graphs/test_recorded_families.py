@@ -15,10 +15,8 @@ from fastasr.testing.tape import TapeRecorder
 # Family -> whether its encoder is recorded as a whole, in inference and in training; else its layers are
 WHOLE = {
     "zipformer": (True, True),
-    "zipformer, causal": (
-        None,
-        True,
-    ),  # in inference it runs chunk by chunk, by a method that is not recorded
+    # in inference it runs chunk by chunk, by a method that is not recorded
+    "zipformer, causal": (None, True),
     "zipformer recogniser": (True, True),
     "parakeet": (True, False),  # drops layers at random
     "nemo conformer": (True, True),

@@ -277,7 +277,5 @@ def test_longer_recordings_leave_the_tables_of_shorter_ones():
     graphs.recorder.tapes.clear()
     graphs.clear(ours)
     gc.collect()
-    assert [table.expired() for table in tables] == [
-        True,
-        False,
-    ]  # The second one is that of half the frames.
+    # The second one is that of half the frames.
+    assert [table.expired() for table in tables] == [True, False]

@@ -76,9 +76,8 @@ def test_verified_in_half_precision(name):
     assert report.ok, str(report)
 
 
-@pytest.mark.parametrize(
-    "name", sorted(families.FAMILIES.keys() - {"parakeet rnn-t", "parakeet tdt"})
-)  # give tokens
+# those left out give tokens
+@pytest.mark.parametrize("name", sorted(families.FAMILIES.keys() - {"parakeet rnn-t", "parakeet tdt"}))
 def test_autocast(name):
     """The results have upstream's dtype and are as near to those in float32 as upstream's."""
     theirs, run = families.make(name)

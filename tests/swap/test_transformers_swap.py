@@ -93,9 +93,8 @@ def test_hidden_states_and_attentions(when):
     twin = copy.deepcopy(model)
     options = {"output_hidden_states": True, "output_attentions": True}
     if when == "before":
-        model(
-            **batch(), **options
-        )  # transformers puts its hooks on the modules at the first such call, for good
+        # transformers puts its hooks on the modules at the first such call, for good
+        model(**batch(), **options)
     report = fastasr.accelerate(model, verify=batch())
     assert report.ok, str(report)
     assert {row.class_name for row in report.replaced} >= SWAPPED

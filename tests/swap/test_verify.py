@@ -28,9 +28,8 @@ def test_everything_verifies(model, inputs):
     assert len(report.replaced) > 40
     for row in reached(report):
         assert row.errors["values"] < 1e-5
-        if (
-            row.class_name == "ZipformerEncoderLayer"
-        ):  # these contain upstream's modules, which are verified by themselves
+        # these contain upstream's modules, which are verified by themselves
+        if row.class_name == "ZipformerEncoderLayer":
             assert row.errors["gradients"] == row.errors["upstream_gradients"]
         # of larger errors verify judges: whitening loses digits of both there
         elif row.errors["upstream_gradients"] < 1e-5:

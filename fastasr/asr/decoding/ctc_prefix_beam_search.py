@@ -92,9 +92,8 @@ class CtcPrefixBeamSearch:
                 longer.other = log_add(longer.other, (prefix.blank if repeated else prefix.log_prob) + p)
         possible = [prefix for prefix in found.values() if prefix.log_prob > NEVER]
         possible.sort(key=lambda prefix: prefix.log_prob, reverse=True)
-        return (
-            possible[: self.beam] or beam
-        )  # A frame of NaN, or in which nothing is possible, decides nothing.
+        # A frame of NaN, or in which nothing is possible, decides nothing.
+        return possible[: self.beam] or beam
 
     def result(self, state: CtcBeamState) -> Decoded:
         best = [beam[0] for beam in state.beams]

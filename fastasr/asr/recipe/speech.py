@@ -256,9 +256,8 @@ def _listed(source: Path, say: Callable[[str], None]) -> list:
     clips, whole = [], None
     for entry in listings.entries(source):
         try:
-            if (
-                whole is None or whole[0] != entry.path
-            ):  # a manifest lists the parts of a file one after the other
+            # a manifest lists the parts of a file one after the other
+            if whole is None or whole[0] != entry.path:
                 whole = entry.path, recordings.read(entry.path)
         except ValueError as error:
             say(f"left out: {error}")

@@ -285,9 +285,8 @@ class Trainer:
     @torch.no_grad()
     def _update_average(self) -> None:
         self.progress.averaged += 1
-        weight = max(
-            min(1.0, 4 / self.progress.averaged), 2 / self.options.average_over
-        )  # at first, the average is over the last quarter of the steps
+        # at first, the average is over the last quarter of the steps
+        weight = max(min(1.0, 4 / self.progress.averaged), 2 / self.options.average_over)
         parameters = [parallel.local(p) for p in self.model.parameters()]
         torch._foreach_lerp_([parallel.local(mean) for mean in self.average], parameters, weight)
 

@@ -254,9 +254,8 @@ class Packing:
         for group, y in zip(groups, tensors, strict=True):
             ones = (y.squeeze(0),) if len(group.members) == 1 else y.unbind(0)
             for i, one in zip(group.members, ones, strict=True):
-                done[i] = (
-                    one if len(one) == lengths[i] else one[: lengths[i]]
-                )  # a backward pass copies for a slice
+                # a backward pass copies for a slice
+                done[i] = one if len(one) == lengths[i] else one[: lengths[i]]
         return torch.cat([one for one in done if one is not None])
 
     def _places_in_groups(self, groups: list[Group]) -> tuple[Tensor, list[int]]:

@@ -114,9 +114,8 @@ def masks(hidden: Tensor | None, batch: int, frames: int) -> dict[str, Any]:
     """Returns the op's mask arguments for ``hidden`` (B or 1, 1 or T, T), True at keys that are not seen, or None."""
     if hidden is None:
         return {}
-    if (
-        torch.compiler.is_compiling()
-    ):  # The mask is as long as the greatest length, a value that a tracer does not see.
+    # The mask is as long as the greatest length, a value that a tracer does not see.
+    if torch.compiler.is_compiling():
         torch._check(hidden.shape[-1] == frames)
     if hidden.shape[1] == 1:
         return {"key_padding_mask": hidden[:, 0].expand(batch, -1)}

@@ -126,9 +126,8 @@ def _extended(layer: Any, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         or room.end + frames > room.memory.shape[2]
         or (room.memory.is_inference() and not torch.is_inference_mode_enabled())
     ):
-        more = (
-            max(frames, held) if len(k) == 1 else frames
-        )  # the kernel takes frames of one stream where they lie
+        # the kernel takes frames of one stream where they lie
+        more = max(frames, held) if len(k) == 1 else frames
         room = _Room(k.new_empty(2, len(k), held + more, *k.shape[2:]), layer)
     begin, middle, room.end = room.end - held, room.end, room.end + frames
     room.memory[0, :, middle : room.end], room.memory[1, :, middle : room.end] = k, v
@@ -204,9 +203,8 @@ def causal_subsampling(
     else:
         y = _subsampled_chunk(convs, products, input_features, lengths, padding_cache)
     y = plumbing.linear(self.linear, y)
-    return (
-        y.clone() if y.requires_grad else y
-    )  # upstream's encoder scales it in place, which a view would not bear
+    # upstream's encoder scales it in place, which a view would not bear
+    return y.clone() if y.requires_grad else y
 
 
 def _subsampled_chunk(

@@ -15,9 +15,8 @@ from fastasr.ops import _kept
 _TABLES: weakref.WeakKeyDictionary[torch.nn.Module, tuple[Tensor, _kept.Originals]] = (
     weakref.WeakKeyDictionary()
 )
-KEPT_FRAMES = (
-    1024  # Tables, and their projections in every layer, are kept for sequences of at most this many frames.
-)
+# Tables, and their projections in every layer, are kept for sequences of at most this many frames.
+KEPT_FRAMES = 1024
 
 
 def release(module: torch.nn.Module) -> None:

@@ -271,9 +271,8 @@ def _parameter(decoder: MEGADecoder) -> Tensor:
 
 def _device(decoder: MEGADecoder) -> torch.device:
     device = _parameter(decoder).device
-    return (
-        decoder.device if device.type == "meta" else device
-    )  # offloaded parameters are elsewhere between calls
+    # offloaded parameters are elsewhere between calls
+    return decoder.device if device.type == "meta" else device
 
 
 def _takes_causal(mega: MEGA) -> bool:

@@ -212,9 +212,8 @@ def _composed(
     """Returns (context (L, B, v_size), state after x)."""
     length, batch, _ = x.shape
     value = activations.activated(module.proj_v, module.activation, x).transpose(0, 1)
-    both = module.activation(
-        mixed[..., module.size : -module.size]
-    )  # queries and keys, and the gate: one call
+    # queries and keys, and the gate: one call
+    both = module.activation(mixed[..., module.size : -module.size])
     z, gate = both.split([module.qk_size, module.v_size], dim=-1)
     query = torch.addcmul(module.qk_bias[0], z, module.qk_weight[0]).transpose(0, 1)
     key = torch.addcmul(module.qk_bias[1], z, module.qk_weight[1]).transpose(0, 1)

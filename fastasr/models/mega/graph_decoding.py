@@ -53,9 +53,8 @@ class StaticStep:
         heads = mega.multihead_damped_ema.kernel_projection_matrix.shape[1]
         self.labels = torch.zeros(batch, 1, **index)
         self.length = torch.zeros(1, **index)  # positions before this one
-        self.absent = torch.zeros(
-            self.blocks, batch, **index
-        )  # how many of the first positions each sequence lacks
+        # how many of the first positions each sequence lacks
+        self.absent = torch.zeros(self.blocks, batch, **index)
         self.average = torch.zeros(self.blocks, batch, mega.size, heads, **like)
         self.history = torch.zeros(self.blocks, batch, rows, self.key + mega.v_size, **like)
         self.out = torch.zeros(batch, 1, mega.size, **like)

@@ -54,9 +54,8 @@ def share_of_dropout(module: Upstream) -> float | None:
     no plain one."""
     if getattr(module, "use_pytorch_sdpa", False):
         return module.dropout_rate if module.training else 0.0
-    if hasattr(
-        module, "position_embeddings_type"
-    ):  # transformers reads the rate and does not call the dropout
+    # transformers reads the rate and does not call the dropout
+    if hasattr(module, "position_embeddings_type"):
         return module.dropout.p if module.training else 0.0
     dropout = getattr(getattr(module, "attention", module), "dropout", None)
     if isinstance(dropout, (int, float)):

@@ -31,10 +31,8 @@ from fastasr.swap.rules.conformer import DROPS
 
 _ESPNET = Known("espnet 202511")
 
-_SWISH = (
-    "Swish",
-    {"bb9057b4092aa516672c4ebc"},
-)  # in activation.py; it calls the function that its constructor chose
+# in activation.py; it calls the function that its constructor chose
+_SWISH = "Swish", {"bb9057b4092aa516672c4ebc"}
 
 
 def _activation(module: Upstream) -> str | None:

@@ -73,10 +73,8 @@ def found(monkeypatch, together, shares=False):
         patch.setattr(_jobs, "fits", lambda x: together and fits(x))
         patch.setattr(_jobs, "run", lambda kernel, *a, **o: launches.append(kernel) or run(kernel, *a, **o))
         if not shares:
-            for name in (
-                "add_parts_kernel",
-                "add_pair_kernel",
-            ):  # no sum of a parameter has a launch of its own
+            # no sum of a parameter has a launch of its own
+            for name in ("add_parts_kernel", "add_pair_kernel"):
                 patch.setattr(_parts, name, None)
         torch.manual_seed(0)
         module = Branch(shares)

@@ -20,9 +20,8 @@ from .program import Instruction, Program
 THREADS = 1 << 16  # run at once
 SHARED = 1 << 28  # bytes of shared memory at once
 
-Step = Callable[
-    ["Machine", np.ndarray | None], None
-]  # runs an instruction on the threads of a mask, None for all
+# runs an instruction on the threads of a mask, None for all
+Step = Callable[["Machine", np.ndarray | None], None]
 MAKERS: dict[str, Callable[["Machine", tuple, tuple], Step]] = {}
 
 

@@ -10,9 +10,8 @@ class Instruction:
     guard: str | None  # the predicate that it asks first
     unless: bool  # the guard is negated
     operation: tuple[str, ...]  # "ld", "global", "v4", "b32"
-    operands: tuple[
-        str | tuple[str, ...], ...
-    ]  # registers, numbers, symbols; {a, b} is a tuple, [a + 4] a string
+    # registers, numbers, symbols; {a, b} is a tuple, [a + 4] a string
+    operands: tuple[str | tuple[str, ...], ...]
 
     @property
     def text(self) -> str:

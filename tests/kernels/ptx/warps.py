@@ -159,9 +159,8 @@ def _wgmma(machine, operation, operands):
         active = m.whole_programs(mask)
         first = int(np.argmax(active))
         keep = np.array(bool(int(accumulate))) if literal else m.whole(m.get(chosen))[:, :1, None]
-        nothing = np.zeros(
-            (1, 1), np.uint32
-        )  # in registers that a product without an old sum is the first to write
+        # in registers that a product without an old sum is the first to write
+        nothing = np.zeros((1, 1), np.uint32)
         old = [m.warps(nothing if m.registers[t] is None else m.registers[t]) for t in targets]
         c = np.stack([tensor_cores.fragment_c(old[4 * i : 4 * i + 4]) for i in range(n // 8)], -2)
         c = c.reshape(m.programs, -1, 16, n)  # programs, warps, rows, columns

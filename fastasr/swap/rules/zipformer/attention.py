@@ -122,9 +122,8 @@ ATTENTION_WEIGHTS = Rule(
         "c003313bb3c86b4bef3288c4": Known("icefall since pull request 1974"),  # and its SSL, adapter recipes
         "4ff76c9551040c4aa1a333a7": Known("icefall between pull requests 1814 and 1841"),
         "6598551840ecd27c02bc5532": Known("icefall since pull request 1700"),
-        "7688d353a00c386e7fd66c89": Known(
-            "icefall before pull request 1700"
-        ),  # and its HENT, multijoiner recipes
+        # also in its HENT and multijoiner recipes
+        "7688d353a00c386e7fd66c89": Known("icefall before pull request 1700"),
         "7bde99d2f6dc4fbe627fc4ef": Known("icefall before pull request 1108"),  # says nothing of tracing
         "8817422495e9946f28b068a9": Known("icefall's zipformer_lora"),
         "8a8d0fb3170199a40eeff338": Known("icefall's zipformer_lora before pull request 1974"),
