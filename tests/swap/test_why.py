@@ -8,6 +8,7 @@ import families
 import pytest
 import test_ways_back as ways
 import torch
+from packed_layers import chunk_of
 from steps import seeded
 from test_parakeet_generate import batch, only_generate, parakeet
 
@@ -15,6 +16,7 @@ import fastasr
 from fastasr.asr import decoding
 
 pytestmark = ways.pytestmark
+MASKED = torch.zeros(2, 10, dtype=torch.bool)  # of a chunk's keys
 
 
 def fast_generate():
@@ -32,7 +34,7 @@ def fast_loss():
 
 def fast_layer():
     layer = ways.swapped(ways.causal_layer())
-    whole, chunk = ways.whole(layer), ways.chunk(layer)
+    whole, chunk = ways.whole(layer), chunk_of(layer, masked=MASKED)
     return layer, lambda: (layer(*whole), layer.streaming_forward(*chunk)), ["forward", "streaming_forward"]
 
 
@@ -127,7 +129,7 @@ def test_a_hook_for_all_modules():
     handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
     try:
         for layer in (swapped, ours):
-            layer.streaming_forward(*ways.chunk(layer))
+            layer.streaming_forward(*chunk_of(layer, masked=MASKED))
             assert fastasr.why(layer)["streaming_forward"] == "hooks of all modules are registered"
     finally:
         handle.remove()
