@@ -8,10 +8,11 @@
 namespace fastasr::bindings::ctc_prefix {
 namespace {
 
+// Returns log(exp(a) + exp(b)), which is NaN if one of both is.
 double log_add(double a, double b) {
-  const double more = std::max(a, b);
-  if (more == -std::numeric_limits<double>::infinity()) return more;
-  return more + std::log1p(std::exp(std::min(a, b) - more));
+  constexpr double kNothing = -std::numeric_limits<double>::infinity();
+  if (a == kNothing || b == kNothing) return a == kNothing ? b : a;
+  return std::max(a, b) + std::log1p(std::exp(-std::abs(a - b)));
 }
 
 // x: log-probabilities of each hypothesis' last token (n, T), blank: those of the blank (n, T), before: the logarithm

@@ -148,6 +148,42 @@ def test_steps_of_espnet(sharp, part):
     compare(found, steps_of_espnet(x.double(), beams, candidates, tokens, served=False))
 
 
+def steps_of_prefixes(x, candidates, tokens, ours):
+    """Returns the scores of each step of SpeechBrain's, for log-probabilities x (1, T, V)."""
+    scorer = speechbrain("decoders.ctc").CTCPrefixScore(x.clone(), torch.tensor([x.shape[1]]), BLANK, END)
+    scorer = ctc_scorers._SpeechBrains(scorer) if ours else scorer
+    states, last, found = None, torch.full((tokens[0].numel(),), 1), []
+    for places in tokens:
+        scores, memory = scorer.forward_step(last, states, candidates)
+        found.append(scores)
+        states, last = scorer.permute_mem(memory, places), places.flatten() % TOKENS
+    return found
+
+
+def possible_tokens(count=6):
+    """Returns candidates of three hypotheses."""
+    return torch.stack([torch.randperm(16, generator=numbers(i))[:count] + 3 for i in range(3)])
+
+
+def log_probabilities():
+    return head(1.0).log_softmax(recordings(1)).detach()
+
+
+@pytest.mark.parametrize("part", [False, True], ids=["all tokens", "candidates"])
+def test_numbers_that_are_none(part):
+    """A frame of NaN stays NaN, also behind tokens that need later frames. A token and a blank of probability 0 give no
+    NaN."""
+    candidates = possible_tokens(16) if part else None
+    tokens = [torch.tensor([[5, 6, 7]]) + torch.arange(3) * TOKENS * (n > 0) for n in range(4)]
+    x, without = log_probabilities(), log_probabilities()
+    x[0, 0] = torch.nan
+    found, expected = (steps_of_prefixes(x, candidates, tokens, ours) for ours in (True, False))
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a.isnan(), b.isnan())
+    without[0, :, 5] = without[0, 1, BLANK] = -torch.inf
+    assert not any(t.isnan().any() for t in steps_of_prefixes(without, candidates, tokens, ours=True))
+
+
 # --------------------------------------------------------------------------- whole searches
 @pytest.fixture
 def scored(monkeypatch):

@@ -106,7 +106,7 @@ class PrefixScores:
         of the frames from ``start`` - 1 on (n, T)."""
         if not before.shape[1]:
             return before.new_full((len(before), self._x.shape[1]), -torch.inf)
-        top = before.amax(1, keepdim=True)
+        top = before.amax(1, keepdim=True).clamp_(min=self._lowest)  # -inf would make NaN of its difference
         share = (before - top).exp_().unflatten(0, (len(self._x), -1))
         found = (share @ self._probabilities[..., start:].mT).flatten(0, 1).log_()
         recordings = self._recordings(len(found))
