@@ -113,10 +113,10 @@ def chosen(recordings, beams, candidates, steps):
 
 
 @pytest.mark.parametrize("part", [False, True], ids=["all tokens", "candidates"])
-@pytest.mark.parametrize("sharp", [1.0, 40.0])
-def test_steps_of_speechbrain(sharp, part):
-    """Two recordings, one of which has padding, until no frame is left."""
-    ctc, lengths, beams = head(sharp), [FRAMES, 5], 3
+@pytest.mark.parametrize(("sharp", "short"), [(1.0, 5), (40.0, 5), (1.0, 0)])
+def test_steps_of_speechbrain(sharp, short, part):
+    """Two recordings, one of which has padding, until no frame is left. A short one's frames may round to none."""
+    ctc, lengths, beams = head(sharp), [FRAMES, short], 3
     candidates = (
         torch.stack([torch.randperm(16, generator=numbers(i))[:6] + 3 for i in range(6)]) if part else None
     )

@@ -62,6 +62,7 @@ class _SpeechBrains:
         self.upstream, self.minus_inf, self._length = upstream, upstream.minus_inf, -1
         numbers = upstream.blank_index, upstream.eos_index, upstream.minus_inf
         x, ends = upstream.x[0].transpose(0, 1), upstream.last_frame_index.long()
+        ends = ends % x.shape[1]  # a recording without frames has -1, which upstream takes for the batch's last one
         self._prefixes = PrefixScores(x, ends, *numbers)
 
     def forward_step(
