@@ -70,7 +70,8 @@ class Table:
         return self.x.clone()
 
 
-def steps_of_espnet(x, beams, candidates, tokens, served=True):
+def steps_of_espnet(x, beams, candidates, tokens, served=True, impossible=False):
+    """``impossible``: whether hypotheses whose probability is 0 keep their scores, which are differences."""
     home = pytest.importorskip("espnet.nets.scorers.ctc")
     scorer, found, possible = home.CTCPrefixScorer(Table(x), END), [], torch.tensor([True] * beams)
     with ctc_scorers.served([scorer] if served else []):
@@ -78,7 +79,7 @@ def steps_of_espnet(x, beams, candidates, tokens, served=True):
         states, ys = [None] * beams, torch.full((beams, 1), 1)
         for places in tokens:
             scores, state = scorer.batch_score_partial(ys, candidates, states, x[0])
-            found.append(torch.where(possible[:, None], scores, -1e10))
+            found.append(torch.where(possible[:, None] | impossible, scores, -1e10))
             rows, ids = places[0] // TOKENS, places[0] % TOKENS
             possible = possible[rows] & (scores[rows, ids] > -1e9)
             states = [
@@ -167,6 +168,18 @@ def possible_tokens(count=6):
 
 def log_probabilities():
     return head(1.0).log_softmax(recordings(1)).detach()
+
+
+def test_a_token_that_is_no_candidate():
+    """A search without better ones chooses it. Upstream goes on with the state of its first or last candidate."""
+    candidates, x = possible_tokens(), log_probabilities()
+    tokens = chosen(1, 3, candidates, 5)
+    other = next(t for t in range(3, TOKENS) if not (candidates == t).any(1).any())
+    tokens[0][0, 1] = TOKENS + other
+    found, expected = (steps_of_prefixes(x, candidates, tokens, ours) for ours in (True, False))
+    compare(found, expected)
+    found = steps_of_espnet(x, 3, candidates, tokens, impossible=True)
+    compare(found, steps_of_espnet(x.double(), 3, candidates, tokens, served=False, impossible=True))
 
 
 @pytest.mark.parametrize("part", [False, True], ids=["all tokens", "candidates"])
@@ -312,7 +325,7 @@ def test_small_probabilities():
     """Scores whose probabilities float64 does not have are found by logarithms."""
     x = torch.full((1, 6, 3), -1.0)
     x[0, :, 1], x[0, 3:, 2] = -500.0, -800.0
-    prefixes = ctc_prefix.PrefixScores(x, torch.tensor([5]), 0, 2, -1e10)
+    prefixes = ctc_prefix.PrefixScores(x, torch.tensor([5]), 0, 2, -1e10, 0)
     start = prefixes.start(torch.tensor([7]) % 3)
     first = prefixes.scores(start, 0, None)
     second = prefixes.scores(prefixes.chosen(first, torch.tensor([0]), torch.tensor([1])), 1, None)

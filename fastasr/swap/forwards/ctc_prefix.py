@@ -33,20 +33,23 @@ class Hypotheses(NamedTuple):
 
 @dataclass
 class Scores:
-    """Scores of all continuations of some hypotheses: log ψ (n, V). ``length``: how many tokens the latter have."""
+    """Scores of all continuations of some hypotheses: log ψ (n, V). ``length``: how many tokens the latter have.
+    ``candidates``: the tokens (n, S) that have scores, if not all."""
 
     of: Hypotheses
     length: int
     table: Tensor
+    candidates: Tensor | None
 
 
 class PrefixScores:
     """``x``: log-probabilities (B, T, V) of recordings, where upstream has masked padding. ``ends``: their last frames
-    (B). ``lowest``: what upstream has for the logarithm of 0."""
+    (B). ``lowest``: what upstream has for the logarithm of 0. ``column``: the place of the candidate whose γ upstream
+    gives a token that is none of them."""
 
-    def __init__(self, x: Tensor, ends: Tensor, blank: int, end: int, lowest: float) -> None:
+    def __init__(self, x: Tensor, ends: Tensor, blank: int, end: int, lowest: float, column: int) -> None:
         self._x = x.transpose(1, 2).contiguous()
-        self._ends, self._blank, self._end, self._lowest = ends, blank, end, lowest
+        self._ends, self._blank, self._end, self._lowest, self._column = ends, blank, end, lowest, column
 
     @functools.cached_property
     def _probabilities(self) -> Tensor:
@@ -79,15 +82,20 @@ class PrefixScores:
         found[:, self._end] = both.gather(1, self._ends[recordings, None]).squeeze(1)
         if self._end != self._blank:
             found[:, self._blank] = self._lowest
-        return Scores(of, length, found.clamp_(min=self._lowest))
+        return Scores(of, length, found.clamp_(min=self._lowest), candidates)
 
     def chosen(self, scores: Scores, rows: Tensor, tokens: Tensor) -> Hypotheses:
         """Returns the hypotheses ``rows`` (n) of ``scores``, continued by ``tokens`` (n)."""
         token, blank, _, last = (t.index_select(0, rows) for t in scores.of)
-        repeated = (tokens == last)[:, None]
+        scored = tokens
+        if scores.candidates is not None:
+            candidates = scores.candidates.index_select(0, rows)
+            is_one = (candidates == tokens[:, None]).any(1)
+            scored = torch.where(is_one, tokens, candidates[:, self._column])
+        repeated = (scored == last)[:, None]
         before = torch.where(repeated, blank, torch.logaddexp(token, blank))
         recordings = torch.div(rows * len(self._x), len(scores.of.last), rounding_mode="floor")
-        x, empty = self._x[recordings, tokens].double(), self._x[recordings, self._blank].double()
+        x, empty = self._x[recordings, scored].double(), self._x[recordings, self._blank].double()
         start, first = max(1, scores.length), scores.length == 0
         found = torch.ops.fastasr_cpu.ctc_prefix_forward.default(x, empty, before, start, first, self._lowest)
         return Hypotheses(found[0], found[1], scores.table[rows, tokens], tokens)

@@ -62,8 +62,10 @@ class _SpeechBrains:
         self.upstream, self.minus_inf, self._length = upstream, upstream.minus_inf, -1
         numbers = upstream.blank_index, upstream.eos_index, upstream.minus_inf
         x, ends = upstream.x[0].transpose(0, 1), upstream.last_frame_index.long()
-        ends = ends % x.shape[1]  # a recording without frames has -1, which upstream takes for the batch's last one
-        self._prefixes = PrefixScores(x, ends, *numbers)
+        ends = (
+            ends % x.shape[1]
+        )  # a recording without frames has -1, which upstream takes for the batch's last one
+        self._prefixes = PrefixScores(x, ends, *numbers, column=0)
 
     def forward_step(
         self, inp_tokens: Tensor, states: Any, candidates: Tensor | None = None, attn: Tensor | None = None
@@ -102,7 +104,7 @@ def _batch_init_state(self: Any, x: Tensor) -> None:
     made = self.impl
     if _fits(made) and made.margin == 0:
         x, ends = made.x[0].transpose(0, 1), made.end_frames.long()
-        made.prefixes = PrefixScores(x, ends, made.blank, made.eos, made.logzero)
+        made.prefixes = PrefixScores(x, ends, made.blank, made.eos, made.logzero, column=-1)
 
 
 def _batch_score_partial(
