@@ -176,6 +176,90 @@ def test_a_users_scorer_gets_all_tokens(native):
     assert not native
 
 
+class OfEarlierTokens(torch.nn.Module):
+    """A last layer whose results depend on earlier tokens."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.linear, self.w = linear, linear.w
+
+    def forward(self, x):
+        return self.linear(x.cumsum(1))
+
+
+def other_last_layer(search):
+    search.fc = OfEarlierTokens(search.fc)
+
+
+def other_model(search):
+    class Other(type(search.model)):
+        def decode(self, *args, **kwargs):
+            y, attention = super().decode(*args, **kwargs)
+            return y.cumsum(1), attention
+
+    search.model.__class__ = Other
+
+
+def other_method(search):
+    decode = search.model.decode
+
+    def other(*args):
+        y, attention = decode(*args)
+        return y.cumsum(1), attention
+
+    search.model.decode = other
+
+
+@pytest.mark.parametrize("beams", [1, 4])
+@pytest.mark.parametrize("change", [other_last_layer, other_model, other_method])
+def test_what_reads_earlier_tokens_gets_them(change, beams):
+    seeded(f"reads all {beams}")
+    models = copies(torch.nn.ModuleList([speechbrain_search(beams)]))
+    for model in models:
+        change(model[0])
+    same(*models)
+
+
+@pytest.mark.parametrize("place", ["0.fc", "0.fc.w", "0.softmax", "0.model.decoder", "1"])
+def test_hooks_see_all_tokens(place):
+    """``1`` is the language model."""
+    lengths = []
+    for model in models():
+        seen = []
+        part = model.get_submodule(place)
+        part.register_forward_hook(
+            lambda _, args, y, seen=seen: seen.append((y[0] if isinstance(y, tuple) else y).shape[1])
+        )
+        speechbrain_found(model)
+        lengths.append(seen)
+    assert lengths[0] == lengths[1]
+    assert max(lengths[1]) > 5
+
+
+class OwnScorer:
+    """What upstream's search asks of a scorer without CTC."""
+
+    def __init__(self):
+        self.weights = {"ctc": 0.0, "length": 0.0}
+
+    def reset_scorer_mem(self, x, lengths):
+        return None
+
+    def score(self, tokens, memory, attention, scores, beams):
+        return scores - 0.1 * torch.arange(TOKENS), memory
+
+    def permute_scorer_mem(self, memory, index, candidates):
+        return memory
+
+
+def test_an_own_scorer():
+    seeded("own scorer")
+    models = copies(torch.nn.ModuleList([speechbrain_search()]))
+    for model in models:
+        model[0].scorer = OwnScorer()
+    same(*models)
+
+
 def in_search(ours, theirs, *steps):
     """Compares the logits of the last tokens of some calls in one search."""
     with torch.no_grad(), searches.running([ours]):

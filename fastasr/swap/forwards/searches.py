@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
+from fastasr.models.common.plain import is_watched
 from fastasr.swap.forwards import ctc_scorers
 from fastasr.swap.rule import Upstream, upstream_forward
 
@@ -45,8 +46,9 @@ def is_running() -> bool:
 
 
 def reads_last_token(module: Upstream) -> bool:
-    """Says whether the search that runs in this thread reads the module's result of the last token alone."""
-    return any(module is one for one in _thread.last)
+    """Says whether the search that runs in this thread, and nobody else, reads the module's result of the last token
+    alone."""
+    return any(module is one for one in _thread.last) and not is_watched(module)
 
 
 def kept(module: Upstream, form: tuple, find: Callable[[], T]) -> T | None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastasr.models.common import layer_products
 from fastasr.models.common.packed_layers import may_call
+from fastasr.models.common.plain import is_plain, is_plain_named
 from fastasr.swap.forwards import ctc_scorers, searches
 from fastasr.swap.forwards.decoder_step import MOST_ROWS, Names, later, products_of, steps_of
 from fastasr.swap.rule import Upstream, upstream_forward
@@ -31,27 +32,41 @@ _NAMES = Names(
     "head_dim",
     "normalize_before",
 )
-_SCORER = "TransformerLMScorer", "03e60163fe35c912084603fd"
+# Methods of a scorer and of a model whose results for a token depend on the last layer's results for it alone, and the
+# fingerprints of their code
+_READERS = {"score": "03e60163fe35c912084603fd", "decode": "44651f6e2bffe751ed3971b3"}
 _PADDING = 0  # upstream hides this token
 
 
 def search(self: Upstream, *args: Any, **kwargs: Any) -> Any:
     """Serves the greedy search and the beam search of Transformers."""
     builder = getattr(self, "scorer", None)
-    scorers = [] if builder is None else [*builder.full_scorers.values(), *builder.partial_scorers.values()]
-    models = [scorer.lm for scorer in scorers if _is_known(scorer)]
-    last = getattr(self.model, "decoder", None), *models
+    parts = (
+        getattr(builder, name, {}) for name in ("full_scorers", "partial_scorers")
+    )  # a user's has its own
+    scorers = [scorer for part in parts for scorer in part.values()]
+    last = [scorer.lm for scorer in scorers if _reads_tokens_alone(scorer, "score")]
+    if _reads_tokens_alone(self.model, "decode") and _scores_tokens_alone(self):
+        last.append(self.model.decoder)
     with searches.running(last), ctc_scorers.served(scorers):
         return upstream_forward(self, *args, **kwargs)
 
 
-def _is_known(scorer: Any) -> bool:
-    """Says whether a scorer reads the last token's results of its language model alone."""
-    name, code = _SCORER
+def _reads_tokens_alone(owner: Any, method: str) -> bool:
+    """Says whether this method is upstream's, which reads the result of each token alone."""
+    cls = type(owner)
+    if method in vars(owner) or not hasattr(cls, method):
+        return False
     try:
-        return type(scorer).__name__ == name and fingerprint([type(scorer).score], type(scorer)) == code
+        return fingerprint([getattr(cls, method)], cls) == _READERS[method]
     except SourceUnavailable:
         return False
+
+
+def _scores_tokens_alone(self: Upstream) -> bool:
+    """Says whether a search's last layer is linear, and nobody sees for how many tokens it is called."""
+    linear = all(is_plain_named(part, ("Linear",), self) for part in self.fc.modules())
+    return linear and is_plain(self.softmax, torch.nn.LogSoftmax)
 
 
 class _Tokens(NamedTuple):
