@@ -30,6 +30,8 @@ def served(scorers: Iterable[Any]) -> Iterator[None]:
             delattr(scorer, name)
             if isinstance(getattr(scorer, "ctc_score", None), _SpeechBrains):
                 scorer.ctc_score = scorer.ctc_score.upstream
+            if hasattr(getattr(scorer, "impl", None), "prefixes"):
+                del scorer.impl.prefixes
 
 
 def _methods(scorer: Any) -> dict[str, Callable]:
@@ -62,9 +64,8 @@ class _SpeechBrains:
         self.upstream, self.minus_inf, self._length = upstream, upstream.minus_inf, -1
         numbers = upstream.blank_index, upstream.eos_index, upstream.minus_inf
         x, ends = upstream.x[0].transpose(0, 1), upstream.last_frame_index.long()
-        ends = (
-            ends % x.shape[1]
-        )  # a recording without frames has -1, which upstream takes for the batch's last one
+        # A recording without frames has -1, which upstream takes for the batch's last one.
+        ends = ends % x.shape[1]
         self._prefixes = PrefixScores(x, ends, *numbers, column=0)
 
     def forward_step(

@@ -85,8 +85,9 @@ class _Search:
             before = x[:, :-1]
             kept = _found(self.tokens, before) or step.of_tokens(before)
             keys, values = (torch.cat(pair, 1) for pair in zip(kept, (keys, values), strict=True))
-        self.tokens = _Tokens(x.clone(), keys, values)
-        return self.tokens
+        # Another thread may search the same frames and replace the attribute.
+        tokens = self.tokens = _Tokens(x.clone(), keys, values)
+        return tokens
 
 
 def _found(kept: _Tokens | None, x: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -115,9 +116,8 @@ def _token(
 ) -> list[Tensor] | None:
     """Returns the layer's output (R, 1, width) of the last token of x (R, T, width), and with ``attended`` the weights
     of both attentions (R, H, 1, T) and (R, H, 1, K). None where upstream's code is to run. frames: (R, K, width) or
-    None.
-    masks: (R or 1, 1, 1, keys) of both attentions, True at keys that are seen, or added to the scores. query: what
-    upstream takes for the last token, if not that of x."""
+    None. masks: (R or 1, 1, 1, keys) of both attentions, True at keys that are seen, or added to the scores. query:
+    what upstream takes for the last token, if not that of x."""
     if not (_is_floats(x) and len(x) <= MOST_ROWS and _is_mask(len(x), masks[0], x.shape[1])):
         return None
     if frames is None and not searches.is_running():

@@ -132,8 +132,9 @@ def _computed(self: Upstream, x: Tensor, memory: Tensor, padding: Tensor | None)
     kept = _before(search, x)
     if kept is None:
         return None
-    search.tokens = _with_next(self, steps, products, search, kept, x)
-    return search.tokens
+    # Another thread may search the same frames and replace the attribute.
+    tokens = search.tokens = _with_next(self, steps, products, search, kept, x)
+    return tokens
 
 
 def _by_modules(layer: Upstream, x: Tensor, frames: Tensor) -> Tensor:

@@ -41,9 +41,8 @@ _PADDING = 0  # upstream hides this token
 def search(self: Upstream, *args: Any, **kwargs: Any) -> Any:
     """Serves the greedy search and the beam search of Transformers."""
     builder = getattr(self, "scorer", None)
-    parts = (
-        getattr(builder, name, {}) for name in ("full_scorers", "partial_scorers")
-    )  # a user's has its own
+    # A user's builder may have none of these.
+    parts = (getattr(builder, name, {}) for name in ("full_scorers", "partial_scorers"))
     scorers = [scorer for part in parts for scorer in part.values()]
     last = [scorer.lm for scorer in scorers if _reads_tokens_alone(scorer, "score")]
     if _reads_tokens_alone(self.model, "decode") and _scores_tokens_alone(self):
