@@ -306,7 +306,7 @@ def test_espnet(scored):
         assert len(scored) > 5
         scored.clear()
     assert not {"batch_init_state", "select_state", "batch_score_partial"} & {*vars(ours.scorers["ctc"])}
-    assert {*vars(ours.scorers["ctc"].impl)} == {*vars(theirs.scorers["ctc"].impl)}  # no table is left
+    assert not hasattr(ours.scorers["ctc"].impl, "prefixes")  # no table is left
 
 
 def test_float64_is_upstreams(scored):
