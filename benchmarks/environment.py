@@ -86,15 +86,15 @@ def _meaning(source: str, suffix: str) -> str:
 
 @functools.cache
 def cpu_name() -> str:
-    """Returns the CPU's model name, and its family, model and widest vectors, as a virtual machine may give many CPUs
-    one name. Without /proc/cpuinfo it gives the name from lscpu, or the architecture.
+    """Returns the CPU's model name, and its family, model and widest vectors or AMX, as a virtual machine may give many
+    CPUs one name. Without /proc/cpuinfo it gives the name from lscpu, or the architecture.
     """
     fields = processor.fields()
     if "model name" in fields:
         name = fields["model name"]
         if "cpu family" in fields and "model" in fields:
             name += f", family {fields['cpu family']} model {fields['model']}"
-        return name + _widest_vectors(fields.get("flags", ""))
+        return name + _widest_set(fields.get("flags", ""))
     try:
         listing = subprocess.run(["lscpu"], capture_output=True, text=True, timeout=10).stdout
         for line in listing.splitlines():
@@ -105,8 +105,8 @@ def cpu_name() -> str:
     return platform.machine()
 
 
-def _widest_vectors(flags: str) -> str:
-    for flag, name in (("avx512f", "AVX-512"), ("avx2", "AVX2"), ("avx", "AVX")):
+def _widest_set(flags: str) -> str:
+    for flag, name in (("amx_tile", "AMX"), ("avx512f", "AVX-512"), ("avx2", "AVX2"), ("avx", "AVX")):
         if flag in flags.split():
             return f", {name}"
     return ""

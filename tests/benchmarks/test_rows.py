@@ -90,5 +90,8 @@ def test_unknown_fields_are_dropped():
     assert not hasattr(Row.from_dict({**row().to_dict(), "later": 1}), "later")
 
 
-def test_a_cpu_has_a_name():
-    assert environment.cpu_name()
+@pytest.mark.parametrize(("flags", "widest"), [("avx2 avx512f amx_tile", "AMX"), ("avx2 avx512f", "AVX-512")])
+def test_a_cpus_name_says_what_it_has(monkeypatch, flags, widest):
+    facts = {"model name": "Fast", "cpu family": "6", "model": "207", "flags": flags}
+    monkeypatch.setattr(environment.processor, "fields", lambda: facts)
+    assert environment.cpu_name.__wrapped__() == f"Fast, family 6 model 207, {widest}"
