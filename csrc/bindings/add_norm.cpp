@@ -4,7 +4,6 @@
 #include <memory>
 
 #include "bindings/norm_rows.h"
-#include "bindings/pooled.h"
 #include "bindings/written/add_norm.h"
 
 namespace fastasr::bindings::add_norm {
@@ -23,7 +22,7 @@ cpu::AddNorm<T> problem(const A& a) {
 
 // Returns (t, y).
 std::tuple<Tensor, Tensor> add_norm_forward(const AddNormForward& a) {
-  Tensor t = new_pooled_like(a.x), y = new_pooled_like(a.x);
+  Tensor t = new_like(a.x), y = new_like(a.x);
   with_kernels<cpu::AddNormKernels>(a.x, a.kName, [&]<typename T>(const auto& kernel) {
     using C = cpu::compute_t<T>;
     const auto p = problem<T>(a);
@@ -39,7 +38,7 @@ std::tuple<Tensor, Tensor> add_norm_forward(const AddNormForward& a) {
 // Returns (dx, dupdate, dweight, dbias, dupdate_weight); the last two have no elements without their parameter.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> add_norm_backward(const AddNormBackward& a) {
   check(a.grad_y.has_value(), a.kName, "grad_y is missing");
-  Tensor dx = new_pooled_like(a.x), dupdate = new_pooled_like(a.x), dweight = new_like(a.weight);
+  Tensor dx = new_like(a.x), dupdate = new_like(a.x), dweight = new_like(a.weight);
   Tensor dbias = new_like(a.bias, a.weight);
   Tensor dupdate_weight = new_like(a.update_weight, a.weight);
   with_kernels<cpu::AddNormKernels>(a.x, a.kName, [&]<typename T>(const auto& kernel) {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include "bindings/pooled.h"
+#include "bindings/scratch.h"
 #include "cpu/attention/zipformer_attention_weights.h"
 
 // The bindings of attention with relative positions share this: checks of the arguments, packed keys and positions.

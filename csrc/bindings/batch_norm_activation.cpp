@@ -4,7 +4,7 @@
 #include <memory>
 
 #include "bindings/norm_rows.h"
-#include "bindings/pooled.h"
+#include "bindings/scratch.h"
 #include "bindings/written/batch_norm_activation.h"
 #include "cpu/rows/balancer_gradient.h"
 
@@ -67,7 +67,7 @@ int64_t sum_runs(const T* x, const bool* hidden, int64_t begin, int64_t end, int
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_activation_forward(const BatchNormActivationForward& a) {
   const int64_t n = a.C, rows = product(a.S), blocks = (rows + kRowsPerBlock - 1) / kRowsPerBlock;
   const ScalarType wide = compute_type(dtype_of(a.x));
-  Tensor y = new_pooled_like(a.x), statistics = new_contiguous(a.x, {4, n}, wide);
+  Tensor y = new_like(a.x), statistics = new_contiguous(a.x, {4, n}, wide);
   Tensor mean = new_contiguous(a.x, {n}, wide), variance = new_contiguous(a.x, {n}, wide);
   Tensor rate = new_contiguous(a.x, {n}, wide);
   with_kernels<cpu::BatchNormActivationKernels>(a.x, a.kName, [&]<typename T>(const auto& kernel) {
@@ -103,7 +103,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_activation_forward
 std::tuple<Tensor, Tensor, Tensor> batch_norm_activation_backward(const BatchNormActivationBackward& a) {
   const int64_t n = a.C, rows = product(a.S);
   check(a.grad_y.has_value(), a.kName, "y has no gradient");
-  Tensor dx = new_pooled_like(a.x), dweight = new_like(a.weight), dbias = new_like(a.bias);
+  Tensor dx = new_like(a.x), dweight = new_like(a.weight), dbias = new_like(a.bias);
   with_kernels<cpu::BatchNormActivationKernels>(a.x, a.kName, [&]<typename T>(const auto& kernel) {
     using C = cpu::compute_t<T>;
     const auto p = problem<T>(a, a.statistics);

@@ -4,7 +4,6 @@
 #include <cmath>
 
 #include "bindings/layer_parts.h"
-#include "bindings/pooled.h"
 #include "bindings/row_sums.h"
 #include "bindings/written/bias_norm.h"
 
@@ -24,7 +23,7 @@ double scale_of(const Tensor& log_scale) {
 Tensor bias_norm_forward(const BiasNormForward& a) {
   check(a.C == a.D, a.kName, "bias does not match the last dimension");
   const int64_t rows = a.C ? product(a.S) : 0, channels = a.C;
-  Tensor y = new_pooled_like(a.x);
+  Tensor y = new_like(a.x);
   with_kernels<cpu::BiasNormKernels>(a.x, a.kName, [&]<typename T>(const auto& kernel) {
     const T *xp = data<T>(a.x), *bp = data<T>(a.bias);
     T* yp = mutable_data<T>(y);
@@ -41,7 +40,7 @@ namespace {
 std::tuple<Tensor, Tensor, Tensor> bias_norm_backward(const BiasNormBackward& a) {
   check(a.C == a.D, a.kName, "bias does not match the last dimension");
   const int64_t rows = a.C ? product(a.S) : 0, channels = a.C;
-  Tensor dx = new_pooled_like(a.x), dbias = new_like(a.bias), dlog_scale = new_like(a.log_scale);
+  Tensor dx = new_like(a.x), dbias = new_like(a.bias), dlog_scale = new_like(a.log_scale);
   with_kernels<cpu::BiasNormKernels>(a.x, a.kName, [&]<typename T>(const auto& kernel) {
     const T *gp = data<T>(a.grad_y), *xp = data<T>(a.x), *bp = data<T>(a.bias);
     T* dp = mutable_data<T>(dx);

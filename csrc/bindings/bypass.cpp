@@ -2,7 +2,6 @@
 #include "cpu/rows/bypass.h"
 
 #include "bindings/layer_parts.h"
-#include "bindings/pooled.h"
 #include "bindings/row_sums.h"
 #include "bindings/written/bypass.h"
 
@@ -21,7 +20,7 @@ int64_t rows_of(const Tensor& x, const Tensor& scale, const char* op) {
 
 Tensor bypass_forward(const BypassForward& a) {
   const int64_t rows = rows_of(a.x, a.scale, a.kName), period = a.scale.numel();
-  Tensor y = new_pooled_like(a.x);
+  Tensor y = new_like(a.x);
   with_kernels<cpu::BypassKernels>(a.x, a.kName, [&]<typename T>(const auto& kernel) {
     const T *op = data<T>(a.x_orig), *xp = data<T>(a.x), *sp = data<T>(a.scale);
     T* yp = mutable_data<T>(y);
@@ -36,7 +35,7 @@ namespace {
 
 std::tuple<Tensor, Tensor, Tensor> bypass_backward(const BypassBackward& a) {
   const int64_t rows = rows_of(a.x, a.scale, a.kName), period = a.scale.numel();
-  Tensor dx_orig = new_pooled_like(a.x), dx = new_pooled_like(a.x), dscale = new_like(a.scale);
+  Tensor dx_orig = new_like(a.x), dx = new_like(a.x), dscale = new_like(a.scale);
   with_kernels<cpu::BypassKernels>(a.x, a.kName, [&]<typename T>(const auto& kernel) {
     const T *gp = data<T>(a.grad_y), *op = data<T>(a.x_orig), *xp = data<T>(a.x), *sp = data<T>(a.scale);
     T *dop = mutable_data<T>(dx_orig), *dxp = mutable_data<T>(dx);

@@ -1,5 +1,4 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "bindings/pooled.h"
 #include "cpu/math/activation.h"
 #include "cpu/rows/clamp.h"
 
@@ -21,7 +20,7 @@ Tensor clamped_linear_forward(Tensor z, double low, double high, int64_t activat
                               bool in_place) {
   const char* op = "clamped_linear_forward";
   check_clamped(z, activation, op);
-  Tensor y = in_place ? z : new_pooled_like(z);
+  Tensor y = in_place ? z : new_like(z);
   with_kernels<cpu::ClampKernels>(z, op, [&]<typename T>(const auto& kernel) {
     const auto inner = bounds<T>(low, high), outer = bounds<T>(next_low, next_high);
     const T* from = data<T>(z);
@@ -39,7 +38,7 @@ Tensor clamped_linear_backward(const Tensor& grad, const Tensor& z, double low, 
   const char* op = "clamped_linear_backward";
   check_clamped(z, activation, op);
   check_same_size(grad, z, op, "grad");
-  Tensor dz = new_pooled_like(z);
+  Tensor dz = new_like(z);
   with_kernels<cpu::ClampKernels>(z, op, [&]<typename T>(const auto& kernel) {
     const auto inner = bounds<T>(low, high), outer = bounds<T>(next_low, next_high);
     const T *g = data<T>(grad), *from = data<T>(z);

@@ -3,7 +3,6 @@
 
 #include <memory>
 
-#include "bindings/pooled.h"
 #include "bindings/row_sums.h"
 #include "bindings/written/conv_spatial_gate.h"
 
@@ -41,7 +40,7 @@ int64_t stripes(const ConvSpatialGate<T>& p) {
 }
 
 Tensor conv_spatial_gate_forward(const ConvSpatialGateForward& a) {
-  Tensor y = new_pooled(a.x, {a.B, a.T, a.C});
+  Tensor y = new_contiguous(a.x, {a.B, a.T, a.C});
   with_kernels<cpu::ConvSpatialGateKernels>(a.x, a.kName, [&]<typename T>(const auto& kernel) {
     const auto p = problem<T>(a);
     T* out = mutable_data<T>(y);

@@ -3,7 +3,6 @@
 
 #include <memory>
 
-#include "bindings/pooled.h"
 #include "bindings/written/conv_subsampling.h"
 
 namespace fastasr::bindings::conv_subsampling {
@@ -18,7 +17,7 @@ int64_t work_of(const SubsamplingSizes& s) { return 4 * cpu::kSubsamplingFrames 
 
 Tensor conv_subsampling_forward(const ConvSubsamplingForward& a) {
   const SubsamplingSizes s = sizes_of(a);
-  Tensor y = new_pooled(a.x, {s.batch, s.out_frames(), s.out_width(), s.channels});
+  Tensor y = new_contiguous(a.x, {s.batch, s.out_frames(), s.out_width(), s.channels});
   with_kernel_type(dtype_of(a.x), a.kName, [&]<typename T>() {
     const cpu::SubsamplingInputs<T> in{data<T>(a.x),
                                        data<T>(a.weight),

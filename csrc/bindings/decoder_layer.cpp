@@ -3,7 +3,7 @@
 
 #include "bindings/layer_parts.h"
 #include "bindings/layer_products.h"
-#include "bindings/pooled.h"
+#include "bindings/scratch.h"
 #include "cpu/attention/few_queries.h"
 #include "cpu/gemm/gemm.h"
 #include "cpu/math/activation.h"
@@ -40,7 +40,7 @@ std::pair<Tensor, Tensor> with_norm(const Tensor& x, const Optional& update, con
     check(norm[i].is_cpu() && (is_floats(norm[i], {width}) || (i && norm[i].numel() == 0)), kOp, "a norm's parameter");
   const float *const weight = data<float>(norm[0]), *const bias = norm[1].numel() ? data<float>(norm[1]) : nullptr;
   constexpr float kNone = std::numeric_limits<float>::infinity();
-  const Tensor y = new_pooled_like(x);
+  const Tensor y = new_like(x);
   if (!update) {
     const cpu::NormActivation<float> p{
         data<float>(x), weight, bias, eps, kNone, true, static_cast<int>(cpu::Activation::identity), width};
@@ -52,7 +52,7 @@ std::pair<Tensor, Tensor> with_norm(const Tensor& x, const Optional& update, con
   check_same_size(*update, x, kOp, "a sum");
   const cpu::AddNorm<float> p{data<float>(x), data<float>(*update), nullptr, weight, bias, eps, 1, kNone, kNone, true,
                               width};
-  const Tensor sum = new_pooled_like(x);
+  const Tensor sum = new_like(x);
   const Scratch<float> scratch(cpu::add_norm_scratch(width));
   cpu::kernels<cpu::AddNormKernels<float>>().forward(p, 0, rows, mutable_data<float>(sum), mutable_data<float>(y),
                                                      scratch.data());
@@ -85,7 +85,7 @@ Tensor attention(const Tensor& q, const Tensor& keys, const Tensor& values, cons
     check(t->is_cpu() && dtype_of(*t) == ScalarType::Float && has_sizes(*t, {batch, heads, count, dim}) && count > 0 &&
               (dim == 1 || t->stride(3) == 1),
           kOp, "keys or values");
-  const Tensor y = new_pooled_like(q);
+  const Tensor y = new_like(q);
   float* wp = nullptr;
   if (weights) {
     weights->push_back(new_contiguous(q, {rows, heads, 1, count}));

@@ -3,7 +3,6 @@
 
 #include <memory>
 
-#include "bindings/pooled.h"
 #include "bindings/written/depthwise_conv2d.h"
 
 namespace fastasr::bindings::depthwise_conv2d {
@@ -30,7 +29,7 @@ int64_t work_of(const DepthwiseSizes& s) {
 
 Tensor depthwise_conv2d_forward(const DepthwiseConv2DForward& a) {
   const DepthwiseSizes s = checked_sizes(a);
-  Tensor y = new_pooled(a.x, {s.batch, s.out_frames(), s.out_width(), s.channels});
+  Tensor y = new_contiguous(a.x, {s.batch, s.out_frames(), s.out_width(), s.channels});
   with_kernels<cpu::DepthwiseConv2dKernels>(a.x, a.kName, [&]<typename T>(const auto& kernel) {
     const T *xp = data<T>(a.x), *wp = data<T>(a.weight), *bp = data_or_null<T>(a.bias);
     T* yp = mutable_data<T>(y);
@@ -44,7 +43,7 @@ Tensor depthwise_conv2d_forward(const DepthwiseConv2DForward& a) {
 std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_backward(const DepthwiseConv2DBackward& a) {
   const DepthwiseSizes s = checked_sizes(a);
   const auto [need_x, need_weight, need_bias] = std::tuple(a.needs_x, a.needs_weight, a.needs_bias);
-  Tensor dx = need_x ? new_pooled_like(a.x) : new_without_elements(a.x);
+  Tensor dx = need_x ? new_like(a.x) : new_without_elements(a.x);
   Tensor dweight = need_weight ? new_like(a.weight) : new_without_elements(a.x);
   Tensor dbias = need_bias ? new_contiguous(a.x, {s.channels}) : new_without_elements(a.x);
   with_kernels<cpu::DepthwiseConv2dKernels>(a.x, a.kName, [&]<typename T>(const auto& kernel) {

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/conv/depthwise_conv_residual.h"
 
-#include "bindings/pooled.h"
 #include "bindings/written/depthwise_conv_residual.h"
 
 namespace fastasr::bindings::depthwise_conv_residual {
@@ -25,7 +24,7 @@ int64_t stripes(const DepthwiseConvResidual<T>& p) {
 }
 
 Tensor depthwise_conv_residual_forward(const DepthwiseConvResidualForward& a) {
-  Tensor y = new_pooled(a.x, {a.B, a.T, a.C});
+  Tensor y = new_contiguous(a.x, {a.B, a.T, a.C});
   with_kernels<cpu::DepthwiseConvResidualKernels>(a.x, a.kName, [&]<typename T>(const auto& kernel) {
     const auto p = problem<T>(a, a.bias);
     T* out = mutable_data<T>(y);
@@ -36,7 +35,7 @@ Tensor depthwise_conv_residual_forward(const DepthwiseConvResidualForward& a) {
 }
 
 std::tuple<Tensor, Tensor, Tensor> depthwise_conv_residual_backward(const DepthwiseConvResidualBackward& a) {
-  Tensor dx = new_pooled(a.x, {a.B, a.T, a.C}), dweight = new_like(a.weight);
+  Tensor dx = new_contiguous(a.x, {a.B, a.T, a.C}), dweight = new_like(a.weight);
   Tensor dbias = new_contiguous(a.weight, {a.C});
   with_kernels<cpu::DepthwiseConvResidualKernels>(a.x, a.kName, [&]<typename T>(const auto& kernel) {
     using C = cpu::compute_t<T>;

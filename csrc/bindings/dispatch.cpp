@@ -4,6 +4,8 @@
 #include <cstring>
 #include <stdexcept>
 
+#include "cpu/support/buffer_pool.h"
+
 namespace fastasr {
 
 void decline(const char* op, std::initializer_list<Piece> reason) {
@@ -18,17 +20,35 @@ void out_of_memory(size_t bytes) {
 
 ScalarType dtype_of(const Tensor& t) { return t.scalar_type(); }
 
+namespace {
+
+constexpr size_t kPooled = size_t{1} << 16;
+
+size_t bytes_of(ScalarType dtype) {
+  const bool two = dtype == ScalarType::Half || dtype == ScalarType::BFloat16;
+  const bool four = dtype == ScalarType::Float || dtype == ScalarType::Int;
+  const bool one = dtype == ScalarType::Byte || dtype == ScalarType::Char || dtype == ScalarType::Bool;
+  return one ? 1 : two ? 2 : four ? 4 : 8;
+}
+
+}  // namespace
+
 Tensor new_strided(const Tensor& t, Sizes sizes, Sizes strides, std::optional<ScalarType> dtype) {
-  int32_t number, device_type, device_index;
-  if (dtype)
-    number = static_cast<int32_t>(*dtype);
-  else
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &number));
+  const ScalarType type = dtype.value_or(dtype_of(t));
+  size_t elements = 1;
+  for (size_t d = 0; d < sizes.size(); d++)
+    elements = sizes[d] && elements ? elements + static_cast<size_t>((sizes[d] - 1) * strides[d]) : 0;
+  if (const size_t bytes = elements * bytes_of(type); bytes >= kPooled && t.is_cpu()) {
+    void* memory = cpu::acquire_buffer(bytes);
+    if (!memory) out_of_memory(bytes);
+    return torch::stable::from_blob(memory, sizes, strides, t.device(), type, [](void* p) { cpu::release_buffer(p); });
+  }
+  int32_t device_type, device_index;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &device_type));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t.get(), &device_index));
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-                                                  number, device_type, device_index, &handle));
+                                                  static_cast<int32_t>(type), device_type, device_index, &handle));
   return Tensor(handle);
 }
 

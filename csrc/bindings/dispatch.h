@@ -118,8 +118,10 @@ constexpr ScalarType compute_type(ScalarType dtype) {
 template <typename T>
 constexpr ScalarType kComputeType = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
 
-// Makes a new tensor of t's device, and of its dtype unless another one is given. torch::stable::empty_like looks its
-// op up by name at every call, which costs more than a small kernel.
+// Makes a new tensor of t's device, and of its dtype unless another one is given. On the CPU, from 64 KiB on, it takes
+// its memory from a pool and gives it back when it is freed: fresh memory costs a page fault every 4 KiB. On one Zen 5
+// core of a virtual machine SwooshL of 46 MB takes 24 ms into fresh memory and 2.7 ms into a buffer that was used
+// before. torch::stable::empty_like looks its op up by name at every call, which costs more than a small kernel.
 Tensor new_strided(const Tensor& t, Sizes sizes, Sizes strides, std::optional<ScalarType> dtype = {});
 Tensor new_contiguous(const Tensor& t, Sizes sizes, std::optional<ScalarType> dtype = {});
 Tensor new_contiguous(const Tensor& t);  // of t's sizes

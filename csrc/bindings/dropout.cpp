@@ -4,7 +4,6 @@
 #include <cstring>
 
 #include "bindings/dispatch.h"
-#include "bindings/pooled.h"
 
 namespace fastasr::bindings::dropout {
 namespace {
@@ -80,7 +79,7 @@ std::tuple<Tensor, Tensor> dropout_forward(const Tensor& x, const Optional& resi
   if (residual) check_same_size(*residual, x, op, "residual");
   check_probability(p, op);
   GeneratorState state(generator, op);
-  Tensor y = new_pooled_like(x), keep = new_mask(x, generator);
+  Tensor y = new_like(x), keep = new_mask(x, generator);
   kernels().draw(state.generator, 1 - p, x.numel(), mutable_data<uint8_t>(keep));
   state.put_back();
   apply(x, keep, p, residual, y);
@@ -106,7 +105,7 @@ Tensor dropout_backward(const Tensor& grad, const Tensor& keep, double p) {
             keep.numel() == grad.numel(),
         op, "grad and keep");
   check_probability(p, op);
-  Tensor dx = new_pooled_like(grad);
+  Tensor dx = new_like(grad);
   apply(grad, keep, p, {}, dx);
   return dx;
 }
@@ -124,7 +123,7 @@ Tensor dropout_windows(const Tensor& like, const Tensor& places, Tensor generato
   const auto* at = data<int64_t>(places);
   for (int64_t i = 0; i < queries * lanes; i++) check(at[i] >= 0 && at[i] < keys, op, "places");
   GeneratorState state(generator, op);
-  Tensor out = new_pooled(like, {sequences, queries, lanes});
+  Tensor out = new_contiguous(like, {sequences, queries, lanes});
   std::vector<uint8_t> keep(static_cast<size_t>(keys));
   auto* to = mutable_data<float>(out);
   for (int64_t row = 0; row < sequences * queries; row++, to += lanes)

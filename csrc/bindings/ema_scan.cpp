@@ -2,7 +2,6 @@
 #include "cpu/ema/ema_scan.h"
 
 #include "bindings/ema_scan.h"
-#include "bindings/pooled.h"
 
 namespace fastasr::bindings::ema_scan {
 namespace {
@@ -45,7 +44,7 @@ std::tuple<Tensor, Tensor> forward(const A& a) {
   const Tensor& x = a.x;
   check_state(a, a.return_state);
   const EmaShape s = shape_of(a);
-  Tensor y = new_pooled(x, {x.size(0), x.size(1), x.size(2)});
+  Tensor y = new_contiguous(x, {x.size(0), x.size(1), x.size(2)});
   Tensor final_state = new_state(a, parameters_of(a).damping, a.return_state);
   with_kernel_type(dtype_of(x), a.kName, [&]<typename T>() {
     using C = cpu::compute_t<T>;
@@ -67,7 +66,7 @@ Gradients backward(const A& a) {
   const Tensor& x = a.x;
   check_state(a, a.grad_last.has_value());
   const EmaShape s = shape_of(a);
-  const Gradients results = new_gradients(a, new_pooled(x, {x.size(0), x.size(1), x.size(2)}));
+  const Gradients results = new_gradients(a, new_contiguous(x, {x.size(0), x.size(1), x.size(2)}));
   const auto& [dx, ddamping, ddecay, dexpansion, dprojection, dresidual, dstate] = results;
   with_kernel_type(dtype_of(x), a.kName, [&]<typename T>() {
     using C = cpu::compute_t<T>;

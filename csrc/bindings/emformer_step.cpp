@@ -2,7 +2,7 @@
 #include "cpu/streaming/emformer_step.h"
 
 #include "bindings/packed_weights.h"
-#include "bindings/pooled.h"
+#include "bindings/scratch.h"
 #include "cpu/math/activation.h"
 
 namespace fastasr::bindings::emformer_step {

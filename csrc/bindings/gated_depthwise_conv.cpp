@@ -4,7 +4,6 @@
 #include <memory>
 
 #include "bindings/layer_parts.h"
-#include "bindings/pooled.h"
 #include "bindings/written/gated_depthwise_conv.h"
 
 namespace fastasr::bindings::gated_depthwise_conv {
@@ -75,7 +74,7 @@ std::tuple<Tensor, Tensor> gated_depthwise_conv_forward(const GatedDepthwiseConv
   Tensor y = new_without_elements(h), new_cache = y;
   with_kernel_type(dtype_of(h), a.kName, [&]<typename T>() {
     const GatedDepthwiseConv<T> conv = problem<T>(a, starts);
-    y = new_pooled(h, {h.size(0), h.size(1), conv.channels});
+    y = new_contiguous(h, {h.size(0), h.size(1), conv.channels});
     if (need_cache) new_cache = new_contiguous(h, {conv.batch, conv.channels, conv.past});
     T *yp = mutable_data<T>(y), *cp = mutable_or_null<T>(new_cache, need_cache);
     const auto& kernel = cpu::kernels<cpu::GatedDepthwiseConvForward<T>>();

@@ -4,7 +4,7 @@
 #include <algorithm>
 
 #include "bindings/layer_parts.h"
-#include "bindings/pooled.h"
+#include "bindings/scratch.h"
 
 namespace fastasr::bindings::gemm {
 
@@ -24,9 +24,9 @@ Tensor linear_few_rows(const Tensor& x, const Tensor& weight, const Optional& bi
     check(bias->numel() == n && bias->is_contiguous(), op, "sizes of bias");
     g.bias = data<float>(*bias);
   }
-  const Tensor y = dims == 1   ? new_pooled(x, {n})
-                   : dims == 2 ? new_pooled(x, {x.size(0), n})
-                               : new_pooled(x, {x.size(0), x.size(1), n});
+  const Tensor y = dims == 1   ? new_contiguous(x, {n})
+                   : dims == 2 ? new_contiguous(x, {x.size(0), n})
+                               : new_contiguous(x, {x.size(0), x.size(1), n});
   g.c = mutable_data<float>(y);
   const auto& kernel = cpu::kernels<cpu::FewRowsGemm>();
   const int64_t groups = kernel.groups(g);
@@ -112,7 +112,7 @@ Tensor gemm(const Tensor& a, const Tensor& b, const Optional& bias, int64_t chai
   Tensor c;
   with_factors(a, "gemm", [&]<typename T>() {
     cpu::Gemm<T> g = described<T>(a, b, bias, chain, "gemm");
-    c = new_pooled(a, {g.m, g.n}, true);
+    c = new_contiguous(a, {g.m, g.n}, ScalarType::Float);
     g.c = mutable_data<float>(c);
     multiply<T>(g);
   });
@@ -140,7 +140,7 @@ Tensor gemm_of_rows(const Tensor& a, const Tensor& b) {
   check(a.dim() == 4 && b.dim() == 2 && a.size(3) > 0 && a.numel() == b.size(0) * a.size(3), op, "sizes");
   check(b.size(0) > 0 && a.stride(3) == 1, op, "rows of a");
   for (const Tensor* t : {&a, &b}) check(dtype_of(*t) == ScalarType::Float, op, "dtypes");
-  const Tensor c = new_pooled(a, {a.size(3), b.size(1)}, true);
+  const Tensor c = new_contiguous(a, {a.size(3), b.size(1)}, ScalarType::Float);
   cpu::Gemm<float> g{};
   g.a = data<float>(a), g.a_row = 1, g.a_depth = a.stride(2), g.depth_lines = lines_of(a);
   g.b = data<float>(b), g.b_depth = b.stride(0), g.b_column = b.stride(1);

@@ -2,7 +2,7 @@
 #include "cpu/decoding/greedy_search.h"
 
 #include "bindings/packed_weights.h"
-#include "bindings/pooled.h"
+#include "bindings/scratch.h"
 #include "cpu/math/activation.h"
 
 namespace fastasr::bindings::greedy_search {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include "bindings/pooled.h"
+#include "bindings/scratch.h"
 
 // The lattices' bindings share boundaries and the values outside them.
 namespace fastasr {

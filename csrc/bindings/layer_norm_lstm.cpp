@@ -4,7 +4,7 @@
 #include <cstring>
 
 #include "bindings/dispatch.h"
-#include "bindings/pooled.h"
+#include "bindings/scratch.h"
 
 namespace fastasr::bindings::layer_norm_lstm {
 namespace {
@@ -91,9 +91,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_lstm_forward(const Tensor&
   } else {
     check(input.size(2) == 4 * s.hidden, op, "input");
   }
-  Tensor y = new_pooled(input, {s.steps, s.batch, s.hidden});
-  Tensor last_hidden = new_pooled(input, {s.batch, s.hidden}), last_cell = new_pooled(input, {s.batch, s.hidden});
-  Tensor kept = keep ? new_pooled(input, {s.kept()}) : new_without_elements(input);
+  Tensor y = new_contiguous(input, {s.steps, s.batch, s.hidden});
+  Tensor last_hidden = new_contiguous(input, {s.batch, s.hidden}),
+         last_cell = new_contiguous(input, {s.batch, s.hidden});
+  Tensor kept = keep ? new_contiguous(input, {s.kept()}) : new_without_elements(input);
   with_wide_kernels<cpu::LayerNormLstmKernels>(input, op, [&]<typename C>(const auto& kernel) {
     auto p = problem<C>(op, input, s, hidden_weight, gate_weight, gate_bias, cell_weight, cell_bias, hidden, cell, eps);
     p.input = data<C>(input), p.input_weight = data_or_null<C>(input_weight);
@@ -127,10 +128,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer_norm_ls
   check_size(kept, hidden_weight, s.kept(), op, "kept");
   if (grad_y.has_value()) check_size(*grad_y, hidden_weight, steps * batch * s.hidden, op, "grad_y");
   for (const Optional* state : {&grad_hidden, &grad_cell}) check_state(*state, hidden_weight, s, op, "grad");
-  Tensor dgates = new_pooled(hidden_weight, {steps, batch, 4 * s.hidden});
+  Tensor dgates = new_contiguous(hidden_weight, {steps, batch, 4 * s.hidden});
   Tensor dgate_weight = new_contiguous(gate_weight), dgate_bias = new_contiguous(gate_bias);
   Tensor dcell_weight = new_contiguous(cell_weight), dcell_bias = new_contiguous(cell_bias);
-  Tensor dhidden = new_pooled(hidden_weight, {batch, s.hidden}), dcell = new_pooled(hidden_weight, {batch, s.hidden});
+  Tensor dhidden = new_contiguous(hidden_weight, {batch, s.hidden}),
+         dcell = new_contiguous(hidden_weight, {batch, s.hidden});
   with_wide_kernels<cpu::LayerNormLstmKernels>(hidden_weight, op, [&]<typename C>(const auto& kernel) {
     const auto p =
         problem<C>(op, hidden_weight, s, hidden_weight, gate_weight, gate_bias, cell_weight, cell_bias, {}, cell, eps);

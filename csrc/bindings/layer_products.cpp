@@ -4,7 +4,6 @@
 #include <array>
 
 #include "bindings/layer_parts.h"
-#include "bindings/pooled.h"
 #include "cpu/attention/attention_rows.h"
 
 namespace fastasr::layer_products {
@@ -34,7 +33,7 @@ Tensor by_torch(const Product& p, const Tensor& x) {
 
 Tensor by_gemm(const Product& p, const Tensor& x, const Optional& onto, bool swoosh_l) {
   const Tensor& weight = *p.weight;
-  const Tensor y = new_pooled(x, {x.size(0), x.size(1), p.outputs});
+  const Tensor y = new_contiguous(x, {x.size(0), x.size(1), p.outputs});
   cpu::Gemm<float> g{};
   g.a = data<float>(x), g.a_row = p.inputs, g.a_depth = 1;
   g.bias = data_or_null<float>(bias(p));
@@ -50,7 +49,7 @@ Tensor by_gemm(const Product& p, const Tensor& x, const Optional& onto, bool swo
 }
 
 Tensor by_reduced(const Product& p, const Tensor& x, cpu::ReducedInput f) {
-  const Tensor y = new_pooled(x, {x.size(0), x.size(1), p.outputs});
+  const Tensor y = new_contiguous(x, {x.size(0), x.size(1), p.outputs});
   cpu::ReducedGemm g{};
   g.x = data<float>(x), g.x_row = g.k = x.size(2), g.bias = data_or_null<float>(bias(p));
   g.y = mutable_data<float>(y), g.y_row = g.n = p.outputs, g.m = x.size(0) * x.size(1);

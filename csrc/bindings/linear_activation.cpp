@@ -2,7 +2,6 @@
 #include "cpu/rows/linear_activation.h"
 
 #include "bindings/layer_parts.h"
-#include "bindings/pooled.h"
 #include "bindings/row_sums.h"
 #include "cpu/math/activation.h"
 #include "cpu/rows/dropout.h"
@@ -63,7 +62,7 @@ Tensor gated_forward(const Tensor& z, int64_t activation, const Dropped& dropped
   const int64_t channels = dropped.channels;
   std::vector<int64_t> sizes = z.sizes().vec();
   sizes.back() = channels;
-  Tensor y = new_pooled(z, sizes);
+  Tensor y = new_contiguous(z, sizes);
   with_kernels<cpu::LinearActivationKernels>(z, op, [&]<typename T>(const auto& kernel) {
     const T* from = data<T>(z);
     T* to = mutable_data<T>(y);
@@ -87,7 +86,7 @@ Tensor linear_activation_forward(const Tensor& z, int64_t activation, bool in_pl
   const int64_t channels = gated ? half_of(z, keep, op) : z.size(z.dim() - 1);
   const Dropped dropped(p, seed, keep, z, channels, op);
   if (gated) return gated_forward(z, activation, dropped, op);
-  Tensor y = in_place ? z : new_pooled_like(z);
+  Tensor y = in_place ? z : new_like(z);
   with_kernels<cpu::LinearActivationKernels>(z, op, [&]<typename T>(const auto& kernel) {
     const T* from = data<T>(z);
     T* to = mutable_data<T>(y);
@@ -120,7 +119,7 @@ std::tuple<Tensor, Tensor> linear_activation_backward(const Tensor& grad, const 
     check_same_size(grad, z, op, "grad");
   }
   const Dropped dropped(p, seed, keep, z, of_y, op);
-  Tensor dz = new_pooled_like(z), dbias = new_without_elements(z);
+  Tensor dz = new_like(z), dbias = new_without_elements(z);
   const int64_t rows = channels ? z.numel() / channels : 0;
   if (need_bias) dbias = new_contiguous(z, {channels});
   with_kernels<cpu::LinearActivationKernels>(z, op, [&]<typename T>(const auto& kernel) {

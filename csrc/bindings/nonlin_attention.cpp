@@ -2,7 +2,6 @@
 #include "cpu/attention/nonlin_attention.h"
 
 #include "bindings/layer_parts.h"
-#include "bindings/pooled.h"
 
 namespace fastasr::bindings::nonlin_attention {
 namespace {
@@ -13,7 +12,7 @@ cpu::NonlinAttentionRows checked(const Tensor& p, const char* op) {
 }
 
 Tensor make(const Tensor& like, const cpu::NonlinAttentionRows& rows, int64_t width) {
-  return new_pooled(like, {rows.frames, rows.batch, width});
+  return new_contiguous(like, {rows.frames, rows.batch, width});
 }
 
 void check_rows(const Tensor& t, const Tensor& p, bool batch_major, const char* op, const char* name) {

@@ -4,7 +4,6 @@
 #include <memory>
 
 #include "bindings/norm_rows.h"
-#include "bindings/pooled.h"
 #include "bindings/written/norm_activation.h"
 
 namespace fastasr::bindings::norm_activation {
@@ -19,7 +18,7 @@ cpu::NormActivation<T> problem(const auto& a) {
 }
 
 std::tuple<Tensor, Tensor> norm_activation_forward(const NormActivationForward& a) {
-  Tensor y = new_pooled_like(a.x), statistics = new_statistics(a.x, a.keep);
+  Tensor y = new_like(a.x), statistics = new_statistics(a.x, a.keep);
   with_kernels<cpu::NormActivationKernels>(a.x, a.kName, [&]<typename T>(const auto& kernel) {
     using C = cpu::compute_t<T>;
     const auto p = problem<T>(a);
@@ -35,7 +34,7 @@ std::tuple<Tensor, Tensor> norm_activation_forward(const NormActivationForward& 
 
 // Returns (dx, dweight, dbias); dbias has no elements without a bias.
 std::tuple<Tensor, Tensor, Tensor> norm_activation_backward(const NormActivationBackward& a) {
-  Tensor dx = new_pooled_like(a.x), dweight = new_like(a.weight), dbias = new_like(a.bias, a.weight);
+  Tensor dx = new_like(a.x), dweight = new_like(a.weight), dbias = new_like(a.bias, a.weight);
   with_kernels<cpu::NormActivationKernels>(a.x, a.kName, [&]<typename T>(const auto& kernel) {
     const auto p = problem<T>(a);
     const T* g = data<T>(a.grad_y);

@@ -2,7 +2,7 @@
 #include "cpu/gemm/reduced_gemm.h"
 
 #include "bindings/layer_parts.h"
-#include "bindings/pooled.h"
+#include "bindings/scratch.h"
 
 namespace fastasr::bindings::reduced_gemm {
 namespace {
@@ -86,7 +86,7 @@ Tensor reduced_linear(const Tensor& x, const Tensor& packed, const Optional& bia
     check(bias->numel() == n && bias->is_contiguous(), kOp, "sizes of bias");
     g.bias = data<float>(*bias);
   }
-  const Tensor y = new_pooled(x, {g.m, n});
+  const Tensor y = new_contiguous(x, {g.m, n});
   g.y = mutable_data<float>(y), g.y_row = n;
   multiply(g, packed);
   return y;

@@ -4,7 +4,6 @@
 #include <memory>
 
 #include "bindings/norm_rows.h"
-#include "bindings/pooled.h"
 #include "cpu/math/activation.h"
 
 namespace fastasr::bindings::residual_norm {
@@ -19,7 +18,7 @@ struct Call {
   std::vector<cpu::compute_t<T>> parameters{};
 };
 
-Tensor new_result(const Tensor& x) { return x.is_contiguous() ? new_pooled_like(x) : new_contiguous(x); }
+Tensor new_result(const Tensor& x) { return x.is_contiguous() ? new_like(x) : new_contiguous(x); }
 
 template <typename T>
 cpu::Rows<T> rows_of(const Tensor& t, const Tensor& x, const char* op, const char* name) {

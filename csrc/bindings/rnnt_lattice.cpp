@@ -19,8 +19,8 @@ std::tuple<Tensor, Tensor> rnnt_lattice_forward(const RnntLatticeForward& a) {
   const int64_t batch = a.B, symbols = a.S, width = a.W, frames = a.T;
   const cpu::LatticeSize whole = size_of(a);
   const int64_t slab = whole.steps() * cpu::lattice_row(whole);
-  Tensor scores = new_pooled(x, {batch});
-  Tensor shares = a.keep ? new_pooled(x, {batch, whole.steps(), cpu::lattice_row(whole)}) : new_without_elements(x);
+  Tensor scores = new_contiguous(x, {batch});
+  Tensor shares = a.keep ? new_contiguous(x, {batch, whole.steps(), cpu::lattice_row(whole)}) : new_without_elements(x);
   with_wide_kernels<cpu::LatticeKernels>(x, a.kName, [&]<typename C>(const auto& kernel) {
     const C *xp = data<C>(x), *yp = data<C>(y);
     C *sp = mutable_data<C>(scores), *kept = a.keep && slab ? mutable_data<C>(shares) : nullptr;
@@ -59,7 +59,8 @@ std::tuple<Tensor, Tensor> rnnt_lattice_backward(const RnntLatticeBackward& a) {
   const cpu::LatticeSize whole = size_of(a);
   const int64_t slab = whole.steps() * cpu::lattice_row(whole);
   check(shares.numel() == batch * slab, a.kName, "shares");
-  Tensor dx = new_pooled(scores, {batch, symbols, width}), dy = new_pooled(scores, {batch, symbols + 1, frames});
+  Tensor dx = new_contiguous(scores, {batch, symbols, width}),
+         dy = new_contiguous(scores, {batch, symbols + 1, frames});
   with_wide_kernels<cpu::LatticeKernels>(scores, a.kName, [&]<typename C>(const auto& kernel) {
     const C *gp = data_or_null<C>(a.grad_scores), *sp = data<C>(scores), *kept = data<C>(shares);
     C *dxp = mutable_data<C>(dx), *dyp = mutable_data<C>(dy);

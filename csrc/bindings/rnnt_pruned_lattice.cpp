@@ -60,8 +60,9 @@ std::tuple<Tensor, Tensor> rnnt_pruned_lattice_forward(const RnntPrunedLatticeFo
   const Tensor &x = a.symbol_logprobs, &y = a.blank_logprobs;
   const int64_t frames = a.T, window = a.R;
   const cpu::BandSize size{frames, window, a.modified};
-  Tensor scores = new_pooled(x, {a.B});
-  Tensor shares = a.keep ? new_pooled(x, {groups_of(a.B), frames, window + 1, kBandLanes}) : new_without_elements(x);
+  Tensor scores = new_contiguous(x, {a.B});
+  Tensor shares =
+      a.keep ? new_contiguous(x, {groups_of(a.B), frames, window + 1, kBandLanes}) : new_without_elements(x);
   with_wide_kernels<cpu::PrunedLatticeKernels>(x, a.kName, [&]<typename C>(const auto& kernel) {
     const C *xp = data<C>(x), *yp = data<C>(y);
     C *sp = mutable_data<C>(scores), *kept = a.keep && shares.numel() ? mutable_data<C>(shares) : nullptr;
@@ -83,7 +84,7 @@ std::tuple<Tensor, Tensor> rnnt_pruned_lattice_backward(const RnntPrunedLatticeB
   const int64_t frames = a.T, window = a.R;
   const cpu::BandSize size{frames, window, a.modified};
   check(window >= 1 && shares.numel() == groups_of(a.B) * cpu::band_shares(size), a.kName, "shares");
-  Tensor dx = new_pooled(scores, {a.B, frames, window}), dy = new_pooled(scores, {a.B, frames, window});
+  Tensor dx = new_contiguous(scores, {a.B, frames, window}), dy = new_contiguous(scores, {a.B, frames, window});
   with_wide_kernels<cpu::PrunedLatticeKernels>(scores, a.kName, [&]<typename C>(const auto& kernel) {
     const C *gp = data_or_null<C>(a.grad_scores), *sp = data<C>(scores), *kept = data<C>(shares);
     C *dxp = mutable_data<C>(dx), *dyp = mutable_data<C>(dy);

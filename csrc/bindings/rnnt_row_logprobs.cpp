@@ -4,7 +4,6 @@
 #include <array>
 
 #include "bindings/dispatch.h"
-#include "bindings/pooled.h"
 
 namespace fastasr::bindings::rnnt_row_logprobs {
 namespace {
@@ -73,7 +72,8 @@ Tensor rnnt_row_logprobs_backward(const Tensor& grad_px, const Tensor& grad_py, 
                                   const Tensor& normaliser, int64_t blank, bool hat, bool in_place) {
   const char* op = "rnnt_row_logprobs_backward";
   const Rows rows = checked_rows(logits, symbols, blank, op);
-  Tensor found = in_place ? logits : new_pooled(logits, {rows.sizes[0], rows.sizes[1], rows.sizes[2], rows.outputs});
+  Tensor found =
+      in_place ? logits : new_contiguous(logits, {rows.sizes[0], rows.sizes[1], rows.sizes[2], rows.outputs});
   with_kernels<cpu::JoinerKernels>(logits, op, [&]<typename T>(const auto& kernel) {
     using C = cpu::compute_t<T>;
     for (const Tensor* t : {&grad_px, &grad_py, &normaliser})

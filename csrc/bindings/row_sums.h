@@ -3,7 +3,7 @@
 
 #include <memory>
 
-#include "bindings/pooled.h"
+#include "bindings/scratch.h"
 
 namespace fastasr {
 

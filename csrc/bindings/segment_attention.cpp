@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/attention/segment_attention.h"
 
-#include "bindings/pooled.h"
+#include "bindings/scratch.h"
 #include "bindings/written/segment_attention.h"
 
 namespace fastasr::bindings::segment_attention {

@@ -2,7 +2,6 @@
 #include "cpu/rows/swoosh.h"
 
 #include "bindings/layer_parts.h"
-#include "bindings/pooled.h"
 
 namespace fastasr::bindings::swoosh {
 namespace {
@@ -79,7 +78,7 @@ Tensor swoosh_forward(const Tensor& x, bool swoosh_r, const Optional& mask, int6
                       const Optional& mask_row) {
   check_like(x, x, "swoosh_forward", "x");
   const MaskLayout layout = mask_layout(x, mask, shared_dim, mask_row, "swoosh_forward");
-  Tensor y = new_pooled_like(x);
+  Tensor y = new_like(x);
   with_kernel_type(dtype_of(x), "swoosh_forward", [&]<typename T>() {
     const T* xp = data<T>(x);
     const T* mp = data_or_null<T>(mask);
@@ -98,8 +97,8 @@ std::tuple<Tensor, Tensor> swoosh_backward(const Tensor& grad, const Tensor& x, 
                                            int64_t shared_dim, const Optional& mask_row, bool need_output) {
   check_like(x, x, "swoosh_backward", "x");
   check_same_size(grad, x, "swoosh_backward", "grad");
-  Tensor dx = new_pooled_like(x);
-  Tensor y = need_output ? new_pooled_like(x) : new_without_elements(x);
+  Tensor dx = new_like(x);
+  Tensor y = need_output ? new_like(x) : new_without_elements(x);
   const MaskLayout layout = mask_layout(x, mask, shared_dim, mask_row, "swoosh_backward");
   with_kernel_type(dtype_of(x), "swoosh_backward", [&]<typename T>() {
     const T* gp = data<T>(grad);

@@ -26,8 +26,8 @@ std::tuple<Tensor, Tensor> tdt_lattice_forward(const TdtLatticeForward& a) {
   const std::vector<int64_t> steps = checked_durations(a.durations, a.kName);
   const cpu::TdtSize whole{a.S, frames, row, steps.data(), count};
   const int64_t slab = frames * 2 * count * cpu::tdt_row(row);
-  Tensor scores = new_pooled(x, {batch});
-  Tensor shares = a.keep ? new_pooled(x, {batch, frames, 2 * count, cpu::tdt_row(row)}) : new_without_elements(x);
+  Tensor scores = new_contiguous(x, {batch});
+  Tensor shares = a.keep ? new_contiguous(x, {batch, frames, 2 * count, cpu::tdt_row(row)}) : new_without_elements(x);
   with_wide_kernels<cpu::TdtLatticeKernels>(x, a.kName, [&]<typename C>(const auto& kernel) {
     const C *xp = data<C>(x), *yp = data<C>(y), *zp = data<C>(z);
     C *sp = mutable_data<C>(scores), *kept = a.keep && slab ? mutable_data<C>(shares) : nullptr;
@@ -49,8 +49,8 @@ std::tuple<Tensor, Tensor, Tensor> tdt_lattice_backward(const TdtLatticeBackward
   const cpu::TdtSize whole{a.S, frames, row, steps.data(), count};
   const int64_t slab = frames * 2 * count * cpu::tdt_row(row);
   check(shares.numel() == batch * slab, a.kName, "shares");
-  Tensor dx = new_pooled(scores, {batch, frames, row - 1}), dy = new_pooled(scores, {batch, frames, row});
-  Tensor dz = new_pooled(scores, {batch, frames, row, count});
+  Tensor dx = new_contiguous(scores, {batch, frames, row - 1}), dy = new_contiguous(scores, {batch, frames, row});
+  Tensor dz = new_contiguous(scores, {batch, frames, row, count});
   with_wide_kernels<cpu::TdtLatticeKernels>(scores, a.kName, [&]<typename C>(const auto& kernel) {
     const C *gp = data<C>(a.grad_scores), *sp = data<C>(scores), *kept = data<C>(shares);
     C *dxp = mutable_data<C>(dx), *dyp = mutable_data<C>(dy), *dzp = mutable_data<C>(dz);

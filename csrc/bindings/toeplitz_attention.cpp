@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/attention/toeplitz_attention.h"
 
-#include "bindings/pooled.h"
+#include "bindings/scratch.h"
 #include "bindings/written/toeplitz_attention.h"
 
 namespace fastasr::bindings::toeplitz_attention {

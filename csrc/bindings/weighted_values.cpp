@@ -6,7 +6,7 @@
 #include "bindings/attention_work.h"
 #include "bindings/layer_parts.h"
 #include "bindings/packed.h"
-#include "bindings/pooled.h"
+#include "bindings/scratch.h"
 
 namespace fastasr::bindings::weighted_values {
 namespace {
@@ -36,7 +36,7 @@ struct Shape {
 Tensor weighted_values(const Tensor& weights, const Tensor& values) {
   const auto& kernel = cpu::kernels<cpu::WeightedValues>();
   const auto [heads, batch, rows, sources, width, columns] = Shape(weights, values, "weighted_values");
-  const Tensor out = new_pooled(values, {rows, batch, width});
+  const Tensor out = new_contiguous(values, {rows, batch, width});
   const int64_t size = cpu::packed_values_size(sources, columns);
   const Scratch<float> packed(std::max<int64_t>(1, heads * batch * size));
   const float *w = data<float>(weights), *v = data<float>(values);
@@ -158,7 +158,7 @@ std::tuple<Tensor, Tensor> weighted_values_backward(const Tensor& grad, const Te
   const Shape s(weights, values, op);
   check(grad.is_contiguous() && dtype_of(grad) == ScalarType::Float && has_sizes(grad, {s.rows, s.batch, s.width}), op,
         "grad");
-  const Tensor dweights = new_pooled(weights, {s.heads, s.batch, s.rows, s.sources});
+  const Tensor dweights = new_contiguous(weights, {s.heads, s.batch, s.rows, s.sources});
   const Tensor dvalues = new_contiguous(values);
   const float *g = data<float>(grad), *v = data<float>(values), *w = data<float>(weights);
   float *const dw = mutable_data<float>(dweights), *const dv = mutable_data<float>(dvalues);

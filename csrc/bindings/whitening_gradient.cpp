@@ -6,7 +6,7 @@
 
 #include "bindings/column_sums.h"
 #include "bindings/layer_parts.h"
-#include "bindings/pooled.h"
+#include "bindings/scratch.h"
 
 namespace fastasr::bindings::whitening {
 namespace {
@@ -59,7 +59,7 @@ std::tuple<Tensor, Tensor, Tensor> whitening_covariance(const Tensor& x, int64_t
   const int64_t rows = x.size(0), channels = x.size(1), n = channels / groups;
   check(rows > 0 && n > 0 && n * groups == channels, op, "the groups do not divide the channels");
   check(x.stride(1) == 1 || channels == 1, op, "channels lie apart");
-  const Tensor frames = new_pooled(x, {rows, channels}), s = new_pooled(x, {groups, n, n});
+  const Tensor frames = new_contiguous(x, {rows, channels}), s = new_contiguous(x, {groups, n, n});
   const Tensor statistics = new_contiguous(x, {2}, ScalarType::Double);
   float *f = mutable_data<float>(frames), *sp = mutable_data<float>(s);
   centre(data<float>(x), rows > 1 ? x.stride(0) : channels, f, rows, channels);
@@ -109,7 +109,7 @@ Tensor whitening_change(const Tensor& grad, const Tensor& frames, Tensor s, doub
   const double factor = 4.0 / static_cast<double>(channels) / (d * d + kFloor);
   const double size = factor * std::sqrt(std::max(0.0, v_squares)) + kFloor;
   const float scale = static_cast<float>(grad_scale * std::sqrt(grad_squares) / size * factor);
-  const Tensor y = new_pooled(grad, {rows, channels});
+  const Tensor y = new_contiguous(grad, {rows, channels});
   float* yp = mutable_data<float>(y);
   const auto& kernel = cpu::kernels<cpu::WhiteningKernels>();
   parallel_tasks(rows, channels, [&](int64_t begin, int64_t end) {

@@ -5,7 +5,7 @@
 #include "bindings/attention_work.h"
 #include "bindings/layer_parts.h"
 #include "bindings/packed.h"
-#include "bindings/pooled.h"
+#include "bindings/scratch.h"
 #include "bindings/written/zipformer_attention_weights.h"
 #include "cpu/attention/attention_tiles.h"
 
@@ -25,8 +25,8 @@ void check_weights(const Tensor& w, const AttentionProblem& a, const Tensor& x, 
 // Makes a new W. Its memory comes from the pool and goes back to it with the tensor.
 Tensor new_weights(const AttentionProblem& a, const Tensor& x) {
   const int64_t stride = (a.keys() + kRowPadding - 1) / kRowPadding * kRowPadding;
-  return new_pooled(x, {a.heads, a.batch, a.frames, a.keys()},
-                    {a.batch * a.frames * stride, a.frames * stride, stride, 1});
+  return new_strided(x, {a.heads, a.batch, a.frames, a.keys()},
+                     {a.batch * a.frames * stride, a.frames * stride, stride, 1});
 }
 
 }  // namespace

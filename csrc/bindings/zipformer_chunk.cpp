@@ -2,7 +2,7 @@
 #include "cpu/streaming/zipformer_chunk.h"
 
 #include "bindings/packed_weights.h"
-#include "bindings/pooled.h"
+#include "bindings/scratch.h"
 
 namespace fastasr::bindings::zipformer_chunk {
 namespace {

@@ -4,7 +4,6 @@
 #include "bindings/layer_parts.h"
 #include "bindings/layer_products.h"
 #include "bindings/packed.h"
-#include "bindings/pooled.h"
 #include "bindings/written/bias_norm.h"
 #include "bindings/written/bypass.h"
 #include "bindings/written/gated_depthwise_conv.h"
@@ -113,7 +112,7 @@ struct Layer {
     const int64_t frames = values.size(0), batch = values.size(1), channels = values.size(2);
     const Tensor& weights = attention[0];
     if (first_head_way == kTorch) return batched(first_head(weights), values);
-    const Tensor o = new_pooled(values, {batch, frames, channels});
+    const Tensor o = new_contiguous(values, {batch, frames, channels});
     for (int64_t b = 0; b < batch; b++) {
       cpu::Gemm<float> g{};
       g.a = data<float>(weights) + b * weights.stride(1), g.a_row = weights.stride(2), g.a_depth = 1;
@@ -127,7 +126,7 @@ struct Layer {
 
   // Returns (1, N, channels) for the values (N, 1, channels) of recordings.
   Tensor of_first_heads(const Tensor& values) const {
-    Tensor o = new_pooled(values, {1, values.size(0), values.size(2)});
+    Tensor o = new_contiguous(values, {1, values.size(0), values.size(2)});
     if (values.size(2) <= kFewColumns || *std::max_element(lengths.begin(), lengths.end()) <= kMostFrames) {
       Tensors first;
       for (Tensor weights : attention) first.push_back(torch::stable::narrow(weights, 0, 0, 1));
