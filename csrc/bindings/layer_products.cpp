@@ -5,6 +5,7 @@
 
 #include "bindings/layer_parts.h"
 #include "cpu/attention/attention_rows.h"
+#include "cpu/rows/swoosh.h"
 
 namespace fastasr::layer_products {
 namespace {
@@ -13,22 +14,40 @@ constexpr const char* kOp = "the product of a layer";
 
 Optional bias(const Product& p) { return p.bias->numel() ? Optional(*p.bias) : Optional(); }
 
-// Adds x to y and returns it.
-Tensor plus(const Tensor& x, Tensor y) {
-  check_same_size(x, y, kOp, "a sum");
-  const auto& kernel = cpu::kernels<cpu::AttentionRows<float>>();
-  const float* const xp = data<float>(x);
+// From so many multiply-adds on the bias comes behind torch's product. Before it, torch would copy the bias to every
+// row, which the product then reads. It is _BIAS_LATER of fastasr/ops/_gemm.py, whose bits are the same.
+constexpr int64_t kBiasLater = int64_t{1} << 23;
+
+Tensor aten_linear(const Product& p, const Tensor& x, const Optional& bias) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 3> stack{from(x), from(*p.weight), from(bias)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// Adds a bias and `onto` to y, where they are given, then replaces it by SwooshL(y) where the caller asks for that.
+Tensor finished(Tensor y, const Optional& bias, const Optional& onto, bool swoosh_l) {
+  if (!bias && !onto && !swoosh_l) return y;
+  if (onto) check_same_size(*onto, y, kOp, "a sum");
+  const int64_t n = y.size(y.dim() - 1);
+  const auto& rows = cpu::kernels<cpu::AttentionRows<float>>();
+  const auto& swoosh = cpu::kernels<cpu::SwooshKernels<float>>();
+  const float *const bp = data_or_null<float>(bias), *const op = data_or_null<float>(onto);
   float* const yp = mutable_data<float>(y);
-  parallel_range(y.numel(), kGrain,
-                 [&](int64_t begin, int64_t end) { kernel.add_scaled(yp + begin, xp + begin, end - begin, 1); });
+  parallel_tasks(n ? y.numel() / n : 0, n, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; r++) {
+      float* const row = yp + r * n;
+      if (bp) rows.add_scaled(row, bp, n, 1);
+      if (op) rows.add_scaled(row, op + r * n, n, 1);
+      if (swoosh_l) swoosh.forward(row, nullptr, cpu::Mask::none, row, n, cpu::Swoosh::L);
+    }
+  });
   return y;
 }
 
-Tensor by_torch(const Product& p, const Tensor& x) {
-  using torch::stable::detail::from;
-  std::array<StableIValue, 3> stack{from(x), from(*p.weight), from(bias(p))};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
+Tensor by_torch(const Product& p, const Tensor& x, const Optional& onto, bool swoosh_l) {
+  const bool later = x.numel() * p.outputs >= kBiasLater;
+  return finished(aten_linear(p, x, later ? Optional() : bias(p)), later ? bias(p) : Optional(), onto, swoosh_l);
 }
 
 Tensor by_gemm(const Product& p, const Tensor& x, const Optional& onto, bool swoosh_l) {
@@ -83,12 +102,13 @@ Tensor linear(const Product& p, const Tensor& x, cpu::ReducedInput f, const Opti
     return linear(p, bindings::swoosh::swoosh_forward(x, f == cpu::ReducedInput::swoosh_r, {}, -1, {}),
                   cpu::ReducedInput::x, onto);
   if (p.way == kGemm) return by_gemm(p, x, onto, false);
-  const Tensor y = p.way > kReduced  ? by_reduced(p, x, f)
-                   : p.way == kTorch ? by_torch(p, x)
-                                     : bindings::gemm::linear_few_rows(x, *p.weight, bias(p));
-  return onto ? plus(*onto, y) : y;
+  if (p.way == kTorch) return by_torch(p, x, onto, false);
+  const Tensor y = p.way > kReduced ? by_reduced(p, x, f) : bindings::gemm::linear_few_rows(x, *p.weight, bias(p));
+  return finished(y, {}, onto, false);
 }
 
-Tensor swoosh_l_of_linear(const Product& p, const Tensor& x) { return by_gemm(p, x, {}, true); }
+Tensor swoosh_l_of_linear(const Product& p, const Tensor& x) {
+  return p.way == kGemm ? by_gemm(p, x, {}, true) : by_torch(p, x, {}, true);
+}
 
 }  // namespace fastasr::layer_products

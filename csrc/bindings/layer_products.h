@@ -34,7 +34,7 @@ class Reader {
 // Returns f(x) weightᵀ + bias for contiguous x (rows, columns, inputs), where f is SwooshL, SwooshR or nothing, and
 // `onto` more if that is given.
 Tensor linear(const Product& p, const Tensor& x, cpu::ReducedInput f = cpu::ReducedInput::x, const Optional& onto = {});
-// Returns SwooshL(x weightᵀ + bias). The way is kGemm.
+// Returns SwooshL(x weightᵀ + bias). The way is kTorch or kGemm.
 Tensor swoosh_l_of_linear(const Product& p, const Tensor& x);
 
 }  // namespace fastasr::layer_products

@@ -58,7 +58,7 @@ struct Layer {
 
   void feed_forward(int i) {
     const Products::Module& m = products.feed_forward[i];
-    if (m.in.way != kGemm || m.out.way > kReduced)
+    if (m.in.way > kGemm || m.out.way > kReduced)
       x = linear(m.out, linear(m.in, x), cpu::ReducedInput::swoosh_l, x);
     else
       x = linear(m.out, swoosh_l_of_linear(m.in, x), cpu::ReducedInput::x, x);

@@ -45,6 +45,7 @@ _BUDGET_S = 0.5
 _MOST_FEW = 15  # The product of few rows takes at most this many: cpu::kFewRows.
 _FEW_COLUMNS = 14  # A tile of registers has this many rows with AVX-512.
 SMALL = 1 << 17  # One row of 192 inputs and 512 outputs is below it.
+_BIAS_LATER = 1 << 23  # kBiasLater of csrc/bindings/layer_products.cpp
 _LARGE = 96 * SMALL  # torch multiplies a batch of smaller matrices at once, faster than fastasr one by one.
 CHAINS = 12  # If a weight's gradient has fewer columns, torch adds it up in one chain of floats.
 _CLEAR = 1.1  # Stop after two pairs if fastasr's product is this much slower.
@@ -97,6 +98,14 @@ def _native(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     return y.view(*a.shape[:-1], b.shape[1])
 
 
+def torchs(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+    """Returns torch's x wᵀ + b. In float32 a large product takes as long with the bias behind it, and a native call of
+    a whole layer adds the bias on its way: both give the same bits."""
+    if b is None or x.numel() * len(w) < _BIAS_LATER or x.dtype is not torch.float32:
+        return F.linear(x, w, b)
+    return F.linear(x, w).add_(b)
+
+
 def _few_rows(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
     if w.stride(1) != 1 or x.dim() > 3:
         return F.linear(x, w, b)
@@ -133,7 +142,7 @@ def _planes(g: Tensor, x: Tensor, w: Tensor, stride: tuple, padding: tuple) -> t
 
 _PRODUCTS: dict[str, dict[str, Callable[..., Any]]] = {
     "torch": {
-        "forward": F.linear,
+        "forward": torchs,
         "input_grad": torch.matmul,
         "weight_grad": _weight_grad,
         "conv_weight_grad": _conv_weight_grad,

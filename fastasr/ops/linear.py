@@ -96,7 +96,7 @@ def _by_node(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return apply(FAMILY.native, True, x, weight, bias)
 
 
-_gemm.register_product("step", torch=partial(_step, F.linear), native=partial(_step, _by_node))
+_gemm.register_product("step", torch=partial(_step, _gemm.torchs), native=partial(_step, _by_node))
 
 
 def torch_wins(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool | None:

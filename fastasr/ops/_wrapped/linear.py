@@ -10,6 +10,7 @@ from torch.compiler import is_dynamo_compiling
 from fastasr._transforms import transforms_active
 from fastasr.ops import _reduced_weights
 from fastasr.ops._dispatch import FLOATING, PLAIN
+from fastasr.ops._gemm import torchs
 from fastasr.ops._op import OPS
 from fastasr.ops._register import autocast_dtype
 from fastasr.ops._written.linear import linear as checked
@@ -41,9 +42,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
                 and x.layout is weight.layout is torch.strided
                 and (bias is None or bias.layout is torch.strided)
             ):
-                return F.linear(x, weight, bias)
+                return torchs(x, weight, bias)
             if wins is None and _plain(x, weight, bias) and _decide(call, x, weight, bias):
-                return F.linear(x, weight, bias)
+                return torchs(x, weight, bias)
     except (AttributeError, RuntimeError, TypeError, ValueError):
         pass  # the checks tell what is wrong
     return checked(x, weight, bias)
