@@ -21,7 +21,7 @@ void multiply(cpu::ReducedGemm g, const Tensor& packed);
 
 namespace linear_activation {
 Tensor linear_activation_forward(const Tensor& z, int64_t activation, bool in_place, bool gated, double p,
-                                 const Optional& seed, const Optional& keep);
+                                 const Optional& seed, const Optional& keep, const Optional& bias = {});
 }  // namespace linear_activation
 
 namespace swoosh {

@@ -3,6 +3,7 @@
 
 #include "bindings/layer_parts.h"
 #include "bindings/row_sums.h"
+#include "cpu/attention/attention_rows.h"
 #include "cpu/math/activation.h"
 #include "cpu/rows/dropout.h"
 
@@ -75,16 +76,36 @@ Tensor gated_forward(const Tensor& z, int64_t activation, const Dropped& dropped
   return y;
 }
 
+Tensor biased_forward(const Tensor& z, int64_t activation, const Tensor& bias) {
+  const auto& kernel = cpu::kernels<cpu::LinearActivationKernels<float>>();
+  const auto& rows = cpu::kernels<cpu::AttentionRows<float>>();
+  const int64_t channels = bias.numel();
+  const float* const add = data<float>(bias);
+  float* const y = mutable_data<float>(z);
+  parallel_tasks(channels ? z.numel() / channels : 0, channels, [&](int64_t b, int64_t e) {
+    for (float* row = y + b * channels; row < y + e * channels; row += channels) {
+      rows.add_scaled(row, add, channels, 1);
+      kernel.forward(static_cast<int>(activation), row, row, channels);
+    }
+  });
+  return z;
+}
+
 }  // namespace
 
 // Returns act(z), with dropout where p > 0; in z's own memory, and then as z itself, where the caller asks for that.
-// Dropout of float32 may have a mask `keep` in place of a seed. The gated form takes no mask and never z's memory.
+// Dropout of float32 may have a mask `keep` in place of a seed. The gated form takes no mask and never z's memory. In
+// float32 and z's own memory it may be act(z + bias).
 Tensor linear_activation_forward(const Tensor& z, int64_t activation, bool in_place, bool gated, double p,
-                                 const Optional& seed, const Optional& keep) {
+                                 const Optional& seed, const Optional& keep, const Optional& bias) {
   const char* op = "linear_activation_forward";
   check_linear_activation(z, activation, op);
   const int64_t channels = gated ? half_of(z, keep, op) : z.size(z.dim() - 1);
   const Dropped dropped(p, seed, keep, z, channels, op);
+  check(!bias || (in_place && !gated && !dropped && is_dense(*bias, ScalarType::Float, {channels}) &&
+                  dtype_of(z) == ScalarType::Float),
+        op, "bias");
+  if (bias) return biased_forward(z, activation, *bias);
   if (gated) return gated_forward(z, activation, dropped, op);
   Tensor y = in_place ? z : new_like(z);
   with_kernels<cpu::LinearActivationKernels>(z, op, [&]<typename T>(const auto& kernel) {
@@ -149,7 +170,7 @@ std::tuple<Tensor, Tensor> linear_activation_backward(const Tensor& grad, const 
 
 FASTASR_OPERATORS(
     {"linear_activation_forward(Tensor(a!) z, int activation, bool in_place, bool gated=False, float p=0.0, "
-     "Tensor? seed=None, Tensor? keep=None) -> Tensor",
+     "Tensor? seed=None, Tensor? keep=None, Tensor? bias=None) -> Tensor",
      Boxed<linear_activation_forward>::call},
     {"linear_activation_backward(Tensor grad, Tensor z, int activation, bool need_bias, bool gated=False, "
      "float p=0.0, Tensor? seed=None, Tensor? keep=None) -> (Tensor, Tensor)",

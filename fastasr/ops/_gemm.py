@@ -411,6 +411,15 @@ def chosen_product(operation: str, m: int, n: int, k: int) -> str | None:
     return next(name for name, products in _PRODUCTS.items() if products.get(operation) is f)
 
 
+def leaves_bias(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Says whether ``forward`` adds the bias in a pass of its own, which a kernel that comes next may save."""
+    if bias is None or x.numel() * len(weight) < _BIAS_LATER or not x.is_cpu or x.dtype is not torch.float32:
+        return False
+    if _reduced_weights.copies and _reduced_weights.of(x, weight) is not None:
+        return False
+    return chosen_product("forward", x.shape[:-1].numel(), *weight.shape) == "torch"
+
+
 # --------------------------------------------------------------------------- what ops call, below autograd
 # The cost of a small product is its call overhead, and torch's is the smallest.
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -47,6 +47,9 @@ def _fast(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     if not fits(x, weight, bias):
         raise NotImplementedError
+    if not (keep or gated or dropout_p) and _gemm.leaves_bias(x, weight, bias):
+        z = F.linear(x, weight)
+        return kernels.forward(z, NUMBERS[activation], True, False, 0.0, None, None, bias), z
     z = _gemm.forward(x, weight, bias)
     # unless z is kept, y takes its place
     return kernels.forward(z, NUMBERS[activation], not keep, gated, dropout_p, dropout_seed), z
