@@ -38,10 +38,10 @@ class _Maps:
     size: Pair
     out: Pair
 
-    def zeros(self, like: Tensor) -> Tensor:
+    def memory(self, like: Tensor) -> Tensor:
         """Returns memory for the frames and frequencies that the outputs see."""
         needed = ((n - 1) * s + k for n, s, k in zip(self.out, self.stride, self.kernel, strict=True))
-        return _gemm.memory(like, self.batch, *needed, self.channels).zero_()
+        return _gemm.memory(like, self.batch, *needed, self.channels)
 
     def pair(self, maps: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the views of maps and of x (batch, channels, frames, frequencies) that hold the same elements, both
@@ -71,8 +71,16 @@ def _maps(x: Tensor, weight: Tensor, stride: Pair, padding: Pair) -> _Maps:
 
 
 def _filled(maps: _Maps, x: Tensor, relu: bool) -> Tensor:
-    memory = maps.zeros(x)
+    memory = maps.memory(x)
     inner, of_x = maps.pair(memory, x)
+    (top, left), (frames, width) = maps.padding, inner.shape[1:3]
+    for around in (
+        memory[:, :top],
+        memory[:, top + frames :],
+        memory[:, :, :left],
+        memory[:, :, left + width :],
+    ):
+        around.zero_()
     torch.clamp_min(of_x, 0.0, out=inner) if relu else inner.copy_(of_x)
     return memory
 
@@ -146,7 +154,7 @@ class _Convolution(Function):
         g = grad.permute(0, 2, 3, 1).reshape(-1, outputs)
         dx = dw = db = None
         if ctx.needs_input_grad[0]:
-            found, step = maps.zeros(grad), maps.stride[1]
+            found, step = maps.memory(grad).zero_(), maps.stride[1]
             taps = weight.permute(2, 3, 0, 1)  # (i, j, outputs, channels)
             for i in range(height):
                 for j in range(0, width, step):  # what the outputs see of this many taps does not overlap
