@@ -10,7 +10,7 @@ import torch
 from steps import moved, seeded, swapped
 
 import fastasr
-from fastasr.models.common import convolutions
+from fastasr.models.common import activations, convolutions
 from fastasr.ops import _conv1d, _gemm
 
 pytestmark = pytest.mark.skipif(bool(_gemm.why_not()), reason=str(_gemm.why_not()))
@@ -118,3 +118,22 @@ def test_a_normed_weight_is_kept(monkeypatch):
     kept = len(convolutions._NORMED)
     fastasr.restore(ours)
     assert len(convolutions._NORMED) == kept - once
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("hooked", [False, True], ids=["plain", "hooked"])
+def test_activations_in_place(hooked, monkeypatch):
+    """In inference an activation overwrites the result of a convolution that nobody else has seen."""
+    seeded(0)
+    model, run = families.waveforms("Wav2Vec2", norms=("group",), **SIZES)()
+    expected = run(moved(model, 0.05).eval())
+    written, held, gelu = [], [], activations._IN_PLACE["gelu"]
+    monkeypatch.setitem(activations._IN_PLACE, "gelu", lambda y: written.append(1) or gelu(y))
+    ours = swapped(model)
+    if hooked:
+        for layer in ours.features[0].conv_layers:
+            layer.conv.register_forward_hook(lambda conv, given, y: held.append((y, y.clone())))
+    torch.testing.assert_close(run(ours), expected, rtol=1e-5, atol=1e-5)
+    assert len(written) == (0 if hooked else 2)  # the first layer's norm is fused
+    assert all(torch.equal(y, seen) for y, seen in held)
+    assert len(held) == (3 if hooked else 0)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Activations by name, and the names under which the kernels know them."""
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -8,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastasr import ops
+from fastasr._recording import on_host
+from fastasr._transforms import is_transformed
 from fastasr.models.common import attention_dropout, plumbing
 from fastasr.models.common.plain import has_known_forward, is_watched, original, weight_and_bias
 from fastasr.ops import _dispatch, _dropout
@@ -75,6 +78,24 @@ def fused_name(activation: torch.nn.Module, identity: bool = True) -> Name | Non
     if kind.__name__ == "GELUActivation" and kind.__module__ == "transformers.activations":
         return "gelu" if vars(activation).get("act") is F.gelu else None
     return _FUSED.get(kind) if identity or kind is not torch.nn.Identity else None
+
+
+_IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": torch.ops.aten.gelu_.default,
+    "relu": torch.relu_,
+    "silu": torch.ops.aten.silu_.default,
+    "tanh": torch.tanh_,
+}
+
+
+def applied(activation: torch.nn.Module, y: Tensor) -> Tensor:
+    """Returns ``activation(y)`` of y that nobody else holds. Without gradients the result takes y's memory on the CPU:
+    the page faults of large fresh memory take three times as long as the activation."""
+    in_place = _IN_PLACE.get(fused_name(activation) or "")
+    if in_place is None or torch.is_grad_enabled() or not on_host(y) or is_transformed():
+        found: Tensor = activation(y)
+        return found
+    return in_place(y)
 
 
 def activated(linear: torch.nn.Module, activation: torch.nn.Module, x: Tensor, gated: bool = False) -> Tensor:

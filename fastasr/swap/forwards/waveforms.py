@@ -8,13 +8,16 @@ from fastasr import ops
 from fastasr.models.common import activations, convolutions
 from fastasr.models.common.convolutions import over_time
 from fastasr.models.common.plain import is_plain
+from fastasr.models.common.plumbing import is_conv1d
 from fastasr.swap.rule import Upstream
 
 
 # --------------------------------------------------------------------------- the waveform: (B, C, T) -> (B, C', T')
 def convolution(self: Upstream, hidden_states: Tensor) -> Tensor:
     """Serves a layer without a norm."""
-    return self.activation(over_time(self.conv, hidden_states))
+    y = over_time(self.conv, hidden_states)
+    # Others may hold the result of a convolution that has hooks.
+    return activations.applied(self.activation, y) if is_conv1d(self.conv) else self.activation(y)
 
 
 def norm_convolution(self: Upstream, hidden_states: Tensor) -> Tensor:
