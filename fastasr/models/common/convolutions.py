@@ -95,7 +95,7 @@ def _weight(conv: Any) -> Tensor:
         return weight
     normed = found["weight"]
     parts = list(normed.parameters())
-    norms = len(normed) == 1 and isinstance(normed[0], parametrizations._WeightNorm)
+    norms = len(normed) == 1 and is_plain(normed[0], parametrizations._WeightNorm)
     if not norms or not _kept.are_counted(parts) or not all(t.is_cpu for t in parts):
         return conv.weight
     kept = _NORMED.get(conv)
