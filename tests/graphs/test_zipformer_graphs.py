@@ -78,7 +78,9 @@ def compare(found, expected, rtol=1e-5):
             if name == "grads":
                 assert a.keys() == b.keys()
                 for key in a:
-                    close(a[key], b[key], rtol, f"{step} {key}")
+                    # The products of all frames and channels cancel in the gradient of a rate's weights.
+                    wider = 10 if key.endswith("downsample.bias") else 1
+                    close(a[key], b[key], wider * rtol, f"{step} {key}")
             elif isinstance(a, torch.Tensor):
                 close(a, b, rtol, f"{step} {name}")
             else:

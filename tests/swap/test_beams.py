@@ -17,9 +17,9 @@ transformers = pytest.importorskip("transformers")
 cache_utils = pytest.importorskip("transformers.cache_utils")
 
 
-def made(name, implementation="sdpa"):
+def made(name, implementation="sdpa", attempt=0):
     """Returns upstream's model in double, a swapped copy and their inputs."""
-    seeded(name)
+    seeded(f"{name} {attempt}")
     model, inputs = MAKERS[name]()
     for part in model.modules():
         if hasattr(part, "config"):
@@ -48,18 +48,16 @@ def held(monkeypatch):
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_beams(name, held):
-    theirs, ours, inputs = made(name)
-    options = inputs | {
-        "max_new_tokens": 9,
-        "num_beams": 3,
-        "num_return_sequences": 2,
-        "no_repeat_ngram_size": 1,
-    }
-    tokens = [model.generate(**options) for model in (theirs, ours)]
-    assert tokens[0].shape[1] > 6
-    assert len(tokens[0]) == 4
-    assert len({tuple(row) for row in tokens[0].tolist()}) >= 2
-    assert torch.equal(*tokens)
+    options = {"max_new_tokens": 9, "num_beams": 3, "num_return_sequences": 2, "no_repeat_ngram_size": 1}
+    for attempt in range(20):  # a random decoder may say the same of all recordings
+        theirs, ours, inputs = made(name, attempt=attempt)
+        expected = theirs.generate(**inputs, **options)
+        if len({tuple(row) for row in expected.tolist()}) >= 2:
+            break
+    assert len({tuple(row) for row in expected.tolist()}) >= 2
+    assert expected.shape[1] > 6
+    assert len(expected) == 4
+    assert torch.equal(ours.generate(**inputs, **options), expected)
     # a row of keys for each recording at every step of both layers
     assert set(held) == {(2, 6 if name == "whisper" else 3)}  # Whisper multiplies beams and results
     assert len(held) >= 16
