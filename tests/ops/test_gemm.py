@@ -415,3 +415,20 @@ def test_what_has_no_kernels_goes_to_torch_and_is_still_checked(monkeypatch):
                 ops.linear(*given)
             with torch.autocast("cpu"):  # which allows other dtypes
                 assert outcome(ops.linear, *given) == outcome(checked, *given)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "identity", "relu", "silu", "tanh"])
+def test_a_bias_behind_torchs_product(activation, monkeypatch):
+    """The kernel of an activation adds it in inference; the bits are those of a call with gradients."""
+    monkeypatch.setenv("FASTASR_GEMM", "torch")
+    monkeypatch.setattr(_gemm, "_choices", {})
+    x, weight, bias = torch.randn(4, 128, 128), torch.randn(128, 128) / 11, torch.randn(128)
+    expected = ops.linear_activation(x.clone().requires_grad_(), weight, bias, activation)
+    assert _gemm.leaves_bias(x, weight, bias)
+    assert not _gemm.leaves_bias(x[:3], weight, bias)
+    assert not _gemm.leaves_bias(x, weight, None)
+    with torch.no_grad():
+        assert torch.equal(ops.linear_activation(x, weight, bias, activation), expected)
+    act = {"identity": lambda z: z}.get(activation) or getattr(F, activation)
+    exact = act(F.linear(x.double(), weight.double(), bias.double()))
+    torch.testing.assert_close(expected.double(), exact, rtol=0, atol=1e-5)
